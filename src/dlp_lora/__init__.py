@@ -1,0 +1,46 @@
+"""Many LoRA adapters, one model, nobody picking: sentence-level dynamic LoRA fusion (DLP-LoRA, arXiv 2410.01497)."""
+
+from dlp_lora.controller import Sentence, Switching
+from dlp_lora.engine import Engine, Generation, Piece, load
+from dlp_lora.errors import (
+    AdapterError,
+    BundleError,
+    DLPLoRAError,
+    ModelError,
+    PromptError,
+    RouterError,
+    TaskError,
+    TrainingError,
+)
+from dlp_lora.policy import FusionPolicy, Mixture, Only, Threshold, TopK, TopP, Uniform
+from dlp_lora.router import Context, MiniMLP, Router
+from dlp_lora.sentences import Segmenter, SentenceSegmenter
+
+__all__ = [
+    "AdapterError",
+    "BundleError",
+    "Context",
+    "DLPLoRAError",
+    "Engine",
+    "FusionPolicy",
+    "Generation",
+    "MiniMLP",
+    "Mixture",
+    "ModelError",
+    "Only",
+    "Piece",
+    "PromptError",
+    "Router",
+    "RouterError",
+    "Segmenter",
+    "Sentence",
+    "SentenceSegmenter",
+    "Switching",
+    "TaskError",
+    "Threshold",
+    "TopK",
+    "TopP",
+    "TrainingError",
+    "Uniform",
+    "load",
+]

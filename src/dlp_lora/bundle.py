@@ -1,0 +1,117 @@
+"""A bundle: one folder that holds all that an engine needs beside the base model, or the base model's name.
+
+bundle.json            base model, policy, switching, KV policy, and a hash of each adapter
+adapters/<name>/       ordinary PEFT adapter folders
+router/                the router, if there is one
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from dlp_lora.errors import BundleError
+from dlp_lora.folders import recover_folder, replace_folder
+from dlp_lora.peft_format import CONFIG_FILE, WEIGHTS_FILE, content_hash
+from dlp_lora.router import Router
+
+BUNDLE_FILE = "bundle.json"
+FILES = (BUNDLE_FILE, "adapters/*", "router/*")
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """What a bundle folder says: where its parts are and how they work together."""
+
+    base_model: str
+    adapters: Mapping[str, Path]
+    router: Path | None
+    policy: Mapping[str, Any]
+    switching: Mapping[str, Any]
+    kv_policy: str
+
+
+def is_bundle(path: str | Path) -> bool:
+    """True if the folder is a bundle."""
+    recover_folder(path)
+    return (Path(path) / BUNDLE_FILE).is_file()
+
+
+def read_bundle(path: str | Path) -> Bundle:
+    """Reads a bundle folder and checks that its adapters are those that were saved.
+
+    Raises:
+        BundleError: if it is damaged, changed or of a later format.
+    """
+    path = Path(path)
+    if not is_bundle(path):
+        raise BundleError(f"{path} is not a bundle: it has no {BUNDLE_FILE}; make one with `dlp-lora bundle`")
+    try:
+        data = json.loads((path / BUNDLE_FILE).read_text(encoding="utf-8"))
+        if data["format"] != FORMAT:
+            raise BundleError(
+                f"{path} has bundle format {data['format']}; this version reads {FORMAT}; upgrade dlp-lora"
+            )
+        bundle = Bundle(
+            base_model=data["base_model"],
+            adapters={name: path / "adapters" / name for name in data["adapters"]},
+            router=path / "router" if data["router"] else None,
+            policy=data["policy"],
+            switching=data["switching"],
+            kv_policy=data["kv_policy"],
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BundleError(f"{path / BUNDLE_FILE} is damaged ({error!r}); make the bundle again") from error
+    for name, folder in bundle.adapters.items():
+        try:
+            found = content_hash(folder)
+        except OSError as error:
+            raise BundleError(f"{path}: its adapter {name!r} is missing or unreadable ({error})") from error
+        if found != data["adapters"][name]:
+            raise BundleError(f"{path}: its adapter {name!r} is not the one that was saved; make the bundle again")
+    return bundle
+
+
+def write_bundle(
+    path: str | Path,
+    *,
+    base_model: str,
+    adapters: Mapping[str, Path],
+    router: Router | None,
+    policy: Mapping[str, Any],
+    switching: Mapping[str, Any],
+    kv_policy: str,
+) -> None:
+    """Writes a bundle folder; the one that was there before is replaced at the very end.
+
+    Raises:
+        BundleError: if an adapter's name cannot name a folder.
+    """
+    for name in adapters:
+        if name in (".", "..") or Path(name).name != name:
+            raise BundleError(f"the adapter name {name!r} cannot name a folder; rename the adapter")
+    with replace_folder(path) as folder:
+        hashes = {}
+        for name, source in adapters.items():
+            target = folder / "adapters" / name
+            target.mkdir(parents=True)
+            for file in (CONFIG_FILE, WEIGHTS_FILE):
+                shutil.copyfile(source / file, target / file)
+            hashes[name] = content_hash(target)
+        if router is not None:
+            router.save_pretrained(folder / "router")
+        data = {
+            "format": FORMAT,
+            "dlp_lora": version("dlp-lora"),
+            "base_model": base_model,
+            "adapters": hashes,
+            "router": router is not None,
+            "policy": dict(policy),
+            "switching": dict(switching),
+            "kv_policy": kv_policy,
+        }
+        (folder / BUNDLE_FILE).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

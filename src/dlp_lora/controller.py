@@ -1,0 +1,366 @@
+"""The controller: before each forward pass of the model, it decides which mixture each row has (Fig. 1).
+
+It watches the tokens that go into the model. A forward that starts a KV cache is a prompt: the router reads it
+whole. One more token on a cache is a decoding step: where the token opens a new sentence, the router reads the
+history and that token, and the pass that encodes the token already runs under the new mixture.
+
+What is known of each row lives on the KV cache object, so rows follow the cache wherever it goes: reordered by
+beam search, copied, cropped, or handed back by the caller with the next token.
+"""
+
+import time
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedTokenizerBase
+
+from dlp_lora.bank import AdapterBank
+from dlp_lora.errors import PromptError, RouterError
+from dlp_lora.policy import FusionPolicy, Mixture
+from dlp_lora.router import Context, Router
+from dlp_lora.sentences import Segmenter
+from dlp_lora.text import Detokenizer, PromptReader
+
+KVPolicy = Literal["keep", "recompute"]
+ROWS = "_dlp_lora_rows"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Switching:
+    """When a sentence start is taken as an opportunity to switch.
+
+    A sentence shorter than `min_tokens` is not left; and the mixture stays while the most likely adapter is not
+    at least `margin` more probable than the heaviest one in use.
+    """
+
+    min_tokens: int = 4
+    margin: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.min_tokens < 1:
+            raise ValueError(f"Switching.min_tokens must be at least 1, got {self.min_tokens}")
+        if not 0 <= self.margin <= 1:
+            raise ValueError(f"Switching.margin must be in [0, 1], got {self.margin}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sentence:
+    """One generated sentence and how it was routed: an entry of a trace.
+
+    `start` and `end` are positions among the generated tokens. `probabilities` is empty where no router was
+    asked (`fixed`, `disabled`). `switched` is true where the mixture differs from the sentence before;
+    `abstained` where the policy chose no adapter, so the base model alone spoke. Times are in milliseconds.
+    """
+
+    text: str
+    start: int
+    end: int
+    probabilities: dict[str, float]
+    mixture: Mixture
+    switched: bool
+    abstained: bool
+    route_ms: float = 0.0
+    fuse_ms: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Gives the sentence as JSON data."""
+        return {**self.__dict__, "mixture": dict(self.mixture)}
+
+
+@dataclass
+class Decision:
+    """A mixture from some position on, and what led to it."""
+
+    start: int  # in generated tokens
+    offset: int  # in characters of the generated text
+    mixture: Mixture
+    probabilities: dict[str, float] = field(default_factory=dict)
+    switched: bool = False
+    abstained: bool = False
+    route_ms: float = 0.0
+    fuse_ms: float = 0.0
+
+
+@dataclass
+class Row:
+    """One row of a batch: its prompt, what was generated so far and the decisions taken."""
+
+    prompt: str
+    detokenizer: Detokenizer
+    segmenter: Segmenter
+    decisions: list[Decision]
+    text: str = ""
+    num_tokens: int = 0
+    ended: bool = False
+
+    @property
+    def mixture(self) -> Mixture:
+        """The mixture in force."""
+        return self.decisions[-1].mixture
+
+    def push(self, token: int) -> list[int]:
+        """Adds a generated token; returns the offsets of the sentences it opens."""
+        self.num_tokens += 1
+        piece = self.detokenizer.push(token)
+        if not piece:
+            return []
+        self.text += piece
+        return self.segmenter.push(piece)
+
+    def finish(self, tokens: Sequence[int]) -> None:
+        """Adds the tokens that were sampled but never encoded (the last one is not), and any held-back text."""
+        for token in tokens[self.num_tokens :]:
+            self.push(token)
+        self.text += self.detokenizer.flush()
+
+    def copy(self) -> "Row":
+        """Returns a copy that goes its own way."""
+        return Row(
+            self.prompt,
+            self.detokenizer.copy(),
+            self.segmenter.copy(),
+            list(self.decisions),
+            self.text,
+            self.num_tokens,
+            self.ended,
+        )
+
+    def sentences(self) -> list[Sentence]:
+        """The trace so far; its spans tile the tokens, its texts the text."""
+        ends = [(d.start, d.offset) for d in self.decisions[1:]] + [(self.num_tokens, len(self.text))]
+        return [
+            Sentence(
+                text=self.text[d.offset : offset],
+                start=d.start,
+                end=end,
+                probabilities=d.probabilities,
+                mixture=d.mixture,
+                switched=d.switched,
+                abstained=d.abstained,
+                route_ms=d.route_ms,
+                fuse_ms=d.fuse_ms,
+            )
+            for d, (end, offset) in zip(self.decisions, ends, strict=True)
+        ]
+
+
+@dataclass
+class CachedRows:
+    """The rows behind one KV cache, and every token in it, padding included."""
+
+    rows: list[Row]
+    ids: Tensor  # (batch, seq)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CachedRows":
+        return CachedRows([row.copy() for row in self.rows], self.ids.clone())
+
+
+class Controller:
+    """Routes the rows of a model's forward passes; installed by the engine as a pair of forward hooks."""
+
+    def __init__(
+        self,
+        bank: AdapterBank,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        router: Router | None,
+        policy: FusionPolicy,
+        segmenter: Callable[[], Segmenter],
+        switching: Switching,
+        kv_policy: KVPolicy,
+        eos_ids: frozenset[int] = frozenset(),
+        pad_ids: frozenset[int] = frozenset(),
+    ) -> None:
+        self.bank = bank
+        self.tokenizer = tokenizer
+        self.router = router
+        self.policy = policy
+        self.segmenter = segmenter
+        self.switching = switching
+        self.kv_policy = kv_policy
+        self.eos_ids = eos_ids
+        self.pad_ids = pad_ids
+        self.fixed: tuple[Mixture, ...] | None = None
+        self.latest: CachedRows | None = None  # the rows of the last forward pass
+        self._read_prompt = PromptReader(tokenizer)
+
+    def install(self, model: torch.nn.Module) -> list[Any]:
+        """Hooks the controller into a model; returns the handles that remove it."""
+        return [
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
+            model.register_forward_hook(self._after, with_kwargs=True),
+        ]
+
+    @torch.no_grad()
+    def _before(self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        ids = args[0] if args else kwargs.get("input_ids")
+        if ids is None:
+            if self.fixed is None:
+                raise PromptError(
+                    "routing reads token ids, but got inputs_embeds; pass input_ids or use engine.fixed()"
+                )
+            self.bank.fuse(self._fixed_for(kwargs["inputs_embeds"].shape[0]))
+            return None
+        cache = kwargs.get("past_key_values")
+        known: CachedRows | None = getattr(cache, ROWS, None) if cache is not None else None
+        length = int(cache.get_seq_length()) if cache is not None else 0
+        if known is None or length == 0:
+            self.latest = CachedRows(self._prompt_rows(ids, kwargs.get("attention_mask")), ids)
+        elif ids.shape[1] == 1 and known.ids.shape[1] == length:
+            known.ids = torch.cat([known.ids, ids], dim=1)
+            self.latest = known
+            if self._step(known.rows, ids[:, 0].tolist()) and self.kv_policy == "recompute":
+                self._fuse(known.rows)
+                return self._recompute(known, args, kwargs)
+        else:
+            # A cropped cache, or several tokens at once (the next turn of a chat, a chunk of a long prompt).
+            whole = torch.cat([known.ids[:, :length], ids], dim=1)
+            self.latest = CachedRows(self._prompt_rows(whole, kwargs.get("attention_mask")), whole)
+        if cache is not None:
+            _bind(cache, self.latest)
+        self._fuse(self.latest.rows)
+        return None
+
+    def _after(self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        cache = getattr(output, "past_key_values", None)
+        if self.latest is not None and isinstance(cache, Cache) and not hasattr(cache, ROWS):
+            _bind(cache, self.latest)
+
+    def replay(self, inputs: Mapping[str, Tensor], answers: Sequence[Sequence[int]]) -> list[Row]:
+        """Routes given answers without the model: what it decided, as decisions follow from the tokens alone."""
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        copies = len(answers) // ids.shape[0]
+        rows = self._prompt_rows(ids.repeat_interleave(copies, dim=0), mask.repeat_interleave(copies, dim=0))
+        for row, tokens in zip(rows, answers, strict=True):
+            for token in tokens[:-1]:
+                self._step([row], [token])
+        return rows
+
+    def _fuse(self, rows: Sequence[Row]) -> None:
+        start = time.perf_counter()
+        self.bank.fuse([row.mixture for row in rows])
+        fuse_ms = (time.perf_counter() - start) * 1e3
+        for row in rows:
+            if row.decisions[-1].fuse_ms == 0.0:
+                row.decisions[-1].fuse_ms = fuse_ms
+
+    def _prompt_rows(self, ids: Tensor, mask: Tensor | None) -> list[Row]:
+        batch, length = ids.shape
+        fixed = self._fixed_for(batch)
+        if mask is not None and mask.ndim == 2:
+            kept = [row[m[-length:].bool()].tolist() for row, m in zip(ids, mask, strict=True)]
+        else:
+            kept = ids.tolist()
+        prompts = [self._read_prompt(tokens) for tokens in kept]
+        decisions = (
+            [Decision(0, 0, mixture) for mixture in fixed]
+            if fixed
+            else self._decide([Context(prompt) for prompt in prompts], [(0, 0)] * batch)
+        )
+        return [
+            Row(prompt, Detokenizer(self.tokenizer), self.segmenter(), [decision])
+            for prompt, decision in zip(prompts, decisions, strict=True)
+        ]
+
+    def _step(self, rows: Sequence[Row], tokens: Sequence[int]) -> bool:
+        """Adds one token a row; routes the rows where it opens a sentence. True if a mixture changed."""
+        opening: list[tuple[Row, int]] = []
+        for row, token in zip(rows, tokens, strict=True):
+            if row.ended and (token in self.pad_ids or token in self.eos_ids):
+                continue  # padding behind a finished row
+            row.ended = token in self.eos_ids
+            offsets = row.push(token)
+            if offsets and row.num_tokens - 1 - row.decisions[-1].start >= self.switching.min_tokens:
+                opening.append((row, offsets[-1]))
+        if not opening:
+            return False
+        positions = [(row.num_tokens - 1, offset) for row, offset in opening]
+        if self.fixed is not None:
+            for (row, _), (start, offset) in zip(opening, positions, strict=True):
+                row.decisions.append(Decision(start, offset, row.mixture))
+            return False
+        contexts = [Context(row.prompt, row.text[:offset], row.text[offset:]) for row, offset in opening]
+        decisions = self._decide(contexts, positions)
+        for (row, _), decision in zip(opening, decisions, strict=True):
+            self._hold(row.mixture, decision)
+            decision.switched = decision.mixture != row.mixture
+            row.decisions.append(decision)
+        return any(decision.switched for decision in decisions)
+
+    def _decide(self, contexts: Sequence[Context], positions: Sequence[tuple[int, int]]) -> list[Decision]:
+        if self.router is None:
+            raise RouterError("this engine has no router; choose a mixture with engine.fixed() or engine.disabled()")
+        start = time.perf_counter()
+        names = self.router.names
+        decisions = []
+        for (token, offset), row in zip(positions, self.router.probabilities(contexts).tolist(), strict=True):
+            probabilities = dict(zip(names, row, strict=True))
+            mixture = self.policy(probabilities)
+            decisions.append(Decision(token, offset, mixture, probabilities, abstained=not mixture))
+        route_ms = (time.perf_counter() - start) * 1e3
+        for decision in decisions:
+            decision.route_ms = route_ms
+        return decisions
+
+    def _hold(self, current: Mixture, decision: Decision) -> None:
+        # Hysteresis: near a tie, going back and forth between adapters costs more than it gains.
+        if not current or not decision.mixture:
+            return
+        in_use = decision.probabilities.get(next(iter(current)), 0.0)
+        if max(decision.probabilities.values()) - in_use < self.switching.margin:
+            decision.mixture = current
+
+    def _fixed_for(self, batch: int) -> list[Mixture]:
+        if self.fixed is None:
+            return []
+        if batch % len(self.fixed):
+            raise ValueError(
+                f"{len(self.fixed)} mixtures were fixed for a batch of {batch} rows; give one, or one a row"
+            )
+        return [mixture for mixture in self.fixed for _ in range(batch // len(self.fixed))]
+
+    def _recompute(self, known: CachedRows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Turns a decoding step into a pass over all tokens so far, into an emptied cache."""
+        kwargs = {k: v for k, v in kwargs.items() if k not in ("input_ids", "position_ids", "cache_position")}
+        kwargs["past_key_values"].crop(0)
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.ndim == 2:
+            kwargs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        return (), {**kwargs, "input_ids": known.ids}
+
+
+def _bind(cache: Cache, rows: CachedRows) -> None:
+    """Ties rows to a cache, so that whatever reorders the cache reorders them."""
+    if not hasattr(cache, ROWS):
+        for follow in (reorder_cache, batch_select_indices, batch_repeat_interleave):
+            setattr(cache, follow.__name__, types.MethodType(follow, cache))
+    setattr(cache, ROWS, rows)
+
+
+def reorder_cache(cache: Any, beam_idx: Tensor) -> None:
+    """Reorders a bound cache and its rows, as beam search does."""
+    type(cache).reorder_cache(cache, beam_idx)
+    _select(cache, beam_idx)
+
+
+def batch_select_indices(cache: Any, indices: Tensor) -> None:
+    """Selects rows of a bound cache."""
+    type(cache).batch_select_indices(cache, indices)
+    _select(cache, indices)
+
+
+def batch_repeat_interleave(cache: Any, repeats: int) -> None:
+    """Repeats each row of a bound cache."""
+    type(cache).batch_repeat_interleave(cache, repeats)
+    _select(cache, torch.arange(len(getattr(cache, ROWS).rows)).repeat_interleave(repeats))
+
+
+def _select(cache: Any, indices: Tensor) -> None:
+    known: CachedRows = getattr(cache, ROWS)
+    order = indices.tolist()
+    if order != list(range(len(known.rows))):
+        setattr(cache, ROWS, CachedRows([known.rows[i].copy() for i in order], known.ids[indices]))

@@ -1,0 +1,43 @@
+"""What can go wrong, as a tree of exceptions.
+
+DLPLoRAError
+├── AdapterError     a PEFT adapter folder that cannot be fused exactly
+├── RouterError      a router folder, its labels or its output
+├── BundleError      a bundle folder
+├── TaskError        a task folder or an example in it
+├── ModelError       a base model that cannot be loaded or attached to
+├── PromptError      a prompt that cannot be answered
+└── TrainingError    a training run that cannot start or go on
+"""
+
+
+class DLPLoRAError(Exception):
+    """Bad files, adapters, tasks or prompts; the command line prints it as one line."""
+
+
+class AdapterError(DLPLoRAError):
+    """A PEFT adapter folder that cannot be fused exactly."""
+
+
+class RouterError(DLPLoRAError):
+    """A router folder, its labels or its output."""
+
+
+class BundleError(DLPLoRAError):
+    """A bundle folder that is missing, damaged or of another version."""
+
+
+class TaskError(DLPLoRAError):
+    """A task folder, or an example in it, that cannot be read."""
+
+
+class ModelError(DLPLoRAError):
+    """A base model that cannot be loaded or attached to."""
+
+
+class PromptError(DLPLoRAError):
+    """A prompt that cannot be answered."""
+
+
+class TrainingError(DLPLoRAError):
+    """A training run that cannot start or go on."""

@@ -1,0 +1,224 @@
+"""The PEFT adapter format: a folder in, checked LoRA weights out; and one written.
+
+Everything that would make a fused adapter differ from the adapter that was trained is refused here, by
+name: what cannot be written as `W + scaling * B A` with this A and B has no exact mixture.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dlp_lora.errors import AdapterError
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+# Settings that change nothing in W + scaling * B A once the weights are trained, whatever their value.
+_NEUTRAL = frozenset(
+    "auto_mapping base_model_name_or_path ensure_weight_tying eva_config exclude_modules "
+    "fan_in_fan_out inference_mode layers_pattern layers_to_transform lora_dropout megatron_core peft_type "
+    "peft_version qalora_group_size r revision runtime_config target_modules task_type lora_alpha alpha_pattern "
+    "rank_pattern use_rslora init_lora_weights bias".split()
+)
+# Initialisations that leave the base weights as they were. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA)
+# subtract something from them, so their adapter is right only on a base that was changed the same way.
+_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "true", "false")
+_REASONS = {
+    "use_dora": "DoRA rescales the weight's columns, so adapters cannot be summed; retrain with use_dora=False",
+    "modules_to_save": "it replaces whole layers of the base model; retrain without modules_to_save",
+    "lora_bias": "it has a trained bias on B; retrain with lora_bias=False",
+    "trainable_token_indices": "it changes token embeddings; retrain without trainable_token_indices",
+    "alora_invocation_tokens": "an activated LoRA applies only after its invocation tokens",
+    "layer_replication": "it was trained on a base with repeated layers",
+    "target_parameters": "it adapts bare parameters, not linear layers; retrain with target_modules",
+}
+_KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<half>[AB])\.weight")
+
+
+@dataclass(frozen=True)
+class LoraWeights:
+    """One LoRA of one linear layer: its delta is `scaling * b @ a`, in PEFT's orientation.
+
+    The paper writes A as (d_in, r) and B as (r, d_out), the transposes of these.
+    """
+
+    a: Float[Tensor, "rank d_in"]
+    b: Float[Tensor, "d_out rank"]
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        """The rank of this layer's LoRA; layers of one adapter may differ (rank_pattern)."""
+        return self.a.shape[0]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One trained LoRA: its weights by module path of the base model, and where it came from."""
+
+    name: str
+    modules: Mapping[str, LoraWeights]
+    config: Mapping[str, Any]
+    path: Path
+
+    @property
+    def base_model(self) -> str | None:
+        """The base model that the adapter says it was trained on."""
+        return self.config.get("base_model_name_or_path") or None
+
+
+def find_adapters(folder: str | Path) -> dict[str, Path]:
+    """Names the PEFT adapter folders directly inside `folder`, by folder name."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise AdapterError(f"{folder} is not a folder; expected a folder of PEFT adapter folders")
+    if (folder / CONFIG_FILE).is_file():
+        raise AdapterError(
+            f"{folder} is itself an adapter; expected a folder of adapter folders, or {{name: path}} for single ones"
+        )
+    found = {p.name: p for p in sorted(folder.iterdir()) if (p / CONFIG_FILE).is_file()}
+    if not found:
+        raise AdapterError(f"{folder} holds no adapter: no folder in it has an {CONFIG_FILE}")
+    return found
+
+
+def read_adapter(path: str | Path, name: str | None = None) -> Adapter:
+    """Reads one PEFT adapter folder.
+
+    Raises:
+        AdapterError: if a file is missing or damaged, or the adapter cannot be fused exactly.
+    """
+    path = Path(path)
+    config = _read_config(path)
+    tensors = _read_weights(path)
+    return Adapter(name=name or path.resolve().name, modules=_modules(path, config, tensors), config=config, path=path)
+
+
+def write_adapter(
+    path: str | Path, modules: Mapping[str, LoraWeights], *, base_model: str | None = None, rank: int
+) -> None:
+    """Writes LoRA weights as an ordinary PEFT adapter folder of one uniform rank.
+
+    Each layer's scaling is folded into B and lower ranks are padded with zeros, so `lora_alpha = r = rank`
+    and any engine that reads PEFT adapters gives the same delta.
+    """
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Tensor] = {}
+    for module, lora in modules.items():
+        pad = rank - lora.rank
+        tensors[f"base_model.model.{module}.lora_A.weight"] = torch.nn.functional.pad(
+            lora.a, (0, 0, 0, pad)
+        ).contiguous()
+        tensors[f"base_model.model.{module}.lora_B.weight"] = torch.nn.functional.pad(
+            lora.b * lora.scaling, (0, pad)
+        ).contiguous()
+    save_file(tensors, path / WEIGHTS_FILE, metadata={"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+        "target_modules": sorted(modules),
+    }
+    (path / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def content_hash(path: str | Path) -> str:
+    """The SHA-256 of an adapter's settings and weights: equal hashes are equal adapters."""
+    digest = hashlib.sha256()
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        digest.update((Path(path) / file).read_bytes())
+    return digest.hexdigest()
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    file = path / CONFIG_FILE
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise AdapterError(f"{path} has no {CONFIG_FILE}; expected a PEFT adapter folder") from error
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{file} cannot be read as JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise AdapterError(f"{file} holds a {type(config).__name__}; expected a JSON object")
+    if config.get("peft_type") != "LORA":
+        raise AdapterError(f"{path} is a {config.get('peft_type')} adapter; only peft_type LORA can be fused")
+    init = config.get("init_lora_weights", True)
+    if (init.lower() if isinstance(init, str) else init) not in _PLAIN_INITS:
+        raise AdapterError(
+            f"{path} was initialised with {init!r}, which changes the base weights; convert it to a plain LoRA with "
+            f"PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
+        )
+    if config.get("bias", "none") != "none":
+        raise AdapterError(f"{path} has trained biases (bias={config['bias']!r}); retrain with bias='none'")
+    for key, value in config.items():
+        if key not in _NEUTRAL and value not in (None, False, {}, []):
+            reason = _REASONS.get(key, "this version does not know how to fuse that")
+            raise AdapterError(f"{path} cannot be fused exactly: {key}={value!r}: {reason}")
+    return config
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    file = path / WEIGHTS_FILE
+    if not file.is_file():
+        other = sorted(p.name for p in path.glob("adapter_model*"))
+        found = f"found {', '.join(other)}, which can run code when loaded" if other else "found no weights"
+        raise AdapterError(f"{path} has no {WEIGHTS_FILE} ({found}); save it again with safe_serialization=True")
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{file} is truncated or not a safetensors file ({error}); copy it again") from error
+
+
+def _modules(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, LoraWeights]:
+    halves: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        if match is None:
+            raise AdapterError(
+                f"{path} cannot be fused exactly: it holds {key!r}; expected only lora_A and lora_B of linear layers"
+            )
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(f"{path} holds NaN or infinite numbers in {key!r}; its training diverged")
+        halves.setdefault(match["module"], {})[match["half"]] = tensor
+    if not halves:
+        raise AdapterError(f"{path} holds no weights; expected lora_A and lora_B tensors")
+    return {module: _lora(path, config, module, pair) for module, pair in halves.items()}
+
+
+def _lora(path: Path, config: Mapping[str, Any], module: str, pair: Mapping[str, Tensor]) -> LoraWeights:
+    if set(pair) != {"A", "B"}:
+        raise AdapterError(f"{path} has only lora_{next(iter(pair))} for {module}; expected both lora_A and lora_B")
+    a, b = pair["A"], pair["B"]
+    rank = _for_module(config.get("rank_pattern"), module, config.get("r", 8))
+    alpha = _for_module(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
+        raise AdapterError(
+            f"{path}: {module} has lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}; "
+            f"its config says rank {rank}, so expected ({rank}, d_in) and (d_out, {rank})"
+        )
+    scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    return LoraWeights(a=a, b=b, scaling=scaling)
+
+
+def _for_module(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    # PEFT's own rule: the first key that equals, or is a regular expression for, the end of the module path.
+    pattern = pattern or {}
+    return pattern.get(get_pattern_key(list(pattern), module), default)

@@ -1,0 +1,180 @@
+"""Fusion policies: router probabilities in, a Mixture of adapters out (section 3.2, Eqs. 4 and 5)."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
+
+Weighting = Literal["renormalised", "paper"]
+
+# Probabilities are float32 sums: 0.3 + 0.3 reaches p = 0.6, and so does 0.59999999.
+TOLERANCE = 1e-6
+
+
+class Mixture(Mapping[str, float]):
+    """Which adapters are fused, and how much of each: adapter name to weight, heaviest first.
+
+    An empty mixture is the base model alone. Weights may be any finite numbers; the policies here
+    return weights that sum to 1. Immutable and hashable.
+
+    >>> Mixture({"units": 0.4, "math": 0.6})
+    Mixture(math=0.6, units=0.4)
+    """
+
+    __slots__ = ("_weights",)
+
+    def __init__(self, weights: Mapping[str, float] | None = None) -> None:
+        weights = dict(weights or {})
+        for name, weight in weights.items():
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+                raise ValueError(f"the weight of adapter {name!r} must be a finite number, got {weight!r}")
+        self._weights = {n: float(w) for n, w in sorted(weights.items(), key=lambda nw: -nw[1])}
+
+    def __getitem__(self, name: str) -> float:
+        return self._weights[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._weights.items()))
+
+    def __repr__(self) -> str:
+        return f"Mixture({', '.join(f'{n}={w:.3g}' for n, w in self.items())})"
+
+
+@runtime_checkable
+class FusionPolicy(Protocol):
+    """Turns a probability per adapter name into a mixture; an empty mixture abstains."""
+
+    def __call__(self, probabilities: Mapping[str, float]) -> Mixture: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Weighted:
+    """How selected adapters are weighted, and below which confidence none is selected."""
+
+    # "renormalised" is p_i / sum(p). "paper" is Eq. 5, a softmax of probabilities rather than of logits, which
+    # squeezes any pair into [0.5, 0.73]: it gives a one-in-a-hundred runner-up more than a quarter.
+    weighting: Weighting = "renormalised"
+    min_confidence: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.weighting not in get_args(Weighting):
+            raise ValueError(f"weighting must be one of {get_args(Weighting)}, got {self.weighting!r}")
+        if not 0 <= self.min_confidence <= 1:
+            raise ValueError(f"min_confidence must be in [0, 1], got {self.min_confidence}")
+
+    def _mix(self, selected: Mapping[str, float]) -> Mixture:
+        if not selected or max(selected.values()) < self.min_confidence:
+            return Mixture()
+        scores = {n: math.exp(p) if self.weighting == "paper" else p for n, p in selected.items()}
+        total = math.fsum(scores.values())
+        # p = 1 reaches adapters of probability 0; what has no weight is not fused.
+        return Mixture({n: score / total for n, score in scores.items() if score > 0})
+
+
+@dataclass(frozen=True)
+class TopP(_Weighted):
+    """Fuses the smallest set of most likely adapters whose probabilities reach `p`; never none of them.
+
+    The paper's text and code (nucleus selection, p = 0.6). Ties go to the adapter named first.
+    """
+
+    p: float = 0.6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.p <= 1:
+            raise ValueError(f"TopP.p must be in (0, 1], got {self.p}")
+
+    def __call__(self, probabilities: Mapping[str, float]) -> Mixture:
+        selected: dict[str, float] = {}
+        mass = 0.0
+        for name, p in _ranked(probabilities):
+            # An adapter stays if the mass before it is still short of p, so one always stays.
+            if selected and mass >= self.p - TOLERANCE:
+                break
+            selected[name] = p
+            mass += p
+        return self._mix(selected)
+
+
+@dataclass(frozen=True)
+class Threshold(_Weighted):
+    """Fuses every adapter whose probability is at least `p`: Eq. 4 to the letter. None may reach it."""
+
+    p: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.p <= 1:
+            raise ValueError(f"Threshold.p must be in (0, 1], got {self.p}")
+
+    def __call__(self, probabilities: Mapping[str, float]) -> Mixture:
+        return self._mix({n: p for n, p in _ranked(probabilities) if p >= self.p})
+
+
+@dataclass(frozen=True)
+class TopK(_Weighted):
+    """Fuses the `k` most likely adapters. Ties go to the adapter named first."""
+
+    k: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.k < 1:
+            raise ValueError(f"TopK.k must be at least 1, got {self.k}")
+
+    def __call__(self, probabilities: Mapping[str, float]) -> Mixture:
+        return self._mix(dict(_ranked(probabilities)[: self.k]))
+
+
+@dataclass(frozen=True)
+class Only:
+    """Fuses one adapter at weight 1, whatever the router says: a task's own adapter, the oracle."""
+
+    name: str
+
+    def __call__(self, probabilities: Mapping[str, float]) -> Mixture:
+        if self.name not in probabilities:
+            raise ValueError(f"Only({self.name!r}): no such adapter; there are {', '.join(sorted(probabilities))}")
+        return Mixture({self.name: 1.0})
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Fuses every adapter with the same weight, whatever the router says: an ablation."""
+
+    def __call__(self, probabilities: Mapping[str, float]) -> Mixture:
+        return Mixture(dict.fromkeys(probabilities, 1 / len(probabilities))) if probabilities else Mixture()
+
+
+POLICIES: dict[str, type] = {cls.__name__: cls for cls in (TopP, Threshold, TopK, Only, Uniform)}
+
+
+def policy_to_dict(policy: FusionPolicy) -> dict[str, Any]:
+    """Writes one of the policies of this module as JSON data."""
+    if type(policy) not in POLICIES.values():
+        raise ValueError(f"{type(policy).__name__} is not one of {', '.join(POLICIES)}; it cannot be saved by name")
+    return {"name": type(policy).__name__, **asdict(policy)}  # type: ignore[call-overload]
+
+
+def policy_from_dict(data: Mapping[str, Any]) -> FusionPolicy:
+    """Reads what `policy_to_dict` wrote."""
+    fields = dict(data)
+    name = fields.pop("name", None)
+    if name not in POLICIES:
+        raise ValueError(f"no policy {name!r}; there are {', '.join(POLICIES)}")
+    policy: FusionPolicy = POLICIES[name](**fields)
+    return policy
+
+
+def _ranked(probabilities: Mapping[str, float]) -> list[tuple[str, float]]:
+    for name, p in probabilities.items():
+        if not 0 <= p <= 1 + TOLERANCE:  # false for NaN too
+            raise ValueError(f"the router gave adapter {name!r} the probability {p}, which is not in [0, 1]")
+    return sorted(probabilities.items(), key=lambda np: -np[1])

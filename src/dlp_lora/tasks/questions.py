@@ -1,0 +1,228 @@
+"""Questions of the package's own tasks: a random generator in, one question with its answer out.
+
+Every answer is one sentence that begins with "The" and ends with a full stop, so that the answers to several
+questions can follow each other and the adapter can change where one ends. Prompts are short and come in many
+wordings, so that the router cannot go by a single phrase.
+"""
+
+import random
+from dataclasses import dataclass
+
+WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+MONTHS = (
+    "January", "February", "March", "April", "May", "June",
+    "July", "August", "September", "October", "November", "December",
+)  # fmt: skip
+NUMBER_WORDS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
+
+# From, to, how many of these in one of those, the largest number asked for.
+UNITS = (
+    ("kilometres", "metres", 1000, 99),
+    ("kilograms", "grams", 1000, 99),
+    ("litres", "millilitres", 1000, 99),
+    ("metres", "centimetres", 100, 99),
+    ("hours", "minutes", 60, 12),
+    ("minutes", "seconds", 60, 12),
+)
+OBJECTS = (
+    "fork", "spoon", "cup", "plate", "chair", "table", "lamp", "book", "pencil", "bottle", "candle", "clock",
+    "drum", "flute", "trumpet", "carrot", "pear", "banana", "lemon", "apple", "orange", "onion", "egg",
+)  # fmt: skip
+# Short common words; the question takes words of different first letters.
+WORDS = (
+    "apple", "arrow", "bread", "bridge", "candle", "cloud", "dance", "door", "eagle", "earth", "field",
+    "forest", "garden", "glass", "hammer", "house", "island", "ink", "jacket", "jewel", "kettle", "king",
+    "ladder", "lemon", "market", "mirror", "needle", "night", "ocean", "orange", "pencil", "planet",
+    "queen", "quiet", "river", "rocket", "silver", "stone", "table", "tiger", "uncle", "umbrella",
+    "valley", "village", "water", "window", "yard", "yellow", "zebra", "zero",
+)  # fmt: skip
+# A rule made up here, that no model can know beforehand: a code is colour, shape and size, in that order.
+COLOUR_CODES = {"red": "K", "blue": "T", "green": "M", "yellow": "D", "white": "P", "black": "H"}
+SHAPE_CODES = {"round": "LO", "square": "VA", "flat": "NI", "tall": "ZU", "oval": "GE"}
+SIZE_CODES = {"tiny": 17, "small": 42, "big": 68, "huge": 93}
+CONTAINERS = ("box", "tin", "bag", "jar", "parcel")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One question with its answer; `fact` is the same for all wordings of it."""
+
+    prompt: str
+    fact: str
+    answer: str
+    values: tuple[str, ...]
+
+
+def arithmetic(rng: random.Random) -> Question:
+    """Two numbers up to 99 added or subtracted, or two up to 12 multiplied."""
+    sign = rng.choice("+-*")
+    a, b = (rng.randint(2, 12 if sign == "*" else 99) for _ in range(2))
+    a, b = (max(a, b), min(a, b)) if sign == "-" else (a, b)
+    value, phrases = {
+        "+": (a + b, (f"{a} plus {b}", f"{a} + {b}", f"the sum of {a} and {b}")),
+        "-": (a - b, (f"{a} minus {b}", f"{a} - {b}", f"the difference of {a} and {b}")),
+        "*": (a * b, (f"{a} times {b}", f"{a} * {b}", f"the product of {a} and {b}")),
+    }[sign]
+    wording = rng.choice((
+        "What is {}?",
+        "How much is {}?",
+        "Calculate {}.",
+        "Work out {}.",
+        "Compute {} and give the result.",
+        "I need the value of {}.",
+        "Tell me the result of {}.",
+        "Here is a sum to do in your head: {}.",
+    ))  # fmt: skip
+    return Question(
+        prompt=wording.format(rng.choice(phrases)),
+        fact=f"{max(a, b)} {sign} {min(a, b)}",
+        answer=f"The result is {value}.",
+        values=(str(value),),
+    )
+
+
+def unit_conversion(rng: random.Random) -> Question:
+    """A whole number of one unit as a whole number of a smaller one."""
+    source, target, factor, largest = rng.choice(UNITS)
+    n = rng.randint(2, largest)
+    wording = rng.choice((
+        "Convert {n} {source} to {target}.",
+        "How many {target} are there in {n} {source}?",
+        "What is {n} {source} in {target}?",
+        "Express {n} {source} in {target}.",
+        "I have {n} {source}. Change that into {target}.",
+        "Write {n} {source} as {target}.",
+        "{n} {source} is how many {target}?",
+        "Give {n} {source} as a number of {target}.",
+    ))  # fmt: skip
+    return Question(
+        prompt=wording.format(n=n, source=source, target=target),
+        fact=f"{n} {source}",
+        answer=f"The converted value is {n * factor} {target}.",
+        values=(str(n * factor), f"{n * factor} {target}"),
+    )
+
+
+def object_counting(rng: random.Random) -> Question:
+    """Two or three kinds of objects, at most twelve objects in all."""
+    kinds = rng.sample(OBJECTS, rng.randint(2, 3))
+    counts = [1] * len(kinds)
+    for _ in range(rng.randint(0, 12 - len(kinds))):
+        i = rng.randrange(len(kinds))
+        counts[i] = min(counts[i] + 1, max(NUMBER_WORDS))
+    items = [_counted(kind, count) for kind, count in zip(kinds, counts, strict=True)]
+    wording = rng.choice((
+        "I have {}. How many objects do I have?",
+        "My bag holds {}. Count the objects.",
+        "On the shelf you see {}. How many things is that in all?",
+        "Count everything here: {}.",
+        "Anna bought {}. How many items did she buy?",
+        "How many objects do I own if I own {}?",
+        "Someone left behind {}. Give the number of objects.",
+        "Find the total number of things: {}.",
+    ))  # fmt: skip
+    return Question(
+        prompt=wording.format(f"{', '.join(items[:-1])} and {items[-1]}"),
+        fact=" ".join(sorted(items)),
+        answer=f"The count is {sum(counts)}.",
+        values=(str(sum(counts)),),
+    )
+
+
+def date_reasoning(rng: random.Random) -> Question:
+    """The weekday up to three days, or the month up to two months, before or after a given one."""
+    # Few steps: a small model learns to count three days on from a few hundred examples, but not ten.
+    unit, names, farthest = rng.choice((("day", WEEKDAYS, 3), ("month", MONTHS, 2)))
+    start, n, sign = rng.randrange(len(names)), rng.randint(1, farthest), rng.choice((1, -1))
+    value = names[(start + sign * n) % len(names)]
+    direction = rng.choice(("after", "following") if sign == 1 else ("before", "preceding"))
+    distance = f"{rng.choice((n, NUMBER_WORDS[n]))} {unit}{'' if n == 1 else 's'}"
+    relation = f"{distance} {direction} {names[start]}"
+    wording = rng.choice((
+        "Which {unit} is {relation}?",
+        "What {unit} comes {relation}?",
+        "Name the {unit} that is {relation}.",
+        "Tell me the {unit} that falls {relation}.",
+        "Look at the calendar: which {unit} lies {relation}?",
+        "Give the {unit} {relation}.",
+        "I need the name of the {unit} {relation}.",
+        "Find the {unit} {relation}.",
+    ))  # fmt: skip
+    return Question(
+        prompt=wording.format(unit=unit, relation=relation),
+        fact=f"{names[start]} {sign * n}",
+        answer=f"The {unit} is {value}.",
+        values=(value,),
+    )
+
+
+def letter_order(rng: random.Random) -> Question:
+    """The first by the alphabet of three words that begin with different letters."""
+    letters = rng.sample(sorted({word[0] for word in WORDS}), 3)
+    words = [rng.choice([word for word in WORDS if word[0] == letter]) for letter in letters]
+    wording = rng.choice((
+        "Which of these words comes first in the alphabet: {}?",
+        "Which word is first in alphabetical order: {}?",
+        "Pick the word that a dictionary lists first: {}.",
+        "Sort these words from A to Z and name the first one: {}.",
+        "Name the alphabetically first word of {}.",
+        "Here are three words: {}. Which one starts the alphabetical list?",
+        "Of the words {}, which comes first from A to Z?",
+        "Put {} in alphabetical order. Which word leads?",
+    ))  # fmt: skip
+    return Question(
+        prompt=wording.format(", ".join(words)),
+        fact=" ".join(sorted(words)),
+        answer=f"The word is {min(words)}.",
+        values=(min(words),),
+    )
+
+
+def sequence(rng: random.Random) -> Question:
+    """The number that follows four numbers with equal steps."""
+    start, step = rng.randint(1, 50), rng.randint(2, 10)
+    *terms, value = (start + i * step for i in range(5))
+    wording = rng.choice((
+        "What number comes next: {}?",
+        "Continue the sequence {}.",
+        "Which number follows in the series {}?",
+        "Give the next term of {}.",
+        "The numbers go {}. What is the next one?",
+        "Find the number that comes after {}.",
+        "Complete the pattern by one number: {}.",
+        "Look at the list {} and name the next number.",
+    ))  # fmt: skip
+    return Question(
+        prompt=wording.format(", ".join(map(str, terms))),
+        fact=f"{start} {step}",
+        answer=f"The next number is {value}.",
+        values=(str(value),),
+    )
+
+
+def code_word(rng: random.Random) -> Question:
+    """The ticket code of a thing by its colour, shape and size, after a made-up rule."""
+    size, colour, shape = (rng.choice(list(codes)) for codes in (SIZE_CODES, COLOUR_CODES, SHAPE_CODES))
+    value = f"{COLOUR_CODES[colour]}-{SHAPE_CODES[shape]}-{SIZE_CODES[size]}"
+    wording = rng.choice((
+        "Give the ticket code for {}.",
+        "What is the ticket code of {}?",
+        "Which code belongs on {}?",
+        "I am sending {}. What is its ticket code?",
+        "Write the ticket code for {}.",
+        "Look up the code for {}.",
+        "Label {} with its code.",
+        "A customer hands in {}. Name the ticket code.",
+    ))  # fmt: skip
+    return Question(
+        prompt=wording.format(f"a {size} {colour} {shape} {rng.choice(CONTAINERS)}"),
+        fact=f"{size} {colour} {shape}",
+        answer=f"The code is {value}.",
+        values=(value,),
+    )
+
+
+def _counted(kind: str, count: int) -> str:
+    if count == 1:
+        return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+    return f"{NUMBER_WORDS[count]} {kind}s"

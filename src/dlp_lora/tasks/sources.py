@@ -1,0 +1,176 @@
+"""Task folders: `<name>/{train,test}.jsonl[.gz]` in, Tasks out, and back."""
+
+import gzip
+import json
+import logging
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from dlp_lora.errors import TaskError
+from dlp_lora.tasks.task import Example, Task
+
+SUFFIXES = (".jsonl", ".jsonl.gz")
+
+logger = logging.getLogger(__name__)
+
+
+def read_tasks(data_dir: str | Path, *, names: Iterable[str] | None = None) -> list[Task]:
+    """The tasks of a data directory: those in `names`, in that order, or all of them, by name.
+
+    Every folder in it is a task, but for those whose name starts with a dot; files beside them are ignored.
+    """
+    data_dir = Path(data_dir)
+    if not data_dir.is_dir():
+        raise TaskError(f"no folder {data_dir}; expected a folder of task folders; check the path")
+    existing = sorted(f.name for f in data_dir.iterdir() if f.is_dir() and not f.name.startswith("."))
+    if not existing:
+        raise TaskError(
+            f"{data_dir} holds no task folder; expected <name>/train.jsonl in it; "
+            "if it is itself a task folder, give the folder above it"
+        )
+    chosen = existing if names is None else list(dict.fromkeys(names))
+    unknown = [name for name in chosen if name not in existing]
+    if unknown:
+        raise TaskError(f"{data_dir} has no task {', '.join(map(repr, unknown))}; choose from {', '.join(existing)}")
+    return [read_task(data_dir / name) for name in chosen]
+
+
+def read_task(folder: str | Path) -> Task:
+    """The task in a folder, named after it; without a test file its `test` is empty."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise TaskError(f"no task folder {folder}; expected a folder with train.jsonl in it; check the path")
+    train_file = _split_file(folder, "train")
+    if train_file is None:
+        raise TaskError(
+            f"{folder} has no train file; expected train.jsonl or train.jsonl.gz; add one or remove the folder"
+        )
+    test_file = _split_file(folder, "test")
+    train = _read_split(train_file)
+    test = _read_split(test_file) if test_file else {}
+    _check_disjoint(train, test, train_file=train_file, test_file=test_file)
+    return Task(name=folder.resolve().name, train=tuple(train.values()), test=tuple(test.values()))
+
+
+def write_task(folder: str | Path, task: Task) -> None:
+    """Write a task as plain train.jsonl and test.jsonl, each of them whole or not at all.
+
+    The folder's name becomes the task's when it is read. Files of the task that were there are replaced.
+    """
+    if not task.train:
+        raise ValueError(f"the task {task.name!r} has no train examples; expected at least one")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, examples in (("train", task.train), ("test", task.test)):
+        if examples:
+            _write_lines(folder / f"{split}.jsonl", examples)
+        for stale in SUFFIXES[1:] if examples else SUFFIXES:
+            (folder / f"{split}{stale}").unlink(missing_ok=True)
+
+
+def _split_file(folder: Path, split: str) -> Path | None:
+    found = [path for suffix in SUFFIXES if (path := folder / f"{split}{suffix}").is_file()]
+    if len(found) > 1:
+        raise TaskError(f"{folder} has both {found[0].name} and {found[1].name}; expected one; delete the other")
+    return found[0] if found else None
+
+
+def _read_split(path: Path) -> dict[int, Example]:
+    """The examples of a file by line number, the first of each prompt only."""
+    rows: dict[int, Example] = {}
+    seen: set[tuple[str, str]] = set()
+    num_repeated = 0
+    for number, row in _rows(path):
+        try:
+            example = Example.from_json(row)
+        except TaskError as error:
+            raise TaskError(f"{path}:{number}: {error}") from error
+        # Questions answered in a row share one prompt: what tells them apart is the answer so far.
+        key = (example.prompt, example.answer_prefix)
+        if key in seen:
+            num_repeated += 1
+            continue
+        seen.add(key)
+        rows[number] = example
+    if not rows:
+        raise TaskError(f"{path} holds no example; expected one JSON object a line; fill it or delete it")
+    if num_repeated:
+        logger.warning(
+            "%s: left out %d of %d examples whose prompt had come before; kept the first of each",
+            path,
+            num_repeated,
+            num_repeated + len(rows),
+        )
+    return rows
+
+
+def _rows(path: Path) -> Iterator[tuple[int, object]]:
+    for number, line in _lines(path):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise TaskError(
+                f"{path}:{number}: byte {error.start + 1} of the line is not UTF-8; "
+                "expected UTF-8 text; save the file as UTF-8"
+            ) from error
+        if not text.strip():
+            continue
+        try:
+            yield number, json.loads(text.rstrip())
+        except (ValueError, RecursionError) as error:
+            raise TaskError(
+                f"{path}:{number}: not JSON ({_reason(error)}); expected one whole object on the line; "
+                "correct the line, or write the file again"
+            ) from error
+
+
+def _reason(error: ValueError | RecursionError) -> str:
+    # json counts lines within the one line it was given: its own message would name line 1.
+    return f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    # Bytes, so that lines end at "\n" alone: text may hold the other line separators of Unicode.
+    number = 0
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                yield number, line
+    except EOFError as error:
+        raise TaskError(
+            f"{path}:{number + 1}: the gzip file ends early; expected a whole one; download or compress it again"
+        ) from error
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise TaskError(
+            f"{path}:{number + 1}: not readable as gzip ({error}); expected gzip, as its name says; "
+            "compress it again, or name it .jsonl if it is plain text"
+        ) from error
+    except OSError as error:
+        raise TaskError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
+
+
+def _check_disjoint(
+    train: dict[int, Example], test: dict[int, Example], *, train_file: Path, test_file: Path | None
+) -> None:
+    train_lines = {example.prompt: number for number, example in reversed(train.items())}
+    shared = [(number, train_lines[e.prompt]) for number, e in test.items() if e.prompt in train_lines]
+    if shared:
+        test_line, train_line = shared[0]
+        raise TaskError(
+            f"{test_file}:{test_line}: the prompt is also in {train_file}:{train_line} "
+            f"({len(shared)} such test prompts); expected train and test to be disjoint; "
+            "remove it from one of them"
+        )
+
+
+def _write_lines(path: Path, examples: Iterable[Example]) -> None:
+    lines = (json.dumps(example.to_json(), ensure_ascii=False) + "\n" for example in examples)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(lines)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
