@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from datetime import date
+from datetime import datetime, timedelta
 
 import pytest
 from hypothesis import given, settings
@@ -27,8 +27,6 @@ PER_UNIT = {
     ("hours", "minutes"): 60,
     ("minutes", "seconds"): 60,
 }
-DAYS = [date(2024, 1, day).strftime("%A") for day in range(1, 8)]  # a Monday and on
-MONTHS = [date(2024, month, 1).strftime("%B") for month in range(1, 13)]
 
 
 def solve_arithmetic(prompt: str) -> str:
@@ -66,21 +64,11 @@ def solve_letter_order(prompt: str) -> str:
     return f"The word is {sorted(words)[0]}."
 
 
-def parse_date(prompt: str) -> tuple[int, str, str]:
-    n, unit, direction, start = re.search(
-        r"(\w+) (day|month)s? (after|following|before|preceding) (\w+)", prompt
-    ).groups()
-    n = int({"one": 1, "two": 2, "three": 3}.get(n, n))
-    return (n if direction in ("after", "following") else -n), unit, start
-
-
 def solve_date_reasoning(prompt: str) -> str:
-    n, unit, start = parse_date(prompt)
-    names = DAYS if unit == "day" else MONTHS
-    for _ in range(abs(n)):
-        i = names.index(start)
-        start = names[(i + 1) % len(names)] if n > 0 else names[i - 1]
-    return f"The {unit} is {start}."
+    n, direction, start = re.search(r"(\d+) days? (after|before) (\d+ \w+)\b", prompt).groups()
+    step = timedelta(days=int(n) if direction == "after" else -int(n))
+    found = datetime.strptime(f"{start} 2023", "%d %B %Y") + step
+    return f"The date is {found.day} {found:%B}."
 
 
 SOLVERS = {
@@ -99,7 +87,7 @@ def all_examples(name: str, *, seed: int = 0) -> tuple[Example, ...]:
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(seed=seeds)
 def test_every_answer_is_the_one_that_solving_the_prompt_gives(name, seed):
     for example in all_examples(name, seed=seed):
@@ -119,7 +107,7 @@ def test_a_ticket_code_is_one_piece_for_each_attribute_whatever_the_others_are()
 
 
 @names
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(seed=seeds)
 def test_every_answer_is_one_sentence_with_its_value_in_it(name, seed):
     for example in all_examples(name, seed=seed):
@@ -133,7 +121,7 @@ def test_every_answer_is_one_sentence_with_its_value_in_it(name, seed):
 
 
 @names
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(seed=seeds)
 def test_no_prompt_comes_twice_within_train_and_test(name, seed):
     task = procedural_task(name, seed=seed)
@@ -153,7 +141,7 @@ def test_no_test_question_is_a_training_question_in_other_words(name):
             found = re.search(r"\w+, \w+, \w+", prompt.replace("Of the words", "")).group()
             return " ".join(sorted(found.split(", ")))
         if name == "date_reasoning":
-            return str(parse_date(prompt))
+            return re.search(r"\d+ \w+ (after|before) \d+", prompt).group()
         numbers = " ".join(sorted(re.findall(r"\d+", prompt)))
         return numbers + SOLVERS[name](prompt)
 
@@ -196,17 +184,15 @@ def test_two_processes_with_different_hash_seeds_make_the_same_tasks():
         "import hashlib; from dlp_lora.tasks import PROCEDURAL, procedural_task; "
         "print(hashlib.sha256(repr([procedural_task(name) for name in PROCEDURAL]).encode()).hexdigest())"
     )
-    digests = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "PYTHONHASHSEED": hash_seed},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-        for hash_seed in ("1", "2")
-    }
-    assert digests == {digest_of_all_tasks()}
+    other_seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
+    other = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONHASHSEED": other_seed},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert other.stdout.strip() == digest_of_all_tasks()
 
 
 def test_an_unknown_task_name_lists_the_ones_that_exist():
@@ -221,5 +207,5 @@ def test_a_size_that_makes_no_task_is_refused(num_train, num_test):
 
 
 def test_asking_for_more_questions_than_there_are_is_refused():
-    with pytest.raises(ValueError, match=r"date_reasoning ran out of different questions at \d+ of num_train=9999"):
-        procedural_task("date_reasoning", num_train=9999)
+    with pytest.raises(ValueError, match=r"unit_conversion ran out of different questions at \d+ of num_train=9999"):
+        procedural_task("unit_conversion", num_train=9999)

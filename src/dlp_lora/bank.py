@@ -180,6 +180,7 @@ class AdapterBank:
             for name in row:
                 self._known(name)
         union = [name for name in self._blocks if any(name in row for row in rows)]
+        self._fused = None  # what breaks off half-way must be fused anew
         for s, stack in enumerate(self.stacks):
             here = [name for name in union if s in self._blocks[name]]
             if not here:

@@ -16,6 +16,7 @@ from typing import Any
 from dlp_lora.errors import BundleError
 from dlp_lora.folders import recover_folder, replace_folder
 from dlp_lora.peft_format import CONFIG_FILE, WEIGHTS_FILE, content_hash
+from dlp_lora.policy import policy_from_dict
 from dlp_lora.router import Router
 
 BUNDLE_FILE = "bundle.json"
@@ -56,22 +57,28 @@ def read_bundle(path: str | Path) -> Bundle:
             raise BundleError(
                 f"{path} has bundle format {data['format']}; this version reads {FORMAT}; upgrade dlp-lora"
             )
+        hashes = dict(data["adapters"])
         bundle = Bundle(
             base_model=data["base_model"],
-            adapters={name: path / "adapters" / name for name in data["adapters"]},
+            adapters={name: path / "adapters" / name for name in hashes},
             router=path / "router" if data["router"] else None,
             policy=data["policy"],
             switching=data["switching"],
             kv_policy=data["kv_policy"],
         )
+        for value, kind in ((bundle.base_model, str), (bundle.policy, dict), (bundle.switching, dict)):
+            if not isinstance(value, kind):
+                raise TypeError(f"{value!r} where a {kind.__name__} is expected")
+        policy_from_dict(bundle.policy)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BundleError(f"{path / BUNDLE_FILE} is damaged ({error!r}); make the bundle again") from error
     for name, folder in bundle.adapters.items():
+        _check_name(name)
         try:
             found = content_hash(folder)
         except OSError as error:
             raise BundleError(f"{path}: its adapter {name!r} is missing or unreadable ({error})") from error
-        if found != data["adapters"][name]:
+        if found != hashes[name]:
             raise BundleError(f"{path}: its adapter {name!r} is not the one that was saved; make the bundle again")
     return bundle
 
@@ -92,8 +99,7 @@ def write_bundle(
         BundleError: if an adapter's name cannot name a folder.
     """
     for name in adapters:
-        if name in (".", "..") or Path(name).name != name:
-            raise BundleError(f"the adapter name {name!r} cannot name a folder; rename the adapter")
+        _check_name(name)
     with replace_folder(path) as folder:
         hashes = {}
         for name, source in adapters.items():
@@ -115,3 +121,8 @@ def write_bundle(
             "kv_policy": kv_policy,
         }
         (folder / BUNDLE_FILE).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_name(name: str) -> None:
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise BundleError(f"the adapter name {name!r} cannot name a folder; rename the adapter")

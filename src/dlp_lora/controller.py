@@ -195,6 +195,7 @@ class Controller:
             model.register_forward_hook(self._after, with_kwargs=True),
         ]
 
+    @torch.inference_mode(False)  # what is fused here outlives the call, and may be asked for gradients in the next
     @torch.no_grad()
     def _before(self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         ids = args[0] if args else kwargs.get("input_ids")
@@ -208,21 +209,24 @@ class Controller:
         cache = kwargs.get("past_key_values")
         known: CachedRows | None = getattr(cache, ROWS, None) if cache is not None else None
         length = int(cache.get_seq_length()) if cache is not None else 0
+        switched = False
         if known is None or length == 0:
             self.latest = CachedRows(self._prompt_rows(ids, kwargs.get("attention_mask")), ids)
         elif ids.shape[1] == 1 and known.ids.shape[1] == length:
             known.ids = torch.cat([known.ids, ids], dim=1)
             self.latest = known
-            if self._step(known.rows, ids[:, 0].tolist()) and self.kv_policy == "recompute":
-                self._fuse(known.rows)
-                return self._recompute(known, args, kwargs)
+            is_fixed_anew = self._fix(known.rows)
+            switched = self._step(known.rows, ids[:, 0].tolist()) or is_fixed_anew
         else:
             # A cropped cache, or several tokens at once (the next turn of a chat, a chunk of a long prompt).
             whole = torch.cat([known.ids[:, :length], ids], dim=1)
             self.latest = CachedRows(self._prompt_rows(whole, kwargs.get("attention_mask")), whole)
+            switched = [row.mixture for row in self.latest.rows] != [row.mixture for row in known.rows]
         if cache is not None:
             _bind(cache, self.latest)
         self._fuse(self.latest.rows)
+        if switched and self.kv_policy == "recompute":
+            return self._recompute(self.latest.ids, kwargs, num_logits=ids.shape[1])
         return None
 
     def _after(self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -251,7 +255,7 @@ class Controller:
     def _prompt_rows(self, ids: Tensor, mask: Tensor | None) -> list[Row]:
         batch, length = ids.shape
         fixed = self._fixed_for(batch)
-        if mask is not None and mask.ndim == 2:
+        if isinstance(mask, Tensor) and mask.ndim == 2:
             kept = [row[m[-length:].bool()].tolist() for row, m in zip(ids, mask, strict=True)]
         else:
             kept = ids.tolist()
@@ -265,6 +269,15 @@ class Controller:
             Row(prompt, Detokenizer(self.tokenizer), self.segmenter(), [decision])
             for prompt, decision in zip(prompts, decisions, strict=True)
         ]
+
+    def _fix(self, rows: Sequence[Row]) -> bool:
+        """Takes up mixtures that were fixed after the cache was begun. True if a mixture changed."""
+        changed = False
+        for row, mixture in zip(rows, self._fixed_for(len(rows)), strict=False):  # none where none is fixed
+            if mixture != row.mixture:
+                row.decisions.append(Decision(row.num_tokens, len(row.text), mixture, switched=True))
+                changed = True
+        return changed
 
     def _step(self, rows: Sequence[Row], tokens: Sequence[int]) -> bool:
         """Adds one token a row; routes the rows where it opens a sentence. True if a mixture changed."""
@@ -323,14 +336,22 @@ class Controller:
             )
         return [mixture for mixture in self.fixed for _ in range(batch // len(self.fixed))]
 
-    def _recompute(self, known: CachedRows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _recompute(self, ids: Tensor, kwargs: dict[str, Any], *, num_logits: int) -> Any:
         """Turns a decoding step into a pass over all tokens so far, into an emptied cache."""
         kwargs = {k: v for k, v in kwargs.items() if k not in ("input_ids", "position_ids", "cache_position")}
-        kwargs["past_key_values"].crop(0)
-        mask = kwargs.get("attention_mask")
-        if mask is not None and mask.ndim == 2:
+        cache, mask = kwargs["past_key_values"], kwargs.get("attention_mask")
+        if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+            raise ValueError(
+                "kv_policy='recompute' needs an attention mask of (batch, seq), which static caches do not come with; "
+                "leave cache_implementation alone or use kv_policy='keep'"
+            )
+        cache.reset()
+        if length := int(cache.get_seq_length()):  # earlier versions of transformers fill it with zeros instead
+            cache.crop(-length)
+        if mask is not None:
             kwargs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        return (), {**kwargs, "input_ids": known.ids}
+        # The caller expects logits for the tokens that it gave.
+        return (), {"logits_to_keep": num_logits, **kwargs, "input_ids": ids}
 
 
 def _bind(cache: Cache, rows: CachedRows) -> None:

@@ -7,18 +7,15 @@
 import queue
 import tempfile
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
@@ -27,14 +24,12 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from dlp_lora.bank import AdapterBank
-from dlp_lora.bundle import FILES, is_bundle, read_bundle, write_bundle
+from dlp_lora.bundle import write_bundle
 from dlp_lora.controller import CachedRows, Controller, KVPolicy, Row, Sentence, Switching
-from dlp_lora.errors import AdapterError, BundleError, ModelError, PromptError, RouterError
-from dlp_lora.fused import attach, detach, linear_layers
-from dlp_lora.hub import local_folder
-from dlp_lora.peft_format import CONFIG_FILE, WEIGHTS_FILE, Adapter, find_adapters, read_adapter
-from dlp_lora.policy import FusionPolicy, Mixture, TopP, policy_from_dict, policy_to_dict
-from dlp_lora.router import MiniMLP, Router
+from dlp_lora.errors import AdapterError, PromptError, RouterError
+from dlp_lora.fused import attach, detach
+from dlp_lora.policy import FusionPolicy, Mixture, TopP, policy_to_dict
+from dlp_lora.router import Router
 from dlp_lora.sentences import Segmenter, SentenceSegmenter
 
 Message = Mapping[str, str]
@@ -91,7 +86,7 @@ class Engine:
         if kv_policy not in ("keep", "recompute"):
             raise ValueError(f"kv_policy must be 'keep' or 'recompute', got {kv_policy!r}")
         if router is not None:
-            _check_names(router, bank)
+            check_names(router.names, bank.names)
         self.model = model
         self.tokenizer = tokenizer
         self.bank = bank
@@ -153,14 +148,20 @@ class Engine:
         for name in ("return_dict_in_generate", "inputs", "input_ids", "attention_mask", "assistant_model"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name} is not an argument of engine.generate; use engine.model.generate")
+        if kwargs.get("use_cache") is False:
+            raise ValueError("routing by sentence follows the KV cache; leave use_cache on")
         inputs = self._encode(chats, kwargs)
-        with _seeded(seed, self.model.device), torch.no_grad():
-            output = cast(Any, self.model).generate(**inputs, **kwargs)
-        length = inputs["input_ids"].shape[1]
-        answers = [self._trim(tokens) for tokens in output[:, length:].tolist()]
-        rows = cast(CachedRows, self._controller.latest).rows
-        if kwargs.get("num_beams", self.model.generation_config.num_beams) not in (None, 1):
-            rows = self._controller.replay(inputs, answers)
+        with self._ending(kwargs):
+            with _seeded(seed, self.model.device), torch.no_grad():
+                output = cast(Any, self.model).generate(**inputs, **kwargs)
+            length = inputs["input_ids"].shape[1]
+            answers = [self._trim(tokens) for tokens in output[:, length:].tolist()]
+            known = cast(CachedRows, self._controller.latest)
+            read = known.ids[:, length:].tolist()
+            rows = known.rows
+            # Beams end in other rows than they began in, and a row stopped without eos has read padding.
+            if not (len(rows) == len(answers) and all(map(_has_read, rows, read, answers))):
+                rows = self._controller.replay(inputs, answers)
         generations = [self._generation(row.copy(), tokens) for row, tokens in zip(rows, answers, strict=True)]
         return generations[0] if single and len(generations) == 1 else generations
 
@@ -178,7 +179,7 @@ class Engine:
 
         def run() -> None:
             try:
-                with _seeded(seed, self.model.device), torch.no_grad():
+                with self._ending(kwargs), _seeded(seed, self.model.device), torch.no_grad():
                     cast(Any, self.model).generate(**inputs, streamer=streamer, stopping_criteria=stopping, **kwargs)
                 streamer.queue.put(None)
             except BaseException as error:
@@ -229,8 +230,10 @@ class Engine:
         unknown = set(settings) - {"policy", "kv_policy", "switching", "router"}
         if unknown:
             raise ValueError(f"engine.using takes policy, kv_policy, switching and router, not {', '.join(unknown)}")
+        if settings.get("kv_policy", "keep") not in get_args(KVPolicy):
+            raise ValueError(f"kv_policy must be 'keep' or 'recompute', got {settings['kv_policy']!r}")
         if settings.get("router") is not None:
-            _check_names(settings["router"], self.bank)
+            check_names(settings["router"].names, self.bank.names)
         before = {name: getattr(self._controller, name) for name in settings}
         self._controller.__dict__.update(settings)
         try:
@@ -305,9 +308,27 @@ class Engine:
         encoded: Any = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
         return list(encoded["input_ids"])
 
+    @contextmanager
+    def _ending(self, kwargs: Mapping[str, Any]) -> Iterator[None]:
+        """Tells the controller at which tokens `generate` ends a row, and with which it pads it, in this call."""
+        controller, configs = self._controller, (kwargs.get("generation_config"), self.model.generation_config)
+        before = controller.eos_ids, controller.pad_ids
+        eos, pad = (
+            next((i for i in (kwargs.get(name), *(getattr(c, name, None) for c in configs)) if i is not None), None)
+            for name in ("eos_token_id", "pad_token_id")
+        )
+        controller.eos_ids, controller.pad_ids = _ids(eos), _ids(pad)
+        try:
+            yield
+        finally:
+            controller.eos_ids, controller.pad_ids = before
+
     def _trim(self, tokens: list[int]) -> list[int]:
-        end = next((i for i, token in enumerate(tokens) if token in self._controller.eos_ids), len(tokens) - 1)
-        return tokens[: end + 1]
+        end = next((i + 1 for i, token in enumerate(tokens) if token in self._controller.eos_ids), None)
+        if end is None:  # padding alone may follow a stop string
+            padding = self._controller.pad_ids & set(self.tokenizer.all_special_ids)
+            end = next((i + 1 for i in reversed(range(len(tokens))) if tokens[i] not in padding), 0)
+        return tokens[:end]
 
     def _generation(self, row: Row, tokens: Sequence[int]) -> Generation:
         row.finish(tokens)
@@ -318,66 +339,6 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.detach()
-
-
-def load(
-    model: str | Path | PreTrainedModel,
-    *,
-    adapters: Adapters | None = None,
-    router: str | Path | Router | None = None,
-    policy: FusionPolicy | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    base_model: str | Path | PreTrainedModel | None = None,
-    segmenter: Callable[[], Segmenter] = SentenceSegmenter,
-    switching: Switching | None = None,
-    kv_policy: KVPolicy | None = None,
-    dtype: torch.dtype | str = "auto",
-    device: str | torch.device | None = None,
-    strict: bool = False,
-    **model_kwargs: Any,
-) -> Engine:
-    """Makes an engine out of a base model, adapters and a router; or out of a bundle, which holds all of it.
-
-    Args:
-        model: a path or hub id of a base model or of a bundle, or a model already in memory (with `tokenizer`).
-        adapters: a folder of PEFT adapter folders, or a path or hub id by name.
-        router: a folder written by `train-router`, or any Router; None leaves the choice to `Engine.fixed`.
-        policy: which adapters are fused; `TopP(0.6)` unless given or in the bundle.
-        base_model: takes the place of the base model that a bundle names.
-        strict: refuses adapters that say they were trained on a model of another name, instead of warning.
-        model_kwargs: go to `AutoModelForCausalLM.from_pretrained`.
-
-    Raises:
-        DLPLoRAError: of the kind that says which part cannot be used, and why.
-    """
-    bundle_path = _bundle_path(model, adapters)
-    if bundle_path is not None:
-        bundle = read_bundle(bundle_path)
-        adapters = bundle.adapters if adapters is None else adapters
-        router = bundle.router if router is None else router
-        policy = policy or policy_from_dict(bundle.policy)
-        switching = switching or Switching(**bundle.switching)
-        kv_policy = kv_policy or cast(KVPolicy, bundle.kv_policy)
-        model = base_model or bundle.base_model
-    elif base_model is not None:
-        raise ValueError("base_model replaces the base of a bundle, but the first argument is no bundle")
-    if adapters is None:
-        raise BundleError(f"{model} is no bundle; give adapters=, a folder of PEFT adapters or {{name: path}}")
-    model, tokenizer = _load_model(model, tokenizer, dtype=dtype, device=device, **model_kwargs)
-    bank = AdapterBank(linear_layers(model), dtype=model.dtype, device=model.device)
-    for adapter in _read_adapters(adapters):
-        _check_base(adapter, model.config._name_or_path, strict=strict)
-        bank.add(adapter)
-    return Engine(
-        model,
-        tokenizer,
-        bank,
-        router=MiniMLP.from_pretrained(router) if isinstance(router, str | Path) else router,
-        policy=policy,
-        segmenter=segmenter,
-        switching=switching,
-        kv_policy=kv_policy or "keep",
-    )
 
 
 class _Pieces(BaseStreamer):
@@ -417,8 +378,13 @@ class _Stopped(StoppingCriteria):  # type: ignore[misc]
     def __init__(self, streamer: _Pieces) -> None:
         self._streamer = streamer
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor | None, **_: Any) -> Tensor:
         return torch.full((input_ids.shape[0],), self._streamer.stopped, device=input_ids.device)
+
+
+def _has_read(row: Row, read: Sequence[int], answer: Sequence[int]) -> bool:
+    n = row.num_tokens
+    return len(answer) - 1 <= n <= len(answer) and list(read[:n]) == list(answer[:n])
 
 
 def _as_batch(prompts: Any) -> tuple[list[str | Sequence[Message]], bool]:
@@ -432,65 +398,20 @@ def _as_batch(prompts: Any) -> tuple[list[str | Sequence[Message]], bool]:
     return prompts, False
 
 
-def _bundle_path(model: Any, adapters: Adapters | None) -> Path | None:
-    if not isinstance(model, str | Path):
-        return None
-    if is_bundle(model):
-        return Path(model)
-    if adapters is None:
-        path = local_folder(model, files=FILES, error=BundleError)
-        return path if is_bundle(path) else None
-    return None
+def check_names(routed: Sequence[str], held: Sequence[str]) -> None:
+    """Checks that a router and a bank know the same adapters.
 
-
-def _load_model(
-    model: Any, tokenizer: PreTrainedTokenizerBase | None, *, dtype: Any, device: Any, **kwargs: Any
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    if isinstance(model, str | Path):
-        source = str(model)
-        try:
-            tokenizer = tokenizer or AutoTokenizer.from_pretrained(source)
-            # Safetensors only: a pickled checkpoint can run code.
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **kwargs)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"the base model {source!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-    if tokenizer is None:
-        raise ValueError("a model in memory comes with its tokenizer: load(model, tokenizer=...)")
-    if device is not None:
-        model = model.to(device)
-    return model.eval(), tokenizer
-
-
-def _read_adapters(adapters: Adapters) -> list[Adapter]:
-    if not isinstance(adapters, Mapping):
-        adapters = {name: path for name, path in find_adapters(adapters).items()}
-    if not adapters:
-        raise AdapterError("adapters= is empty; give at least one adapter")
-    files = (CONFIG_FILE, WEIGHTS_FILE)
-    return [
-        read_adapter(local_folder(source, files=files, error=AdapterError), name) for name, source in adapters.items()
-    ]
-
-
-def _check_base(adapter: Adapter, base: str, *, strict: bool) -> None:
-    # "owner/Model", "./Model" and ".cache/Model/" are one model: only the last part of the name says which.
-    told, found = (Path(str(name or "").rstrip("/")).name.lower() for name in (adapter.base_model, base))
-    if not told or not found or told == found:
-        return
-    message = f"{adapter.path} says it was trained on {adapter.base_model!r}, but the base model is {base!r}"
-    if strict:
-        raise AdapterError(f"{message}; load without strict=True if they are the same model")
-    warnings.warn(f"{message}; its shapes fit, so it is used", stacklevel=3)
-
-
-def _check_names(router: Router, bank: AdapterBank) -> None:
-    unknown, unrouted = set(router.names) - set(bank.names), set(bank.names) - set(router.names)
-    if unknown or unrouted:
-        raise RouterError(
-            f"router and adapters disagree: the router knows {', '.join(sorted(unknown)) or 'nothing'} that is no "
-            f"adapter, and not the {'adapters ' + ', '.join(sorted(unrouted)) if unrouted else 'rest'}; "
-            f"give the adapters it was trained for, or train it anew"
-        )
+    Raises:
+        RouterError: if they do not.
+    """
+    unknown, unrouted = sorted(set(routed) - set(held)), sorted(set(held) - set(routed))
+    problems = []
+    if unknown:
+        problems.append(f"the router knows {', '.join(unknown)}, which no adapter is named")
+    if unrouted:
+        problems.append(f"the router does not know the adapters {', '.join(unrouted)}")
+    if problems:
+        raise RouterError(f"{' and '.join(problems)}; give the adapters it was trained for, or train it anew")
 
 
 def _ids(value: int | Sequence[int] | None) -> frozenset[int]:

@@ -15,7 +15,7 @@ def replace_folder(path: str | Path) -> Iterator[Path]:
     Written aside and renamed: whatever interrupts the writing, a full disk included, the folder that was there
     before survives. `recover_folder` finds it even after a kill between the two renames.
     """
-    path = Path(os.path.abspath(path))
+    path = Path(os.path.realpath(path))  # a link to a folder stays one
     recover_folder(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
@@ -27,7 +27,10 @@ def replace_folder(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(previous, ignore_errors=True)
             path.rename(previous)
         aside.rename(path)
-        shutil.rmtree(previous, ignore_errors=True)
+        if previous.exists():
+            # Under this name, what a kill leaves of it is never recovered.
+            previous.rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         recover_folder(path)
@@ -36,7 +39,7 @@ def replace_folder(path: str | Path) -> Iterator[Path]:
 
 def recover_folder(path: str | Path) -> None:
     """Puts back the previous folder if a replacement was killed between its two renames."""
-    path = Path(os.path.abspath(path))
+    path = Path(os.path.realpath(path))
     if not path.exists() and _previous(path).is_dir():
         _previous(path).rename(path)
 

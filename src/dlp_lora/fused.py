@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dlp_lora.bank import AdapterBank, FusedPair
-from dlp_lora.errors import ModelError
+from dlp_lora.errors import AdapterError, ModelError
+from dlp_lora.peft_format import Adapter, read_base_copies
 
 
 class FusedLinear(nn.Module):
@@ -63,7 +64,13 @@ def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def attach(model: nn.Module, bank: AdapterBank) -> None:
-    """Puts a FusedLinear in the place of each layer that an adapter of the bank changes; may be called again."""
+    """Puts a FusedLinear in the place of each layer that an adapter of the bank changes; may be called again.
+
+    Raises:
+        AdapterError: if an adapter was trained on a base whose weights differ from the model's, where it tells.
+    """
+    for adapter in bank.adapters.values():
+        _check_base_copies(model, adapter)
     touched = bank.touched()
     for stack in bank.stacks:
         for layer, name in enumerate(stack.modules):
@@ -77,6 +84,17 @@ def detach(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, FusedLinear):
             model.set_submodule(name, module.base_layer)
+
+
+def _check_base_copies(model: nn.Module, adapter: Adapter) -> None:
+    for name, copy in read_base_copies(adapter).items():
+        module, _, parameter = name.rpartition(".")
+        weight = getattr(model.get_submodule(module), parameter)
+        if weight is None or not torch.equal(copy.to(weight), weight):
+            raise AdapterError(
+                f"{adapter.path} holds a copy of the base model's {name} that differs from the base model's own; "
+                f"it was trained on another base ({adapter.base_model})"
+            )
 
 
 def _shape(module: nn.Module) -> tuple[int, int] | None:

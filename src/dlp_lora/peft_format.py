@@ -9,14 +9,14 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -27,10 +27,33 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 
 # Settings that change nothing in W + scaling * B A once the weights are trained, whatever their value.
 _NEUTRAL = frozenset(
-    "auto_mapping base_model_name_or_path ensure_weight_tying eva_config exclude_modules "
-    "fan_in_fan_out inference_mode layers_pattern layers_to_transform lora_dropout megatron_core peft_type "
-    "peft_version qalora_group_size r revision runtime_config target_modules task_type lora_alpha alpha_pattern "
-    "rank_pattern use_rslora init_lora_weights bias".split()
+    {
+        "alpha_pattern",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "ensure_weight_tying",
+        "eva_config",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "inference_mode",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_alpha",
+        "lora_dropout",
+        "megatron_core",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "r",
+        "rank_pattern",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "task_type",
+        "use_rslora",
+    }
 )
 # Initialisations that leave the base weights as they were. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA)
 # subtract something from them, so their adapter is right only on a base that was changed the same way.
@@ -45,6 +68,8 @@ _REASONS = {
     "target_parameters": "it adapts bare parameters, not linear layers; retrain with target_modules",
 }
 _KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<half>[AB])\.weight")
+# PEFT saves the frozen base layer along with the LoRA of an lm_head.
+_COPY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.base_layer\.(?P<parameter>weight|bias)")
 
 
 @dataclass(frozen=True)
@@ -72,6 +97,8 @@ class Adapter:
     modules: Mapping[str, LoraWeights]
     config: Mapping[str, Any]
     path: Path
+    # Base weights that the folder holds copies of, with their keys in its weights file; `fused.attach` compares them.
+    base_copies: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def base_model(self) -> str | None:
@@ -103,7 +130,19 @@ def read_adapter(path: str | Path, name: str | None = None) -> Adapter:
     path = Path(path)
     config = _read_config(path)
     tensors = _read_weights(path)
-    return Adapter(name=name or path.resolve().name, modules=_modules(path, config, tensors), config=config, path=path)
+    copies = {f"{match['module']}.{match['parameter']}": key for key in tensors if (match := _COPY.fullmatch(key))}
+    for key in copies.values():
+        del tensors[key]
+    modules = _modules(path, config, tensors)
+    return Adapter(name=name or path.resolve().name, modules=modules, config=config, path=path, base_copies=copies)
+
+
+def read_base_copies(adapter: Adapter) -> dict[str, Tensor]:
+    """Reads the base weights that an adapter's folder holds copies of, by their name in the base model."""
+    if not adapter.base_copies:
+        return {}
+    with safe_open(adapter.path / WEIGHTS_FILE, framework="pt") as file:
+        return {name: file.get_tensor(key) for name, key in adapter.base_copies.items()}
 
 
 def write_adapter(
@@ -115,6 +154,9 @@ def write_adapter(
     and any engine that reads PEFT adapters gives the same delta.
     """
     path = Path(path)
+    for module, lora in modules.items():
+        if lora.rank > rank:
+            raise ValueError(f"{module} has rank {lora.rank}, which does not fit into rank={rank}; raise it")
     path.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     for module, lora in modules.items():
@@ -168,6 +210,9 @@ def _read_config(path: Path) -> dict[str, Any]:
         )
     if config.get("bias", "none") != "none":
         raise AdapterError(f"{path} has trained biases (bias={config['bias']!r}); retrain with bias='none'")
+    for key in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise AdapterError(f"{file} has {key}={config[key]!r}; expected an object of module names to numbers")
     for key, value in config.items():
         if key not in _NEUTRAL and value not in (None, False, {}, []):
             reason = _REASONS.get(key, "this version does not know how to fuse that")
@@ -195,7 +240,7 @@ def _modules(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor
             raise AdapterError(
                 f"{path} cannot be fused exactly: it holds {key!r}; expected only lora_A and lora_B of linear layers"
             )
-        if not torch.isfinite(tensor).all():
+        if not torch.isfinite(tensor.float()).all():  # float: PyTorch cannot tell for all 8-bit types
             raise AdapterError(f"{path} holds NaN or infinite numbers in {key!r}; its training diverged")
         halves.setdefault(match["module"], {})[match["half"]] = tensor
     if not halves:
@@ -207,8 +252,13 @@ def _lora(path: Path, config: Mapping[str, Any], module: str, pair: Mapping[str,
     if set(pair) != {"A", "B"}:
         raise AdapterError(f"{path} has only lora_{next(iter(pair))} for {module}; expected both lora_A and lora_B")
     a, b = pair["A"], pair["B"]
-    rank = _for_module(config.get("rank_pattern"), module, config.get("r", 8))
-    alpha = _for_module(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+    rank = _for_module(config.get("rank_pattern") or {}, module, config.get("r", 8))
+    alpha = _for_module(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", 8))
+    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not math.isfinite(alpha):
+        raise AdapterError(
+            f"{path}: its config says rank {rank!r} and alpha {alpha!r} for {module}; "
+            f"expected a whole number of at least 1 and a number"
+        )
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
         raise AdapterError(
             f"{path}: {module} has lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}; "
@@ -218,7 +268,6 @@ def _lora(path: Path, config: Mapping[str, Any], module: str, pair: Mapping[str,
     return LoraWeights(a=a, b=b, scaling=scaling)
 
 
-def _for_module(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+def _for_module(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
     # PEFT's own rule: the first key that equals, or is a regular expression for, the end of the module path.
-    pattern = pattern or {}
     return pattern.get(get_pattern_key(list(pattern), module), default)

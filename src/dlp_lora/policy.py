@@ -126,8 +126,8 @@ class TopK(_Weighted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.k < 1:
-            raise ValueError(f"TopK.k must be at least 1, got {self.k}")
+        if not isinstance(self.k, int) or self.k < 1:
+            raise ValueError(f"TopK.k must be a whole number of at least 1, got {self.k}")
 
     def __call__(self, probabilities: Mapping[str, float]) -> Mixture:
         return self._mix(dict(_ranked(probabilities)[: self.k]))
@@ -160,13 +160,13 @@ def policy_to_dict(policy: FusionPolicy) -> dict[str, Any]:
     """Writes one of the policies of this module as JSON data."""
     if type(policy) not in POLICIES.values():
         raise ValueError(f"{type(policy).__name__} is not one of {', '.join(POLICIES)}; it cannot be saved by name")
-    return {"name": type(policy).__name__, **asdict(policy)}  # type: ignore[call-overload]
+    return {"type": type(policy).__name__, **asdict(policy)}  # type: ignore[call-overload]
 
 
 def policy_from_dict(data: Mapping[str, Any]) -> FusionPolicy:
     """Reads what `policy_to_dict` wrote."""
     fields = dict(data)
-    name = fields.pop("name", None)
+    name = fields.pop("type", None)
     if name not in POLICIES:
         raise ValueError(f"no policy {name!r}; there are {', '.join(POLICIES)}")
     policy: FusionPolicy = POLICIES[name](**fields)

@@ -6,7 +6,8 @@ text's tokens and four linear layers, about 5M parameters, nearly all of them em
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -84,7 +85,8 @@ class MiniMLP(nn.Module):
         self.tokenizer = Tokenizer.from_str(tokenizer.to_str())
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
-        self.embedding = nn.EmbeddingBag(self.tokenizer.get_vocab_size(), config.dim, mode="sum")
+        vocab = max(self.tokenizer.get_vocab().values()) + 1  # not the vocabulary's size: ids may have gaps
+        self.embedding = nn.EmbeddingBag(vocab, config.dim, mode="sum", sparse=True)
         nn.init.normal_(self.embedding.weight, std=0.1)
         self.layers = nn.Sequential(
             nn.Linear(self.NUM_BAGS * config.dim, config.hidden),
@@ -103,8 +105,17 @@ class MiniMLP(nn.Module):
 
     def encode(self, text: str) -> list[int]:
         """Turns text into the token ids that the bags hold: the one way in for training, `route` and decoding."""
-        ids: list[int] = self.tokenizer.encode(text.strip()[-self.config.max_chars :], add_special_tokens=False).ids
+        ids: list[int] = self.tokenizer.encode(self._cut(text), add_special_tokens=False).ids
         return ids
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encodes many texts at once, each as `encode` does."""
+        cut = [self._cut(text) for text in texts]
+        return [encoding.ids for encoding in self.tokenizer.encode_batch(cut, add_special_tokens=False)]
+
+    def set_temperature(self, temperature: float) -> None:
+        """Sets what the logits are divided by; fitted on held-out text."""
+        self.config = replace(self.config, temperature=temperature)
 
     def forward(self, contexts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Float[Tensor, "batch adapters"]:
         """Gives the logits of encoded (prompt, answer) pairs."""
@@ -117,7 +128,7 @@ class MiniMLP(nn.Module):
                 bag = torch.tensor(tokens, dtype=torch.long)
                 for lean in leans:
                     ids.append(bag)
-                    weights.append(self._weights(len(tokens), lean))
+                    weights.append(_bag_weights(len(tokens), lean, self.config.half_life))
                     offsets.append(total)
                     total += len(tokens)
         device = self.embedding.weight.device
@@ -126,6 +137,7 @@ class MiniMLP(nn.Module):
             self.embedding.weight,
             torch.tensor(offsets, device=device),
             mode="sum",
+            sparse=True,
             per_sample_weights=torch.cat(weights).to(device, self.embedding.weight.dtype),
         )
         logits: Tensor = self.layers(bags.view(len(contexts), -1))
@@ -173,11 +185,16 @@ class MiniMLP(nn.Module):
             raise RouterError(f"{path}/{TOKENIZER_FILE} cannot be read ({error}); copy it again") from error
         return router.eval()
 
-    def _weights(self, length: int, lean: int) -> Float[Tensor, " tokens"]:
-        if length == 0:
-            return torch.empty(0)
-        if lean == 0:
-            return torch.full((length,), 1 / length)
-        distance = torch.arange(length) if lean > 0 else torch.arange(length - 1, -1, -1)
-        weights = 0.5 ** (distance / self.config.half_life)
-        return weights / weights.sum()
+    def _cut(self, text: str) -> str:
+        return text.strip()[-self.config.max_chars :]
+
+
+@lru_cache(maxsize=4096)
+def _bag_weights(length: int, lean: int, half_life: float) -> Float[Tensor, " tokens"]:
+    if length == 0:
+        return torch.empty(0)
+    if lean == 0:
+        return torch.full((length,), 1 / length)
+    distance = torch.arange(length) if lean > 0 else torch.arange(length - 1, -1, -1)
+    weights = 0.5 ** (distance / half_life)
+    return weights / weights.sum()

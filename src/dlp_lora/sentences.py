@@ -13,7 +13,7 @@ costs a sentence. Where one character of what follows cannot tell, the sentence 
 import copy
 import unicodedata
 from itertools import pairwise
-from typing import Protocol, Self, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 
 @runtime_checkable
@@ -24,7 +24,7 @@ class Segmenter(Protocol):
         """Read the next piece; return the offsets, in the text so far, of the sentence starts it reveals."""
         ...
 
-    def copy(self) -> Self:
+    def copy(self) -> "Segmenter":
         """Return an independent segmenter that has read the same text."""
         ...
 
@@ -65,7 +65,7 @@ class SentenceSegmenter:
             self._offset += 1
         return starts
 
-    def copy(self) -> Self:
+    def copy(self) -> "Segmenter":
         """Return an independent segmenter that has read the same text."""
         return copy.copy(self)
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 REPLACEMENT = "\ufffd"
+PATIENCE = 16  # tokens after which broken bytes are taken for broken
 
 
 class Detokenizer:
@@ -24,8 +25,10 @@ class Detokenizer:
         """Adds a token; returns the text that it completes, "" while there is none."""
         self._window.append(token)
         piece = self._rest()
-        if not piece or piece.endswith(REPLACEMENT):
+        if not piece:
             return ""
+        if piece.endswith(REPLACEMENT):
+            return self._release() if len(self._window) - self._read > PATIENCE else ""
         self._window = self._window[self._read :]
         self._read = len(self._window)
         return piece
@@ -41,6 +44,16 @@ class Detokenizer:
         other = Detokenizer(self._tokenizer)
         other._window, other._read = list(self._window), self._read
         return other
+
+    def _release(self) -> str:
+        """Returns the broken characters that no token to come can complete, cut where the text does not change."""
+        whole, read = self._decode(self._window), self._decode(self._window[: self._read])
+        for cut in range(len(self._window) - 3, self._read, -1):  # three bytes may still become a character
+            head = self._decode(self._window[:cut])
+            if head + self._decode(self._window[cut:]) == whole:
+                self._window, self._read = self._window[cut:], 0
+                return head[len(read) :]
+        return ""
 
     def _rest(self) -> str:
         return self._decode(self._window)[len(self._decode(self._window[: self._read])) :]
@@ -59,7 +72,7 @@ class PromptReader:
     def __call__(self, tokens: Sequence[int]) -> str:
         """Decodes a prompt; the turns of a conversation stand on lines of their own."""
         if self._glue is not None:
-            text = str(self._tokenizer.decode(list(tokens), skip_special_tokens=False))
+            text = _without_bos(self._tokenizer, _decode_all(self._tokenizer, tokens))
             if text.startswith(self._openings):
                 text = self._glue.sub("\n", text)
                 for special in self._tokenizer.all_special_tokens:
@@ -71,6 +84,17 @@ class PromptReader:
 def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
     """Decodes generated tokens as they are, without special tokens."""
     return str(tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _decode_all(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _without_bos(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    # A template may hold it, the tokenizer may add it, and both may do so at once.
+    while tokenizer.bos_token and text.startswith(tokenizer.bos_token):
+        text = text.removeprefix(tokenizer.bos_token).lstrip()
+    return text
 
 
 def _chat_glue(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[str, ...], re.Pattern[str] | None]:
@@ -87,7 +111,11 @@ def _chat_glue(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[str, ...], re.
                 text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
             except Exception:
                 continue  # a template may refuse a role: then no prompt of such roles exists
-            parts = re.split("|".join(contents), str(text))
+            # As it reads once tokenized: some tokenizers put spaces beside special tokens.
+            ids = tokenizer(str(text), add_special_tokens=False)["input_ids"]
+            read = _decode_all(tokenizer, ids)
+            parts = re.split("|".join(contents), read if all(c in read for c in contents) else str(text))
+            parts[0] = _without_bos(tokenizer, parts[0])
             openings.append(parts[0])
             glue.update(parts)
     openings = [opening for opening in openings if opening]

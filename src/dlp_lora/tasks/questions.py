@@ -8,12 +8,11 @@ wordings, so that the router cannot go by a single phrase.
 import random
 from dataclasses import dataclass
 
-WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 MONTHS = (
     "January", "February", "March", "April", "May", "June",
     "July", "August", "September", "October", "November", "December",
 )  # fmt: skip
-NUMBER_WORDS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
+NUMBER_WORDS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
 
 # From, to, how many of these in one of those, the largest number asked for.
 UNITS = (
@@ -130,29 +129,26 @@ def object_counting(rng: random.Random) -> Question:
 
 
 def date_reasoning(rng: random.Random) -> Question:
-    """The weekday up to three days, or the month up to two months, before or after a given one."""
-    # Few steps: a small model learns to count three days on from a few hundred examples, but not ten.
-    unit, names, farthest = rng.choice((("day", WEEKDAYS, 3), ("month", MONTHS, 2)))
-    start, n, sign = rng.randrange(len(names)), rng.randint(1, farthest), rng.choice((1, -1))
-    value = names[(start + sign * n) % len(names)]
-    direction = rng.choice(("after", "following") if sign == 1 else ("before", "preceding"))
-    distance = f"{rng.choice((n, NUMBER_WORDS[n]))} {unit}{'' if n == 1 else 's'}"
-    relation = f"{distance} {direction} {names[start]}"
+    """The date up to nine days before or after a given one, within the same month."""
+    # Weekdays and months would need steps around a circle: too much for a small model and 400 examples.
+    n, direction = rng.randint(1, 9), rng.choice(("after", "before"))
+    earlier, month = rng.randint(1, 28 - n), rng.choice(MONTHS)
+    start, value = (earlier, earlier + n) if direction == "after" else (earlier + n, earlier)
     wording = rng.choice((
-        "Which {unit} is {relation}?",
-        "What {unit} comes {relation}?",
-        "Name the {unit} that is {relation}.",
-        "Tell me the {unit} that falls {relation}.",
-        "Look at the calendar: which {unit} lies {relation}?",
-        "Give the {unit} {relation}.",
-        "I need the name of the {unit} {relation}.",
-        "Find the {unit} {relation}.",
+        "Which date is {}?",
+        "What date comes {}?",
+        "Name the date that is {}.",
+        "Tell me the date that falls {}.",
+        "Look at the calendar: which date lies {}?",
+        "Give the date {}.",
+        "I need to know the date {}.",
+        "Find the date {}.",
     ))  # fmt: skip
     return Question(
-        prompt=wording.format(unit=unit, relation=relation),
-        fact=f"{names[start]} {sign * n}",
-        answer=f"The {unit} is {value}.",
-        values=(value,),
+        prompt=wording.format(f"{n} day{'' if n == 1 else 's'} {direction} {start} {month}"),
+        fact=f"{start} {value}",
+        answer=f"The date is {value} {month}.",
+        values=(f"{value} {month}",),
     )
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 from dlp_lora.errors import TaskError
 
@@ -42,7 +42,7 @@ class Example:
         return tuple(dict.fromkeys((self.answer, *self.references)))
 
     @classmethod
-    def from_json(cls, row: object) -> Self:
+    def from_json(cls, row: object) -> "Example":
         """The example that one decoded JSON line describes; a TaskError names the key that is wrong."""
         if not isinstance(row, dict):
             raise TaskError(f"found {_kind(row)}, expected a JSON object with 'prompt' and 'answer'")

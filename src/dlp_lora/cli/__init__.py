@@ -1,0 +1,5 @@
+"""The command line: each command parses, calls one function and prints."""
+
+from dlp_lora.cli.app import app, main
+
+__all__ = ["app", "main"]

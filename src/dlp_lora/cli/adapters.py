@@ -1,0 +1,110 @@
+"""Commands on adapter folders: bundle, check, export."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from dlp_lora.cli.app import (
+    AdaptersOption,
+    BundleOption,
+    JsonOption,
+    ModelOption,
+    app,
+    base_model,
+    console,
+    open_engine,
+    print_json,
+    stderr,
+)
+from dlp_lora.cli.run import parse_mixture
+
+
+@app.command()
+def bundle(
+    adapters: Annotated[Path, typer.Option("--adapters", "-a", help="Folder of PEFT adapter folders.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Bundle folder to write.")],
+    router: Annotated[Path | None, typer.Option("--router", "-r", help="Router folder.")] = None,
+    model: ModelOption = None,
+    p: Annotated[float, typer.Option(help="Fuse the most likely adapters up to this probability.")] = 0.6,
+    weighting: Annotated[str, typer.Option(help="renormalised or paper (Eq. 5).")] = "renormalised",
+    min_confidence: Annotated[float, typer.Option(help="Below it the base model alone answers.")] = 0.0,
+) -> None:
+    """Put adapters, router and policy into one folder that `load` and every command take.
+
+    Example: `dlp-lora bundle --model M --adapters adapters/ --router router/ --out bundle/`
+    """
+    from dlp_lora import MiniMLP, Switching, TopP
+    from dlp_lora.bundle import write_bundle
+    from dlp_lora.check import check_adapters, model_layout
+    from dlp_lora.engine import check_names
+    from dlp_lora.errors import AdapterError
+    from dlp_lora.policy import policy_to_dict
+
+    base = base_model(model)
+    checks = check_adapters(model_layout(base), adapters)
+    if refused := [check for check in checks if not check.fits]:
+        raise AdapterError(refused[0].reason)
+    mlp = MiniMLP.from_pretrained(router) if router is not None else None
+    if mlp is not None:
+        check_names(mlp.names, [check.name for check in checks])
+    write_bundle(
+        out,
+        base_model=base,
+        adapters={check.name: check.path for check in checks},
+        router=mlp,
+        policy=policy_to_dict(TopP(p, weighting=weighting, min_confidence=min_confidence)),  # type: ignore[arg-type]
+        switching=asdict(Switching()),
+        kv_policy="keep",
+    )
+    stderr.print(f"wrote {out}: {len(checks)} adapters, {'a router' if mlp else 'no router'}, base {escape(base)}")
+
+
+@app.command()
+def check(
+    adapters: Annotated[Path, typer.Argument(help="A PEFT adapter folder, or a folder of them.")],
+    model: ModelOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check adapter folders against a base model: what would be refused, and why. Exit code 1 if any would.
+
+    Example: `dlp-lora check adapters/ --model Qwen/Qwen2-1.5B`
+    """
+    from dlp_lora.check import check_adapters, model_layout
+
+    checks = check_adapters(model_layout(base_model(model)), adapters)
+    if as_json:
+        print_json([check.to_dict() for check in checks])
+    else:
+        table = Table()
+        for column in ("adapter", "", "rank", "targets", "reason"):
+            table.add_column(column, overflow="fold")
+        for c in checks:
+            mark = "[green]fits[/]" if c.fits else "[red]refused[/]"
+            rank = str(c.rank) if c.fits else ""
+            table.add_row(escape(c.name), mark, rank, ", ".join(c.targets), escape(c.reason))
+        console.print(table)
+    if not all(c.fits for c in checks):
+        raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    mixture: Annotated[str, typer.Argument(help='The mixture: "math=0.6,units=0.4".')],
+    out: Annotated[Path, typer.Option("--out", "-o", help="PEFT adapter folder to write.")],
+    bundle: BundleOption = None,
+    model: ModelOption = None,
+    adapters: AdaptersOption = None,
+) -> None:
+    """Write a fixed mixture as one ordinary PEFT adapter folder, exactly, for any engine that reads them.
+
+    Example: `dlp-lora export "math=0.6,units=0.4" --bundle bundle/ --out mixed/`
+    """
+    from dlp_lora.check import export_mixture
+
+    engine = open_engine(bundle=bundle, model=model, adapters=adapters, router=None, need_router=False)
+    export_mixture(engine.bank, parse_mixture(mixture), out)
+    stderr.print(f"wrote {out}")

@@ -1,0 +1,153 @@
+"""The Typer application, how it shows errors, and the options that several commands share."""
+
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from typer.core import TyperGroup
+
+from dlp_lora.errors import DLPLoRAError
+
+if TYPE_CHECKING:
+    from dlp_lora import Engine
+
+console = Console()
+stderr = Console(stderr=True)
+
+
+class _Commands(TyperGroup):
+    """Shows an error that a user can mend as one line, with exit code 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (DLPLoRAError, ValueError, OSError) as error:
+            if os.environ.get("DLP_LORA_TRACEBACK"):
+                raise
+            stderr.print(f"[bold red]error:[/] {_escape(' '.join(str(error).split()))}", soft_wrap=True)
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt:
+            stderr.print("interrupted; the same command goes on where it stopped")
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Many LoRA adapters, one model, nobody picking: sentence-level dynamic LoRA fusion.",
+)
+
+ModelOption = Annotated[
+    str | None, typer.Option("--model", "-m", help="Base model: folder or hub id. [default: SmolLM2-135M-Instruct]")
+]
+DataOption = Annotated[Path, typer.Option("--data", "-d", help="Folder of task folders (docs/data-format.md).")]
+AdaptersOption = Annotated[Path | None, typer.Option("--adapters", "-a", help="Folder of PEFT adapter folders.")]
+RouterOption = Annotated[Path | None, typer.Option("--router", "-r", help="Router folder.")]
+BundleOption = Annotated[Path | None, typer.Option("--bundle", "-b", help="Bundle folder, instead of the three.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+PolicyOption = Annotated[
+    float | None, typer.Option("--p", help="Fuse the most likely adapters up to this probability. [default: 0.6]")
+]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ... [default: cpu]")]
+
+
+def main() -> None:
+    """Runs the command line."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.showwarning = lambda message, *_: stderr.print(f"[yellow]warning:[/] {_escape(str(message))}")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    _quiet_transformers()
+    _add_commands()
+    app()
+
+
+def open_engine(
+    *,
+    bundle: Path | None,
+    model: str | None,
+    adapters: Path | None,
+    router: Path | None,
+    p: float | None = None,
+    device: str | None = None,
+    need_router: bool = True,
+) -> "Engine":
+    """Loads the engine that the shared options describe."""
+    from dlp_lora import TopP, load
+
+    policy = TopP(p) if p is not None else None
+    if bundle is not None:
+        if adapters is not None or router is not None:
+            raise ValueError("--bundle holds adapters and router; leave --adapters and --router out")
+        return load(bundle, base_model=model, policy=policy, device=device)
+    if adapters is None or (router is None and need_router):
+        raise ValueError("give --bundle, or --adapters and --router")
+    return load(base_model(model), adapters=adapters, router=router, policy=policy, device=device)
+
+
+def base_model(model: str | None) -> str:
+    """The base model that was named, else the embedded default one."""
+    from dlp_lora.default_model import default_model
+
+    if model is not None:
+        return model
+    with stderr.status("preparing the default model (once: about 40 s)"):
+        return str(default_model())
+
+
+def print_json(data: Any) -> None:
+    """Prints one line of JSON."""
+    sys.stdout.write(json.dumps(data, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
+def read_json_lines() -> Iterator[dict[str, Any]]:
+    """Reads JSON objects from standard input, one a line."""
+    for number, line in enumerate(sys.stdin, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(
+                f'standard input, line {number}: not JSON ({error}); expected {{"prompt": ...}}'
+            ) from error
+        if not isinstance(record, dict) or not ("prompt" in record or "messages" in record):
+            raise ValueError(f"standard input, line {number}: expected an object with prompt, got {line.strip()[:60]}")
+        yield record
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """A progress bar on standard error."""
+    columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[note]}"), console=stderr) as progress:
+        yield progress
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _quiet_transformers() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
+def _add_commands() -> None:
+    from dlp_lora.cli import adapters, bench, demo, run, train  # noqa: F401  # each adds its commands to the app

@@ -1,0 +1,90 @@
+"""The demo command."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from dlp_lora.cli.app import JsonOption, ModelOption, app, base_model, console, print_json, progress_bar, stderr
+
+LABELS = {
+    "base": "base model",
+    "base_chat": "base, chat template",
+    "own_adapter": "task's own adapter",
+    "dlp": "DLP-LoRA",
+}
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; started again, it goes on there.")] = Path(
+        "demo"
+    ),
+    model: ModelOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train four adapters and a router on a small real model, and let them answer together. About 5 minutes.
+
+    Example: `dlp-lora demo --out demo/`
+    """
+    from dlp_lora.demo import DemoArgs, DemoEvent, run_demo
+
+    base = base_model(model)
+    args = DemoArgs()
+    with progress_bar() as progress:
+        stages = (*args.tasks, "router", "answers")
+        bars = {stage: progress.add_task(stage, total=None, start=False, note="") for stage in stages}
+
+        def on_event(event: DemoEvent) -> None:
+            progress.start_task(bars[event.stage])
+            progress.update(bars[event.stage], completed=event.done, total=event.total, note=event.note)
+
+        result = run_demo(base, out, args, on_event=on_event)
+    if as_json:
+        print_json({**result.__dict__, "serial": result.serial.__dict__, "bundle": str(result.bundle)})
+        return
+    for name in result.accuracy:
+        _show_answer(next(answer for answer in result.answers if answer["task"] == name))
+    _show_two_questions(result.serial)
+    console.print(_accuracy_table(result.accuracy))
+    console.print(
+        "Right means that the value asked for stands in the answer. The base model is asked both ways; nobody told\n"
+        "DLP-LoRA which task a prompt belongs to.\n"
+    )
+    command = f'dlp-lora generate --bundle {result.bundle} --show-routing "{result.serial.prompt}"'
+    stderr.print(f"The bundle is in {result.bundle}. Try:\n  {escape(command)}", soft_wrap=True, highlight=False)
+
+
+def _show_answer(answer: dict[str, Any]) -> None:
+    table = Table(title=escape(f"{answer['task']}: {answer['prompt']}"), title_justify="left", show_header=False)
+    for method, label in LABELS.items():
+        mark = "[green]✓[/]" if answer["right"][method] else "[red]✗[/]"
+        table.add_row(label, mark, escape(" ".join(answer["said"][method].split())))
+    console.print(table)
+
+
+def _show_two_questions(serial: Any) -> None:
+    console.print(f"\n[bold]Two tasks in one prompt:[/] {escape(serial.prompt)}")
+    table = Table(title="DLP-LoRA, sentence by sentence", title_justify="left")
+    for column in ("sentence", "adapters", "first choice of the router"):
+        table.add_column(column, overflow="fold")
+    for sentence in serial.trace:
+        used = ", ".join(f"{name} {weight:.0%}" for name, weight in sentence["mixture"].items()) or "base model"
+        best = max(sentence["probabilities"].items(), key=lambda np: np[1])
+        table.add_row(escape(sentence["text"].strip()), escape(used), f"{escape(best[0])} {best[1]:.1%}")
+    console.print(table)
+    console.print(f"The base model says: [dim]{escape(' '.join(serial.base.split()))}[/]\n")
+
+
+def _accuracy_table(accuracy: dict[str, dict[str, float]]) -> Table:
+    table = Table(title="accuracy on held-out prompts, all tasks pooled", title_justify="left")
+    table.add_column("task")
+    for label in LABELS.values():
+        table.add_column(label, justify="right")
+    for name, row in accuracy.items():
+        table.add_row(escape(name), *(f"{row[method]:.0%}" for method in LABELS))
+    mean = {method: sum(row[method] for row in accuracy.values()) / len(accuracy) for method in LABELS}
+    table.add_row("[bold]mean[/]", *(f"[bold]{mean[method]:.0%}[/]" for method in LABELS))
+    return table

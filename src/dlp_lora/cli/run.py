@@ -1,0 +1,186 @@
+"""Commands that answer: generate, chat, route."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from dlp_lora.cli.app import (
+    AdaptersOption,
+    BundleOption,
+    DeviceOption,
+    JsonOption,
+    ModelOption,
+    PolicyOption,
+    RouterOption,
+    app,
+    console,
+    open_engine,
+    print_json,
+    read_json_lines,
+    stderr,
+)
+from dlp_lora.controller import Sentence
+
+COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red", "bright_cyan", "bright_magenta", "bright_green")
+
+
+@app.command()
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(help="The prompt; without it, JSON lines are read from stdin.")
+    ] = None,
+    bundle: BundleOption = None,
+    model: ModelOption = None,
+    adapters: AdaptersOption = None,
+    router: RouterOption = None,
+    p: PolicyOption = None,
+    device: DeviceOption = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the chat template.")] = False,
+    fixed: Annotated[
+        str | None, typer.Option(help='Use this mixture instead of the router: "math=0.6,units=0.4".')
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Sample with this seed instead of greedily.")] = None,
+    show_routing: Annotated[bool, typer.Option(help="Show which sentence used which adapters.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Answer a prompt, choosing adapters anew at every sentence.
+
+    Examples: `dlp-lora generate --bundle demo/bundle "Convert 3 kilometres to metres." --show-routing`, or
+    `dlp-lora generate --bundle demo/bundle < prompts.jsonl > answers.jsonl` with lines `{"prompt": "..."}` or
+    `{"messages": [{"role": "user", "content": "..."}]}`.
+    """
+    engine = open_engine(
+        bundle=bundle,
+        model=model,
+        adapters=adapters,
+        router=router,
+        p=p,
+        device=device,
+        need_router=fixed is None,
+    )
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": seed is not None, "seed": seed}
+    records = [{"prompt": prompt}] if prompt is not None else read_json_lines()
+    from contextlib import nullcontext
+
+    with engine.fixed(parse_mixture(fixed)) if fixed is not None else nullcontext():
+        for record in records:
+            source: Any = record.get("messages") or record["prompt"]
+            if chat and isinstance(source, str):
+                source = [{"role": "user", "content": source}]
+            answer = engine.generate(source, **options)
+            if as_json or prompt is None:
+                print_json({**record, **answer.to_dict()})
+                continue
+            if show_routing:
+                console.print(routing_table(answer.trace))
+            else:
+                console.print(answer.text.strip(), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def chat(
+    bundle: BundleOption = None,
+    model: ModelOption = None,
+    adapters: AdaptersOption = None,
+    router: RouterOption = None,
+    p: PolicyOption = None,
+    device: DeviceOption = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    raw: Annotated[bool, typer.Option("--raw", help="No chat template and no memory: each line is a prompt.")] = False,
+) -> None:
+    """Chat in the terminal; the answer's colour is its heaviest adapter. An empty line or Ctrl-D ends it.
+
+    Example: `dlp-lora chat --bundle demo/bundle`
+    """
+    engine = open_engine(bundle=bundle, model=model, adapters=adapters, router=router, p=p, device=device)
+    colours = dict(zip(engine.bank.names, COLOURS * len(engine.bank), strict=False))
+    console.print("  ".join(f"[{colour}]■ {escape(name)}[/]" for name, colour in colours.items()) + "  ■ base model")
+    messages: list[dict[str, str]] = []
+    while line := _ask():
+        messages = [*([] if raw else messages), {"role": "user", "content": line}]
+        text = ""
+        for piece in engine.stream(line if raw else messages, max_new_tokens=max_new_tokens):
+            text += piece
+            top = next(iter(piece.mixture), "")
+            console.print(escape(piece), style=colours.get(top, "default"), end="", highlight=False, soft_wrap=True)
+        console.print()
+        messages.append({"role": "assistant", "content": text})
+
+
+@app.command()
+def route(
+    prompt: Annotated[
+        str | None, typer.Argument(help="The prompt; without it, JSON lines are read from stdin.")
+    ] = None,
+    router: RouterOption = None,
+    bundle: BundleOption = None,
+    p: PolicyOption = None,
+) -> None:
+    """Say which adapters a prompt would use, without loading a language model.
+
+    Reads lines `{"prompt": ...}` (and optionally `"answer"`, what was answered so far) and prints one line each with
+    `probs`, `mixture`, `confidence` and `abstained`. Example:
+    `echo '{"prompt": "Convert 3 km to metres."}' | dlp-lora route --router router/`
+    """
+    from dlp_lora.bundle import read_bundle
+    from dlp_lora.policy import TopP, policy_from_dict
+    from dlp_lora.router import Context, MiniMLP
+
+    if (router is None) == (bundle is None):
+        raise ValueError("give --router or --bundle, and not both")
+    policy: Any = TopP(p) if p is not None else TopP()
+    if bundle is not None:
+        parts = read_bundle(bundle)
+        if parts.router is None:
+            raise ValueError(f"{bundle} has no router; train one with train-router")
+        router, policy = parts.router, policy if p is not None else policy_from_dict(parts.policy)
+    mlp = MiniMLP.from_pretrained(router or Path())
+    for record in [{"prompt": prompt}] if prompt is not None else read_json_lines():
+        if not isinstance(record.get("prompt"), str):
+            raise ValueError(f"prompt must be a string, got {record.get('prompt')!r}")
+        context = Context(record["prompt"], record.get("answer", ""))
+        probs = dict(zip(mlp.names, mlp.probabilities([context])[0].tolist(), strict=True))
+        mixture = policy(probs)
+        print_json(
+            {"probs": probs, "mixture": dict(mixture), "confidence": max(probs.values()), "abstained": not mixture}
+        )
+
+
+def routing_table(trace: tuple[Sentence, ...]) -> Table:
+    """A table of sentences with the adapters they used."""
+    table = Table(show_lines=False, pad_edge=False)
+    table.add_column("sentence", overflow="fold")
+    table.add_column("adapters", style="cyan")
+    table.add_column("route + fuse", justify="right", style="dim")
+    for sentence in trace:
+        used = ", ".join(f"{name} {weight:.0%}" for name, weight in sentence.mixture.items()) or "base model"
+        cost = f"{sentence.route_ms + sentence.fuse_ms:.1f} ms"
+        table.add_row(escape(sentence.text.strip()), escape(used), cost)
+    return table
+
+
+def parse_mixture(text: str) -> dict[str, float]:
+    """Reads "math=0.6,units=0.4"; a name alone has weight 1, and nothing at all is the base model."""
+    mixture = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, weight = part.partition("=")
+        try:
+            mixture[name.strip()] = float(weight or 1)
+        except ValueError as error:
+            raise ValueError(f'{part!r} is not NAME=WEIGHT; write for example "math=0.6,units=0.4"') from error
+    return mixture
+
+
+def _ask() -> str:
+    try:
+        if sys.stdin.isatty():
+            return console.input("[bold]> [/]").strip()
+        return sys.stdin.readline().strip()
+    except EOFError:
+        stderr.print()
+        return ""

@@ -1,0 +1,180 @@
+"""Commands that train: train-adapter, train-adapters, train-router."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from dlp_lora.cli.app import (
+    DataOption,
+    JsonOption,
+    ModelOption,
+    app,
+    base_model,
+    console,
+    print_json,
+    progress_bar,
+    stderr,
+)
+
+TasksOption = Annotated[str | None, typer.Option("--tasks", help="Comma-separated task names. [default: all]")]
+OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")]
+
+
+@app.command("train-adapter")
+def train_adapter_command(
+    task: Annotated[Path, typer.Argument(help="One task folder.")],
+    out: OutOption,
+    model: ModelOption = None,
+    preset: Annotated[str, typer.Option(help="default, or paper (q_proj and v_proj, AdamW 5e-5).")] = "default",
+    r: Annotated[int | None, typer.Option(help="Rank.")] = None,
+    lora_alpha: Annotated[int | None, typer.Option(help="Scaling is lora_alpha / r.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the examples.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples a step.")] = None,
+    target_modules: Annotated[str | None, typer.Option(help='Comma-separated, or "all-linear".')] = None,
+    prompt_format: Annotated[str | None, typer.Option(help="auto, chat or plain.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of initialisation, order and dropout.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Train anew what other settings trained.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train one LoRA on one task folder and save it as an ordinary PEFT adapter in OUT/<task>.
+
+    Interrupted, the same command goes on where it stopped. Example:
+    `dlp-lora train-adapter data/gsm8k --out adapters/ --epochs 2`
+    """
+    settings = _settings(preset, r, lora_alpha, learning_rate, epochs, batch_size, target_modules, prompt_format, seed)
+    _train_adapters(task.parent, [task.name], out, model, settings, overwrite=overwrite, as_json=as_json)
+
+
+@app.command("train-adapters")
+def train_adapters_command(
+    data: DataOption,
+    out: OutOption,
+    model: ModelOption = None,
+    tasks: TasksOption = None,
+    preset: Annotated[str, typer.Option(help="default, or paper (q_proj and v_proj, AdamW 5e-5).")] = "default",
+    r: Annotated[int | None, typer.Option(help="Rank.")] = None,
+    lora_alpha: Annotated[int | None, typer.Option(help="Scaling is lora_alpha / r.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the examples.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples a step.")] = None,
+    target_modules: Annotated[str | None, typer.Option(help='Comma-separated, or "all-linear".')] = None,
+    prompt_format: Annotated[str | None, typer.Option(help="auto, chat or plain.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of initialisation, order and dropout.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Train anew what other settings trained.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train one LoRA a task folder and save each as an ordinary PEFT adapter in OUT/<task>.
+
+    Interrupted, the same command goes on where it stopped; finished adapters are left as they are. Example:
+    `dlp-lora train-adapters --data data/ --out adapters/ --model Qwen/Qwen2-1.5B`
+    """
+    settings = _settings(preset, r, lora_alpha, learning_rate, epochs, batch_size, target_modules, prompt_format, seed)
+    _train_adapters(
+        data, tasks.split(",") if tasks else None, out, model, settings, overwrite=overwrite, as_json=as_json
+    )
+
+
+@app.command("train-router")
+def train_router_command(
+    data: DataOption,
+    out: OutOption,
+    tasks: TasksOption = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer: folder or hub id. [default: the model's]")] = None,
+    model: ModelOption = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the texts.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of initialisation, order and augmentation.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Train the mini-MLP router on the task folders' texts; report held-out accuracy, confusion and calibration.
+
+    Example: `dlp-lora train-router --data data/ --out router/`
+    """
+    from dlp_lora.folders import write_text
+    from dlp_lora.tasks import read_tasks
+    from dlp_lora.training.router import RouterTrainingArgs, load_tokenizer, train_router
+
+    found = read_tasks(data, names=tasks.split(",") if tasks else None)
+    args = RouterTrainingArgs(seed=seed)
+    args = replace(args, epochs=epochs) if epochs is not None else args
+    with progress_bar() as progress:
+        bar = progress.add_task("router", total=None, note="")
+
+        def on_step(step: int, num_steps: int, loss: float) -> None:
+            progress.update(bar, completed=step, total=num_steps, note=f"loss {loss:.3f}")
+
+        router, report = train_router(found, load_tokenizer(tokenizer or base_model(model)), args, on_step=on_step)
+    router.save_pretrained(out)
+    import json
+
+    write_text(out / "report.json", json.dumps(report.to_dict(), indent=2) + "\n")
+    if as_json:
+        print_json(report.to_dict())
+        return
+    console.print(
+        f"{report.num_parameters:,} parameters, trained in {report.seconds:.0f} s\n"
+        f"held-out accuracy {report.accuracy:.2%} on {report.num_test:,} test prompts of {len(found)} tasks\n"
+        f"calibration error {report.ece:.2%} (before temperature {report.temperature:.2f}: {report.ece_before:.2%})"
+    )
+    table = Table(title="confusion: test prompts that went to another task")
+    for column in ("task", "accuracy", "went to"):
+        table.add_column(column)
+    for name, accuracy, mistakes in report.mistakes():
+        table.add_row(escape(name), f"{accuracy:.1%}", ", ".join(f"{other} {n}" for other, n in mistakes.items()))
+    console.print(table if table.row_count else "no test prompt went to another task")
+    stderr.print(f"wrote {out} (the whole confusion table is in {out / 'report.json'})")
+
+
+def _settings(
+    preset: str,
+    r: int | None,
+    lora_alpha: int | None,
+    learning_rate: float | None,
+    epochs: float | None,
+    batch_size: int | None,
+    target_modules: str | None,
+    prompt_format: str | None,
+    seed: int | None,
+) -> Any:
+    from dlp_lora.training.adapters import PRESETS
+
+    if preset not in PRESETS:
+        raise ValueError(f"no preset {preset!r}; choose {' or '.join(PRESETS)}")
+    given: dict[str, Any] = {
+        "r": r,
+        "lora_alpha": lora_alpha,
+        "learning_rate": learning_rate,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "prompt_format": prompt_format,
+        "seed": seed,
+    }
+    if target_modules is not None:
+        given["target_modules"] = target_modules if target_modules == "all-linear" else tuple(target_modules.split(","))
+    return replace(PRESETS[preset], **{key: value for key, value in given.items() if value is not None})
+
+
+def _train_adapters(
+    data: Path, names: list[str] | None, out: Path, model: str | None, args: Any, *, overwrite: bool, as_json: bool
+) -> None:
+    from dlp_lora.tasks import read_tasks
+    from dlp_lora.training.adapters import Progress, load_base, train_adapters
+
+    tasks = read_tasks(data, names=names)
+    base, tokenizer = load_base(base_model(model))
+    with progress_bar() as progress:
+        bars = {task.name: progress.add_task(task.name, total=None, start=False, note="") for task in tasks}
+
+        def on_step(now: Progress) -> None:
+            progress.start_task(bars[now.task])
+            progress.update(bars[now.task], completed=now.step, total=now.num_steps, note=f"loss {now.loss:.3f}")
+
+        for adapter in train_adapters(base, tokenizer, tasks, out, args, overwrite=overwrite, on_step=on_step):
+            note = "there already" if adapter.was_there else f"{adapter.seconds:.0f} s, loss {adapter.final_loss:.3f}"
+            progress.update(bars[adapter.name], completed=1, total=1, note=note)
+            if as_json:
+                print_json({**adapter.__dict__, "path": str(adapter.path)})

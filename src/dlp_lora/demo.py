@@ -1,0 +1,200 @@
+"""The demo: the main job from beginning to end on a small real model, with nothing to download.
+
+It trains an adapter for each of a few procedural tasks and a router, writes a bundle, and answers held-out prompts
+with the base model, each task's own adapter, and DLP-LoRA. Every step is kept on disk, so an interrupted demo goes
+on where it was.
+"""
+
+import json
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from dlp_lora.engine import Engine
+from dlp_lora.evals.metrics import contains
+from dlp_lora.folders import write_text
+from dlp_lora.load import load
+from dlp_lora.peft_format import content_hash
+from dlp_lora.policy import Mixture, TopP
+from dlp_lora.router import MiniMLP
+from dlp_lora.tasks import Example, Task, compose, procedural_task, serial
+from dlp_lora.training.adapters import AdapterTrainingArgs, load_base, train_adapter
+from dlp_lora.training.adapters import Progress as TrainingProgress
+from dlp_lora.training.router import RouterTrainingArgs, load_tokenizer, train_router
+
+Method = Literal["base", "base_chat", "own_adapter", "dlp"]
+METHODS: tuple[Method, ...] = ("base", "base_chat", "own_adapter", "dlp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoArgs:
+    """How large the demo is."""
+
+    tasks: tuple[str, ...] = ("unit_conversion", "letter_order", "sequence", "code_word")
+    num_train: int = 320  # examples of one question a task
+    num_serial: int = 80  # examples of one half of a two-question prompt a task
+    num_test: int = 16
+    batch_size: int = 16  # of evaluation
+    max_new_tokens: int = 40
+    router_epochs: int = 6
+    training: AdapterTrainingArgs = field(
+        default_factory=lambda: AdapterTrainingArgs(prompt_format="plain", batch_size=4)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoQuestions:
+    """A two-question prompt and how it was answered."""
+
+    prompt: str
+    base: str
+    dlp: str
+    trace: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoResult:
+    """What the demo measured: `accuracy[task][method]`, and answers to look at."""
+
+    accuracy: dict[str, dict[str, float]]
+    router: dict[str, Any]
+    answers: list[dict[str, Any]]
+    serial: TwoQuestions
+    bundle: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoEvent:
+    """What the demo is doing: `done` of `total` in a stage."""
+
+    stage: str
+    done: int
+    total: int
+    note: str = ""
+
+
+def run_demo(
+    model: str | Path, out: str | Path, args: DemoArgs | None = None, *, on_event: Callable[[DemoEvent], None]
+) -> DemoResult:
+    """Runs the demo into the folder `out`, or goes on with it."""
+    args, out = args or DemoArgs(), Path(out)
+    tasks = [
+        procedural_task(name, num_train=args.num_train + args.num_serial, num_test=args.num_test) for name in args.tasks
+    ]
+    base, tokenizer = load_base(model)
+    for task in with_serial(tasks, args):
+
+        def on_step(now: TrainingProgress) -> None:
+            on_event(DemoEvent(stage=now.task, done=now.step, total=now.num_steps, note=f"loss {now.loss:.3f}"))
+
+        trained = train_adapter(base, tokenizer, task, out / "adapters" / task.name, args.training, on_step=on_step)
+        on_event(
+            DemoEvent(stage=task.name, done=1, total=1, note=f"{trained.seconds:.0f} s, loss {trained.final_loss:.3f}")
+        )
+    report = _router(model, out / "router", tasks, args, on_event)
+    engine = load(base, tokenizer=tokenizer, adapters=out / "adapters", router=out / "router", policy=TopP(0.6))
+    engine.save_pretrained(out / "bundle")
+    answers = _evaluate(engine, tasks, out / "answers.json", args, on_event)
+    example = _two_questions(engine, tasks, args)
+    engine.detach()
+    accuracy: dict[str, dict[str, float]] = {
+        task.name: {method: _share(a["right"][method] for a in answers if a["task"] == task.name) for method in METHODS}
+        for task in tasks
+    }
+    result = DemoResult(accuracy=accuracy, router=report, answers=answers, serial=example, bundle=out / "bundle")
+    write_text(out / "demo.json", json.dumps({**asdict(result), "bundle": "bundle"}, indent=2, default=dict) + "\n")
+    return result
+
+
+def with_serial(tasks: Sequence[Task], args: DemoArgs) -> list[Task]:
+    """Adds to each task its halves of two-question prompts, so that an adapter knows how to begin after another's
+    sentence, and to leave the next one to another."""
+    rng = random.Random(0)
+    extended = []
+    for task in tasks:
+        singles, spare = task.train[: args.num_train], task.train[args.num_train :]
+        halves: list[Example] = []
+        others = [other for other in tasks if other.name != task.name]
+        for i, own in enumerate(spare):
+            other = rng.choice(rng.choice(others).train)
+            halves.append(serial(own, other)[0] if i % 2 else serial(other, own)[1])
+        extended.append(Task(name=task.name, train=(*singles, *halves), test=task.test))
+    return extended
+
+
+def _router(
+    model: str | Path, folder: Path, tasks: Sequence[Task], args: DemoArgs, on_event: Callable[[DemoEvent], None]
+) -> dict[str, Any]:
+    identity = json.loads(json.dumps({"tasks": args.tasks, "num_train": args.num_train, "epochs": args.router_epochs}))
+    if (folder / "report.json").is_file():
+        kept: dict[str, Any] = json.loads((folder / "report.json").read_text())
+        if kept.get("identity") == identity:
+            MiniMLP.from_pretrained(folder)
+            on_event(DemoEvent(stage="router", done=1, total=1, note="there already"))
+            return kept
+
+    def on_step(step: int, num_steps: int, loss: float) -> None:
+        on_event(DemoEvent(stage="router", done=step, total=num_steps, note=f"loss {loss:.3f}"))
+
+    router, report = train_router(
+        tasks, load_tokenizer(str(model)), RouterTrainingArgs(epochs=args.router_epochs), on_step=on_step
+    )
+    router.save_pretrained(folder)
+    data = {"identity": identity, **report.to_dict()}
+    write_text(folder / "report.json", json.dumps(data, indent=2) + "\n")
+    return data
+
+
+def _evaluate(
+    engine: Engine, tasks: Sequence[Task], file: Path, args: DemoArgs, on_event: Callable[[DemoEvent], None]
+) -> list[dict[str, Any]]:
+    identity = {name: content_hash(adapter.path) for name, adapter in engine.bank.adapters.items()}
+    kept = json.loads(file.read_text()) if file.is_file() else {}
+    records: list[dict[str, Any]] = kept["answers"] if kept.get("identity") == identity else []
+    # The tasks are pooled, so that rows of one batch need different adapters and nobody says which.
+    pooled = [(task.name, task.test[i]) for i in range(args.num_test) for task in tasks]
+    on_event(DemoEvent(stage="answers", done=len(records), total=len(pooled)))
+    while len(records) < len(pooled):
+        batch = pooled[len(records) : len(records) + args.batch_size]
+        texts = {method: _answers(engine, method, batch, args) for method in METHODS}
+        for i, (name, example) in enumerate(batch):
+            said = {method: texts[method][i] for method in METHODS}
+            right = {method: contains(said[method], example.accepted) for method in METHODS}
+            records.append(
+                {"task": name, "prompt": example.prompt, "answer": example.answer, "said": said, "right": right}
+            )
+        write_text(file, json.dumps({"identity": identity, "answers": records}, indent=1) + "\n")
+        on_event(DemoEvent(stage="answers", done=len(records), total=len(pooled)))
+    return records
+
+
+def _answers(engine: Engine, method: Method, batch: Sequence[tuple[str, Example]], args: DemoArgs) -> list[str]:
+    prompts: list[Any] = [example.prompt for _, example in batch]
+    options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "do_sample": False}
+    if method == "dlp":
+        return [answer.text.strip() for answer in engine.generate(prompts, **options)]
+    if method == "base_chat":
+        if not engine.tokenizer.chat_template:
+            method = "base"
+        else:
+            prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    own = [Mixture({name: 1.0}) if method == "own_adapter" else Mixture() for name, _ in batch]
+    with engine.fixed(own):
+        return [answer.text.strip() for answer in engine.generate(prompts, **options)]
+
+
+def _two_questions(engine: Engine, tasks: Sequence[Task], args: DemoArgs) -> TwoQuestions:
+    prompt = compose([tasks[0].test[0], tasks[-1].test[0]]).prompt
+    options: dict[str, Any] = {"max_new_tokens": 2 * args.max_new_tokens, "do_sample": False}
+    answer = engine.generate(prompt, **options)
+    with engine.disabled():
+        base = engine.generate(prompt, **options)
+    trace = [sentence.to_dict() for sentence in answer.trace]
+    return TwoQuestions(prompt=prompt, base=base.text.strip(), dlp=answer.text.strip(), trace=trace)
+
+
+def _share(right: Iterable[bool]) -> float:
+    values = list(right)
+    return sum(values) / len(values)

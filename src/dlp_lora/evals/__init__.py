@@ -1,0 +1,1 @@
+"""Evaluation: answers in, numbers out."""

@@ -1,0 +1,134 @@
+"""Loading: paths or hub ids of a base model, adapters and a router in, or of a bundle; an engine out."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from dlp_lora.bank import AdapterBank
+from dlp_lora.bundle import FILES, is_bundle, read_bundle
+from dlp_lora.controller import KVPolicy, Switching
+from dlp_lora.engine import Engine
+from dlp_lora.errors import AdapterError, BundleError, ModelError
+from dlp_lora.fused import linear_layers
+from dlp_lora.hub import local_folder
+from dlp_lora.peft_format import CONFIG_FILE, WEIGHTS_FILE, Adapter, find_adapters, read_adapter
+from dlp_lora.policy import FusionPolicy, policy_from_dict
+from dlp_lora.router import MiniMLP, Router
+from dlp_lora.sentences import Segmenter, SentenceSegmenter
+
+Adapters = str | Path | Mapping[str, str | Path]
+
+
+def load(
+    model: str | Path | PreTrainedModel,
+    *,
+    adapters: Adapters | None = None,
+    router: str | Path | Router | None = None,
+    policy: FusionPolicy | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    base_model: str | Path | PreTrainedModel | None = None,
+    segmenter: Callable[[], Segmenter] = SentenceSegmenter,
+    switching: Switching | None = None,
+    kv_policy: KVPolicy | None = None,
+    dtype: torch.dtype | str = "auto",
+    device: str | torch.device | None = None,
+    strict: bool = False,
+    **model_kwargs: Any,
+) -> Engine:
+    """Makes an engine out of a base model, adapters and a router; or out of a bundle, which holds all of it.
+
+    Args:
+        model: a path or hub id of a base model or of a bundle, or a model already in memory (with `tokenizer`).
+        adapters: a folder of PEFT adapter folders, or a path or hub id by name.
+        router: a folder written by `train-router`, or any Router; None leaves the choice to `Engine.fixed`.
+        policy: which adapters are fused; `TopP(0.6)` unless given or in the bundle.
+        base_model: takes the place of the base model that a bundle names.
+        strict: refuses adapters that say they were trained on a model of another name, instead of warning.
+        model_kwargs: go to `AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        DLPLoRAError: of the kind that says which part cannot be used, and why.
+    """
+    bundle_path = _bundle_path(model, adapters)
+    if bundle_path is not None:
+        bundle = read_bundle(bundle_path)
+        adapters = bundle.adapters if adapters is None else adapters
+        router = bundle.router if router is None else router
+        policy = policy or policy_from_dict(bundle.policy)
+        switching = switching or Switching(**bundle.switching)
+        kv_policy = kv_policy or cast(KVPolicy, bundle.kv_policy)
+        model = base_model or bundle.base_model
+    elif base_model is not None:
+        raise ValueError("base_model replaces the base of a bundle, but the first argument is no bundle")
+    if adapters is None:
+        raise BundleError(f"{model} is no bundle; give adapters=, a folder of PEFT adapters or {{name: path}}")
+    model, tokenizer = _load_model(model, tokenizer, dtype=dtype, device=device, **model_kwargs)
+    bank = AdapterBank(linear_layers(model), dtype=model.dtype, device=model.device)
+    for adapter in _read_adapters(adapters):
+        _check_base(adapter, model.config._name_or_path, strict=strict)
+        bank.add(adapter)
+    return Engine(
+        model,
+        tokenizer,
+        bank,
+        router=MiniMLP.from_pretrained(router) if isinstance(router, str | Path) else router,
+        policy=policy,
+        segmenter=segmenter,
+        switching=switching,
+        kv_policy=kv_policy or "keep",
+    )
+
+
+def _bundle_path(model: Any, adapters: Adapters | None) -> Path | None:
+    if not isinstance(model, str | Path):
+        return None
+    if is_bundle(model):
+        return Path(model)
+    if adapters is None:
+        path = local_folder(model, files=FILES, error=BundleError)
+        return path if is_bundle(path) else None
+    return None
+
+
+def _load_model(
+    model: Any, tokenizer: PreTrainedTokenizerBase | None, *, dtype: Any, device: Any, **kwargs: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if isinstance(model, str | Path):
+        source = str(model)
+        try:
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(source)
+            # Safetensors only: a pickled checkpoint can run code.
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **kwargs)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"the base model {source!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    if tokenizer is None:
+        raise ValueError("a model in memory comes with its tokenizer: load(model, tokenizer=...)")
+    if device is not None:
+        model = model.to(device)
+    return model.eval(), tokenizer
+
+
+def _read_adapters(adapters: Adapters) -> list[Adapter]:
+    if not isinstance(adapters, Mapping):
+        adapters = find_adapters(adapters)
+    if not adapters:
+        raise AdapterError("adapters= is empty; give at least one adapter")
+    files = (CONFIG_FILE, WEIGHTS_FILE)
+    return [
+        read_adapter(local_folder(source, files=files, error=AdapterError), name) for name, source in adapters.items()
+    ]
+
+
+def _check_base(adapter: Adapter, base: str, *, strict: bool) -> None:
+    # "owner/Model", "./Model" and ".cache/Model/" are one model: only the last part of the name says which.
+    told, found = (Path(str(name or "").rstrip("/")).name.lower() for name in (adapter.base_model, base))
+    if not told or not found or told == found:
+        return
+    message = f"{adapter.path} says it was trained on {adapter.base_model!r}, but the base model is {base!r}"
+    if strict:
+        raise AdapterError(f"{message}; load without strict=True if they are the same model")
+    warnings.warn(f"{message}; its shapes fit, so it is used", stacklevel=3)

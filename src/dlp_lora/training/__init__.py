@@ -1,0 +1,1 @@
+"""Training: one LoRA a task through PEFT, and the router."""

@@ -1,0 +1,402 @@
+"""Trains one LoRA on one task through PEFT and saves it as an ordinary PEFT folder.
+
+One plain loop. What makes it fast on a small machine: the loss and the language-model head on answer tokens only,
+batches of like lengths, and a bfloat16 base under float32 LoRA weights where the hardware multiplies bfloat16.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from dlp_lora.errors import ModelError, TaskError, TrainingError
+from dlp_lora.folders import recover_folder, replace_folder, write_text
+from dlp_lora.peft_format import CONFIG_FILE
+from dlp_lora.tasks.formats import PromptFormat, encode_example
+from dlp_lora.tasks.task import Task
+
+TRAINING_FILE = "training.json"
+LOSS_FILE = "loss.csv"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterTrainingArgs:
+    """How a LoRA is trained. The defaults are this package's recipe; `PAPER` is the paper's."""
+
+    r: int = 8
+    lora_alpha: int = 16
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    target_modules: tuple[str, ...] | Literal["all-linear"] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    learning_rate: float = 2e-3
+    warmup: float = 0.06  # share of the steps
+    schedule: Literal["cosine", "constant"] = "cosine"
+    weight_decay: float = 0.0
+    epochs: float = 1.0
+    batch_size: int = 8
+    max_length: int = 1024  # tokens; longer examples are left out and counted
+    max_grad_norm: float = 1.0
+    prompt_format: PromptFormat = "auto"
+    seed: int = 0
+    checkpoint_every: int = 50  # steps
+
+    def __post_init__(self) -> None:
+        for name in ("r", "lora_alpha", "learning_rate", "epochs", "batch_size", "max_length", "checkpoint_every"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"AdapterTrainingArgs.{name} must be positive, got {getattr(self, name)}")
+        for name in ("lora_dropout", "warmup"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"AdapterTrainingArgs.{name} must be in [0, 1), got {getattr(self, name)}")
+
+
+PAPER = AdapterTrainingArgs(
+    lora_dropout=0.1,
+    target_modules=("q_proj", "v_proj"),
+    learning_rate=5e-5,
+    warmup=0.0,
+    schedule="constant",
+    weight_decay=0.01,
+    batch_size=1,
+)
+"""Section 4.1 and the released code: q_proj and v_proj, r 8, alpha 16, dropout 0.1, AdamW 5e-5, batch 1."""
+
+PRESETS = {"default": AdapterTrainingArgs(), "paper": PAPER}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a training run is: `step` of `num_steps`, and the last batch's mean loss a token."""
+
+    task: str
+    step: int
+    num_steps: int
+    loss: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedAdapter:
+    """A finished adapter: where it is, how long it took and what its last losses were."""
+
+    name: str
+    path: Path
+    seconds: float
+    num_examples: int
+    num_left_out: int
+    final_loss: float
+    was_there: bool = False
+
+
+def load_base(
+    model: str | Path, *, dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a base model for training, in bfloat16 where the hardware multiplies it, with the fastest attention.
+
+    Raises:
+        ModelError: if it cannot be loaded.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype is None:
+        native = device == "cuda" or torch.cpu._is_avx512_bf16_supported()
+        dtype = torch.bfloat16 if native else torch.float32
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(model))
+        # The backward pass of fused attention in bfloat16 is slow on CPUs.
+        attention = "sdpa" if device == "cuda" else "eager"
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(model), dtype=dtype, attn_implementation=attention, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"the base model {str(model)!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    return loaded.to(device).eval(), tokenizer
+
+
+def train_adapter(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    out: str | Path,
+    args: AdapterTrainingArgs | None = None,
+    *,
+    overwrite: bool = False,
+    on_step: Callable[[Progress], None] = lambda progress: None,
+) -> TrainedAdapter:
+    """Trains one LoRA on a task and writes it to the folder `out`; goes on where an interrupted run stopped.
+
+    A finished adapter of the same settings and examples is left as it is. The model comes back as it was given.
+
+    Raises:
+        TrainingError: if `out` was trained with other settings or examples and `overwrite` is false, the model
+            lacks the target modules, or the loss is not finite.
+        TaskError: if no example is short enough.
+    """
+    args, out = args or AdapterTrainingArgs(), Path(out)
+    recover_folder(out)
+    examples, num_left_out = _encode(tokenizer, task, args)
+    identity = {
+        "base_model": Path(model.config._name_or_path).name,
+        "examples": _hash(examples),
+        "args": json.loads(json.dumps(asdict(args))),
+    }
+    if (out / CONFIG_FILE).is_file() and not overwrite:
+        return _finished(task.name, out, identity)
+    work = out.with_name(f".{out.name}.training")
+    # A frozen head multiplies the last positions, which are not contiguous, row by row through copies of its weight.
+    head = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+    run = _Run(_with_lora(model, args), examples, args)
+    try:
+        run.resume(work, identity)
+        _fit(run, task.name, work, identity, on_step)
+        record = {
+            **identity,
+            "seconds": round(run.seconds, 2),
+            "num_examples": len(examples),
+            "num_left_out": num_left_out,
+            "final_loss": round(sum(run.losses[-20:]) / len(run.losses[-20:]), 5),
+        }
+        with replace_folder(out) as folder:
+            run.model.save_pretrained(str(folder))
+            (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+            (folder / LOSS_FILE).write_text(_loss_table(run))
+            (folder / TRAINING_FILE).write_text(json.dumps(record, indent=2) + "\n")
+        shutil.rmtree(work, ignore_errors=True)
+    finally:
+        head.remove()
+        run.model.unload()
+        model.requires_grad_(True)
+    return _trained(task.name, out, record)
+
+
+def train_adapters(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Task],
+    out: str | Path,
+    args: AdapterTrainingArgs | None = None,
+    *,
+    overwrite: bool = False,
+    on_step: Callable[[Progress], None] = lambda progress: None,
+) -> Iterator[TrainedAdapter]:
+    """Trains one LoRA a task into folders of the tasks' names inside `out`, yielding each as it is finished."""
+    for task in tasks:
+        yield train_adapter(model, tokenizer, task, Path(out) / task.name, args, overwrite=overwrite, on_step=on_step)
+
+
+class _Run:
+    """The state of one training run, which a checkpoint holds in full."""
+
+    def __init__(
+        self, model: PeftModel, examples: Sequence[tuple[list[int], list[int]]], args: AdapterTrainingArgs
+    ) -> None:
+        self.model = model
+        self.examples = examples
+        self.args = args
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=args.learning_rate, weight_decay=args.weight_decay
+        )
+        self.num_steps = max(1, round(len(examples) * args.epochs / args.batch_size))
+        self.losses: list[float] = []
+        self.seconds = 0.0
+
+    @property
+    def step(self) -> int:
+        """How many steps are done."""
+        return len(self.losses)
+
+    def save(self, work: Path, identity: dict[str, Any]) -> None:
+        """Writes a checkpoint, weights and optimiser moments as safetensors."""
+        tensors = {f"weight/{name}": p.detach() for name, p in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"{key}/{name}"] = value
+        with replace_folder(work) as folder:
+            save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "state.safetensors")
+            state = {"identity": identity, "losses": self.losses, "seconds": self.seconds}
+            write_text(folder / "state.json", json.dumps(state))
+
+    def resume(self, work: Path, identity: dict[str, Any]) -> None:
+        """Reads the checkpoint of the same run, if there is one."""
+        recover_folder(work)
+        if not (work / "state.json").is_file():
+            return
+        state = json.loads((work / "state.json").read_text())
+        if state["identity"] != identity:
+            logger.warning("%s holds a run with other settings or examples; it starts anew", work)
+            return
+        tensors = load_file(work / "state.safetensors")
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(tensors[f"weight/{name}"])
+                self.optimizer.state[parameter] = {
+                    key: tensors[f"{key}/{name}"].to(parameter.device if key != "step" else "cpu")
+                    for key in ("step", "exp_avg", "exp_avg_sq")
+                }
+        self.losses, self.seconds = state["losses"], state["seconds"]
+
+    def learning_rate(self) -> float:
+        """The learning rate of the next step."""
+        warm = max(1, round(self.args.warmup * self.num_steps))
+        if self.step < warm:
+            return self.args.learning_rate * (self.step + 1) / warm
+        if self.args.schedule == "constant":
+            return self.args.learning_rate
+        done = (self.step - warm) / max(1, self.num_steps - warm)
+        return self.args.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+    def batch(self) -> list[tuple[list[int], list[int]]]:
+        """The examples of the next step: a function of seed and step alone, so a resumed run sees the same ones."""
+        per_epoch = math.ceil(len(self.examples) / self.args.batch_size)
+        epoch, index = divmod(self.step, per_epoch)
+        batches = _bucketed(self.examples, self.args.batch_size, random.Random(f"{self.args.seed} {epoch}"))
+        return [self.examples[i] for i in batches[index]]
+
+
+def _fit(run: _Run, task: str, work: Path, identity: dict[str, Any], on_step: Callable[[Progress], None]) -> None:
+    run.model.train()
+    start = time.perf_counter() - run.seconds
+    while run.step < run.num_steps:
+        torch.manual_seed(run.args.seed * 1_000_003 + run.step)  # dropout, too, is the same after a resumption
+        for group in run.optimizer.param_groups:
+            group["lr"] = run.learning_rate()
+        loss = answer_loss(run.model, run.batch())
+        if not torch.isfinite(loss):
+            raise TrainingError(f"{task}: the loss is {loss.item()} at step {run.step}; lower the learning rate")
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(run.parameters.values(), run.args.max_grad_norm)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        run.losses.append(loss.item())
+        run.seconds = time.perf_counter() - start
+        on_step(Progress(task=task, step=run.step, num_steps=run.num_steps, loss=run.losses[-1]))
+        if run.step % run.args.checkpoint_every == 0 and run.step < run.num_steps:
+            run.save(work, identity)
+
+
+def answer_loss(model: Any, batch: Sequence[tuple[list[int], list[int]]]) -> Float[Tensor, ""]:
+    """Gives the mean loss over the answers' tokens of a batch of (read, learned) token lists.
+
+    Rows are padded on the left, so all answers end together and the head is asked for the last positions alone.
+    """
+    ids, mask, labels = _left_padded(batch, model.device)
+    kept = labels.shape[1]
+    logits = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+        use_cache=False,
+        logits_to_keep=kept + 1,
+    ).logits[:, -kept - 1 : -1]
+    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100)
+
+
+def _left_padded(
+    batch: Sequence[tuple[list[int], list[int]]], device: torch.device
+) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"], Int[Tensor, "batch kept"]]:
+    width = max(len(read) + len(learned) for read, learned in batch)
+    kept = max(len(learned) for _, learned in batch)
+    ids = torch.zeros(len(batch), width, dtype=torch.long)
+    mask = torch.zeros(len(batch), width, dtype=torch.long)
+    labels = torch.full((len(batch), kept), -100)
+    for i, (read, learned) in enumerate(batch):
+        ids[i, width - len(read) - len(learned) :] = torch.tensor(read + learned)
+        mask[i, width - len(read) - len(learned) :] = 1
+        labels[i, kept - len(learned) :] = torch.tensor(learned)
+    return ids.to(device), mask.to(device), labels.to(device)
+
+
+def _bucketed(examples: Sequence[tuple[list[int], list[int]]], size: int, rng: random.Random) -> list[list[int]]:
+    """Shuffles, then sorts by length within stretches of 16 batches, so that a batch pads little."""
+    order = list(range(len(examples)))
+    rng.shuffle(order)
+    stretch = 16 * size
+    batches = []
+    for start in range(0, len(order), stretch):
+        alike = sorted(order[start : start + stretch], key=lambda i: len(examples[i][0]) + len(examples[i][1]))
+        batches += [alike[i : i + size] for i in range(0, len(alike), size)]
+    rng.shuffle(batches)
+    return batches
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, task: Task, args: AdapterTrainingArgs
+) -> tuple[list[tuple[list[int], list[int]]], int]:
+    encoded = [encode_example(tokenizer, example, args.prompt_format) for example in task.train]
+    kept = [pair for pair in encoded if len(pair[0]) + len(pair[1]) <= args.max_length]
+    left_out = len(encoded) - len(kept)
+    if left_out:
+        logger.warning("%s: %d examples are longer than %d tokens and left out", task.name, left_out, args.max_length)
+    if not kept:
+        raise TaskError(f"{task.name} has no example of at most {args.max_length} tokens; raise max_length")
+    return kept, left_out
+
+
+def _with_lora(model: PreTrainedModel, args: AdapterTrainingArgs) -> PeftModel:
+    torch.manual_seed(args.seed)
+    targets = args.target_modules if isinstance(args.target_modules, str) else list(args.target_modules)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=args.r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        use_rslora=args.use_rslora,
+        target_modules=targets,
+    )
+    try:
+        return cast(PeftModel, get_peft_model(model, config))
+    except ValueError as error:
+        linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
+        raise TrainingError(
+            f"{type(model).__name__} has no modules {targets}; its linear layers are {', '.join(linear)}: "
+            f"pass target_modules"
+        ) from error
+
+
+def _finished(name: str, out: Path, identity: dict[str, Any]) -> TrainedAdapter:
+    try:
+        record = json.loads((out / TRAINING_FILE).read_text())
+        known = {key: record[key] for key in identity}
+    except (OSError, ValueError, KeyError):
+        raise TrainingError(
+            f"{out} holds an adapter that was not trained here; pass overwrite or another out"
+        ) from None
+    if known != identity:
+        changed = [k for k in ("base_model", "examples") if known[k] != identity[k]]
+        changed += [
+            f"{k} ({known['args'].get(k)!r}, now {v!r})"
+            for k, v in identity["args"].items()
+            if known["args"].get(k) != v
+        ]
+        raise TrainingError(
+            f"{out} was trained with other settings: {', '.join(changed)}; pass overwrite, or write somewhere else"
+        )
+    return replace(_trained(name, out, record), was_there=True)
+
+
+def _trained(name: str, out: Path, record: dict[str, Any]) -> TrainedAdapter:
+    keys = ("seconds", "num_examples", "num_left_out", "final_loss")
+    return TrainedAdapter(name=name, path=out, **{key: record[key] for key in keys})
+
+
+def _loss_table(run: _Run) -> str:
+    return "step,loss\n" + "".join(f"{i},{loss:.5f}\n" for i, loss in enumerate(run.losses, start=1))
+
+
+def _hash(examples: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(examples).encode()).hexdigest()[:16]

@@ -1,0 +1,110 @@
+"""The paper's equations as plain loops in float64, and a reader of PEFT folders that shares no code with ours."""
+
+import copy
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+def eq4_threshold(probabilities: Mapping[str, float], p: float) -> list[str]:
+    """Eq. 4: the adapters whose probability is at least p."""
+    selected = []
+    for name, probability in probabilities.items():
+        if probability >= p:
+            selected.append(name)
+    return selected
+
+
+def nucleus(probabilities: Mapping[str, float], p: float, *, slack: float = 1e-6) -> list[str]:
+    """Top-p selection as the paper's text has it: the most likely adapters until their mass reaches p."""
+    left = list(probabilities)
+    selected: list[str] = []
+    mass = 0.0
+    while left and (not selected or mass < p - slack):
+        best = left[0]
+        for name in left:
+            if probabilities[name] > probabilities[best]:
+                best = name
+        left.remove(best)
+        selected.append(best)
+        mass += probabilities[best]
+    return selected
+
+
+def eq5_softmax_weights(probabilities: Mapping[str, float], selected: Sequence[str]) -> dict[str, float]:
+    """Eq. 5: the softmax of the selected adapters' probabilities."""
+    total = 0.0
+    for name in selected:
+        total += math.exp(probabilities[name])
+    return {name: math.exp(probabilities[name]) / total for name in selected}
+
+
+def renormalised_weights(probabilities: Mapping[str, float], selected: Sequence[str]) -> dict[str, float]:
+    """The selected adapters' probabilities, divided by their sum."""
+    total = 0.0
+    for name in selected:
+        total += probabilities[name]
+    return {name: probabilities[name] / total for name in selected}
+
+
+def deltas(folder: Path) -> dict[str, Tensor]:
+    """What a PEFT adapter folder adds to each linear layer: scaling * B A, of shape (d_out, d_in), in float64."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    found = {}
+    for key, a in tensors.items():
+        if not key.endswith(".lora_A.weight"):
+            continue
+        module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        b = tensors[key.replace(".lora_A.", ".lora_B.")]
+        found[module] = scaling(config, module) * _product(b, a)
+    return found
+
+
+def scaling(config: Mapping[str, Any], module: str) -> float:
+    """PEFT's scaling of one module, by its documentation: alpha / r, or alpha / sqrt(r) for rsLoRA."""
+    r, alpha = config["r"], config["lora_alpha"]
+    for pattern, value in reversed(list((config.get("rank_pattern") or {}).items())):
+        if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", module):
+            r = value
+    for pattern, value in reversed(list((config.get("alpha_pattern") or {}).items())):
+        if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", module):
+            alpha = value
+    return alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
+
+
+def eq6(mixture: Mapping[str, float], folders: Mapping[str, Path]) -> dict[str, Tensor]:
+    """Eq. 6: by module, the sum over the adapters of weight * scaling * B A."""
+    total: dict[str, Tensor] = {}
+    for name, weight in mixture.items():
+        for module, delta in deltas(folders[name]).items():
+            total[module] = total.get(module, torch.zeros_like(delta)) + weight * delta
+    return total
+
+
+def with_mixture(model: PreTrainedModel, mixture: Mapping[str, float], folders: Mapping[str, Path]) -> PreTrainedModel:
+    """A float64 copy of a model with a mixture's deltas added to its weights."""
+    changed = copy.deepcopy(model).double()
+    for name, delta in eq6(mixture, folders).items():
+        module = changed.get_submodule(name)
+        weight = module.weight.data
+        # A weight of its own: where it is tied to the embedding, the embedding must stay as it is. GPT-2's Conv1D
+        # stores (d_in, d_out).
+        module.weight = nn.Parameter(weight + (delta if isinstance(module, nn.Linear) else delta.T))
+    return changed
+
+
+def _product(b: Tensor, a: Tensor) -> Tensor:
+    product = torch.zeros(b.shape[0], a.shape[1], dtype=torch.float64)
+    for rank in range(a.shape[0]):
+        for row in range(b.shape[0]):
+            product[row] += b[row, rank].double() * a[rank].double()
+    return product

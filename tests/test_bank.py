@@ -1,0 +1,350 @@
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from conftest import make_adapter, tiny_model
+from dlp_lora import bank as bank_module
+from dlp_lora.bank import AdapterBank, FusedPair
+from dlp_lora.errors import AdapterError
+from dlp_lora.fused import FusedLinear, linear_layers
+from dlp_lora.peft_format import Adapter, LoraWeights, read_adapter
+from dlp_lora.policy import Mixture
+
+# Two layers of two modules: "up" maps 5 to 7 features, "down" 7 to 5.
+LAYOUT = {"layers.0.up": (5, 7), "layers.0.down": (7, 5), "layers.1.up": (5, 7), "layers.1.down": (7, 5)}
+
+
+def adapter(name: str, ranks: Mapping[str, int], *, scaling: float = 0.5, seed: int = 0) -> Adapter:
+    """An adapter of random weights with the given rank per module."""
+    generator = torch.Generator().manual_seed(seed)
+    modules = {}
+    for module, rank in ranks.items():
+        d_in, d_out = LAYOUT[module]
+        a, b = torch.randn(rank, d_in, generator=generator), torch.randn(d_out, rank, generator=generator)
+        modules[module] = LoraWeights(a=a, b=b, scaling=scaling)
+    return Adapter(name=name, modules=modules, config={}, path=Path(f"adapters/{name}"))
+
+
+def bank_of(*ranks: int, layout: Mapping[str, tuple[int, int]] = LAYOUT) -> AdapterBank:
+    """A bank of adapters a, b, c, ... of the given ranks on every module."""
+    return AdapterBank(
+        layout, [adapter("abcdefgh"[i], dict.fromkeys(LAYOUT, rank), seed=i) for i, rank in enumerate(ranks)]
+    )
+
+
+def delta(adapters: Mapping[str, Adapter], mixture: Mapping[str, float], module: str) -> Tensor:
+    """Eq. 6 by hand: the sum over adapters and ranks of weight * scaling * b * a, of shape (d_out, d_in)."""
+    d_in, d_out = LAYOUT[module]
+    total = torch.zeros(d_out, d_in, dtype=torch.float64)
+    for name, weight in mixture.items():
+        lora = adapters[name].modules.get(module)
+        for k in range(lora.rank if lora else 0):
+            total += weight * lora.scaling * torch.outer(lora.b[:, k].double(), lora.a[k].double())
+    return total
+
+
+def fused_delta(bank: AdapterBank, module: str, row: int = 0) -> Tensor:
+    """What the bank has fused for one module of one row, as one matrix of shape (d_out, d_in)."""
+    stack = next(stack for stack in bank.stacks if module in stack.modules)
+    if stack.pair.active is None:
+        return torch.zeros(stack.shape[1], stack.shape[0])
+    a, b = stack.pair.active[stack.modules.index(module)]
+    return (a @ b if stack.pair.gate is None else (a * stack.pair.gate[row]) @ b).T
+
+
+def assert_close(found: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-4)
+
+
+def pointers(bank: AdapterBank) -> list[tuple[int, int]]:
+    return [(p._a.data_ptr(), p._b.data_ptr()) for p in (stack.pair for stack in bank.stacks)]
+
+
+def allocations(bank: AdapterBank) -> list[int]:
+    return [stack.pair.num_allocations for stack in bank.stacks]
+
+
+# Eq. 6
+
+
+@st.composite
+def banks(draw: st.DrawFn) -> list[Adapter]:
+    """One to five adapters, each with its own rank per module and modules of its own."""
+    ranks = st.dictionaries(st.sampled_from(sorted(LAYOUT)), st.integers(1, 6), min_size=1)
+    scalings = st.sampled_from([0.25, 1.0, 2.0, 2.8284])
+    return [adapter("abcde"[i], draw(ranks), scaling=draw(scalings), seed=i) for i in range(draw(st.integers(1, 5)))]
+
+
+def mixtures(adapters: Sequence[Adapter]) -> st.SearchStrategy[Mixture]:
+    weights = st.floats(-2, 2, allow_subnormal=False)
+    return st.dictionaries(st.sampled_from([a.name for a in adapters]), weights).map(Mixture)
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_fusing_is_the_weighted_sum_of_the_adapters_row_by_row(data: st.DataObject) -> None:
+    adapters = data.draw(banks())
+    bank = AdapterBank(LAYOUT, adapters)
+    by_name = {a.name: a for a in adapters}
+    for _ in range(data.draw(st.integers(1, 3))):  # what was fused before must leave no trace
+        rows = data.draw(st.lists(mixtures(adapters), min_size=1, max_size=4))
+        bank.fuse(rows)
+        for module in LAYOUT:
+            for i, row in enumerate(rows):
+                found = fused_delta(bank, module, i)
+                assert_close(found, delta(by_name, row, module))
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.data(), st.integers(1, 4), st.integers(1, 3))
+def test_a_fused_layer_adds_each_rows_delta_to_the_base_layer(data: st.DataObject, batch: int, seq: int) -> None:
+    adapters = data.draw(banks())
+    bank = AdapterBank(LAYOUT, adapters)
+    rows = data.draw(st.lists(mixtures(adapters), min_size=batch, max_size=batch))
+    bank.fuse(rows)
+    base = torch.nn.Linear(5, 7)
+    stack = next(stack for stack in bank.stacks if "layers.1.up" in stack.modules)
+    x = torch.randn(batch, seq, 5)
+    y = FusedLinear(base, stack.pair, stack.modules.index("layers.1.up"))(x)
+    for i, row in enumerate(rows):
+        weight = base.weight.double() + delta({a.name: a for a in adapters}, row, "layers.1.up")
+        for t in range(seq):
+            wanted = weight @ x[i, t].double() + base.bias.double()
+            assert_close(y[i, t], wanted)
+
+
+def test_equal_mixtures_need_no_gate_and_different_ones_share_one_copy_of_each_adapter() -> None:
+    bank = bank_of(2, 3, 4)
+    bank.fuse([Mixture({"a": 1, "b": 2}), Mixture({"b": 2, "a": 1})])
+    assert all(stack.pair.gate is None for stack in bank.stacks)
+    bank.fuse([Mixture({"a": 1, "b": 2}), Mixture({"b": 0.5}), Mixture()])
+    for stack in bank.stacks:
+        assert stack.pair.gate is not None
+        assert stack.pair.gate[:, 0].tolist() == [[1, 1, 2, 2, 2], [0, 0, 0.5, 0.5, 0.5], [0, 0, 0, 0, 0]]
+        assert {a.shape[1] for a, _ in stack.pair.active or []} == {5}
+
+
+def test_modules_that_no_adapter_of_the_mixture_touches_are_left_alone() -> None:
+    bank = AdapterBank(LAYOUT, [adapter("up", {"layers.0.up": 2}), adapter("down", {"layers.1.down": 2})])
+    active = {stack.modules: stack.pair for stack in bank.stacks}
+    up, down = active["layers.0.up", "layers.1.up"], active["layers.0.down", "layers.1.down"]
+    bank.fuse([Mixture({"up": 1})])
+    assert up.active is not None
+    assert down.active is None
+    bank.fuse([Mixture({"down": 1})])
+    assert up.active is None
+    assert down.active is not None
+    bank.clear()
+    assert up.active is down.active is None
+
+
+def test_a_zero_weight_changes_nothing() -> None:
+    bank = bank_of(2, 3)
+    bank.fuse([Mixture({"a": 0.7})])
+    alone = [fused_delta(bank, module) for module in LAYOUT]
+    bank.fuse([Mixture({"a": 0.7, "b": 0})])
+    torch.testing.assert_close([fused_delta(bank, module) for module in LAYOUT], alone, rtol=0, atol=0)
+
+
+# A switch allocates nothing
+
+
+def test_a_thousand_switches_allocate_nothing() -> None:
+    bank = bank_of(1, 4, 8)
+    before = pointers(bank), allocations(bank)
+    names = ["a", "b", "c"]
+    for i in range(1000):
+        chosen = [name for j, name in enumerate(names) if (i % 8) >> j & 1]
+        first = Mixture(dict.fromkeys(chosen, (i + 1) / 7))
+        bank.fuse([first] if i % 3 else [first, Mixture({"c": float(i)}), Mixture()])
+    assert (pointers(bank), allocations(bank)) == before
+    bank.fuse([Mixture({"a": 0.1, "b": 0.2, "c": 0.3})])
+    wanted = delta(bank.adapters, {"a": 0.1, "b": 0.2, "c": 0.3}, "layers.1.up")
+    assert_close(fused_delta(bank, "layers.1.up"), wanted)
+
+
+def test_the_same_mixture_again_writes_nothing() -> None:
+    bank = bank_of(2, 3)
+    for rows in ([Mixture({"a": 0.5, "b": 0.5})], [Mixture({"a": 1}), Mixture({"b": 1})]):
+        bank.fuse(rows)
+        pairs = [stack.pair for stack in bank.stacks]
+        versions = [(pair._a._version, pair._b._version, id(pair.active), id(pair.gate)) for pair in pairs]
+        bank.fuse([Mixture(dict(reversed(list(row.items())))) for row in rows])
+        assert [(pair._a._version, pair._b._version, id(pair.active), id(pair.gate)) for pair in pairs] == versions
+        bank.fuse([Mixture({"a": 0.4})])
+        assert all(pair._a._version > version[0] for pair, version in zip(pairs, versions, strict=True))
+
+
+def test_buffers_start_with_room_for_the_whole_bank() -> None:
+    bank = bank_of(2, 3, 4)
+    assert {stack.pair.capacity for stack in bank.stacks} == {9}
+    before = allocations(bank)
+    bank.fuse([Mixture(dict.fromkeys("abc", 1 / 3))])
+    assert allocations(bank) == before
+
+
+def test_a_mixture_wider_than_the_buffers_doubles_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bank_module, "START_CAPACITY", 4)
+    bank = bank_of(4, 1, 4)
+    assert {stack.pair.capacity for stack in bank.stacks} == {4}
+    bank.fuse([Mixture({"a": 1.0})])
+    before = allocations(bank)
+    steps: list[tuple[dict[str, float], int]] = [
+        ({"a": 0.5, "b": 2}, 8),
+        ({"a": 0.5, "c": 2}, 8),
+        ({"a": 1, "b": -1, "c": 3}, 16),
+        ({"c": 2}, 16),  # of a rank that was fused before the buffers grew
+    ]
+    for mixture, capacity in steps:
+        bank.fuse([Mixture(mixture)])
+        assert {stack.pair.capacity for stack in bank.stacks} == {capacity}
+        for module in LAYOUT:
+            wanted = delta(bank.adapters, mixture, module)
+            assert_close(fused_delta(bank, module), wanted)
+    assert allocations(bank) == [n + 2 for n in before]
+
+
+def test_a_fuse_that_ran_out_of_memory_can_be_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bank_module, "START_CAPACITY", 4)
+    bank = bank_of(4, 4)
+    bank.fuse([Mixture({"a": 1.0})])
+    reserve, last = FusedPair.reserve, bank.stacks[-1].pair
+
+    def full(pair: FusedPair, rank: int) -> None:
+        if pair is last:
+            raise MemoryError
+        reserve(pair, rank)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FusedPair, "reserve", full)
+        with pytest.raises(MemoryError):
+            bank.fuse([Mixture({"a": 1.0, "b": 1.0})])
+    bank.fuse([Mixture({"a": 1.0})])
+    for module in LAYOUT:
+        wanted = delta(bank.adapters, {"a": 1.0}, module)
+        assert_close(fused_delta(bank, module), wanted)
+
+
+# Adding and removing at run time
+
+
+def test_an_adapter_added_at_run_time_is_fused_from_the_next_mixture_on() -> None:
+    bank = bank_of(2)
+    bank.fuse([Mixture({"a": 1.0})])
+    late = adapter("late", dict.fromkeys(LAYOUT, 6), seed=9)
+    bank.add(late)
+    assert bank.names == ("a", "late")
+    assert len(bank) == 2
+    for mixture in ({"a": 1.0}, {"late": 1.0}, {"a": 0.5, "late": 0.5}, {"a": 0.5}):
+        bank.fuse([Mixture(mixture)])
+        for module in LAYOUT:
+            assert_close(fused_delta(bank, module), delta(bank.adapters, mixture, module))
+
+
+def test_a_removed_adapter_is_gone_and_its_name_is_free() -> None:
+    bank = bank_of(2, 3)
+    bank.fuse([Mixture({"a": 1.0})])
+    fused = fused_delta(bank, "layers.0.up")
+    bank.remove("a")
+    assert torch.equal(fused_delta(bank, "layers.0.up"), fused)
+    assert bank.names == ("b",)
+    assert list(bank.adapters) == ["b"]
+    with pytest.raises(AdapterError, match="no adapter 'a'; there are b"):
+        bank.fuse([Mixture({"a": 1.0})])
+    bank.add(adapter("a", dict.fromkeys(LAYOUT, 2), seed=77))
+    bank.fuse([Mixture({"a": 1.0})])
+    wanted = delta(bank.adapters, {"a": 1.0}, "layers.0.up")
+    assert_close(fused_delta(bank, "layers.0.up"), wanted)
+    assert not torch.allclose(fused, fused_delta(bank, "layers.0.up"))
+
+
+def test_touched_modules_are_those_of_some_adapter_and_their_like_in_other_layers() -> None:
+    bank = AdapterBank(LAYOUT, [adapter("a", {"layers.0.up": 2})])
+    assert bank.touched() == {"layers.0.up", "layers.1.up"}
+    bank.remove("a")
+    assert bank.touched() == set()
+
+
+# What is refused
+
+
+def test_two_adapters_of_one_name_are_refused() -> None:
+    bank = bank_of(2)
+    with pytest.raises(AdapterError, match=r"two adapters are named 'a' \(the second: adapters/a\); rename one"):
+        bank.add(adapter("a", {"layers.0.up": 1}))
+
+
+def test_an_unknown_name_lists_the_known_ones_and_leaves_what_was_fused() -> None:
+    bank = bank_of(2, 3)
+    bank.fuse([Mixture({"a": 1.0})])
+    before = fused_delta(bank, "layers.0.up")
+    with pytest.raises(AdapterError, match="no adapter 'z'; there are a, b"):
+        bank.fuse([Mixture({"b": 1.0}), Mixture({"z": 1.0})])
+    assert torch.equal(fused_delta(bank, "layers.0.up"), before)
+    with pytest.raises(AdapterError, match="no adapter 'z'; there are a, b"):
+        bank.remove("z")
+    with pytest.raises(AdapterError, match="no adapter 'z'; there are none"):
+        AdapterBank(LAYOUT).fuse([Mixture({"z": 1.0})])
+
+
+def test_an_adapter_of_another_architecture_is_refused(tmp_path: Path) -> None:
+    foreign = make_adapter(tiny_model("gpt2"), tmp_path / "foreign", seed=1, target_modules=["c_attn"])
+    bank = AdapterBank(linear_layers(tiny_model("llama")))
+    message = r"foreign: 0 of its 2 modules are linear layers .* transformer\.h\.0\.attn\.c_attn is not.*another archi"
+    with pytest.raises(AdapterError, match=message):
+        bank.add(read_adapter(foreign))
+    assert len(bank) == 0
+
+
+def test_an_adapter_that_fits_in_part_is_refused() -> None:
+    bank = AdapterBank({"layers.0.up": (5, 7)})
+    with pytest.raises(AdapterError, match=r"adapters/a: 1 of its 2 modules .*; layers\.1\.up is not"):
+        bank.add(adapter("a", {"layers.0.up": 1, "layers.1.up": 1}))
+
+
+@pytest.mark.parametrize("shape", [(6, 7), (5, 8), (7, 5)])
+def test_an_adapter_of_another_size_is_refused(shape: tuple[int, int]) -> None:
+    bank = AdapterBank({**LAYOUT, "layers.1.up": shape})
+    message = rf"adapters/a: layers\.1\.up maps 5 to 7 features, but the base model's maps {shape[0]} to {shape[1]}"
+    with pytest.raises(AdapterError, match=message):
+        bank.add(adapter("a", {"layers.0.up": 2, "layers.1.up": 2}))
+    assert len(bank) == 0
+    assert bank.touched() == set()
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 12))
+@example(12, 12, 12)
+def test_no_order_of_layers_mixes_them_up(first: int, second: int, third: int) -> None:
+    # Module names such as layers.10 sort before layers.2: the order is that of the layout.
+    layout = {f"layers.{i}.up": (1, 1) for i in (first, 20 + second, 40 + third)}
+    weights = {m: LoraWeights(a=torch.tensor([[i + 1.0]]), b=torch.ones(1, 1), scaling=1) for i, m in enumerate(layout)}
+    bank = AdapterBank(layout, [Adapter(name="a", modules=dict(reversed(weights.items())), config={}, path=Path("a"))])
+    bank.fuse([Mixture({"a": 1})])
+    assert [fused_delta(bank, module).item() for module in layout] == [1, 2, 3]
+
+
+def test_modules_of_like_names_but_other_shapes_are_fused_apart() -> None:
+    layout = {"blocks.0.proj": (3, 4), "blocks.1.proj": (5, 6), "fc1": (3, 3), "fc2": (3, 3)}
+    loras = {m: LoraWeights(a=torch.randn(2, i), b=torch.randn(o, 2), scaling=0.5) for m, (i, o) in layout.items()}
+    bank = AdapterBank(layout, [Adapter(name="a", modules=loras, config={}, path=Path("a"))])
+    bank.fuse([Mixture({"a": 2})])
+    for module, lora in loras.items():
+        assert_close(fused_delta(bank, module), (lora.b @ lora.a).double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_bank_holds_its_weights_in_the_dtype_of_the_model(dtype: torch.dtype) -> None:
+    bank = AdapterBank(LAYOUT, [adapter("a", dict.fromkeys(LAYOUT, 2)), adapter("b", {"layers.0.up": 3})], dtype=dtype)
+    bank.fuse([Mixture({"a": 0.5, "b": 0.5}), Mixture({"b": 1.0})])
+    for stack in bank.stacks:
+        assert {t.dtype for pair in stack.pair.active or [] for t in pair} == {dtype}
+        assert stack.pair.gate is None or stack.pair.gate.dtype == dtype
+    wanted = delta(bank.adapters, {"a": 0.5, "b": 0.5}, "layers.0.up")
+    tolerance = {torch.bfloat16: 2e-2, torch.float32: 1e-6, torch.float64: 1e-12}[dtype]
+    found = fused_delta(bank, "layers.0.up").double()
+    torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance * wanted.abs().max().item())

@@ -1,0 +1,405 @@
+import copy
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import reference
+from conftest import ARCHITECTURES, USUAL_TARGETS, make_adapter, tiny_model
+from dlp_lora.bank import AdapterBank
+from dlp_lora.errors import AdapterError, ModelError
+from dlp_lora.fused import FusedLinear, attach, detach, linear_layers
+from dlp_lora.peft_format import read_adapter
+from dlp_lora.policy import Mixture
+
+IDS = torch.arange(3, 27).reshape(3, 8) * 7 % 256
+WEIGHTS = "adapter_model.safetensors"
+
+
+@contextmanager
+def fused(model: PreTrainedModel, folders: Mapping[str, Path]) -> Iterator[AdapterBank]:
+    """Attaches adapters to a model for a while."""
+    adapters = [read_adapter(folder, name) for name, folder in folders.items()]
+    bank = AdapterBank(linear_layers(model), adapters, dtype=model.dtype)
+    attach(model, bank)
+    try:
+        yield bank
+    finally:
+        detach(model)
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, ids: Tensor = IDS, **kwargs: Any) -> Tensor:
+    found: Tensor = model(ids, **kwargs).logits
+    return found
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    """The largest difference, relative to the scale of what is wanted."""
+    return ((found.double() - wanted.double()).abs().max() / wanted.double().abs().max()).item()
+
+
+def all_linear(architecture: str) -> list[str]:
+    names = {name.rpartition(".")[2] for name in linear_layers(tiny_model(architecture))}
+    return sorted(names - {"lm_head"})
+
+
+# One adapter is what PEFT makes of it
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {"r": 4, "lora_alpha": 8},
+    "rslora": {"r": 8, "lora_alpha": 6, "use_rslora": True},
+    "patterns": {"r": 4, "rank_pattern": {r"\w+\.1\..+": 7}, "alpha_pattern": {r"\w+\.0\..+": 3, r".*": 11}},
+    "rslora-patterns": {"r": 4, "use_rslora": True, "rank_pattern": {r"\w+\.0\..+": 2}, "alpha_pattern": {r".*": 5}},
+    "one-layer": {"r": 4, "lora_alpha": 16, "layers_to_transform": [1]},
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("targets", ["usual", "all-linear"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_one_adapter_at_weight_1_is_pefts_own_forward(
+    architecture: str, targets: str, setting: str, tmp_path: Path
+) -> None:
+    model = tiny_model(architecture)
+    names = USUAL_TARGETS[architecture] if targets == "usual" else all_linear(architecture)
+    folder = make_adapter(model, tmp_path / "it", seed=1, scale=0.05, target_modules=names, **SETTINGS[setting])
+    plain = logits(model)
+    theirs = logits(PeftModel.from_pretrained(copy.deepcopy(model), folder))
+    with fused(model, {"it": folder}) as bank:
+        bank.fuse([Mixture({"it": 1.0})])
+        assert error(logits(model), theirs) < 1e-5
+    assert error(theirs, plain) > 5e-3  # the adapter is no trifle
+
+    # bf16 against the same bf16 weights, computed in fp32.
+    model = model.bfloat16()
+    theirs = logits(PeftModel.from_pretrained(copy.deepcopy(model).float(), folder))
+    with fused(model, {"it": folder}) as bank:
+        bank.fuse([Mixture({"it": 1.0})])
+        assert error(logits(model), theirs) < 1e-2
+
+
+def test_one_adapter_generates_the_tokens_that_peft_generates(llama: PreTrainedModel, tmp_path: Path) -> None:
+    folder = make_adapter(llama, tmp_path / "it", seed=1, scale=0.5, target_modules="all-linear")
+    generate = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    plain = llama.generate(IDS, **generate)
+    theirs = PeftModel.from_pretrained(copy.deepcopy(llama), folder).generate(input_ids=IDS, **generate)
+    with fused(llama, {"it": folder}) as bank:
+        bank.fuse([Mixture({"it": 1.0})])
+        assert torch.equal(llama.generate(IDS, **generate), theirs)
+    assert not torch.equal(plain, theirs)
+
+
+# A mixture is the weighted sum of the deltas
+
+
+@pytest.fixture(scope="module", params=list(ARCHITECTURES))
+def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Path]]:
+    """An architecture, and three adapters for it of different ranks, scalings and target modules."""
+    architecture: str = request.param
+    model, root = tiny_model(architecture), tmp_path_factory.mktemp(architecture)
+    names = all_linear(architecture)
+    folders = {
+        "usual": make_adapter(model, root / "usual", seed=1, scale=0.05, target_modules=USUAL_TARGETS[architecture]),
+        "all": make_adapter(
+            model, root / "all", seed=2, scale=0.05, target_modules=names, r=3, use_rslora=True, lora_alpha=2
+        ),
+        "late": make_adapter(
+            model,
+            root / "late",
+            seed=3,
+            scale=0.05,
+            target_modules=names[-2:],
+            r=6,
+            rank_pattern={names[-1]: 2},
+            layers_to_transform=[1],
+        ),
+    }
+    return architecture, folders
+
+
+MIXTURES = [
+    {"usual": 0.505, "all": 0.495},
+    {"usual": 0.2, "all": 0.3, "late": 0.5},
+    {"late": 1.0},
+    {"usual": -0.8, "all": 1.7},
+    {"usual": 0.9, "all": 0.8, "late": -1.4},
+    {"usual": 1e-3, "late": 0.0},
+]
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_a_mixture_is_the_base_with_the_weighted_sum_of_the_deltas(bench: tuple[str, dict[str, Path]]) -> None:
+    architecture, folders = bench
+    model = tiny_model(architecture)
+    coarse = tiny_model(architecture, dtype=torch.bfloat16)
+    with fused(model, folders) as bank, fused(coarse, folders) as coarse_bank:
+        for mixture in MIXTURES:
+            bank.fuse([Mixture(mixture)])
+            wanted = logits(reference.with_mixture(tiny_model(architecture), mixture, folders))
+            assert error(logits(model), wanted) < 1e-5
+            coarse_bank.fuse([Mixture(mixture)])
+            rounded = tiny_model(architecture, dtype=torch.bfloat16).float()
+            wanted = logits(reference.with_mixture(rounded, mixture, folders))
+            assert error(logits(coarse), wanted) < 1e-2
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_rows_of_different_mixtures_equal_each_row_alone(bench: tuple[str, dict[str, Path]]) -> None:
+    architecture, folders = bench
+    model = tiny_model(architecture)
+    base = logits(model)
+    rows = [Mixture({"usual": 0.3, "late": 0.7}), Mixture(), Mixture({"all": -1.2, "usual": 0.5})]
+    with fused(model, folders) as bank:
+        bank.fuse(rows)
+        together = logits(model)
+        last = logits(model, logits_to_keep=1)
+        for i, row in enumerate(rows):
+            bank.fuse([row])
+            alone = logits(model, IDS[i : i + 1])
+            assert error(together[i : i + 1], alone) < 1e-5
+            assert error(last[i : i + 1], alone[:, -1:]) < 1e-5
+            wanted = logits(reference.with_mixture(tiny_model(architecture), row, folders), IDS[i : i + 1])
+            assert error(together[i : i + 1], wanted) < 1e-5
+    assert error(together[1], base[1]) < 1e-5
+    assert error(together[0], base[0]) > 5e-3
+    assert error(together[2], base[2]) > 5e-3
+
+
+def test_adapters_of_different_precision_than_the_model_are_converted(llama: PreTrainedModel, tmp_path: Path) -> None:
+    folder = make_adapter(llama, tmp_path / "it", seed=1, scale=0.3)
+    half = {key: tensor.half() for key, tensor in load_file(folder / WEIGHTS).items()}
+    save_file(half, folder / WEIGHTS)
+    wanted = logits(reference.with_mixture(llama, {"it": 0.5}, {"it": folder}))
+    with fused(llama, {"it": folder}) as bank:
+        bank.fuse([Mixture({"it": 0.5})])
+        assert logits(llama).dtype == torch.float32
+        assert error(logits(llama), wanted) < 1e-5
+
+
+# Attaching, detaching, doing nothing
+
+
+def snapshot(model: PreTrainedModel) -> dict[str, Any]:
+    """What must be the same after detaching: the very modules, the keys and the bits of the weights."""
+    return {
+        "modules": {name: id(module) for name, module in model.named_modules()},
+        "keys": list(model.state_dict()),
+        "weights": {name: (p.data_ptr(), p._version) for name, p in model.named_parameters()},
+    }
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_detaching_gives_the_very_same_model_back(bench: tuple[str, dict[str, Path]]) -> None:
+    architecture, folders = bench
+    model = tiny_model(architecture)
+    before, plain = snapshot(model), logits(model)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with fused(model, folders) as bank:
+        assert any(isinstance(module, FusedLinear) for module in model.modules())
+        bank.fuse([Mixture({"usual": 1.0, "all": -3.0})])
+        assert not torch.equal(logits(model), plain)
+    assert snapshot(model) == before
+    assert torch.equal(logits(model), plain)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    detach(model)  # nothing is attached any more: nothing happens
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_with_nothing_fused_the_model_is_the_base_bit_for_bit(
+    bench: tuple[str, dict[str, Path]], dtype: torch.dtype
+) -> None:
+    architecture, folders = bench
+    model = tiny_model(architecture, dtype=dtype)
+    plain = logits(model)
+    with fused(model, folders) as bank:
+        assert torch.equal(logits(model), plain)
+        bank.fuse([Mixture({"all": 1.0}), Mixture({"usual": 1.0}), Mixture()])
+        assert not torch.equal(logits(model), plain)
+        bank.clear()
+        assert torch.equal(logits(model), plain)
+        bank.fuse([Mixture(), Mixture(), Mixture()])
+        assert torch.equal(logits(model), plain)
+
+
+def test_only_layers_that_an_adapter_changes_are_replaced(llama: PreTrainedModel, tmp_path: Path) -> None:
+    folder = make_adapter(llama, tmp_path / "it", seed=1, target_modules=["q_proj", "down_proj"])
+    with fused(llama, {"it": folder}):
+        replaced = {name for name, module in llama.named_modules() if isinstance(module, FusedLinear)}
+    assert replaced == {f"model.layers.{i}.{name}" for i in (0, 1) for name in ("self_attn.q_proj", "mlp.down_proj")}
+
+
+def test_a_fused_layer_shows_its_base_layers_weight_and_bias(tmp_path: Path) -> None:
+    model = tiny_model("qwen2")  # q_proj has a bias there, o_proj has none
+    folder = make_adapter(model, tmp_path / "it", seed=1, target_modules=["q_proj", "o_proj"])
+    attention = model.model.layers[0].self_attn
+    q, o = attention.q_proj, attention.o_proj
+    with fused(model, {"it": folder}):
+        assert attention.q_proj.weight is q.weight
+        assert attention.q_proj.bias is q.bias
+        assert attention.o_proj.bias is None
+        assert attention.o_proj.base_layer is o
+
+
+def test_an_adapter_added_at_run_time_needs_only_another_attach(llama: PreTrainedModel, tmp_path: Path) -> None:
+    first = make_adapter(llama, tmp_path / "first", seed=1, scale=0.3, target_modules=["q_proj"])
+    second = make_adapter(llama, tmp_path / "second", seed=2, scale=0.3, target_modules=["v_proj", "up_proj"], r=9)
+    folders, mixture = {"first": first, "second": second}, {"first": 0.4, "second": 0.6}
+    wanted = logits(reference.with_mixture(llama, mixture, folders))
+    before = snapshot(llama)
+    with fused(llama, {"first": first}) as bank:
+        bank.fuse([Mixture({"first": 1.0})])
+        logits(llama)
+        bank.add(read_adapter(second))
+        attach(llama, bank)
+        bank.fuse([Mixture(mixture)])
+        assert error(logits(llama), wanted) < 1e-5
+        assert not any(isinstance(m.base_layer, FusedLinear) for m in llama.modules() if isinstance(m, FusedLinear))
+        bank.remove("second")
+        bank.fuse([Mixture({"first": 1.0})])
+        assert error(logits(llama), logits(reference.with_mixture(tiny_model(), {"first": 1.0}, folders))) < 1e-5
+    assert snapshot(llama) == before
+
+
+def test_a_thousand_switches_reach_the_layers_and_leave_the_buffers_in_place(
+    llama: PreTrainedModel, adapters: Mapping[str, Path]
+) -> None:
+    wanted = logits(reference.with_mixture(llama, {"math": 0.999, "poems": 0.001}, adapters))
+    with fused(llama, adapters) as bank:
+        pairs = [stack.pair for stack in bank.stacks]
+        before = [(pair._a.data_ptr(), pair._b.data_ptr(), pair.num_allocations) for pair in pairs]
+        for i in range(1000):
+            bank.fuse([Mixture({"math": i / 1000, "poems" if i % 2 else "units": (1000 - i) / 1000})])
+        assert [(pair._a.data_ptr(), pair._b.data_ptr(), pair.num_allocations) for pair in pairs] == before
+        assert error(logits(llama), wanted) < 1e-5
+
+
+# lm_head
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma", "gpt2"])
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_on_lm_head_is_fused_and_leaves_a_tied_embedding_alone(architecture: str, tmp_path: Path) -> None:
+    model = tiny_model(architecture)
+    targets = [*USUAL_TARGETS[architecture], "lm_head"]
+    folders = {
+        "head": make_adapter(model, tmp_path / "head", seed=1, scale=0.2, target_modules=targets),
+        "usual": make_adapter(model, tmp_path / "usual", seed=2, target_modules=USUAL_TARGETS[architecture]),
+    }
+    assert any("lm_head.base_layer" in key for key in load_file(folders["head"] / WEIGHTS))
+    theirs = logits(PeftModel.from_pretrained(copy.deepcopy(model), folders["head"]))
+    embedding = model.get_input_embeddings().weight
+    tied = model.get_output_embeddings().weight is embedding
+    assert tied == (architecture != "llama")
+    before = snapshot(model)
+    with fused(model, folders) as bank:
+        bank.fuse([Mixture({"head": 1.0})])
+        assert error(logits(model), theirs) < 1e-5
+        rows = [Mixture({"head": 0.5, "usual": -0.5}), Mixture(), Mixture({"usual": 1.0})]
+        bank.fuse(rows)
+        for keep in (0, 1):  # 0 keeps all
+            together = logits(model, logits_to_keep=keep)
+            for i, row in enumerate(rows):
+                wanted = logits(reference.with_mixture(tiny_model(architecture), row, folders), IDS[i : i + 1])
+                assert error(together[i : i + 1], wanted[:, -keep:]) < 1e-5
+    assert snapshot(model) == before
+    assert (model.get_output_embeddings().weight is embedding) == tied
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_that_brings_another_lm_head_along_is_refused(llama: PreTrainedModel, tmp_path: Path) -> None:
+    folder = make_adapter(llama, tmp_path / "head", seed=1, target_modules=["lm_head"])
+    before = snapshot(llama)
+    tensors = load_file(folder / WEIGHTS)
+    for change in (lambda t: t + 1e-3, lambda t: t[:-1].contiguous()):
+        altered = {key: change(t) if "base_layer" in key else t for key, t in tensors.items()}
+        save_file(altered, folder / WEIGHTS)
+        with (
+            pytest.raises(AdapterError, match=r"head holds a copy of the base model's lm_head\.weight that differs"),
+            fused(llama, {"head": folder}),
+        ):
+            pass
+        assert snapshot(llama) == before
+
+
+# What is refused
+
+
+def test_attaching_twice_is_refused(llama: PreTrainedModel, adapters: Mapping[str, Path]) -> None:
+    with (
+        fused(llama, adapters),
+        pytest.raises(ModelError, match=r"has fused layers attached already; call detach\(\) on its engine first"),
+    ):
+        linear_layers(llama)
+    assert linear_layers(llama) == linear_layers(tiny_model())
+
+
+def test_a_model_without_linear_layers_is_refused() -> None:
+    with pytest.raises(ModelError, match="Embedding has no linear layer to attach to"):
+        linear_layers(torch.nn.Embedding(3, 4))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_linear_layers_are_listed_with_what_they_map(architecture: str) -> None:
+    model = tiny_model(architecture)
+    layers = linear_layers(model)
+    assert layers["lm_head"] == (32, 260)
+    for name, (d_in, d_out) in layers.items():
+        y = model.get_submodule(name)(torch.zeros(1, 1, d_in))
+        assert y.shape == (1, 1, d_out), name
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "message"),
+    [
+        ("gpt2", "llama", "0 of its 2 modules are linear layers of the base model"),
+        ("llama", "phi3", "0 of its 4 modules are linear layers of the base model"),
+        ("mistral", "qwen2", None),
+    ],
+)
+def test_an_adapter_of_another_architecture_is_refused_unless_it_fits_exactly(
+    theirs: str, ours: str, message: str | None, tmp_path: Path
+) -> None:
+    folder = make_adapter(tiny_model(theirs), tmp_path / "it", seed=1, target_modules=USUAL_TARGETS[theirs])
+    model = tiny_model(ours)
+    if message is None:
+        with fused(model, {"it": folder}) as bank:
+            assert bank.names == ("it",)
+    else:
+        with pytest.raises(AdapterError, match=rf"it: {message}"), fused(model, {"it": folder}):
+            pass
+
+
+def test_a_base_of_another_width_is_refused(tmp_path: Path) -> None:
+    folder = make_adapter(tiny_model("llama"), tmp_path / "it", seed=1)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "tiny-llama"}))
+    wide = copy.deepcopy(tiny_model("llama"))
+    wide.model.layers[1].self_attn.v_proj = torch.nn.Linear(32, 32, bias=False)
+    message = r"it: model\.layers\.1\.self_attn\.v_proj maps 32 to 16 features, but the base model's maps 32 to 32"
+    with pytest.raises(AdapterError, match=message + r".*another base .tiny-llama."), fused(wide, {"it": folder}):
+        pass
+
+
+def test_gradients_pass_through_a_fused_model(llama: PreTrainedModel, adapters: Mapping[str, Path]) -> None:
+    rows: Sequence[Mixture] = [Mixture({"math": 1.0}), Mixture(), Mixture({"poems": 0.5})]
+    with fused(llama, adapters) as bank:
+        bank.fuse(rows)
+        loss = llama(IDS, labels=IDS).loss
+        loss.backward()
+    gradient = llama.model.embed_tokens.weight.grad
+    assert gradient is not None
+    assert gradient.isfinite().all()
+    assert gradient.abs().max() > 0

@@ -1,0 +1,265 @@
+import json
+import string
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from conftest import byte_tokenizer
+from dlp_lora import Context, MiniMLP, Router, RouterError
+from dlp_lora.router import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, MiniMLPConfig
+
+NAMES = ("math", "poems", "units")
+BYTES = byte_tokenizer().backend_tokenizer
+CONTEXTS = [
+    Context("Why?"),
+    Context("Why?", "It is so. ", "T"),
+    Context("How far is it to the moon, and back?", "", ""),
+    Context("", "Nothing was asked. ", "Y"),
+    Context("漢字 👋🏽", "é", "ß"),
+]
+ODD = {
+    "empty": "",
+    "one token": "a",
+    "spaces": " \n\t ",
+    "punctuation": string.punctuation * 5,
+    "control characters": "".join(map(chr, range(32))) + "\x7f\x80\x9f\u200b\ufeff\ufffd",
+    "100,000 characters": "Why is it so? " * 7143,
+}
+
+
+def router(*, seed: int = 0, tokenizer: Tokenizer = BYTES, **config: Any) -> MiniMLP:
+    """A router of random weights, large enough to tell texts apart."""
+    torch.manual_seed(seed)
+    mlp = MiniMLP(NAMES, tokenizer, MiniMLPConfig(**{"dim": 16, "hidden": 24, **config})).eval()
+    with torch.no_grad():
+        mlp.embedding.weight.normal_()
+        for layer in mlp.layers:
+            if isinstance(layer, torch.nn.Linear):
+                layer.weight.mul_(2)
+    return mlp
+
+
+def words(vocab: int) -> Tokenizer:
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer
+
+
+class TestProbabilities:
+    @pytest.mark.parametrize("odd", ODD)
+    def test_any_text_gets_finite_probabilities_that_sum_to_one(self, odd: str) -> None:
+        text = ODD[odd]
+        found = router().probabilities([Context(text), Context("Why?", text), Context(text, text, text)])
+        assert found.shape == (3, 3)
+        assert torch.isfinite(found).all()
+        assert (found >= 0).all()
+        torch.testing.assert_close(found.sum(dim=1), torch.ones(3))
+
+    @given(st.text(max_size=50), st.text(max_size=50))
+    @settings(deadline=None, max_examples=50)
+    def test_any_strings_get_finite_probabilities(self, prompt: str, answer: str) -> None:
+        found = router().probabilities([Context(prompt, answer)])
+        assert torch.isfinite(found).all()
+        assert found.sum().item() == pytest.approx(1, abs=1e-5)
+
+    def test_a_batch_is_its_rows_alone(self) -> None:
+        mlp = router()
+        alone = torch.cat([mlp.probabilities([context]) for context in CONTEXTS])
+        torch.testing.assert_close(mlp.probabilities(CONTEXTS), alone, rtol=0, atol=1e-6)
+        torch.testing.assert_close(mlp.probabilities(CONTEXTS[::-1]), alone.flip(0), rtol=0, atol=1e-6)
+
+    def test_other_texts_get_other_probabilities(self) -> None:
+        found = router().probabilities(CONTEXTS)
+        assert len({tuple(row) for row in found.tolist()}) == len(CONTEXTS)
+
+    def test_prompt_and_answer_are_told_apart(self) -> None:
+        one, two = router().probabilities([Context("Why?", "So."), Context("So.", "Why?")])
+        assert (one - two).abs().max() > 1e-3
+
+    def test_the_order_of_words_matters(self) -> None:
+        one, two = router().probabilities([Context("abcdef " * 9 + "xyz"), Context("xyz" + " abcdef" * 9)])
+        assert (one - two).abs().max() > 1e-3
+
+    def test_a_sentences_first_token_joins_the_answer(self) -> None:
+        mlp = router()
+        split, joined = mlp.probabilities([Context("Why?", "It is. ", "So"), Context("Why?", "It is. So")])
+        assert torch.equal(split, joined)
+
+    def test_temperature_divides_the_logits(self) -> None:
+        encoded = [(BYTES.encode("Why?").ids, [])]
+        logits = router()(encoded)
+        found = router(temperature=3.0).probabilities([Context("Why?")])
+        torch.testing.assert_close(found, (logits / 3).softmax(dim=-1).detach())
+
+    def test_bags_are_the_weighted_means_that_the_half_life_says(self) -> None:
+        mlp = router(half_life=2.0)
+        inputs: list[torch.Tensor] = []
+        mlp.layers.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+        mlp.probabilities([Context("abc", "", "")])
+        a, b, c = mlp.embedding.weight[BYTES.encode("abc").ids]
+        h = 0.5**0.5
+        total = 1 + h + h * h
+        bags = [(a + b + c) / 3, (a + h * b + h * h * c) / total, (h * h * a + h * b + c) / total]
+        expected = torch.cat([*bags, torch.zeros(2 * 16)])
+        torch.testing.assert_close(inputs[0][0], expected)
+
+    def test_probabilities_carry_no_gradient_but_logits_do(self) -> None:
+        mlp = router()
+        assert not mlp.probabilities(CONTEXTS).requires_grad
+        mlp([(mlp.encode("Why?"), mlp.encode("So."))]).sum().backward()
+        assert mlp.embedding.weight.grad is not None
+        assert mlp.embedding.weight.grad.abs().sum() > 0
+
+    def test_it_is_a_router(self) -> None:
+        assert isinstance(router(), Router)
+
+
+class TestEncoding:
+    def test_training_and_routing_read_text_the_same_way(self) -> None:
+        mlp = router()
+        logits = mlp([(mlp.encode(c.prompt), mlp.encode(c.answer + c.sentence)) for c in CONTEXTS])
+        torch.testing.assert_close(logits.softmax(dim=-1).detach(), mlp.probabilities(CONTEXTS), rtol=0, atol=0)
+
+    def test_long_texts_keep_their_end(self) -> None:
+        mlp = router(max_chars=10)
+        assert mlp.encode("far too long: " + "0123456789") == mlp.encode("0123456789")
+        assert mlp.encode("  0123456789\n") == mlp.encode("0123456789")
+
+    def test_text_is_encoded_without_special_tokens(self) -> None:
+        tokenizer = byte_tokenizer()
+        from tokenizers.processors import TemplateProcessing
+
+        backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        backend.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 257)])
+        assert backend.encode("Why?").ids[0] == 257
+        assert router(tokenizer=backend).encode("Why?") == BYTES.encode("Why?").ids
+
+    def test_padding_and_truncation_in_a_tokenizer_file_are_ignored(self, tmp_path: Path) -> None:
+        backend = Tokenizer.from_str(BYTES.to_str())
+        backend.enable_padding(length=32, pad_id=258, pad_token="<|pad|>")
+        backend.enable_truncation(max_length=4)
+        mlp = router(tokenizer=backend)
+        assert mlp.encode("Why is it?") == BYTES.encode("Why is it?").ids
+        assert backend.padding  # the caller's own is left as it was
+        mlp.save_pretrained(tmp_path / "router")
+        backend.save(str(tmp_path / "router" / TOKENIZER_FILE))
+        assert MiniMLP.from_pretrained(tmp_path / "router").encode("Why is it?") == BYTES.encode("Why is it?").ids
+
+    def test_tokens_may_have_gaps_between_their_ids(self, tmp_path: Path) -> None:
+        backend = Tokenizer(models.WordLevel({"why": 0, "far": 7}, unk_token="why"))
+        mlp = router(tokenizer=backend)
+        assert torch.isfinite(mlp.probabilities([Context("far")])).all()
+
+
+class TestMaking:
+    @pytest.mark.parametrize("names", [(), ("math", "math"), ("math", "poems", "math")])
+    def test_names_must_be_there_and_once_each(self, names: tuple[str, ...]) -> None:
+        with pytest.raises(RouterError, match="at least one adapter name, each once"):
+            MiniMLP(names, BYTES)
+
+    @pytest.mark.parametrize("field", ["dim", "hidden", "half_life", "max_chars", "temperature"])
+    def test_sizes_must_be_positive(self, field: str) -> None:
+        with pytest.raises(ValueError, match=rf"MiniMLPConfig\.{field} must be positive, got 0"):
+            MiniMLPConfig(**{field: 0})
+
+    def test_the_papers_size_is_about_five_million(self) -> None:
+        mlp = MiniMLP([f"task{i}" for i in range(26)], words(49_152))
+        assert 4.5e6 < mlp.num_parameters < 5.5e6
+        assert sum(isinstance(layer, torch.nn.Linear) for layer in mlp.layers) == 4
+
+
+def damage(file: str, data: bytes | None) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        if data is None:
+            (folder / file).unlink()
+        else:
+            (folder / file).write_bytes(data)
+
+    return apply
+
+
+def rewrite(**changes: Any) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        config = json.loads((folder / CONFIG_FILE).read_text()) | changes
+        (folder / CONFIG_FILE).write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+    return apply
+
+
+def truncate(folder: Path) -> None:
+    data = (folder / WEIGHTS_FILE).read_bytes()
+    (folder / WEIGHTS_FILE).write_bytes(data[: len(data) // 2])
+
+
+class TestSaving:
+    def test_a_saved_router_is_the_same_to_the_last_bit(self, tmp_path: Path) -> None:
+        mlp = router(half_life=3.5, temperature=1.3, max_chars=500)
+        mlp.save_pretrained(tmp_path / "router")
+        loaded = MiniMLP.from_pretrained(tmp_path / "router")
+        assert loaded.names == NAMES
+        assert loaded.config == mlp.config
+        assert not loaded.training
+        assert torch.equal(loaded.probabilities(CONTEXTS), mlp.probabilities(CONTEXTS))
+        for context in CONTEXTS:
+            assert torch.equal(loaded.probabilities([context]), mlp.probabilities([context]))
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["router"]
+
+    def test_saving_again_replaces_the_router(self, tmp_path: Path) -> None:
+        router(seed=1).save_pretrained(tmp_path / "router")
+        (tmp_path / "router" / "stray.txt").write_text("old")
+        router(seed=2).save_pretrained(str(tmp_path / "router"))
+        loaded = MiniMLP.from_pretrained(str(tmp_path / "router"))
+        assert torch.equal(loaded.probabilities(CONTEXTS), router(seed=2).probabilities(CONTEXTS))
+        assert not (tmp_path / "router" / "stray.txt").exists()
+
+    def test_a_save_that_breaks_off_keeps_the_router_that_was_there(self, tmp_path: Path) -> None:
+        router(seed=1).save_pretrained(tmp_path / "router")
+        broken = router(seed=2)
+        broken.names = ("math", {"a", "set"}, "units")  # type: ignore[assignment]  # JSON cannot hold it
+        with pytest.raises(TypeError):
+            broken.save_pretrained(tmp_path / "router")
+        loaded = MiniMLP.from_pretrained(tmp_path / "router")
+        assert torch.equal(loaded.probabilities(CONTEXTS), router(seed=1).probabilities(CONTEXTS))
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["router"]
+
+    @pytest.mark.parametrize(
+        "damage, message",
+        [
+            (damage(CONFIG_FILE, None), f"is not a router folder: it has no {CONFIG_FILE}"),
+            (damage(WEIGHTS_FILE, None), "is damaged .*copy it again or train it anew"),
+            (damage(TOKENIZER_FILE, None), "cannot be read|is damaged"),
+            (truncate, "is damaged .*copy it again or train it anew"),
+            (damage(WEIGHTS_FILE, b""), "is damaged .*copy it again or train it anew"),
+            (damage(CONFIG_FILE, b'{"format": 1, "na'), "is damaged .*copy it again or train it anew"),
+            (damage(CONFIG_FILE, b"[1, 2]"), "is damaged .*copy it again or train it anew"),
+            (damage(CONFIG_FILE, b"\xff\xfe"), "is damaged .*copy it again or train it anew"),
+            (damage(TOKENIZER_FILE, b"{}"), rf"{TOKENIZER_FILE} cannot be read .*copy it again"),
+            (damage(TOKENIZER_FILE, b'{"version": "1.0", "mod'), rf"{TOKENIZER_FILE} cannot be read .*copy it again"),
+            (rewrite(format=2), "was written by a later version; upgrade dlp-lora"),
+            (rewrite(type="encoder"), "was written by a later version; upgrade dlp-lora"),
+            (rewrite(format=None), "is damaged .*format"),
+            (rewrite(names=None), "is damaged .*names"),
+            (rewrite(names=["math", "math", "units"]), "at least one adapter name, each once"),
+            (rewrite(names=["math", "units"]), "is damaged .*size mismatch"),
+            (rewrite(dim=17), "is damaged .*size mismatch"),
+            (rewrite(half_life=-1), "is damaged .*half_life must be positive"),
+            (rewrite(surprise=1), "is damaged .*surprise"),
+        ],
+    )
+    def test_a_damaged_folder_is_refused_with_the_reason(
+        self, tmp_path: Path, damage: Callable[[Path], None], message: str
+    ) -> None:
+        router().save_pretrained(tmp_path / "router")
+        damage(tmp_path / "router")
+        with pytest.raises(RouterError, match=rf"(?s){message}"):
+            MiniMLP.from_pretrained(tmp_path / "router")
+
+    def test_a_missing_folder_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(RouterError, match="nowhere is not a router folder"):
+            MiniMLP.from_pretrained(tmp_path / "nowhere")
