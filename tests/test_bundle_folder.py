@@ -1,6 +1,7 @@
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ from conftest import byte_tokenizer, make_adapter, tiny_model
 from dlp_lora.bundle import Bundle, is_bundle, read_bundle, write_bundle
 from dlp_lora.errors import BundleError
 from dlp_lora.peft_format import find_adapters, read_adapter
-from dlp_lora.policy import TopP, policy_from_dict, policy_to_dict
+from dlp_lora.policy import Switching, TopP, policy_from_dict, policy_to_dict
 from dlp_lora.router import Context, MiniMLP, MiniMLPConfig
 
 POLICY = TopP(p=0.7, weighting="paper")
-SWITCHING = {"min_chars": 12}
+SWITCHING = asdict(Switching())
 
 
 def write(path: Path, adapters: Mapping[str, Path], **changes: Any) -> Path:
@@ -194,6 +195,8 @@ def test_a_bundle_that_lacks_a_part_is_refused(key: str, bundle: Path) -> None:
         {"policy": {"type": "TopP", "p": "0.6"}},
         {"policy": {"type": "TopP", "q": 0.6}},
         {"switching": []},
+        {"switching": {"sometimes": True}},
+        {"kv_policy": "forget"},
     ],
     ids=str,
 )

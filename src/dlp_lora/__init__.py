@@ -1,7 +1,7 @@
 """Many LoRA adapters, one model, nobody picking: sentence-level dynamic LoRA fusion (DLP-LoRA, arXiv 2410.01497)."""
 
-from dlp_lora.controller import Sentence, Switching
-from dlp_lora.engine import Engine, Generation, Piece
+from dlp_lora.controller import Sentence
+from dlp_lora.engine import Engine, Generation
 from dlp_lora.errors import (
     AdapterError,
     BundleError,
@@ -13,9 +13,10 @@ from dlp_lora.errors import (
     TrainingError,
 )
 from dlp_lora.load import load
-from dlp_lora.policy import FusionPolicy, Mixture, Only, Threshold, TopK, TopP, Uniform
+from dlp_lora.policy import FusionPolicy, Mixture, Only, Switching, Threshold, TopK, TopP, Uniform
 from dlp_lora.router import Context, MiniMLP, Router
 from dlp_lora.sentences import Segmenter, SentenceSegmenter
+from dlp_lora.streaming import Piece
 
 __all__ = [
     "AdapterError",

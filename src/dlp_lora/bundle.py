@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from dlp_lora.errors import BundleError
 from dlp_lora.folders import recover_folder, replace_folder
 from dlp_lora.peft_format import CONFIG_FILE, WEIGHTS_FILE, content_hash
-from dlp_lora.policy import policy_from_dict
+from dlp_lora.policy import KVPolicy, Switching, policy_from_dict
 from dlp_lora.router import Router
 
 BUNDLE_FILE = "bundle.json"
@@ -70,6 +70,9 @@ def read_bundle(path: str | Path) -> Bundle:
             if not isinstance(value, kind):
                 raise TypeError(f"{value!r} where a {kind.__name__} is expected")
         policy_from_dict(bundle.policy)
+        Switching(**bundle.switching)
+        if bundle.kv_policy not in get_args(KVPolicy):
+            raise ValueError(f"kv_policy {bundle.kv_policy!r} where one of {get_args(KVPolicy)} is expected")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BundleError(f"{path / BUNDLE_FILE} is damaged ({error!r}); make the bundle again") from error
     for name, folder in bundle.adapters.items():

@@ -12,7 +12,7 @@ import time
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,31 +20,12 @@ from transformers import Cache, PreTrainedTokenizerBase
 
 from dlp_lora.bank import AdapterBank
 from dlp_lora.errors import PromptError, RouterError
-from dlp_lora.policy import FusionPolicy, Mixture
+from dlp_lora.policy import FusionPolicy, KVPolicy, Mixture, Switching
 from dlp_lora.router import Context, Router
 from dlp_lora.sentences import Segmenter
 from dlp_lora.text import Detokenizer, PromptReader
 
-KVPolicy = Literal["keep", "recompute"]
 ROWS = "_dlp_lora_rows"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Switching:
-    """When a sentence start is taken as an opportunity to switch.
-
-    A sentence shorter than `min_tokens` is not left; and the mixture stays while the most likely adapter is not
-    at least `margin` more probable than the heaviest one in use.
-    """
-
-    min_tokens: int = 4
-    margin: float = 0.05
-
-    def __post_init__(self) -> None:
-        if self.min_tokens < 1:
-            raise ValueError(f"Switching.min_tokens must be at least 1, got {self.min_tokens}")
-        if not 0 <= self.margin <= 1:
-            raise ValueError(f"Switching.margin must be in [0, 1], got {self.margin}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,6 @@
 `stream` are its own `generate`, plus a trace of which sentence used which adapters.
 """
 
-import queue
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,19 +17,18 @@ from torch import Tensor
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    StoppingCriteria,
     StoppingCriteriaList,
 )
-from transformers.generation.streamers import BaseStreamer
 
 from dlp_lora.bank import AdapterBank
 from dlp_lora.bundle import write_bundle
-from dlp_lora.controller import CachedRows, Controller, KVPolicy, Row, Sentence, Switching
+from dlp_lora.controller import CachedRows, Controller, Row, Sentence
 from dlp_lora.errors import AdapterError, PromptError, RouterError
 from dlp_lora.fused import attach, detach
-from dlp_lora.policy import FusionPolicy, Mixture, TopP, policy_to_dict
+from dlp_lora.policy import FusionPolicy, KVPolicy, Mixture, Switching, TopP, policy_to_dict
 from dlp_lora.router import Router
 from dlp_lora.sentences import Segmenter, SentenceSegmenter
+from dlp_lora.streaming import Abandoned, Piece, PieceStreamer
 
 Message = Mapping[str, str]
 Adapters = str | Path | Mapping[str, str | Path]
@@ -47,22 +45,6 @@ class Generation:
     def to_dict(self) -> dict[str, Any]:
         """Gives the answer as JSON data."""
         return {"text": self.text, "trace": [sentence.to_dict() for sentence in self.trace]}
-
-
-class Piece(str):
-    """A piece of streamed text; `mixture` is what it was generated under, `sentence` its sentence's number."""
-
-    mixture: Mixture
-    sentence: int
-
-    __slots__ = ("mixture", "sentence")
-
-    @classmethod
-    def of(cls, text: str, mixture: Mixture, sentence: int) -> "Piece":
-        """Makes a piece."""
-        piece = cls(text)
-        piece.mixture, piece.sentence = mixture, sentence
-        return piece
 
 
 class Engine:
@@ -174,8 +156,8 @@ class Engine:
         if not single:
             raise ValueError("engine.stream takes one prompt; use engine.generate for several")
         inputs = self._encode(chats, kwargs)
-        streamer = _Pieces(self._controller)
-        stopping = StoppingCriteriaList([*kwargs.pop("stopping_criteria", []), _Stopped(streamer)])
+        streamer = PieceStreamer(self._controller)
+        stopping = StoppingCriteriaList([*kwargs.pop("stopping_criteria", []), Abandoned(streamer)])
 
         def run() -> None:
             try:
@@ -339,47 +321,6 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.detach()
-
-
-class _Pieces(BaseStreamer):
-    """Hands text from the generating thread to the reading one, a token after it was sampled.
-
-    A token's mixture is known once the model has encoded it, which is when the next one arrives.
-    """
-
-    def __init__(self, controller: Controller) -> None:
-        self.queue: queue.Queue[Piece | BaseException | None] = queue.Queue()
-        self.stopped = False
-        self._controller = controller
-        self._tokens: list[int] | None = None
-        self._told = 0
-
-    def put(self, value: Tensor) -> None:
-        if self._tokens is None:
-            self._tokens = []  # the first call brings the prompt
-            return
-        self._tell(cast(CachedRows, self._controller.latest).rows[0])
-        self._tokens.append(int(value))
-
-    def end(self) -> None:
-        row = cast(CachedRows, self._controller.latest).rows[0].copy()
-        row.finish(self._tokens or [])
-        self._tell(row)
-
-    def _tell(self, row: Row) -> None:
-        if len(row.text) > self._told:
-            self.queue.put(Piece.of(row.text[self._told :], row.mixture, len(row.decisions) - 1))
-            self._told = len(row.text)
-
-
-class _Stopped(StoppingCriteria):  # type: ignore[misc]
-    """Ends generation when nobody reads its stream any more."""
-
-    def __init__(self, streamer: _Pieces) -> None:
-        self._streamer = streamer
-
-    def __call__(self, input_ids: Tensor, scores: Tensor | None, **_: Any) -> Tensor:
-        return torch.full((input_ids.shape[0],), self._streamer.stopped, device=input_ids.device)
 
 
 def _has_read(row: Row, read: Sequence[int], answer: Sequence[int]) -> bool:

@@ -10,13 +10,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from dlp_lora.bank import AdapterBank
 from dlp_lora.bundle import FILES, is_bundle, read_bundle
-from dlp_lora.controller import KVPolicy, Switching
 from dlp_lora.engine import Engine
 from dlp_lora.errors import AdapterError, BundleError, ModelError
 from dlp_lora.fused import linear_layers
 from dlp_lora.hub import local_folder
 from dlp_lora.peft_format import CONFIG_FILE, WEIGHTS_FILE, Adapter, find_adapters, read_adapter
-from dlp_lora.policy import FusionPolicy, policy_from_dict
+from dlp_lora.policy import FusionPolicy, KVPolicy, Switching, policy_from_dict
 from dlp_lora.router import MiniMLP, Router
 from dlp_lora.sentences import Segmenter, SentenceSegmenter
 
@@ -62,10 +61,13 @@ def load(
         switching = switching or Switching(**bundle.switching)
         kv_policy = kv_policy or cast(KVPolicy, bundle.kv_policy)
         model = base_model or bundle.base_model
+        if model == "":
+            raise BundleError(f"{bundle_path} was saved from a model without a name; pass base_model=")
     elif base_model is not None:
         raise ValueError("base_model replaces the base of a bundle, but the first argument is no bundle")
     if adapters is None:
-        raise BundleError(f"{model} is no bundle; give adapters=, a folder of PEFT adapters or {{name: path}}")
+        what = model if isinstance(model, str | Path) else f"a {type(model).__name__} in memory"
+        raise BundleError(f"{what} is no bundle; give adapters=, a folder of PEFT adapters or {{name: path}}")
     model, tokenizer = _load_model(model, tokenizer, dtype=dtype, device=device, **model_kwargs)
     bank = AdapterBank(linear_layers(model), dtype=model.dtype, device=model.device)
     for adapter in _read_adapters(adapters):

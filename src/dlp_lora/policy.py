@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 Weighting = Literal["renormalised", "paper"]
+KVPolicy = Literal["keep", "recompute"]
 
 # Probabilities are float32 sums: 0.3 + 0.3 reaches p = 0.6, and so does 0.59999999.
 TOLERANCE = 1e-6
@@ -151,6 +152,24 @@ class Uniform:
 
     def __call__(self, probabilities: Mapping[str, float]) -> Mixture:
         return Mixture(dict.fromkeys(probabilities, 1 / len(probabilities))) if probabilities else Mixture()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Switching:
+    """When a sentence start is taken as an opportunity to switch.
+
+    A sentence shorter than `min_tokens` is not left; and the mixture stays while the most likely adapter is not
+    at least `margin` more probable than the heaviest one in use.
+    """
+
+    min_tokens: int = 4
+    margin: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.min_tokens < 1:
+            raise ValueError(f"Switching.min_tokens must be at least 1, got {self.min_tokens}")
+        if not 0 <= self.margin <= 1:
+            raise ValueError(f"Switching.margin must be in [0, 1], got {self.margin}")
 
 
 POLICIES: dict[str, type] = {cls.__name__: cls for cls in (TopP, Threshold, TopK, Only, Uniform)}

@@ -20,11 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.generation.streamers import BaseStreamer
 
 from dlp_lora.bench.environment import environment
-from dlp_lora.controller import Switching
 from dlp_lora.engine import Engine
 from dlp_lora.errors import DLPLoRAError
 from dlp_lora.load import load
-from dlp_lora.policy import TopK
+from dlp_lora.policy import Switching, TopK
 from dlp_lora.router import Context, MiniMLP
 
 PROMPTS = (

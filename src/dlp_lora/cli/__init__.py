@@ -1,5 +1,5 @@
 """The command line: each command parses, calls one function and prints."""
 
-from dlp_lora.cli.app import app, main
+from dlp_lora.cli.app import main
 
-__all__ = ["app", "main"]
+__all__ = ["main"]

@@ -41,7 +41,7 @@ def train_adapter_command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Train anew what other settings trained.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train one LoRA on one task folder and save it as an ordinary PEFT adapter in OUT/<task>.
+    """Train one LoRA on one task folder and save it as an ordinary PEFT adapter in OUT/TASK.
 
     Interrupted, the same command goes on where it stopped. Example:
     `dlp-lora train-adapter data/gsm8k --out adapters/ --epochs 2`
@@ -68,7 +68,7 @@ def train_adapters_command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Train anew what other settings trained.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train one LoRA a task folder and save each as an ordinary PEFT adapter in OUT/<task>.
+    """Train one LoRA a task folder and save each as an ordinary PEFT adapter in OUT/TASK.
 
     Interrupted, the same command goes on where it stopped; finished adapters are left as they are. Example:
     `dlp-lora train-adapters --data data/ --out adapters/ --model Qwen/Qwen2-1.5B`
