@@ -18,7 +18,7 @@ from dlp_lora.policy import Switching, TopP, policy_from_dict, policy_to_dict
 from dlp_lora.router import Context, MiniMLP, MiniMLPConfig
 
 POLICY = TopP(p=0.7, weighting="paper")
-SWITCHING = asdict(Switching())
+SWITCHING = asdict(Switching(min_tokens=9))
 
 
 def write(path: Path, adapters: Mapping[str, Path], **changes: Any) -> Path:

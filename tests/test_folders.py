@@ -222,3 +222,14 @@ def test_a_text_file_on_a_full_disk_keeps_what_it_held(tmp_path: Path, monkeypat
     assert file.read_text() == "whole"
     write_text(file, "new")
     assert file.read_text() == "new"
+
+
+def test_a_folder_that_was_not_written_here_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "thesis.txt").write_text("years")
+    with (
+        pytest.raises(ValueError, match=r"work is there and has no bundle\.json: it would be lost"),
+        replace_folder(tmp_path / "work", marker="bundle.json"),
+    ):
+        pass
+    assert (tmp_path / "work" / "thesis.txt").read_text() == "years"

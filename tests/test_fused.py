@@ -403,3 +403,14 @@ def test_gradients_pass_through_a_fused_model(llama: PreTrainedModel, adapters: 
     assert gradient is not None
     assert gradient.isfinite().all()
     assert gradient.abs().max() > 0
+
+
+def test_a_base_layer_with_hooks_is_called_so_that_offloading_works(llama: PreTrainedModel, tmp_path: Path) -> None:
+    calls: list[str] = []
+    layer = llama.get_submodule("model.layers.0.self_attn.q_proj")
+    layer.register_forward_pre_hook(lambda module, inputs: calls.append("q_proj"))
+    bank = AdapterBank(linear_layers(llama), [read_adapter(make_adapter(llama, tmp_path / "a", seed=1))])
+    calls.clear()
+    attach(llama, bank)
+    llama(torch.tensor([[1, 2, 3]]))
+    assert calls == ["q_proj"]

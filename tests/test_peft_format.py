@@ -423,3 +423,9 @@ def test_the_content_hash_is_that_of_the_content(squad: Path, tmp_path: Path) ->
     assert content_hash(moved) != before
     edit_config(squad, lora_alpha=9)
     assert content_hash(squad) != before
+
+
+def test_what_an_interrupted_save_leaves_behind_is_no_adapter(llama: PreTrainedModel, tmp_path: Path) -> None:
+    make_adapter(llama, tmp_path / "math", seed=1)
+    make_adapter(llama, tmp_path / ".math.x1.partial", seed=2)
+    assert list(find_adapters(tmp_path)) == ["math"]

@@ -12,7 +12,8 @@ from dlp_lora.bank import AdapterBank
 from dlp_lora.errors import AdapterError, DLPLoRAError, ModelError
 from dlp_lora.folders import replace_folder
 from dlp_lora.fused import linear_layers
-from dlp_lora.peft_format import Adapter, LoraWeights, find_adapters, read_adapter, write_adapter
+from dlp_lora.peft_format import CONFIG_FILE, Adapter, LoraWeights, find_adapters, read_adapter, write_adapter
+from dlp_lora.policy import Mixture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,7 @@ def model_layout(model: str | Path) -> dict[str, tuple[int, int]]:
 def check_adapters(layout: Mapping[str, tuple[int, int]], adapters: str | Path | Mapping[str, Path]) -> list[Check]:
     """Checks each adapter folder on its own; a folder that is itself an adapter is checked as one."""
     if not isinstance(adapters, Mapping):
-        single = (Path(adapters) / "adapter_config.json").is_file()
+        single = (Path(adapters) / CONFIG_FILE).is_file()
         adapters = {Path(adapters).resolve().name: Path(adapters)} if single else find_adapters(adapters)
     return [_check(layout, name, Path(path)) for name, path in adapters.items()]
 
@@ -60,6 +61,7 @@ def export_mixture(bank: AdapterBank, mixture: Mapping[str, float], path: str | 
     Raises:
         AdapterError: if the bank holds no adapter of a name, or the mixture is empty.
     """
+    mixture = Mixture(mixture)
     unknown = set(mixture) - set(bank.names)
     if unknown or not mixture:
         what = f"no adapter {', '.join(sorted(unknown))}" if unknown else "the mixture is empty"
@@ -67,7 +69,7 @@ def export_mixture(bank: AdapterBank, mixture: Mapping[str, float], path: str | 
     parts = [(bank.adapters[name], weight) for name, weight in mixture.items()]
     modules = {module: _concatenated(parts, module) for adapter, _ in parts for module in adapter.modules}
     bases = {adapter.base_model for adapter, _ in parts}
-    with replace_folder(path) as folder:
+    with replace_folder(path, marker=CONFIG_FILE) as folder:
         write_adapter(
             folder,
             modules,

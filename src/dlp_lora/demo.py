@@ -94,7 +94,8 @@ def run_demo(
             DemoEvent(stage=task.name, done=1, total=1, note=f"{trained.seconds:.0f} s, loss {trained.final_loss:.3f}")
         )
     report = _router(model, out / "router", tasks, args, on_event)
-    engine = load(base, tokenizer=tokenizer, adapters=out / "adapters", router=out / "router", policy=TopP(0.6))
+    adapters = {task.name: out / "adapters" / task.name for task in tasks}
+    engine = load(base, tokenizer=tokenizer, adapters=adapters, router=out / "router", policy=TopP(0.6))
     engine.save_pretrained(out / "bundle")
     answers = _evaluate(engine, tasks, out / "answers.json", args, on_event)
     example = _two_questions(engine, tasks, args)
@@ -127,7 +128,8 @@ def with_serial(tasks: Sequence[Task], args: DemoArgs) -> list[Task]:
 def _router(
     model: str | Path, folder: Path, tasks: Sequence[Task], args: DemoArgs, on_event: Callable[[DemoEvent], None]
 ) -> dict[str, Any]:
-    identity = json.loads(json.dumps({"tasks": args.tasks, "num_train": args.num_train, "epochs": args.router_epochs}))
+    sizes = {"num_train": args.num_train + args.num_serial, "num_test": args.num_test, "epochs": args.router_epochs}
+    identity = {"tasks": list(args.tasks), **sizes}
     if (folder / "report.json").is_file():
         kept: dict[str, Any] = json.loads((folder / "report.json").read_text())
         if kept.get("identity") == identity:
@@ -150,7 +152,8 @@ def _router(
 def _evaluate(
     engine: Engine, tasks: Sequence[Task], file: Path, args: DemoArgs, on_event: Callable[[DemoEvent], None]
 ) -> list[dict[str, Any]]:
-    identity = {name: content_hash(adapter.path) for name, adapter in engine.bank.adapters.items()}
+    hashes = {name: content_hash(adapter.path) for name, adapter in engine.bank.adapters.items()}
+    identity = {"adapters": hashes, "args": json.loads(json.dumps(asdict(args)))}
     kept = json.loads(file.read_text()) if file.is_file() else {}
     records: list[dict[str, Any]] = kept["answers"] if kept.get("identity") == identity else []
     # The tasks are pooled, so that rows of one batch need different adapters and nobody says which.

@@ -115,7 +115,7 @@ def find_adapters(folder: str | Path) -> dict[str, Path]:
         raise AdapterError(
             f"{folder} is itself an adapter; expected a folder of adapter folders, or {{name: path}} for single ones"
         )
-    found = {p.name: p for p in sorted(folder.iterdir()) if (p / CONFIG_FILE).is_file()}
+    found = {p.name: p for p in sorted(folder.iterdir()) if (p / CONFIG_FILE).is_file() and p.name[0] != "."}
     if not found:
         raise AdapterError(f"{folder} holds no adapter: no folder in it has an {CONFIG_FILE}")
     return found

@@ -152,7 +152,7 @@ class MiniMLP(nn.Module):
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes the router to a folder: weights, settings, tokenizer; the folder is replaced as a whole."""
-        with replace_folder(path) as folder:
+        with replace_folder(path, marker=CONFIG_FILE) as folder:
             save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / WEIGHTS_FILE)
             self.tokenizer.save(str(folder / TOKENIZER_FILE))
             config = {"format": FORMAT, "type": "mini-mlp", "names": self.names, **asdict(self.config)}

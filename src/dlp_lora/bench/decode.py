@@ -47,6 +47,14 @@ class DecodeArgs:
     dtypes: tuple[str, ...] = ("bfloat16", "float32")
     threads: int | None = None  # torch's own choice
 
+    def __post_init__(self) -> None:
+        if self.new_tokens < 2 or self.rounds < 1:
+            raise ValueError(f"new_tokens must be at least 2 and rounds 1, got {self.new_tokens} and {self.rounds}")
+        for dtype in self.dtypes:
+            found = getattr(torch, dtype, None)
+            if not isinstance(found, torch.dtype) or not found.is_floating_point:
+                raise ValueError(f"no dtype {dtype!r}; choose from bfloat16, float16, float32")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeRow:

@@ -21,6 +21,7 @@ from dlp_lora.cli.app import (
     stderr,
 )
 from dlp_lora.cli.run import parse_mixture
+from dlp_lora.folders import check_replaceable
 
 
 @app.command()
@@ -38,12 +39,13 @@ def bundle(
     Example: `dlp-lora bundle --model M --adapters adapters/ --router router/ --out bundle/`
     """
     from dlp_lora import MiniMLP, Switching, TopP
-    from dlp_lora.bundle import write_bundle
+    from dlp_lora.bundle import BUNDLE_FILE, write_bundle
     from dlp_lora.check import check_adapters, model_layout
     from dlp_lora.engine import check_names
     from dlp_lora.errors import AdapterError
     from dlp_lora.policy import policy_to_dict
 
+    check_replaceable(out, BUNDLE_FILE)
     base = base_model(model)
     checks = check_adapters(model_layout(base), adapters)
     if refused := [check for check in checks if not check.fits]:
@@ -104,7 +106,9 @@ def export(
     Example: `dlp-lora export "math=0.6,units=0.4" --bundle bundle/ --out mixed/`
     """
     from dlp_lora.check import export_mixture
+    from dlp_lora.peft_format import CONFIG_FILE
 
+    check_replaceable(out, CONFIG_FILE)
     engine = open_engine(bundle=bundle, model=model, adapters=adapters, router=None, need_router=False)
     export_mixture(engine.bank, parse_mixture(mixture), out)
     stderr.print(f"wrote {out}")

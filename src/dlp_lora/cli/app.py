@@ -87,6 +87,8 @@ def open_engine(
     from dlp_lora import TopP, load
 
     policy = TopP(p) if p is not None else None
+    if device is not None:
+        _check_device(device)
     if bundle is not None:
         if adapters is not None or router is not None:
             raise ValueError("--bundle holds adapters and router; leave --adapters and --router out")
@@ -123,8 +125,11 @@ def read_json_lines() -> Iterator[dict[str, Any]]:
             raise ValueError(
                 f'standard input, line {number}: not JSON ({error}); expected {{"prompt": ...}}'
             ) from error
-        if not isinstance(record, dict) or not ("prompt" in record or "messages" in record):
-            raise ValueError(f"standard input, line {number}: expected an object with prompt, got {line.strip()[:60]}")
+        if not isinstance(record, dict) or not _is_question(record):
+            raise ValueError(
+                f'standard input, line {number}: expected {{"prompt": "..."}} or {{"messages": [...]}}, '
+                f"got {line.strip()[:60]}"
+            )
         yield record
 
 
@@ -134,6 +139,31 @@ def progress_bar() -> Iterator[Progress]:
     columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[note]}"), console=stderr) as progress:
         yield progress
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # a CPU build of torch asserts that there is a GPU
+        raise ValueError(f"the device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def _is_question(record: dict[str, Any]) -> bool:
+    if not isinstance(record.get("answer", ""), str):
+        return False
+    if "messages" not in record:
+        return isinstance(record.get("prompt"), str)
+    messages = record["messages"]
+    return (
+        isinstance(messages, list)
+        and bool(messages)
+        and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+            for m in messages
+        )
+    )
 
 
 def _escape(text: str) -> str:

@@ -79,7 +79,7 @@ def generate(
             if show_routing:
                 console.print(routing_table(answer.trace))
             else:
-                console.print(answer.text.strip(), markup=False, highlight=False, soft_wrap=True)
+                typer.echo(answer.text.strip())  # not the console, which turns tabs into spaces
 
 
 @app.command()

@@ -19,6 +19,7 @@ from dlp_lora.cli.app import (
     progress_bar,
     stderr,
 )
+from dlp_lora.folders import check_replaceable
 
 TasksOption = Annotated[str | None, typer.Option("--tasks", help="Comma-separated task names. [default: all]")]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")]
@@ -47,6 +48,7 @@ def train_adapter_command(
     `dlp-lora train-adapter data/gsm8k --out adapters/ --epochs 2`
     """
     settings = _settings(preset, r, lora_alpha, learning_rate, epochs, batch_size, target_modules, prompt_format, seed)
+    task = task.absolute()  # "." has no name
     _train_adapters(task.parent, [task.name], out, model, settings, overwrite=overwrite, as_json=as_json)
 
 
@@ -95,9 +97,11 @@ def train_router_command(
     Example: `dlp-lora train-router --data data/ --out router/`
     """
     from dlp_lora.folders import write_text
+    from dlp_lora.router import CONFIG_FILE
     from dlp_lora.tasks import read_tasks
     from dlp_lora.training.router import RouterTrainingArgs, load_tokenizer, train_router
 
+    check_replaceable(out, CONFIG_FILE)
     found = read_tasks(data, names=tasks.split(",") if tasks else None)
     args = RouterTrainingArgs(seed=seed)
     args = replace(args, epochs=epochs) if epochs is not None else args

@@ -20,4 +20,6 @@ def contains(answer: str, references: Sequence[str]) -> bool:
     Lenient towards a model that answers at length: it is right if the value appears anywhere.
     """
     found = normalise(answer)
-    return any(re.search(rf"(?<!\w){re.escape(normalise(r))}(?!\w)", found) for r in references)
+    wanted = filter(None, map(normalise, references))
+    # "3" does not stand in "3.5", nor "5".
+    return any(re.search(rf"(?<!\w)(?<!\d\.){re.escape(r)}(?!\w|\.\d)", found) for r in wanted)

@@ -35,10 +35,18 @@ WORDS = (
     "queen", "quiet", "river", "rocket", "silver", "stone", "table", "tiger", "uncle", "umbrella",
     "valley", "village", "water", "window", "yard", "yellow", "zebra", "zero",
 )  # fmt: skip
-# A rule made up here, that no model can know beforehand: a code is colour, shape and size, in that order.
-COLOUR_CODES = {"red": "K", "blue": "T", "green": "M", "yellow": "D", "white": "P", "black": "H"}
-SHAPE_CODES = {"round": "LO", "square": "VA", "flat": "NI", "tall": "ZU", "oval": "GE"}
-SIZE_CODES = {"tiny": 17, "small": 42, "big": 68, "huge": 93}
+# A rule made up here, that no model can know beforehand: a code is the colour's letter and the size's number.
+COLOUR_CODES = {
+    "red": "K",
+    "blue": "T",
+    "green": "M",
+    "yellow": "D",
+    "white": "P",
+    "black": "H",
+    "pink": "V",
+    "grey": "L",
+}
+SIZE_CODES = {"tiny": 17, "small": 42, "middling": 55, "big": 68, "large": 74, "huge": 93}
 CONTAINERS = ("box", "tin", "bag", "jar", "parcel")
 
 
@@ -197,9 +205,9 @@ def sequence(rng: random.Random) -> Question:
 
 
 def code_word(rng: random.Random) -> Question:
-    """The ticket code of a thing by its colour, shape and size, after a made-up rule."""
-    size, colour, shape = (rng.choice(list(codes)) for codes in (SIZE_CODES, COLOUR_CODES, SHAPE_CODES))
-    value = f"{COLOUR_CODES[colour]}-{SHAPE_CODES[shape]}-{SIZE_CODES[size]}"
+    """The ticket code of a thing by its colour and size, after a made-up rule."""
+    size, colour = (rng.choice(list(codes)) for codes in (SIZE_CODES, COLOUR_CODES))
+    value = f"{COLOUR_CODES[colour]}-{SIZE_CODES[size]}"
     wording = rng.choice((
         "Give the ticket code for {}.",
         "What is the ticket code of {}?",
@@ -211,8 +219,8 @@ def code_word(rng: random.Random) -> Question:
         "A customer hands in {}. Name the ticket code.",
     ))  # fmt: skip
     return Question(
-        prompt=wording.format(f"a {size} {colour} {shape} {rng.choice(CONTAINERS)}"),
-        fact=f"{size} {colour} {shape}",
+        prompt=wording.format(f"a {size} {colour} {rng.choice(CONTAINERS)}"),
+        fact=f"{size} {colour}",
         answer=f"The code is {value}.",
         values=(value,),
     )

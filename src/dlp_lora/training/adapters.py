@@ -12,9 +12,10 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +65,9 @@ class AdapterTrainingArgs:
         for name in ("lora_dropout", "warmup"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"AdapterTrainingArgs.{name} must be in [0, 1), got {getattr(self, name)}")
+        for name, choices in (("schedule", ("cosine", "constant")), ("prompt_format", get_args(PromptFormat))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"AdapterTrainingArgs.{name} must be one of {choices}, got {getattr(self, name)!r}")
 
 
 PAPER = AdapterTrainingArgs(
@@ -142,8 +146,8 @@ def train_adapter(
     A finished adapter of the same settings and examples is left as it is. The model comes back as it was given.
 
     Raises:
-        TrainingError: if `out` was trained with other settings or examples and `overwrite` is false, the model
-            lacks the target modules, or the loss is not finite.
+        TrainingError: if `out` was trained with other settings or examples and `overwrite` is false, it holds
+            something else, the model lacks the target modules, or the loss is not finite.
         TaskError: if no example is short enough.
     """
     args, out = args or AdapterTrainingArgs(), Path(out)
@@ -156,11 +160,11 @@ def train_adapter(
     }
     if (out / CONFIG_FILE).is_file() and not overwrite:
         return _finished(task.name, out, identity)
+    if out.exists() and not (out / CONFIG_FILE).is_file() and (out.is_file() or any(out.iterdir())):
+        raise TrainingError(f"{out} is there and is no adapter, and would be lost; write somewhere else")
     work = out.with_name(f".{out.name}.training")
-    # A frozen head multiplies the last positions, which are not contiguous, row by row through copies of its weight.
-    head = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
-    run = _Run(_with_lora(model, args), examples, args)
-    try:
+    with _lora_on(model, args) as peft_model:
+        run = _Run(peft_model, examples, args)
         run.resume(work, identity)
         _fit(run, task.name, work, identity, on_step)
         record = {
@@ -176,10 +180,6 @@ def train_adapter(
             (folder / LOSS_FILE).write_text(_loss_table(run))
             (folder / TRAINING_FILE).write_text(json.dumps(record, indent=2) + "\n")
         shutil.rmtree(work, ignore_errors=True)
-    finally:
-        head.remove()
-        run.model.unload()
-        model.requires_grad_(True)
     return _trained(task.name, out, record)
 
 
@@ -211,7 +211,7 @@ class _Run:
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=args.learning_rate, weight_decay=args.weight_decay
         )
-        self.num_steps = max(1, round(len(examples) * args.epochs / args.batch_size))
+        self.num_steps = max(1, round(math.ceil(len(examples) / args.batch_size) * args.epochs))
         self.losses: list[float] = []
         self.seconds = 0.0
 
@@ -345,6 +345,26 @@ def _encode(
     if not kept:
         raise TaskError(f"{task.name} has no example of at most {args.max_length} tokens; raise max_length")
     return kept, left_out
+
+
+@contextmanager
+def _lora_on(model: PreTrainedModel, args: AdapterTrainingArgs) -> Iterator[PeftModel]:
+    """Puts a LoRA on the model; afterwards the model is as it was given, whatever went wrong."""
+    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    was_training = model.training
+    # A frozen head multiplies the last positions, which are not contiguous, row by row through copies of its weight.
+    head = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+    peft_model = None
+    try:
+        peft_model = _with_lora(model, args)
+        yield peft_model
+    finally:
+        head.remove()
+        if peft_model is not None:
+            peft_model.unload()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(required[name])
+        model.train(was_training)
 
 
 def _with_lora(model: PreTrainedModel, args: AdapterTrainingArgs) -> PeftModel:

@@ -46,6 +46,10 @@ class RouterTrainingArgs:
         for name in ("dropout", "held_out"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"RouterTrainingArgs.{name} must be in [0, 1), got {getattr(self, name)}")
+        if not 0 <= self.answers <= 1:
+            raise ValueError(f"RouterTrainingArgs.answers must be in [0, 1], got {self.answers}")
+        if self.serial < 0:
+            raise ValueError(f"RouterTrainingArgs.serial must be at least 0, got {self.serial}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +108,7 @@ def train_router(
     args = args or RouterTrainingArgs()
     if len(tasks) < 2:
         raise TrainingError(f"a router chooses between tasks, but got {len(tasks)}; give at least two task folders")
+    _check_tests(tasks)
     start = time.perf_counter()
     rng = random.Random(args.seed)
     torch.manual_seed(args.seed)
@@ -259,15 +264,20 @@ def _logits(router: MiniMLP, encoded: Sequence[tuple[list[int], list[int]]]) -> 
 
 
 def _fit_temperature(logits: Float[Tensor, "n adapters"], labels: Int[Tensor, " n"]) -> float:
-    candidates = torch.logspace(-1, 1, 101)
+    # Where all held-out texts are told apart, the likelihood alone would sharpen without end.
+    candidates = torch.logspace(-0.3, 1, 101)
     losses = torch.stack([F.cross_entropy(logits / t, labels) for t in candidates])
     return float(candidates[losses.argmin()])
 
 
-def _report(router: MiniMLP, tasks: Sequence[Task], *, seconds: float, losses: list[float]) -> RouterReport:
-    texts = [(router.names.index(task.name), example.prompt) for task in tasks for example in task.test]
-    if not texts:
+def _check_tests(tasks: Sequence[Task]) -> None:
+    if not any(task.test for task in tasks):
         raise TrainingError("no task has test examples to measure the router on; add test.jsonl files")
+
+
+def _report(router: MiniMLP, tasks: Sequence[Task], *, seconds: float, losses: list[float]) -> RouterReport:
+    _check_tests(tasks)
+    texts = [(router.names.index(task.name), example.prompt) for task in tasks for example in task.test]
     labels = torch.tensor([label for label, _ in texts])
     logits = _logits(router, [(ids, []) for ids in router.encode_all([text for _, text in texts])])
     chosen = logits.argmax(dim=-1)

@@ -1,0 +1,175 @@
+"""Writes docs/reference from the code: cli.md from the commands' help, python.md from what the package exports."""
+
+import inspect
+import re
+import textwrap
+from collections.abc import Iterator
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from typer.main import get_command
+
+import dlp_lora
+from dlp_lora.cli.app import _add_commands, app
+
+REFERENCE = Path(__file__).parents[1] / "docs" / "reference"
+GENERATED = "<!-- Written by scripts/make_reference.py; run `make docs`. -->"
+WIDTH = 100
+METAVARS = {Path: "PATH", str: "TEXT", int: "INTEGER", float: "NUMBER"}
+
+
+def main() -> None:
+    """Writes every page."""
+    REFERENCE.mkdir(parents=True, exist_ok=True)
+    for name, text in pages().items():
+        (REFERENCE / name).write_text(text, encoding="utf-8")
+
+
+def pages() -> dict[str, str]:
+    """Gives the text of each page by its file name."""
+    return {"cli.md": cli_reference(), "python.md": python_reference()}
+
+
+def cli_reference() -> str:
+    """Gives the help of every command as one page."""
+    _add_commands()
+    program = get_command(app)
+    parts = [GENERATED, "# Command line", _help(program), *_commands(program, "dlp-lora")]
+    return "\n\n".join(parts) + "\n"
+
+
+def python_reference() -> str:
+    """Gives every public name with its signature and docstring as one page."""
+    parts = [GENERATED, "# Python", "Everything here is imported from `dlp_lora`; all else may change."]
+    for name in sorted(dlp_lora.__all__, key=lambda name: (name[0].isupper(), name)):
+        parts += _name(name, getattr(dlp_lora, name))
+    return "\n\n".join(parts) + "\n"
+
+
+def _commands(group: Any, path: str) -> Iterator[str]:
+    for name, command in sorted(group.commands.items()):
+        if hasattr(command, "commands"):
+            yield from _commands(command, f"{path} {name}")
+            continue
+        arguments = [p for p in command.params if p.param_type_name == "argument"]
+        shown = [p.name.upper() if p.required else f"[{p.name.upper()}]" for p in arguments]
+        yield f"## {path} {name}"
+        yield _indented(" ".join([path, name, "[OPTIONS]", *shown]))
+        yield _help(command)
+        types = get_type_hints(inspect.unwrap(command.callback))
+        rows = [_parameter(p, types[p.name]) for p in command.params if p.name in types]
+        yield _indented("\n".join(_row(left, right) for left, right in rows))
+
+
+def _help(command: Any) -> str:
+    return inspect.cleandoc(command.help or "")
+
+
+def _parameter(parameter: Any, kind: Any) -> tuple[str, str]:
+    notes = [parameter.help or ""]
+    if parameter.required:
+        notes.append("[required]")
+    elif parameter.default is not None and not isinstance(parameter.default, bool):
+        notes.append(f"[default: {parameter.default}]")
+    if parameter.param_type_name == "argument":
+        return parameter.name.upper(), " ".join(notes)
+    names = ", ".join(sorted([*parameter.opts, *parameter.secondary_opts], key=len))
+    kinds = [found for found in (kind, *getattr(kind, "__args__", ())) if found in METAVARS]
+    return " ".join([names, *(METAVARS[found] for found in kinds)]), " ".join(notes)
+
+
+def _row(left: str, right: str) -> str:
+    # A default stays on one line.
+    whole = re.sub(r"\[.*?\]", lambda match: match[0].replace(" ", "\0"), right)
+    wrapped = textwrap.wrap(whole, WIDTH - 34, break_long_words=False, break_on_hyphens=False)
+    lines = [line.replace("\0", " ") for line in wrapped]
+    if len(left) > 32:
+        lines = ["", *lines]
+    first, *rest = lines or [""]
+    return "\n".join([f"{left:<34}{first}".rstrip(), *(" " * 34 + line for line in rest)])
+
+
+def _name(name: str, value: Any) -> Iterator[str]:
+    yield f"## {name}"
+    if not (inspect.isclass(value) and issubclass(value, Exception | str)) and not _is_protocol(value):
+        yield _indented(_signature(name, value))
+    yield _docstring(value)
+    if not inspect.isclass(value) or issubclass(value, Exception):
+        return
+    for member, method in vars(value).items():
+        if member.startswith("_") and not (member == "__call__" and _is_protocol(value)):
+            continue
+        yield from _member(name, member, method)
+
+
+def _member(owner: str, name: str, member: Any) -> Iterator[str]:
+    if isinstance(member, property):
+        yield f"### {owner}.{name}"
+        yield _docstring(member)
+        return
+    function = getattr(member, "__func__", member)
+    if inspect.isfunction(function) and (function.__doc__ or name == "__call__" or owner in ("Router", "Segmenter")):
+        yield f"### {owner}.{name}"
+        yield _indented(_signature(name, function))
+        if function.__doc__:
+            yield _docstring(function)
+
+
+def _signature(name: str, value: Any) -> str:
+    signature = inspect.signature(value)
+    shown = []
+    keyword_only = False
+    for parameter in signature.parameters.values():
+        if parameter.name in ("self", "cls"):
+            continue
+        if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
+            shown.append("*")
+            keyword_only = True
+        keyword_only |= parameter.kind is parameter.VAR_POSITIONAL
+        stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+        text = f"{stars}{parameter.name}"
+        if parameter.annotation is not parameter.empty:
+            text += f": {_annotation(parameter.annotation)}"
+        if parameter.default is not parameter.empty:
+            text += f" = {_default(parameter.default)}"
+        shown.append(text)
+    result = "" if inspect.isclass(value) else f" -> {_annotation(signature.return_annotation)}"
+    line = f"{name}({', '.join(shown)}){result}"
+    if len(line) <= WIDTH - 4:
+        return line
+    return "\n".join([f"{name}(", *(f"    {text}," for text in shown), f"){result}"])
+
+
+def _annotation(annotation: Any) -> str:
+    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    # Without the modules: pathlib.Path is Path. And 'Engine', named within itself, is Engine.
+    text = re.sub(r"\b(?:\w+\.)+(?=[A-Z])", "", text).replace("'Engine'", "Engine")
+    return re.sub(r"^Optional\[(.*)\]$", r"\1 | None", text)
+
+
+def _default(default: Any) -> str:
+    return default.__name__ if isinstance(default, type) else repr(default)
+
+
+def _docstring(value: Any) -> str:
+    text = inspect.getdoc(value) or ""
+    generated = is_dataclass(value) and re.match(r"\w+\(.*\)$", text)
+    paragraphs = [] if generated else text.split("\n\n")
+    # Examples and lists of arguments keep their lines.
+    return "\n\n".join(
+        _indented(paragraph) if paragraph.startswith(">>>") else paragraph.replace(":\n    ", ":\n\n    ")
+        for paragraph in paragraphs
+    )
+
+
+def _is_protocol(value: Any) -> bool:
+    return bool(getattr(value, "_is_protocol", False))
+
+
+def _indented(text: str) -> str:
+    return textwrap.indent(text, "    ")
+
+
+if __name__ == "__main__":
+    main()

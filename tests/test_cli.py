@@ -1,0 +1,409 @@
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from typer.main import get_command
+from typer.testing import CliRunner, Result
+
+import dlp_lora
+from conftest import byte_tokenizer, lively_model, make_adapter
+from dlp_lora.cli.app import _add_commands, app
+from dlp_lora.tasks import Example, Task, write_task
+
+_add_commands()  # as `main` does
+
+QUICK = ("--max-new-tokens", "8")
+TASKS = ("days", "sums")
+
+
+def commands(command: Any = None, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    command = command or get_command(app)
+    children = getattr(command, "commands", {})
+    if not children:
+        yield path
+    for name, child in children.items():
+        yield from commands(child, (*path, name))
+
+
+def run(*args: str | Path, stdin: str = "") -> Result:
+    return CliRunner().invoke(app, [str(arg) for arg in args], input=stdin)
+
+
+def ok(*args: str | Path, stdin: str = "") -> str:
+    result = run(*args, stdin=stdin)
+    assert result.exit_code == 0, (result.output, result.exception)
+    return str(result.stdout)
+
+
+def visible(text: str) -> str:
+    """A console shows tabs as spaces, and no control characters."""
+    return "".join(c for c in text if c.isprintable() and not c.isspace())
+
+
+def json_lines(text: str) -> list[dict[str, Any]]:
+    # Not splitlines: an answer may hold other line separators.
+    return [json.loads(line) for line in text.split("\n") if line]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, task data, and what the commands made of them."""
+    root = tmp_path_factory.mktemp("cli")
+    lively_model().save_pretrained(root / "model")
+    byte_tokenizer().save_pretrained(root / "model")
+    for name, question in (("sums", "What is {} plus 1?"), ("days", "Which day follows day {}?")):
+        examples = [Example(prompt=question.format(i), answer=f"The {name[:-1]} is {i + 1}.") for i in range(20)]
+        task = Task(name=name, train=tuple(examples[:16]), test=tuple(examples[16:]))
+        write_task(root / "data" / name, task)
+    trained = ok(
+        *("train-adapters", "--data", root / "data", "--out", root / "adapters", "--model", root / "model"),
+        *("--batch-size", "8", "--r", "2", "--target-modules", "q_proj,v_proj", "--learning-rate", "0.05", "--json"),
+    )
+    assert [(row["name"], row["num_examples"]) for row in json_lines(trained)] == [("days", 16), ("sums", 16)]
+    (report,) = json_lines(
+        ok(
+            *("train-router", "--data", root / "data", "--out", root / "router", "--model", root / "model"),
+            *("--epochs", "8", "--json"),
+        )
+    )
+    assert report["names"] == ["days", "sums"]
+    ok("bundle", "--model", root / "model", "-a", root / "adapters", "-r", root / "router", "-o", root / "bundle")
+    return root
+
+
+@pytest.mark.parametrize("command", list(commands()), ids=" ".join)
+def test_the_help_of_every_command_has_an_example(command: tuple[str, ...]) -> None:
+    assert f"dlp-lora {' '.join(command)}" in " ".join(ok(*command, "--help").replace("│", " ").split())
+    assert "Example" in ok(*command, "--help")
+
+
+def test_every_command_is_there() -> None:
+    names = {" ".join(command) for command in commands()}
+    assert names >= {"generate", "chat", "route", "bundle", "check", "export", "demo"}
+    assert names >= {"train-adapter", "train-adapters", "train-router", "bench decode"}
+
+
+def test_generating_by_command_is_generating_by_engine(work: Path) -> None:
+    engine = dlp_lora.load(work / "bundle")
+    expected = engine.generate("What is 3 plus 1?", max_new_tokens=8, do_sample=False)
+    (found,) = json_lines(ok("generate", "What is 3 plus 1?", "--bundle", work / "bundle", *QUICK, "--json"))
+    assert found["prompt"] == "What is 3 plus 1?"
+    assert found["text"] == expected.text
+    assert [s["mixture"] for s in found["trace"]] == [dict(s.mixture) for s in expected.trace]
+
+
+def test_an_answer_is_printed_as_it_is(work: Path) -> None:
+    ask = ("generate", "A table:", "--bundle", work / "bundle", *QUICK, "--fixed", "")
+    (found,) = json_lines(ok(*ask, "--json"))
+    assert "\t" in found["text"].strip()  # a model of random weights says anything
+    assert ok(*ask) == found["text"].strip() + "\n"
+
+
+def test_the_parts_of_a_bundle_answer_as_the_bundle_does(work: Path) -> None:
+    parts = ("--model", work / "model", "--adapters", work / "adapters", "--router", work / "router")
+    assert ok("generate", "Hello", *parts, *QUICK) == ok("generate", "Hello", "--bundle", work / "bundle", *QUICK)
+
+
+def test_json_lines_from_standard_input_are_answered_line_by_line(work: Path) -> None:
+    lines = [
+        {"prompt": "What is 3 plus 1?", "id": 7},
+        {"messages": [{"role": "user", "content": "Hello"}]},
+    ]
+    stdin = "\n\n".join(map(json.dumps, lines)) + "\n"
+    first, second = json_lines(ok("generate", "--bundle", work / "bundle", *QUICK, stdin=stdin))
+    assert first["id"] == 7
+    (alone,) = json_lines(ok("generate", "What is 3 plus 1?", "--bundle", work / "bundle", *QUICK, "--json"))
+    assert first["text"] == alone["text"]
+    (chat,) = json_lines(ok("generate", "Hello", "--chat", "--bundle", work / "bundle", *QUICK, "--json"))
+    assert second["text"] == chat["text"]
+    assert second["messages"] == lines[1]["messages"]
+
+
+def test_the_routing_shows_the_adapters_of_each_sentence(work: Path) -> None:
+    shown = ok(
+        "generate", "Which day follows day 3?", "--bundle", work / "bundle", *QUICK, "--show-routing", "--p", "1"
+    )
+    assert "sentence" in shown
+    assert "days" in shown
+    assert "%" in shown
+
+
+def test_a_fixed_mixture_needs_no_router(work: Path) -> None:
+    parts = ("--model", work / "model", "--adapters", work / "adapters")
+    (found,) = json_lines(ok("generate", "Hi", *parts, "--fixed", "sums=0.25,days", *QUICK, "--json"))
+    assert found["trace"][0]["mixture"] == {"sums": 0.25, "days": 1.0}
+    (base,) = json_lines(ok("generate", "Hi", *parts, "--fixed", "", *QUICK, "--json"))
+    assert base["trace"][0]["mixture"] == {}
+
+
+def test_a_seed_samples_the_same_answer_again(work: Path) -> None:
+    ask = ("generate", "Hi", "--bundle", work / "bundle", "--max-new-tokens", "16", "--json", "--seed")
+    one, again, other = (json_lines(ok(*ask, seed))[0]["text"] for seed in ("1", "1", "2"))
+    assert one == again != other
+
+
+@pytest.mark.parametrize("source", ["router", "bundle"])
+def test_routing_says_which_adapters_a_prompt_would_use(work: Path, source: str) -> None:
+    lines: list[dict[str, str]] = [{"prompt": "What is 18 plus 1?"}, {"prompt": "Which day follows day 18?"}]
+    lines.append({**lines[0], "answer": "The sum is 19. "})
+    found = json_lines(ok("route", f"--{source}", work / source, stdin="\n".join(map(json.dumps, lines))))
+    assert len(found) == 3
+    for row in found:
+        assert set(row) == {"probs", "mixture", "confidence", "abstained"}
+        assert set(row["probs"]) == set(TASKS)
+        assert sum(row["probs"].values()) == pytest.approx(1, abs=1e-5)
+        assert row["confidence"] == max(row["probs"].values())
+        assert row["abstained"] is False
+        assert sum(row["mixture"].values()) == pytest.approx(1)
+    assert [max(row["probs"], key=row["probs"].get) for row in found[:2]] == ["sums", "days"]
+    assert found[2]["probs"] != found[0]["probs"]
+
+
+def test_routing_one_prompt_is_what_the_engine_does_first(work: Path) -> None:
+    (found,) = json_lines(ok("route", "What is 18 plus 1?", "--bundle", work / "bundle", "--p", "0.99999"))
+    engine = dlp_lora.load(work / "bundle", policy=dlp_lora.TopP(0.99999))
+    first = engine.generate("What is 18 plus 1?", max_new_tokens=2, do_sample=False).trace[0]
+    assert found["probs"] == pytest.approx(first.probabilities)
+    assert found["mixture"] == pytest.approx(dict(first.mixture))
+
+
+def test_a_bundle_keeps_its_policy(work: Path, tmp_path: Path) -> None:
+    ok(
+        *("bundle", "--model", work / "model", "-a", work / "adapters", "-r", work / "router", "-o", tmp_path / "b"),
+        *("--p", "0.9", "--min-confidence", "1", "--weighting", "paper"),
+    )
+    assert dlp_lora.load(tmp_path / "b").policy == dlp_lora.TopP(0.9, min_confidence=1.0, weighting="paper")
+    (found,) = json_lines(ok("route", "Hello", "--bundle", tmp_path / "b"))
+    assert found["abstained"] is True
+    assert found["mixture"] == {}
+
+
+def test_checking_adapters_that_fit_ends_well(work: Path) -> None:
+    shown = ok("check", work / "adapters", "--model", work / "model")
+    assert shown.count("fits") == 2
+    rows = json.loads(ok("check", work / "adapters", "--model", work / "model", "--json"))
+    assert [(row["name"], row["fits"], row["rank"], row["targets"]) for row in rows] == [
+        (name, True, 2, ["q_proj", "v_proj"]) for name in TASKS
+    ]
+
+
+def test_checking_an_adapter_that_does_not_fit_ends_with_code_one(work: Path, tmp_path: Path) -> None:
+    make_adapter(lively_model(), tmp_path / "good", seed=1)
+    make_adapter(lively_model(), tmp_path / "bad", seed=1, use_dora=True)
+    result = run("check", tmp_path, "--model", work / "model", "--json")
+    assert result.exit_code == 1
+    assert [(row["name"], row["fits"]) for row in json.loads(result.stdout)] == [("bad", False), ("good", True)]
+    assert "refused" in run("check", tmp_path, "--model", work / "model").stdout
+
+
+def test_an_exported_mixture_is_loaded_by_peft(work: Path, tmp_path: Path) -> None:
+    ok("export", "sums=0.6,days=0.4", "--bundle", work / "bundle", "--out", tmp_path / "mixed")
+    inputs = {"input_ids": torch.tensor([[5, 77, 12, 200]])}
+    engine = dlp_lora.load(work / "bundle")
+    with torch.no_grad(), engine.fixed({"sums": 0.6, "days": 0.4}):
+        ours = engine.model(**inputs).logits
+    with torch.no_grad():
+        theirs = PeftModel.from_pretrained(lively_model(), tmp_path / "mixed").eval()(**inputs).logits
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("raw", [(), ("--raw",)], ids=["template", "raw"])
+def test_chatting_answers_each_line_until_an_empty_one(work: Path, raw: tuple[str, ...]) -> None:
+    shown = ok("chat", "--bundle", work / "bundle", *QUICK, *raw, stdin="Hello\nAgain\n\nnever read\n")
+    assert shown.startswith("■ days  ■ sums  ■ base model")
+    engine = dlp_lora.load(work / "bundle")
+    prompt: Any = "Hello" if raw else [{"role": "user", "content": "Hello"}]
+    assert visible(engine.generate(prompt, max_new_tokens=8).text) in visible(shown)
+
+
+def test_chatting_ends_with_its_input(work: Path) -> None:
+    assert ok("chat", "--bundle", work / "bundle", *QUICK, "--raw", stdin="").count("\n") == 1
+
+
+def test_training_again_finds_the_adapters_there(work: Path) -> None:
+    before = (work / "adapters" / "sums" / "adapter_model.safetensors").stat().st_mtime_ns
+    rows = json_lines(
+        ok(
+            *("train-adapter", work / "data" / "sums", "--out", work / "adapters", "--model", work / "model"),
+            *("--batch-size", "8", "--r", "2", "--target-modules", "q_proj,v_proj", "--learning-rate", "0.05"),
+            "--json",
+        )
+    )
+    assert [(row["name"], row["was_there"]) for row in rows] == [("sums", True)]
+    assert (work / "adapters" / "sums" / "adapter_model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_task_folder_can_be_the_one_one_is_in(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(work / "data" / "days")
+    ok("train-adapter", ".", "--out", tmp_path, "--model", work / "model", "--batch-size", "16")
+    assert (tmp_path / "days" / "adapter_config.json").is_file()
+
+
+def test_the_router_is_reported_for_people_too(work: Path, tmp_path: Path) -> None:
+    args = ("train-router", "--data", work / "data", "--out", tmp_path / "router", "--tokenizer", work / "model")
+    shown = ok(*args, "--epochs", "2")
+    assert "held-out accuracy" in shown
+    assert "calibration error" in shown
+    assert json.loads((tmp_path / "router" / "report.json").read_text())["num_test"] == 8
+
+
+ERRORS: dict[str, tuple[tuple[str, ...], str, str]] = {
+    "no bundle": (("generate", "Hi", "--bundle", "{work}/nothing"), "", "nothing is not a folder"),
+    "no bundle to route": (("route", "Hi", "--bundle", "{work}/nothing"), "", "nothing is not a bundle"),
+    "not a bundle": (("generate", "Hi", "--bundle", "{work}/data"), "", "data is no bundle"),
+    "nothing to load": (("generate", "Hi"), "", "give --bundle, or --adapters and --router"),
+    "bundle and adapters": (
+        ("generate", "Hi", "--bundle", "{work}/bundle", "--adapters", "{work}/adapters"),
+        "",
+        "leave --adapters and --router out",
+    ),
+    "not JSON": (("generate", "--bundle", "{work}/bundle"), "\n{{oops\n", "standard input, line 2: not JSON"),
+    "no prompt": (("generate", "--bundle", "{work}/bundle"), '{{"text": 1}}\n', "standard input, line 1: expected"),
+    "a number": (("generate", "--bundle", "{work}/bundle"), '{{"prompt": 1}}\n', "standard input, line 1: expected"),
+    "a list": (("generate", "--bundle", "{work}/bundle"), '{{"prompt": ["a"]}}\n', "standard input, line 1: expected"),
+    "bad messages": (
+        ("generate", "--bundle", "{work}/bundle"),
+        '{{"messages": [{{"role": "user"}}]}}\n',
+        "standard input, line 1: expected",
+    ),
+    "bad answer": (
+        ("route", "--router", "{work}/router"),
+        '{{"prompt": "a", "answer": 1}}\n',
+        "standard input, line 1: expected",
+    ),
+    "empty prompt": (("generate", " ", "--bundle", "{work}/bundle"), "", "the prompt is empty"),
+    "unknown adapter": (
+        ("generate", "Hi", "--bundle", "{work}/bundle", "--fixed", "maths=1"),
+        "",
+        "no adapter maths; there are days, sums",
+    ),
+    "bad mixture": (
+        ("generate", "Hi", "--bundle", "{work}/bundle", "--fixed", "sums=much"),
+        "",
+        "'sums=much' is not NAME=WEIGHT",
+    ),
+    "unknown adapter to export": (
+        ("export", "maths", "--bundle", "{work}/bundle", "--out", "{work}/out"),
+        "",
+        "no adapter maths",
+    ),
+    "no data": (
+        ("train-adapters", "--data", "{work}/nothing", "--out", "{work}/out", "--model", "{work}/model"),
+        "",
+        "no folder",
+    ),
+    "no data for a router": (
+        ("train-router", "--data", "{work}/nothing", "--out", "{work}/out", "--model", "{work}/model"),
+        "",
+        "no folder",
+    ),
+    "one task for a router": (
+        (
+            *("train-router", "--data", "{work}/data", "--out", "{work}/out"),
+            *("--tokenizer", "{work}/model", "--tasks", "sums"),
+        ),
+        "",
+        "give at least two task folders",
+    ),
+    "unknown preset": (
+        ("train-adapters", "--data", "{work}/data", "--out", "{work}/out", "--preset", "mine"),
+        "",
+        "no preset 'mine'; choose default or paper",
+    ),
+    "unknown format": (
+        ("train-adapters", "--data", "{work}/data", "--out", "{work}/out", "--prompt-format", "mine"),
+        "",
+        "prompt_format must be one of",
+    ),
+    "other settings": (
+        ("train-adapter", "{work}/data/sums", "--out", "{work}/adapters", "--model", "{work}/model", "--seed", "5"),
+        "",
+        "was trained with other settings",
+    ),
+    "no model": (("check", "{work}/adapters", "--model", "{work}/nothing"), "", "cannot be read"),
+    "no adapters": (("check", "{work}/data", "--model", "{work}/model"), "", "holds no adapter"),
+    "unknown weighting": (
+        ("bundle", "--model", "{work}/model", "-a", "{work}/adapters", "-o", "{work}/out", "--weighting", "mine"),
+        "",
+        "weighting must be one of",
+    ),
+    "router and bundle": (
+        ("route", "Hi", "--router", "{work}/router", "--bundle", "{work}/bundle"),
+        "",
+        "give --router or --bundle, and not both",
+    ),
+    "data in the way": (
+        ("train-adapters", "--data", "{work}/data", "--out", "{work}/data", "--model", "{work}/model"),
+        "",
+        "is no adapter, and would be lost",
+    ),
+    "a router over a bundle": (
+        ("train-router", "--data", "{work}/data", "--out", "{work}/bundle", "--model", "{work}/model"),
+        "",
+        "has no router_config.json: it would be lost",
+    ),
+    "a bundle over adapters": (
+        ("bundle", "--model", "{work}/model", "-a", "{work}/adapters", "-o", "{work}/adapters"),
+        "",
+        "has no bundle.json: it would be lost",
+    ),
+    "an export over adapters": (
+        ("export", "sums", "--bundle", "{work}/bundle", "--out", "{work}/adapters"),
+        "",
+        "has no adapter_config.json: it would be lost",
+    ),
+    "unknown device": (
+        ("generate", "Hi", "--bundle", "{work}/bundle", "--device", "abacus"),
+        "",
+        "the device 'abacus' cannot be used",
+    ),
+    "missing device": (
+        ("generate", "Hi", "--bundle", "{work}/bundle", "--device", "cuda:99"),
+        "",
+        "the device 'cuda:99' cannot be used",
+    ),
+    "unknown dtype": (("bench", "decode", "--model", "{work}/model", "--dtypes", "int3"), "", "no dtype 'int3'"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+@pytest.mark.usefixtures("unchecked")
+def test_an_error_is_one_line_on_standard_error_and_code_one(work: Path, case: str) -> None:
+    args, stdin, message = ERRORS[case]
+    result = run(*(arg.format(work=work) for arg in args), stdin=stdin.format())
+    assert result.exit_code == 1, (result.output, result.exception)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert result.stdout == ""
+    # A progress bar may stand before it; nothing comes after.
+    assert result.stderr.rstrip().endswith(lines[0].rstrip())
+
+
+def test_the_lines_before_a_bad_one_are_answered(work: Path) -> None:
+    result = run("generate", "--bundle", work / "bundle", *QUICK, stdin='{"prompt": "Hi"}\nnot JSON\n')
+    assert result.exit_code == 1
+    assert len(json_lines(result.stdout)) == 1
+    assert "line 2" in result.stderr
+
+
+def test_adapters_that_do_not_fit_make_no_bundle(work: Path, tmp_path: Path) -> None:
+    make_adapter(lively_model(), tmp_path / "adapters" / "bad", seed=1, use_dora=True)
+    args = ("bundle", "--model", work / "model", "-a", tmp_path / "adapters", "-o", tmp_path / "bundle")
+    result = run(*args)
+    assert result.exit_code == 1
+    assert "use_dora=False" in result.stderr
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_router_for_other_adapters_makes_no_bundle(work: Path, tmp_path: Path) -> None:
+    make_adapter(lively_model(), tmp_path / "adapters" / "poems", seed=1)
+    args = ("bundle", "--model", work / "model", "-a", tmp_path / "adapters", "-r", work / "router")
+    result = run(*args, "-o", tmp_path / "bundle")
+    assert result.exit_code == 1
+    assert "the router knows days, sums" in result.stderr
+    assert not (tmp_path / "bundle").exists()

@@ -1,0 +1,231 @@
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import ByT5Tokenizer
+
+from conftest import byte_tokenizer
+from dlp_lora import Context, MiniMLP, RouterError, TrainingError
+from dlp_lora.tasks import Example, Task, compose
+from dlp_lora.training.router import (
+    RouterReport,
+    RouterTrainingArgs,
+    _fit_temperature,
+    calibration_error,
+    load_tokenizer,
+    report_on,
+    train_router,
+)
+
+TOKENIZER = byte_tokenizer().backend_tokenizer
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+ARGS = RouterTrainingArgs(epochs=8, batch_size=32, serial=1.0)
+
+
+def sums(i: int) -> Example:
+    return Example(prompt=f"What is {i} plus {3 * i}?", answer=f"It is {4 * i}. That was {i} and {3 * i}.")
+
+
+def days(i: int) -> Example:
+    return Example(
+        prompt=f"Which day comes {i} days after {DAYS[i % 7]}?", answer=f"{DAYS[2 * i % 7]} comes then. Bye."
+    )
+
+
+def tales(i: int) -> Example:
+    return Example(prompt=f"Tell a tale about king number {i}.", answer=f"Once upon a time king {i} slept. He woke up.")
+
+
+TASKS = tuple(
+    Task(name=make.__name__, train=tuple(map(make, range(80))), test=tuple(map(make, range(80, 100))))
+    for make in (sums, days, tales)
+)
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[MiniMLP, RouterReport]:
+    return train_router(TASKS, TOKENIZER, ARGS)
+
+
+def best(router: MiniMLP, *contexts: Context) -> list[str]:
+    return [router.names[i] for i in router.probabilities(contexts).argmax(dim=-1)]
+
+
+def test_a_router_learns_to_tell_tasks_apart(trained: tuple[MiniMLP, RouterReport]) -> None:
+    router, report = trained
+    assert report.accuracy > 0.95
+    for task in TASKS:
+        found = best(router, *(Context(example.prompt) for example in task.test))
+        assert found.count(task.name) / len(found) == pytest.approx(report.accuracy_by_task[task.name])
+
+
+def test_the_names_are_the_tasks_in_the_order_given() -> None:
+    router, report = train_router(TASKS[::-1], TOKENIZER, ARGS)
+    assert router.names == report.names == ("tales", "days", "sums")
+    assert best(router, *(Context(task.test[0].prompt) for task in TASKS)) == ["sums", "days", "tales"]
+
+
+def test_of_two_questions_the_first_is_chosen_at_the_prompt_and_the_second_after_its_answer(
+    trained: tuple[MiniMLP, RouterReport],
+) -> None:
+    router, _ = trained
+    right, num = 0, 0
+    for one in TASKS:
+        for other in TASKS:
+            if one is other:
+                continue
+            for first, second in zip(one.test[:5], other.test[:5], strict=True):
+                prompt = compose([first, second]).prompt
+                later = Context(prompt, f"{first.answer} ", second.answer.split()[0])
+                right += best(router, Context(prompt), later) == [one.name, other.name]
+                num += 1
+    assert right / num > 0.9
+
+
+def test_training_is_the_same_for_the_same_seed(trained: tuple[MiniMLP, RouterReport]) -> None:
+    torch.manual_seed(7)
+    router, report = train_router(TASKS, TOKENIZER, ARGS)
+    assert all(torch.equal(tensor, trained[0].state_dict()[name]) for name, tensor in router.state_dict().items())
+    assert replace(report, seconds=0.0) == replace(trained[1], seconds=0.0)
+
+
+def test_another_seed_trains_another_router(trained: tuple[MiniMLP, RouterReport]) -> None:
+    args = replace(ARGS, epochs=1, seed=1)
+    one, other = (train_router(TASKS, TOKENIZER, a)[0] for a in (args, replace(args, seed=2)))
+    assert not torch.equal(one.embedding.weight, other.embedding.weight)
+
+
+def test_every_step_is_told(trained: tuple[MiniMLP, RouterReport]) -> None:
+    seen: list[tuple[int, int, float]] = []
+    _, report = train_router(
+        TASKS, TOKENIZER, replace(ARGS, epochs=1), on_step=lambda step, num, loss: seen.append((step, num, loss))
+    )
+    assert [step for step, _, _ in seen] == list(range(1, seen[0][1] + 1))
+    assert [loss for _, _, loss in seen] == report.losses
+
+
+@pytest.mark.parametrize("num", [0, 1])
+def test_fewer_than_two_tasks_are_refused(num: int) -> None:
+    with pytest.raises(TrainingError, match=f"got {num}; give at least two task folders"):
+        train_router(TASKS[:num], TOKENIZER)
+
+
+def test_tasks_without_tests_are_refused_before_any_training() -> None:
+    steps: list[int] = []
+    tasks = [replace(task, test=()) for task in TASKS]
+    with pytest.raises(TrainingError, match="no task has test examples"):
+        train_router(tasks, TOKENIZER, on_step=lambda step, num, loss: steps.append(step))
+    assert steps == []
+
+
+def test_tasks_of_one_example_can_be_learned() -> None:
+    tasks = [replace(task, train=task.train[:1]) for task in TASKS]
+    router, _ = train_router(tasks, TOKENIZER, replace(ARGS, epochs=1))
+    assert router.names == ("sums", "days", "tales")
+
+
+@pytest.mark.parametrize(
+    "confidence, right, error",
+    [
+        ([1.0, 1.0], [1, 1], 0.0),
+        ([1.0, 1.0], [0, 0], 1.0),
+        ([0.9, 0.9, 0.3, 0.3], [1, 0, 1, 0], 0.5 * 0.4 + 0.5 * 0.2),
+        # One bin holds 0.5 and 0.52: their mean confidence is compared with their accuracy.
+        ([0.5, 0.52, 0.99], [1, 0, 1], 2 / 3 * 0.01 + 1 / 3 * 0.01),
+    ],
+)
+def test_the_calibration_error_is_worked_out_by_bin(confidence: list[float], right: list[int], error: float) -> None:
+    found = calibration_error(torch.tensor(confidence), torch.tensor(right).float())
+    assert found == pytest.approx(error, abs=1e-5)
+
+
+def test_the_temperature_makes_an_overconfident_router_as_sure_as_it_is_right() -> None:
+    # Right seven times of ten, each time by a margin of 4: sigmoid(4 / t) = 0.7.
+    logits = torch.tensor([[4.0, 0.0]] * 10)
+    labels = torch.tensor([0] * 7 + [1] * 3)
+    temperature = _fit_temperature(logits, labels)
+    assert temperature == pytest.approx(4 / math.log(0.7 / 0.3), rel=0.05)
+    assert F.cross_entropy(logits / temperature, labels) < F.cross_entropy(logits, labels)
+
+
+def test_the_router_keeps_the_temperature_that_the_report_names(trained: tuple[MiniMLP, RouterReport]) -> None:
+    router, report = trained
+    assert router.config.temperature == report.temperature
+
+
+def test_the_confusion_counts_every_test_prompt_once(trained: tuple[MiniMLP, RouterReport]) -> None:
+    router, report = trained
+    assert [sum(row) for row in report.confusion] == [20, 20, 20]
+    assert report.num_test == 60
+    assert sum(report.confusion[i][i] for i in range(3)) / 60 == pytest.approx(report.accuracy)
+    assert report.num_parameters == sum(parameter.numel() for parameter in router.parameters())
+
+
+def test_mistakes_are_listed_worst_task_first_and_most_frequent_first() -> None:
+    report = RouterReport(
+        names=("a", "b", "c"),
+        num_parameters=1,
+        seconds=0.0,
+        num_test=30,
+        accuracy=0.7,
+        accuracy_by_task={"a": 0.9, "b": 1.0, "c": 0.2},
+        confusion=[[9, 1, 0], [0, 10, 0], [3, 5, 2]],
+        temperature=1.0,
+        ece_before=0.0,
+        ece=0.0,
+    )
+    assert report.mistakes() == [("c", 0.2, {"b": 5, "a": 3}), ("a", 0.9, {"b": 1})]
+    assert list(report.mistakes()[0][2]) == ["b", "a"]
+
+
+def test_a_report_is_json_data(trained: tuple[MiniMLP, RouterReport]) -> None:
+    data = json.loads(json.dumps(trained[1].to_dict(), allow_nan=False))
+    assert data["names"] == ["sums", "days", "tales"]
+    assert data["losses"] == trained[1].losses
+
+
+def test_a_saved_router_measures_the_same(trained: tuple[MiniMLP, RouterReport], tmp_path: Path) -> None:
+    router, report = trained
+    router.save_pretrained(tmp_path / "router")
+    again = report_on(MiniMLP.from_pretrained(tmp_path / "router"), TASKS)
+    assert again == replace(report, seconds=0.0, losses=[])
+
+
+def test_a_task_without_tests_is_left_out_of_the_report(trained: tuple[MiniMLP, RouterReport]) -> None:
+    report = report_on(trained[0], [TASKS[0], replace(TASKS[1], test=())])
+    assert list(report.accuracy_by_task) == ["sums"]
+    assert report.num_test == 20
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
+def test_a_report_on_an_unknown_task_names_it(trained: tuple[MiniMLP, RouterReport]) -> None:
+    with pytest.raises(TrainingError, match="does not know poems; it knows sums, days, tales"):
+        report_on(trained[0], [replace(TASKS[0], name="poems")])
+
+
+def test_a_tokenizer_is_loaded_from_a_folder(tmp_path: Path) -> None:
+    byte_tokenizer().save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path).encode("abc").ids == TOKENIZER.encode("abc").ids
+
+
+def test_a_missing_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RouterError, match=r"no tokenizer can be loaded from .*nowhere"):
+        load_tokenizer(tmp_path / "nowhere")
+
+
+def test_a_tokenizer_that_is_not_fast_is_refused(tmp_path: Path) -> None:
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(RouterError, match=r"has no tokenizer\.json; choose another with --tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"epochs": 0}, {"dropout": 1.0}, {"held_out": -0.1}, {"answers": 1.5}, {"serial": -1.0}]
+)
+def test_wrong_settings_are_refused_by_name(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=f"RouterTrainingArgs.{next(iter(wrong))} must be"):
+        RouterTrainingArgs(**wrong)  # type: ignore[arg-type]
