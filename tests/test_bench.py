@@ -10,7 +10,7 @@ from conftest import byte_tokenizer, lively_model
 from dlp_lora import DLPLoRAError, Engine
 from dlp_lora.bench import decode
 from dlp_lora.bench.decode import DecodeArgs, bench_decode
-from dlp_lora.bench.environment import environment
+from dlp_lora.environment import environment
 
 SMALL = DecodeArgs(num_adapters=3, selected=2, r=2, new_tokens=4, rounds=2, dtypes=("float32",))
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dlp_lora.engine import Engine
+from dlp_lora.environment import environment
 from dlp_lora.evals.metrics import contains
 from dlp_lora.folders import write_text
 from dlp_lora.load import load
@@ -20,7 +21,7 @@ from dlp_lora.peft_format import content_hash
 from dlp_lora.policy import Mixture, TopP
 from dlp_lora.router import MiniMLP
 from dlp_lora.tasks import Example, Task, compose, procedural_task, serial
-from dlp_lora.training.adapters import AdapterTrainingArgs, load_base, train_adapter
+from dlp_lora.training.adapters import AdapterTrainingArgs, TrainedAdapter, load_base, train_adapter
 from dlp_lora.training.adapters import Progress as TrainingProgress
 from dlp_lora.training.router import RouterTrainingArgs, load_tokenizer, train_router
 
@@ -62,6 +63,8 @@ class DemoResult:
     router: dict[str, Any]
     answers: list[dict[str, Any]]
     serial: TwoQuestions
+    adapters: list[dict[str, Any]]
+    environment: dict[str, Any]
     bundle: Path
 
 
@@ -84,18 +87,21 @@ def run_demo(
         procedural_task(name, num_train=args.num_train + args.num_serial, num_test=args.num_test) for name in args.tasks
     ]
     base, tokenizer = load_base(model)
+    adapters: dict[str, TrainedAdapter] = {}
     for task in with_serial(tasks, args):
 
         def on_step(now: TrainingProgress) -> None:
             on_event(DemoEvent(stage=now.task, done=now.step, total=now.num_steps, note=f"loss {now.loss:.3f}"))
 
-        trained = train_adapter(base, tokenizer, task, out / "adapters" / task.name, args.training, on_step=on_step)
+        adapters[task.name] = trained = train_adapter(
+            base, tokenizer, task, out / "adapters" / task.name, args.training, on_step=on_step
+        )
         on_event(
             DemoEvent(stage=task.name, done=1, total=1, note=f"{trained.seconds:.0f} s, loss {trained.final_loss:.3f}")
         )
     report = _router(model, out / "router", tasks, args, on_event)
-    adapters = {task.name: out / "adapters" / task.name for task in tasks}
-    engine = load(base, tokenizer=tokenizer, adapters=adapters, router=out / "router", policy=TopP(0.6))
+    paths = {name: adapter.path for name, adapter in adapters.items()}
+    engine = load(base, tokenizer=tokenizer, adapters=paths, router=out / "router", policy=TopP(0.6))
     engine.save_pretrained(out / "bundle")
     answers = _evaluate(engine, tasks, out / "answers.json", args, on_event)
     example = _two_questions(engine, tasks, args)
@@ -104,7 +110,15 @@ def run_demo(
         task.name: {method: _share(a["right"][method] for a in answers if a["task"] == task.name) for method in METHODS}
         for task in tasks
     }
-    result = DemoResult(accuracy=accuracy, router=report, answers=answers, serial=example, bundle=out / "bundle")
+    result = DemoResult(
+        accuracy=accuracy,
+        router=report,
+        answers=answers,
+        serial=example,
+        adapters=[{"name": a.name, "seconds": a.seconds, "final_loss": a.final_loss} for a in adapters.values()],
+        environment=environment(),
+        bundle=out / "bundle",
+    )
     write_text(out / "demo.json", json.dumps({**asdict(result), "bundle": "bundle"}, indent=2, default=dict) + "\n")
     return result
 

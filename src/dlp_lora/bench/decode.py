@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from dlp_lora.bench.environment import environment
 from dlp_lora.engine import Engine
+from dlp_lora.environment import environment
 from dlp_lora.errors import DLPLoRAError
 from dlp_lora.load import load
 from dlp_lora.policy import Switching, TopK
