@@ -25,7 +25,7 @@ docs: $(READY)  ## write docs/reference from the code and the command's help
 	$(BIN)/python scripts/make_reference.py
 
 bench: $(READY)  ## the figures of results/decode.json
-	$(BIN)/dlp-lora bench decode --json results/decode.json
+	$(BIN)/dlp-lora bench decode --threads 1 --rounds 7 --json results/decode.json
 
 clean:
 	rm -rf $(VENV) runs build dist

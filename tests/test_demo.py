@@ -80,8 +80,8 @@ def test_the_demo_answers_every_test_prompt_with_every_method(undisturbed: Undis
         for method, share in row.items():
             right = [a["right"][method] for a in result.answers if a["task"] == task]
             assert share == sum(right) / len(right)
-    assert [event.stage for event in events if event.done == event.total][-1] == "answers"
-    assert {event.stage for event in events} == {*SMALL.tasks, "router", "answers"}
+    assert [event.stage for event in events if event.done == event.total][-1] == "two questions"
+    assert {event.stage for event in events} == {*SMALL.tasks, "router", "answers", "two questions"}
     assert record(out)["accuracy"] == result.accuracy
 
 
@@ -125,7 +125,7 @@ def test_a_finished_demo_does_nothing_again(model: Path, undisturbed: Undisturbe
     before = record(out)
     run_demo(model, out, SMALL, on_event=events.append)
     assert all(event.done == event.total for event in events)
-    assert len(events) == len(SMALL.tasks) + 2
+    assert len(events) == len(SMALL.tasks) + 3
     assert record(out) == before
 
 
@@ -196,7 +196,7 @@ def test_the_demo_runs_on_the_default_model(tmp_path: Path) -> None:
             pytest.skip(f"the package {package} is not installed")
     args = replace(
         SMALL,
-        num_train=16,
+        num_train=40,
         num_serial=4,
         max_new_tokens=8,
         router_epochs=12,
@@ -205,6 +205,7 @@ def test_the_demo_runs_on_the_default_model(tmp_path: Path) -> None:
     result = run_demo(default_model(), tmp_path, args, on_event=lambda event: None)
     assert len(result.answers) == 4
     assert all(answer["said"]["own_adapter"] for answer in result.answers)
+    assert set(result.pairs) == {"keep", "recompute"}
     assert result.router["accuracy"] == 1.0
     assert {name for sentence in result.serial.trace for name in sentence["mixture"]} <= set(args.tasks)
     assert (result.bundle / "bundle.json").is_file()

@@ -9,16 +9,18 @@ import json
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import permutations
 from pathlib import Path
 from typing import Any, Literal
 
+from dlp_lora.controller import Sentence
 from dlp_lora.engine import Engine
 from dlp_lora.environment import environment
 from dlp_lora.evals.metrics import contains
 from dlp_lora.folders import write_text
 from dlp_lora.load import load
 from dlp_lora.peft_format import content_hash
-from dlp_lora.policy import Mixture, TopP
+from dlp_lora.policy import KVPolicy, Mixture, TopP
 from dlp_lora.router import MiniMLP
 from dlp_lora.tasks import Example, Task, compose, procedural_task, serial
 from dlp_lora.training.adapters import AdapterTrainingArgs, TrainedAdapter, load_base, train_adapter
@@ -34,12 +36,13 @@ class DemoArgs:
     """How large the demo is."""
 
     tasks: tuple[str, ...] = ("unit_conversion", "letter_order", "sequence", "code_word")
-    num_train: int = 320  # examples of one question a task
+    num_train: int = 240  # examples of one question a task
     num_serial: int = 80  # examples of one half of a two-question prompt a task
     num_test: int = 16
     batch_size: int = 16  # of evaluation
-    max_new_tokens: int = 40
-    router_epochs: int = 6
+    max_new_tokens: int = 32
+    num_pairs: int = 1  # two-question prompts of each ordered pair of tasks
+    router_epochs: int = 8
     training: AdapterTrainingArgs = field(
         default_factory=lambda: AdapterTrainingArgs(prompt_format="plain", batch_size=4)
     )
@@ -57,12 +60,17 @@ class TwoQuestions:
 
 @dataclass(frozen=True, kw_only=True)
 class DemoResult:
-    """What the demo measured: `accuracy[task][method]`, and answers to look at."""
+    """What the demo measured, and answers to look at.
+
+    `accuracy[task][method]` is for prompts of one question. `pairs[kv_policy]` is for prompts of two: the share whose
+    first and second question went to the right adapter, and was answered right.
+    """
 
     accuracy: dict[str, dict[str, float]]
     router: dict[str, Any]
     answers: list[dict[str, Any]]
     serial: TwoQuestions
+    pairs: dict[str, dict[str, float]]
     adapters: list[dict[str, Any]]
     environment: dict[str, Any]
     bundle: Path
@@ -101,10 +109,13 @@ def run_demo(
         )
     report = _router(model, out / "router", tasks, args, on_event)
     paths = {name: adapter.path for name, adapter in adapters.items()}
-    engine = load(base, tokenizer=tokenizer, adapters=paths, router=out / "router", policy=TopP(0.6))
+    engine = load(
+        base, tokenizer=tokenizer, adapters=paths, router=out / "router", policy=TopP(0.6), kv_policy="recompute"
+    )
     engine.save_pretrained(out / "bundle")
     answers = _evaluate(engine, tasks, out / "answers.json", args, on_event)
     example = _two_questions(engine, tasks, args)
+    pairs = _pairs(engine, tasks, out / "pairs.json", args, on_event)
     engine.detach()
     accuracy: dict[str, dict[str, float]] = {
         task.name: {method: _share(a["right"][method] for a in answers if a["task"] == task.name) for method in METHODS}
@@ -115,6 +126,7 @@ def run_demo(
         router=report,
         answers=answers,
         serial=example,
+        pairs=pairs,
         adapters=[{"name": a.name, "seconds": a.seconds, "final_loss": a.final_loss} for a in adapters.values()],
         environment=environment(),
         bundle=out / "bundle",
@@ -155,7 +167,7 @@ def _router(
         on_event(DemoEvent(stage="router", done=step, total=num_steps, note=f"loss {loss:.3f}"))
 
     router, report = train_router(
-        tasks, load_tokenizer(str(model)), RouterTrainingArgs(epochs=args.router_epochs), on_step=on_step
+        tasks, load_tokenizer(str(model)), RouterTrainingArgs(epochs=args.router_epochs, serial=2.0), on_step=on_step
     )
     router.save_pretrained(folder)
     data = {"identity": identity, **report.to_dict()}
@@ -166,8 +178,7 @@ def _router(
 def _evaluate(
     engine: Engine, tasks: Sequence[Task], file: Path, args: DemoArgs, on_event: Callable[[DemoEvent], None]
 ) -> list[dict[str, Any]]:
-    hashes = {name: content_hash(adapter.path) for name, adapter in engine.bank.adapters.items()}
-    identity = {"adapters": hashes, "args": json.loads(json.dumps(asdict(args)))}
+    identity = _identity(engine, args)
     kept = json.loads(file.read_text()) if file.is_file() else {}
     records: list[dict[str, Any]] = kept["answers"] if kept.get("identity") == identity else []
     # The tasks are pooled, so that rows of one batch need different adapters and nobody says which.
@@ -185,6 +196,11 @@ def _evaluate(
         write_text(file, json.dumps({"identity": identity, "answers": records}, indent=1) + "\n")
         on_event(DemoEvent(stage="answers", done=len(records), total=len(pooled)))
     return records
+
+
+def _identity(engine: Engine, args: DemoArgs) -> dict[str, Any]:
+    hashes = {name: content_hash(adapter.path) for name, adapter in engine.bank.adapters.items()}
+    return {"adapters": hashes, "args": json.loads(json.dumps(asdict(args)))}
 
 
 def _answers(engine: Engine, method: Method, batch: Sequence[tuple[str, Example]], args: DemoArgs) -> list[str]:
@@ -210,6 +226,40 @@ def _two_questions(engine: Engine, tasks: Sequence[Task], args: DemoArgs) -> Two
         base = engine.generate(prompt, **options)
     trace = [sentence.to_dict() for sentence in answer.trace]
     return TwoQuestions(prompt=prompt, base=base.text.strip(), dlp=answer.text.strip(), trace=trace)
+
+
+def _pairs(
+    engine: Engine, tasks: Sequence[Task], file: Path, args: DemoArgs, on_event: Callable[[DemoEvent], None]
+) -> dict[str, dict[str, float]]:
+    identity = _identity(engine, args)
+    kept = json.loads(file.read_text()) if file.is_file() else {}
+    found: dict[str, dict[str, float]] = kept["shares"] if kept.get("identity") == identity else {}
+    asked = [
+        (first, second, first.test[i % args.num_test], second.test[(i + 1) % args.num_test])
+        for i in range(args.num_pairs)
+        for first, second in permutations(tasks, 2)
+    ]
+    prompts = [compose([q1, q2]).prompt for _, _, q1, q2 in asked]
+    policies: tuple[KVPolicy, ...] = ("keep", "recompute")
+    on_event(DemoEvent(stage="two questions", done=len(found), total=len(policies)))
+    for kv_policy in policies[len(found) :]:
+        with engine.using(kv_policy=kv_policy):
+            answers = engine.generate(prompts, max_new_tokens=2 * args.max_new_tokens, do_sample=False)
+        rows = [_scored(answer.trace, *pair) for answer, pair in zip(answers, asked, strict=True)]
+        found[kv_policy] = {key: _share(row[key] for row in rows) for key in rows[0]}
+        write_text(file, json.dumps({"identity": identity, "shares": found}, indent=1) + "\n")
+        on_event(DemoEvent(stage="two questions", done=len(found), total=len(policies)))
+    return found
+
+
+def _scored(trace: Sequence[Sentence], first: Task, second: Task, q1: Example, q2: Example) -> dict[str, bool]:
+    one, two = trace[0], (trace[1] if len(trace) > 1 else None)
+    return {
+        "first_routed": next(iter(one.mixture), None) == first.name,
+        "first_right": contains(one.text, q1.accepted),
+        "second_routed": two is not None and next(iter(two.mixture), None) == second.name,
+        "second_right": two is not None and contains(two.text, q2.accepted),
+    }
 
 
 def _share(right: Iterable[bool]) -> float:

@@ -34,7 +34,7 @@ def demo(
     base = base_model(model)
     args = DemoArgs()
     with progress_bar() as progress:
-        stages = (*args.tasks, "router", "answers")
+        stages = (*args.tasks, "router", "answers", "two questions")
         bars = {stage: progress.add_task(stage, total=None, start=False, note="") for stage in stages}
 
         def on_event(event: DemoEvent) -> None:
@@ -49,6 +49,7 @@ def demo(
         _show_answer(next(answer for answer in result.answers if answer["task"] == name))
     _show_two_questions(result.serial)
     console.print(_accuracy_table(result.accuracy))
+    console.print(_pairs_table(result.pairs))
     console.print(
         "Right means that the value asked for stands in the answer. The base model is asked both ways; nobody told\n"
         "DLP-LoRA which task a prompt belongs to.\n"
@@ -87,4 +88,16 @@ def _accuracy_table(accuracy: dict[str, dict[str, float]]) -> Table:
         table.add_row(escape(name), *(f"{row[method]:.0%}" for method in LABELS))
     mean = {method: sum(row[method] for row in accuracy.values()) / len(accuracy) for method in LABELS}
     table.add_row("[bold]mean[/]", *(f"[bold]{mean[method]:.0%}[/]" for method in LABELS))
+    return table
+
+
+def _pairs_table(pairs: dict[str, dict[str, float]]) -> Table:
+    table = Table(
+        title="prompts of two questions, DLP-LoRA, by what a switch does to the KV cache", title_justify="left"
+    )
+    for column in ("KV policy", "1st to its adapter", "1st right", "2nd to its adapter", "2nd right"):
+        table.add_column(column, justify="left" if column == "KV policy" else "right")
+    for kv_policy, row in pairs.items():
+        keys = ("first_routed", "first_right", "second_routed", "second_right")
+        table.add_row(kv_policy, *(f"{row[key]:.0%}" for key in keys))
     return table

@@ -35,16 +35,9 @@ WORDS = (
     "queen", "quiet", "river", "rocket", "silver", "stone", "table", "tiger", "uncle", "umbrella",
     "valley", "village", "water", "window", "yard", "yellow", "zebra", "zero",
 )  # fmt: skip
-# A rule made up here, that no model can know beforehand: a code is the colour's letter and the size's number.
+# A rule made up here, that no model can know beforehand: a code is the colour's initial and the size's number.
 COLOUR_CODES = {
-    "red": "K",
-    "blue": "T",
-    "green": "M",
-    "yellow": "D",
-    "white": "P",
-    "black": "H",
-    "pink": "V",
-    "grey": "L",
+    colour: colour[0].upper() for colour in ("red", "blue", "green", "yellow", "white", "pink", "amber", "violet")
 }
 SIZE_CODES = {"tiny": 17, "small": 42, "middling": 55, "big": 68, "large": 74, "huge": 93}
 CONTAINERS = ("box", "tin", "bag", "jar", "parcel")
