@@ -36,12 +36,12 @@ class DemoArgs:
     """How large the demo is."""
 
     tasks: tuple[str, ...] = ("unit_conversion", "letter_order", "sequence", "code_word")
-    num_train: int = 240  # examples of one question a task
-    num_serial: int = 80  # examples of one half of a two-question prompt a task
+    num_train: int = 300  # examples of one question a task
+    num_serial: int = 100  # examples of one half of a two-question prompt a task
     num_test: int = 16
     batch_size: int = 16  # of evaluation
     max_new_tokens: int = 32
-    num_pairs: int = 1  # two-question prompts of each ordered pair of tasks
+    num_pairs: int = 2  # two-question prompts of each ordered pair of tasks
     router_epochs: int = 8
     training: AdapterTrainingArgs = field(
         default_factory=lambda: AdapterTrainingArgs(prompt_format="plain", batch_size=4)
