@@ -96,6 +96,7 @@ def train_router_command(
 
     Example: `dlp-lora train-router --data data/ --out router/`
     """
+    from dlp_lora.environment import environment
     from dlp_lora.folders import write_text
     from dlp_lora.router import CONFIG_FILE
     from dlp_lora.tasks import read_tasks
@@ -115,7 +116,7 @@ def train_router_command(
     router.save_pretrained(out)
     import json
 
-    write_text(out / "report.json", json.dumps(report.to_dict(), indent=2) + "\n")
+    write_text(out / "report.json", json.dumps({**report.to_dict(), "environment": environment()}, indent=2) + "\n")
     if as_json:
         print_json(report.to_dict())
         return
