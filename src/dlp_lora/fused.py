@@ -23,7 +23,7 @@ class FusedLinear(nn.Module):
         self.base_layer = base_layer
         self.pair = pair
         self.layer = layer
-        # A plain Linear is computed here: one module call fewer, 1 % of a decode step of a small model. One with hooks
+        # A plain Linear is computed here: one module call fewer a layer and token. One with hooks
         # or a forward of its own, as offloading installs, is called.
         self._plain = type(base_layer) is nn.Linear and not (
             base_layer._forward_hooks or base_layer._forward_pre_hooks or "forward" in vars(base_layer)

@@ -18,11 +18,8 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dlp_lora.errors import ModelError, TaskError, TrainingError
@@ -30,6 +27,7 @@ from dlp_lora.folders import recover_folder, replace_folder, write_text
 from dlp_lora.peft_format import CONFIG_FILE
 from dlp_lora.tasks.formats import PromptFormat, encode_example
 from dlp_lora.tasks.task import Task
+from dlp_lora.training.batches import answer_loss, bucketed
 
 TRAINING_FILE = "training.json"
 LOSS_FILE = "loss.csv"
@@ -264,7 +262,7 @@ class _Run:
         """The examples of the next step: a function of seed and step alone, so a resumed run sees the same ones."""
         per_epoch = math.ceil(len(self.examples) / self.args.batch_size)
         epoch, index = divmod(self.step, per_epoch)
-        batches = _bucketed(self.examples, self.args.batch_size, random.Random(f"{self.args.seed} {epoch}"))
+        batches = bucketed(self.examples, self.args.batch_size, random.Random(f"{self.args.seed} {epoch}"))
         return [self.examples[i] for i in batches[index]]
 
 
@@ -287,51 +285,6 @@ def _fit(run: _Run, task: str, work: Path, identity: dict[str, Any], on_step: Ca
         on_step(Progress(task=task, step=run.step, num_steps=run.num_steps, loss=run.losses[-1]))
         if run.step % run.args.checkpoint_every == 0 and run.step < run.num_steps:
             run.save(work, identity)
-
-
-def answer_loss(model: Any, batch: Sequence[tuple[list[int], list[int]]]) -> Float[Tensor, ""]:
-    """Gives the mean loss over the answers' tokens of a batch of (read, learned) token lists.
-
-    Rows are padded on the left, so all answers end together and the head is asked for the last positions alone.
-    """
-    ids, mask, labels = _left_padded(batch, model.device)
-    kept = labels.shape[1]
-    logits = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-        use_cache=False,
-        logits_to_keep=kept + 1,
-    ).logits[:, -kept - 1 : -1]
-    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100)
-
-
-def _left_padded(
-    batch: Sequence[tuple[list[int], list[int]]], device: torch.device
-) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"], Int[Tensor, "batch kept"]]:
-    width = max(len(read) + len(learned) for read, learned in batch)
-    kept = max(len(learned) for _, learned in batch)
-    ids = torch.zeros(len(batch), width, dtype=torch.long)
-    mask = torch.zeros(len(batch), width, dtype=torch.long)
-    labels = torch.full((len(batch), kept), -100)
-    for i, (read, learned) in enumerate(batch):
-        ids[i, width - len(read) - len(learned) :] = torch.tensor(read + learned)
-        mask[i, width - len(read) - len(learned) :] = 1
-        labels[i, kept - len(learned) :] = torch.tensor(learned)
-    return ids.to(device), mask.to(device), labels.to(device)
-
-
-def _bucketed(examples: Sequence[tuple[list[int], list[int]]], size: int, rng: random.Random) -> list[list[int]]:
-    """Shuffles, then sorts by length within stretches of 16 batches, so that a batch pads little."""
-    order = list(range(len(examples)))
-    rng.shuffle(order)
-    stretch = 16 * size
-    batches = []
-    for start in range(0, len(order), stretch):
-        alike = sorted(order[start : start + stretch], key=lambda i: len(examples[i][0]) + len(examples[i][1]))
-        batches += [alike[i : i + size] for i in range(0, len(alike), size)]
-    rng.shuffle(batches)
-    return batches
 
 
 def _encode(
