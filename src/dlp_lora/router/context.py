@@ -13,19 +13,22 @@ from dlp_lora.errors import RouterError
 
 @dataclass(frozen=True)
 class Context:
-    """What the router reads: the prompt, the answer before the sentence that opens now, and its first token.
+    """What the router reads, as plain text without special tokens or chat template.
 
-    Plain text, without special tokens or chat template. `answer` and `sentence` are empty at the prompt.
+    `prompt` is what is asked now: the newest turn, or one sentence of a prompt that is routed sentence by sentence.
+    `answer` is its answer before the sentence that opens now, `sentence` the first token of that; both are empty at
+    the prompt. `history` is what was said before the prompt: earlier turns, or earlier sentences.
     """
 
     prompt: str
     answer: str = ""
     sentence: str = ""
+    history: str = ""
 
     @property
     def text(self) -> str:
-        """All of it as one text, for routers that read one: the answer begins on a line of its own."""
-        return f"{self.prompt}\n{self.answer}{self.sentence}".strip()
+        """All of it as one text, for routers that read one: each part begins on a line of its own."""
+        return f"{self.history}\n{self.prompt}\n{self.answer}{self.sentence}".strip()
 
 
 @runtime_checkable
