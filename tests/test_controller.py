@@ -293,11 +293,37 @@ class TestSwitching:
         )
         assert mixtures_of(dictated(engine, "Q", "Aha. Bye. Come.")) == [{"math": 1.0}, {}, {"math": 1.0}]
 
+    def test_where_the_router_is_unsure_the_mixture_in_use_can_be_kept(self, make_engine: MakeEngine) -> None:
+        table = {"": (0.4, 0.3, 0.3), "B": (0.9, 0.1, 0.0), "C": (0.4, 0.3, 0.3)}
+        engine = make_engine(
+            router=Table(table),
+            segmenter=SentenceSegmenter,
+            policy=TopK(k=1, min_confidence=0.5),
+            switching=Switching(min_tokens=1, unsure="keep"),
+        )
+        generation = dictated(engine, "Q", "Aha. Bye. Come.")
+        told = [(dict(s.mixture), s.switched, s.abstained) for s in generation.trace]
+        assert told == [({}, False, True), ({"math": 1.0}, True, False), ({"math": 1.0}, False, True)]
+
+    def test_what_a_row_lacks_to_one_is_the_probability_that_none_fits(self, make_engine: MakeEngine) -> None:
+        table = {"": (0.3, 0.3, 0.1), "B": (0.3, 0.1, 0.0)}
+        engine = make_engine(router=Table(table), segmenter=SentenceSegmenter, policy=TopP(0.6))
+        generation = dictated(engine, "Q", "Aha. Bye.")
+        told = [({n: round(w, 3) for n, w in s.mixture.items()}, s.abstained) for s in generation.trace]
+        assert told == [({"math": 0.5, "poems": 0.5}, False), ({}, True)]
+        probabilities, mixture = engine.route(Context("Q"))
+        assert probabilities == pytest.approx({"math": 0.3, "poems": 0.3, "units": 0.1})
+        assert mixture == engine.route("Q")[1] == generation.trace[0].mixture
+
     @pytest.mark.parametrize(
         "setting, message",
-        [({"min_tokens": 0}, "min_tokens must be at least 1, got 0"), ({"margin": 1.5}, r"margin must be in \[0, 1\]")],
+        [
+            ({"min_tokens": 0}, "min_tokens must be at least 1, got 0"),
+            ({"margin": 1.5}, r"margin must be in \[0, 1\]"),
+            ({"unsure": "ask"}, "unsure must be one of .*base.*keep.*, got 'ask'"),
+        ],
     )
-    def test_settings_out_of_range_are_refused(self, setting: dict[str, Any], message: str) -> None:
+    def test_settings_out_of_range_are_refused(self, setting: dict[str, Any], message: str, unchecked: None) -> None:
         with pytest.raises(ValueError, match=message):
             Switching(**setting)
 

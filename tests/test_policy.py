@@ -14,6 +14,7 @@ from dlp_lora.policy import (
     TopK,
     TopP,
     Uniform,
+    choose,
     policy_from_dict,
     policy_to_dict,
 )
@@ -307,3 +308,9 @@ def test_a_policy_of_unknown_name_is_refused(data: dict[str, object]) -> None:
 @pytest.mark.parametrize("policy", [TopP(), Threshold(), TopK(), Only("a"), Uniform(), lambda p: Mixture()])
 def test_whatever_turns_probabilities_into_a_mixture_is_a_policy(policy: object) -> None:
     assert isinstance(policy, FusionPolicy)
+
+
+@pytest.mark.parametrize("policy", [TopP(0.6), TopK(1), Threshold(0.3), Uniform()], ids=repr)
+def test_where_none_of_them_is_the_likeliest_no_policy_chooses(policy: FusionPolicy) -> None:
+    assert choose(policy, {"a": 0.3, "b": 0.2}) == Mixture()
+    assert choose(policy, {"a": 0.31, "b": 0.2}) == policy({"a": 31 / 51, "b": 20 / 51})

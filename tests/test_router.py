@@ -1,4 +1,5 @@
 import json
+import math
 import string
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from conftest import byte_tokenizer
 from dlp_lora import Context, MiniMLP, Router, RouterError
-from dlp_lora.router import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, MiniMLPConfig
+from dlp_lora.router import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, Encoded, MiniMLPConfig
 
 NAMES = ("math", "poems", "units")
 BYTES = byte_tokenizer().backend_tokenizer
@@ -22,6 +23,7 @@ CONTEXTS = [
     Context("How far is it to the moon, and back?", "", ""),
     Context("", "Nothing was asked. ", "Y"),
     Context("漢字 👋🏽", "é", "ß"),
+    Context("And back?", history="How far is it?\nFar."),
 ]
 ODD = {
     "empty": "",
@@ -39,10 +41,14 @@ def router(*, seed: int = 0, tokenizer: Tokenizer = BYTES, **config: Any) -> Min
     mlp = MiniMLP(NAMES, tokenizer, MiniMLPConfig(**{"dim": 16, "hidden": 24, **config})).eval()
     with torch.no_grad():
         mlp.embedding.weight.normal_()
-        for layer in mlp.layers:
+        for layer in [*mlp.layers, mlp.head]:
             if isinstance(layer, torch.nn.Linear):
                 layer.weight.mul_(2)
     return mlp
+
+
+def prompt_ids(mlp: MiniMLP, text: str) -> list[int]:
+    return list(mlp.encode(Context(text)).prompt)
 
 
 def words(vocab: int) -> Tokenizer:
@@ -92,10 +98,17 @@ class TestProbabilities:
         assert torch.equal(split, joined)
 
     def test_temperature_divides_the_logits(self) -> None:
-        encoded = [(BYTES.encode("Why?").ids, [])]
-        logits = router()(encoded)
+        logits = router()([Encoded((), BYTES.encode("Why?").ids, ())])
         found = router(temperature=3.0).probabilities([Context("Why?")])
         torch.testing.assert_close(found, (logits / 3).softmax(dim=-1).detach())
+
+    def test_beside_a_logit_of_none_the_rest_of_each_row_is_its_probability(self) -> None:
+        mlp = router(temperature=2.0, none_logit=0.5)
+        logits = mlp([mlp.encode(context) for context in CONTEXTS]).detach() / 2
+        expected = torch.cat([logits, torch.full((len(CONTEXTS), 1), 0.5)], dim=1).softmax(dim=1)
+        torch.testing.assert_close(mlp.probabilities(CONTEXTS), expected[:, :-1])
+        odds = mlp.scores(CONTEXTS).exp() / math.exp(0.5)
+        torch.testing.assert_close(odds / (1 + odds), 1 - expected[:, -1])
 
     def test_bags_are_the_weighted_means_that_the_half_life_says(self) -> None:
         mlp = router(half_life=2.0)
@@ -106,13 +119,56 @@ class TestProbabilities:
         h = 0.5**0.5
         total = 1 + h + h * h
         bags = [(a + b + c) / 3, (a + h * b + h * h * c) / total, (h * h * a + h * b + c) / total]
-        expected = torch.cat([*bags, torch.zeros(2 * 16)])
+        expected = torch.cat([torch.zeros(16), *bags, torch.zeros(2 * 16)])
         torch.testing.assert_close(inputs[0][0], expected)
+
+    def test_a_history_fades_by_its_own_half_life(self) -> None:
+        mlp = router(history_half_life=1.0)
+        inputs: list[torch.Tensor] = []
+        mlp.layers.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+        mlp.probabilities([Context("", history="ab")])
+        a, b = mlp.embedding.weight[BYTES.encode("ab").ids]
+        torch.testing.assert_close(inputs[0][0], torch.cat([(a + 2 * b) / 3, torch.zeros(5 * 16)]))
+
+    def test_the_same_words_weigh_otherwise_as_history_than_as_prompt(self) -> None:
+        as_history, as_prompt = router().probabilities([Context("", history="Why?"), Context("Why?")])
+        assert (as_history - as_prompt).abs().max() > 1e-3
+
+    def test_bags_kept_from_earlier_sentences_change_nothing(self) -> None:
+        mlp = router()
+        first = mlp.probabilities(CONTEXTS)
+        assert torch.equal(mlp.probabilities(CONTEXTS), first)
+        assert torch.equal(router().probabilities(CONTEXTS[::-1]).flip(0), first)
+
+    def test_a_prompt_is_tokenized_once_for_all_sentences_of_its_answer(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        mlp = router()
+        seen: list[str] = []
+        tokenize = mlp._tokenize
+        mlp._encode_line = lambda line: (seen.append(line), tokenize(line))[1]  # type: ignore[method-assign]
+        answer = ""
+        for sentence in ("It is so. ", "Why not? ", "So there."):
+            mlp.probabilities([Context("Why?", answer, sentence[:2])])
+            answer += sentence
+        assert seen.count("Why?") == 1
+
+    def test_kept_bags_are_dropped_when_the_embeddings_change(self) -> None:
+        mlp = router()
+        before = mlp.probabilities(CONTEXTS)
+        with torch.no_grad():
+            mlp.embedding.weight.mul_(2)
+        assert not torch.equal(mlp.probabilities(CONTEXTS), before)
+
+    def test_no_more_bags_are_kept_than_said(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("dlp_lora.router.mini_mlp.CACHE_SIZE", 5)
+        mlp = router()
+        for i in range(20):
+            mlp.probabilities([Context(f"Why {i}?")])
+        assert len(mlp._bags) == 5
 
     def test_probabilities_carry_no_gradient_but_logits_do(self) -> None:
         mlp = router()
         assert not mlp.probabilities(CONTEXTS).requires_grad
-        mlp([(mlp.encode("Why?"), mlp.encode("So."))]).sum().backward()
+        mlp([mlp.encode(Context("Why?", "So."))]).sum().backward()
         assert mlp.embedding.weight.grad is not None
         assert mlp.embedding.weight.grad.abs().sum() > 0
 
@@ -123,13 +179,30 @@ class TestProbabilities:
 class TestEncoding:
     def test_training_and_routing_read_text_the_same_way(self) -> None:
         mlp = router()
-        logits = mlp([(mlp.encode(c.prompt), mlp.encode(c.answer + c.sentence)) for c in CONTEXTS])
-        torch.testing.assert_close(logits.softmax(dim=-1).detach(), mlp.probabilities(CONTEXTS), rtol=0, atol=0)
+        logits = mlp([mlp.encode(context) for context in CONTEXTS])
+        torch.testing.assert_close(logits.softmax(dim=-1).detach(), mlp.probabilities(CONTEXTS), rtol=0, atol=1e-6)
+
+    @given(st.lists(st.text(alphabet="ab\n ?é", max_size=20), min_size=4, max_size=4))
+    @settings(deadline=None, max_examples=50)
+    def test_many_contexts_are_encoded_as_each_alone(self, texts: list[str]) -> None:
+        mlp = router()
+        contexts = [Context(*texts), Context(texts[3]), *CONTEXTS]
+        assert [tuple(map(list, e)) for e in mlp.encode_all(contexts)] == [
+            tuple(map(list, mlp.encode(context))) for context in contexts
+        ]
+
+    def test_lines_are_encoded_one_by_one_and_joined_by_a_line_break(self) -> None:
+        assert router().encode(Context("Why?\nSo.")).prompt == BYTES.encode("Why?\nSo.").ids
+
+    def test_a_long_history_keeps_its_end(self) -> None:
+        mlp = router()
+        long, end = "a" * 3_000 + "b" * 4_000, "b" * 4_000
+        assert mlp.encode(Context("", history=long)) == mlp.encode(Context("", history=end))
 
     def test_long_texts_keep_their_end(self) -> None:
         mlp = router(max_chars=10)
-        assert mlp.encode("far too long: " + "0123456789") == mlp.encode("0123456789")
-        assert mlp.encode("  0123456789\n") == mlp.encode("0123456789")
+        assert prompt_ids(mlp, "far too long: " + "0123456789") == prompt_ids(mlp, "0123456789")
+        assert prompt_ids(mlp, "  0123456789\n") == prompt_ids(mlp, "0123456789")
 
     def test_text_is_encoded_without_special_tokens(self) -> None:
         tokenizer = byte_tokenizer()
@@ -138,18 +211,18 @@ class TestEncoding:
         backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         backend.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 257)])
         assert backend.encode("Why?").ids[0] == 257
-        assert router(tokenizer=backend).encode("Why?") == BYTES.encode("Why?").ids
+        assert prompt_ids(router(tokenizer=backend), "Why?") == BYTES.encode("Why?").ids
 
     def test_padding_and_truncation_in_a_tokenizer_file_are_ignored(self, tmp_path: Path) -> None:
         backend = Tokenizer.from_str(BYTES.to_str())
         backend.enable_padding(length=32, pad_id=258, pad_token="<|pad|>")
         backend.enable_truncation(max_length=4)
         mlp = router(tokenizer=backend)
-        assert mlp.encode("Why is it?") == BYTES.encode("Why is it?").ids
+        assert prompt_ids(mlp, "Why is it?") == BYTES.encode("Why is it?").ids
         assert backend.padding  # the caller's own is left as it was
         mlp.save_pretrained(tmp_path / "router")
         backend.save(str(tmp_path / "router" / TOKENIZER_FILE))
-        assert MiniMLP.from_pretrained(tmp_path / "router").encode("Why is it?") == BYTES.encode("Why is it?").ids
+        assert prompt_ids(MiniMLP.from_pretrained(tmp_path / "router"), "Why is it?") == BYTES.encode("Why is it?").ids
 
     def test_tokens_may_have_gaps_between_their_ids(self, tmp_path: Path) -> None:
         backend = Tokenizer(models.WordLevel({"why": 0, "far": 7}, unk_token="why"))
@@ -163,7 +236,7 @@ class TestMaking:
         with pytest.raises(RouterError, match="at least one adapter name, each once"):
             MiniMLP(names, BYTES)
 
-    @pytest.mark.parametrize("field", ["dim", "hidden", "half_life", "max_chars", "temperature"])
+    @pytest.mark.parametrize("field", ["dim", "hidden", "half_life", "history_half_life", "max_chars", "temperature"])
     def test_sizes_must_be_positive(self, field: str) -> None:
         with pytest.raises(ValueError, match=rf"MiniMLPConfig\.{field} must be positive, got 0"):
             MiniMLPConfig(**{field: 0})
@@ -171,7 +244,7 @@ class TestMaking:
     def test_the_papers_size_is_about_five_million(self) -> None:
         mlp = MiniMLP([f"task{i}" for i in range(26)], words(49_152))
         assert 4.5e6 < mlp.num_parameters < 5.5e6
-        assert sum(isinstance(layer, torch.nn.Linear) for layer in mlp.layers) == 4
+        assert sum(isinstance(layer, torch.nn.Linear) for layer in [*mlp.layers, mlp.head]) == 4
 
 
 def damage(file: str, data: bytes | None) -> Callable[[Path], None]:
@@ -199,12 +272,14 @@ def truncate(folder: Path) -> None:
 
 class TestSaving:
     def test_a_saved_router_is_the_same_to_the_last_bit(self, tmp_path: Path) -> None:
-        mlp = router(half_life=3.5, temperature=1.3, max_chars=500)
+        mlp = router(half_life=3.5, temperature=1.3, max_chars=500, none_logit=0.4)
+        mlp.memory = torch.randn(3, 2, 24)
         mlp.save_pretrained(tmp_path / "router")
         loaded = MiniMLP.from_pretrained(tmp_path / "router")
         assert loaded.names == NAMES
         assert loaded.config == mlp.config
         assert not loaded.training
+        assert torch.equal(loaded.memory, mlp.memory)
         assert torch.equal(loaded.probabilities(CONTEXTS), mlp.probabilities(CONTEXTS))
         for context in CONTEXTS:
             assert torch.equal(loaded.probabilities([context]), mlp.probabilities([context]))
@@ -236,12 +311,12 @@ class TestSaving:
             (damage(TOKENIZER_FILE, None), "cannot be read|is damaged"),
             (truncate, "is damaged .*copy it again or train it anew"),
             (damage(WEIGHTS_FILE, b""), "is damaged .*copy it again or train it anew"),
-            (damage(CONFIG_FILE, b'{"format": 1, "na'), "is damaged .*copy it again or train it anew"),
+            (damage(CONFIG_FILE, b'{"format": 2, "na'), "is damaged .*copy it again or train it anew"),
             (damage(CONFIG_FILE, b"[1, 2]"), "is damaged .*copy it again or train it anew"),
             (damage(CONFIG_FILE, b"\xff\xfe"), "is damaged .*copy it again or train it anew"),
             (damage(TOKENIZER_FILE, b"{}"), rf"{TOKENIZER_FILE} cannot be read .*copy it again"),
             (damage(TOKENIZER_FILE, b'{"version": "1.0", "mod'), rf"{TOKENIZER_FILE} cannot be read .*copy it again"),
-            (rewrite(format=2), "was written by a later version; upgrade dlp-lora"),
+            (rewrite(format=3), "was written by a later version; upgrade dlp-lora"),
             (rewrite(type="oracle"), "was written by a later version; upgrade dlp-lora"),
             (rewrite(type="encoder"), "holds a router of type 'encoder', not 'mini-mlp'; read it with load_router"),
             (rewrite(format=None), "is damaged .*format"),

@@ -239,7 +239,8 @@ class TestEveryRouter:
         "changes, message",
         [
             ({"type": "oracle"}, "was written by a later version; upgrade dlp-lora"),
-            ({"format": 2}, "was written by a later version; upgrade dlp-lora"),
+            ({"format": 3}, "was written by a later version; upgrade dlp-lora"),
+            ({"format": 1}, "was written by an earlier version, format 1, not 2; train it anew"),
             ({"names": ["math", "math", "units"]}, "at least one adapter name, each once"),
             ({"temperature": 0}, "is damaged .*temperature must be positive"),
         ],
@@ -361,7 +362,8 @@ def written(folder: Path, *, weights: bool, **config: Any) -> Path:
 class TestEncoderRouter:
     def test_probabilities_are_those_of_the_head_over_the_temperature(self) -> None:
         router = encoder_router()
-        pairs = [(router.encode(c.prompt), router.encode(c.answer + c.sentence)) for c in CONTEXTS]
+        ids = router.encoder.encode
+        pairs = [(ids(c.prompt), ids(c.answer + c.sentence)) for c in CONTEXTS]
         with torch.no_grad():
             vectors = router.encoder([router.encoder.frame(*pair) for pair in pairs])
             expected = (vectors @ router.head.weight.T + router.head.bias) / 0.7
@@ -370,6 +372,11 @@ class TestEncoderRouter:
     def test_prompt_and_answer_are_told_apart(self) -> None:
         one, two = encoder_router().probabilities([Context("Why?", "So."), Context("So.", "Why?")])
         assert (one - two).abs().max() > 1e-3
+
+    def test_a_history_comes_before_the_prompt(self) -> None:
+        router = encoder_router()
+        one, two = (router([router.encode(c)]) for c in (Context("So.", history="Why?"), Context("Why?So.")))
+        torch.testing.assert_close(one, two)
 
     def test_alberts_shape_has_the_papers_eleven_million_parameters(self) -> None:
         tokenizer = Tokenizer.from_str(BYTES.to_str())
@@ -385,7 +392,7 @@ class TestEncoderRouter:
             kind="encoder",
             encoder=str(tmp_path / "encoder"),
             encoder_learning_rate=2e-3,
-            epochs=4,
+            epochs=8,
             batch_size=16,
         )
         steps: list[float] = []

@@ -11,6 +11,7 @@ from transformers import ByT5Tokenizer
 from conftest import byte_tokenizer
 from dlp_lora import Context, MiniMLP, RouterError, TrainingError
 from dlp_lora.tasks import Example, Task, compose
+from dlp_lora.training.contexts import MIX
 from dlp_lora.training.router import (
     RouterReport,
     RouterTrainingArgs,
@@ -23,7 +24,7 @@ from dlp_lora.training.router import (
 
 TOKENIZER = byte_tokenizer().backend_tokenizer
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-ARGS = RouterTrainingArgs(epochs=8, batch_size=32, serial=1.0)
+ARGS = RouterTrainingArgs(epochs=24, batch_size=32, mix={**MIX, "serial": 6}, memory=8)
 
 
 def sums(i: int) -> Example:
@@ -224,8 +225,37 @@ def test_a_tokenizer_that_is_not_fast_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"epochs": 0}, {"dropout": 1.0}, {"held_out": -0.1}, {"answers": 1.5}, {"serial": -1.0}]
+    "wrong",
+    [
+        {"epochs": 0},
+        {"dropout": 1.0},
+        {"held_out": -0.1},
+        {"coverage": 0.0},
+        {"memory": -1},
+    ],
 )
 def test_wrong_settings_are_refused_by_name(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=f"RouterTrainingArgs.{next(iter(wrong))} must be"):
         RouterTrainingArgs(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mix", [{"songs": 1.0}, {"alone": 1.0}, {"whole": 0.0}, {}])
+def test_a_mix_names_known_kinds_and_one_of_those_met_while_writing(mix: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"RouterTrainingArgs.mix draws from whole, .*got"):
+        RouterTrainingArgs(mix=mix)
+
+
+def test_nearly_all_texts_of_its_tasks_fit_and_texts_of_no_task_fit_less(trained: tuple[MiniMLP, RouterReport]) -> None:
+    router, _ = trained
+    tests = [Context(example.prompt) for task in TASKS for example in task.test]
+    others = [Context(f"{{'x': [{i}, {i}]}} => QWZ#{i}@@") for i in range(60)]
+    fits, strange = (router.probabilities(contexts).sum(dim=-1) for contexts in (tests, others))
+    assert (fits > 0.5).float().mean() > 0.9
+    assert strange.mean() < fits.mean()
+
+
+def test_a_router_remembers_contexts_of_each_task(trained: tuple[MiniMLP, RouterReport]) -> None:
+    router, _ = trained
+    assert router.memory.shape == (3, 8, router.config.hidden)
+    found = router.head(router.memory.flatten(0, 1)).argmax(dim=-1).view(3, 8)
+    assert (found == torch.arange(3)[:, None]).float().mean() > 0.6

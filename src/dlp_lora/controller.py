@@ -20,7 +20,7 @@ from transformers import Cache, PreTrainedTokenizerBase
 
 from dlp_lora.bank import AdapterBank
 from dlp_lora.errors import PromptError, RouterError
-from dlp_lora.policy import FusionPolicy, KVPolicy, Mixture, Switching
+from dlp_lora.policy import FusionPolicy, KVPolicy, Mixture, Switching, choose
 from dlp_lora.router import Context, Router
 from dlp_lora.sentences import Segmenter
 from dlp_lora.text import Detokenizer, PromptReader
@@ -285,23 +285,31 @@ class Controller:
             row.decisions.append(decision)
         return any(decision.switched for decision in decisions)
 
-    def _decide(self, contexts: Sequence[Context], positions: Sequence[tuple[int, int]]) -> list[Decision]:
+    def choose(self, contexts: Sequence[Context]) -> list[tuple[dict[str, float], Mixture]]:
+        """Asks the router; gives a probability for each adapter name, and the mixture that follows, of each context.
+
+        Raises:
+            RouterError: if there is no router.
+        """
         if self.router is None:
             raise RouterError("this engine has no router; choose a mixture with engine.fixed() or engine.disabled()")
+        rows = self.router.probabilities(contexts).tolist()
+        found = [dict(zip(self.router.names, row, strict=True)) for row in rows]
+        return [(probabilities, choose(self.policy, probabilities)) for probabilities in found]
+
+    def _decide(self, contexts: Sequence[Context], positions: Sequence[tuple[int, int]]) -> list[Decision]:
         start = time.perf_counter()
-        names = self.router.names
-        decisions = []
-        for (token, offset), row in zip(positions, self.router.probabilities(contexts).tolist(), strict=True):
-            probabilities = dict(zip(names, row, strict=True))
-            mixture = self.policy(probabilities)
-            decisions.append(Decision(token, offset, mixture, probabilities, abstained=not mixture))
+        chosen = self.choose(contexts)
         route_ms = (time.perf_counter() - start) * 1e3
-        for decision in decisions:
-            decision.route_ms = route_ms
-        return decisions
+        return [
+            Decision(token, offset, mixture, probabilities, abstained=not mixture, route_ms=route_ms)
+            for (token, offset), (probabilities, mixture) in zip(positions, chosen, strict=True)
+        ]
 
     def _hold(self, current: Mixture, decision: Decision) -> None:
         # Hysteresis: near a tie, going back and forth between adapters costs more than it gains.
+        if not decision.mixture and self.switching.unsure == "keep":
+            decision.mixture = current
         if not current or not decision.mixture:
             return
         in_use = decision.probabilities.get(next(iter(current)), 0.0)

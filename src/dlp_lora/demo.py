@@ -25,6 +25,7 @@ from dlp_lora.router import MiniMLP
 from dlp_lora.tasks import Example, Task, compose, procedural_task, serial
 from dlp_lora.training.adapters import AdapterTrainingArgs, TrainedAdapter, load_base, train_adapter
 from dlp_lora.training.adapters import Progress as TrainingProgress
+from dlp_lora.training.contexts import MIX
 from dlp_lora.training.router import RouterTrainingArgs, load_tokenizer, train_router
 
 Method = Literal["base", "base_chat", "own_adapter", "dlp"]
@@ -167,7 +168,10 @@ def _router(
         on_event(DemoEvent(stage="router", done=step, total=num_steps, note=f"loss {loss:.3f}"))
 
     router, report = train_router(
-        tasks, load_tokenizer(str(model)), RouterTrainingArgs(epochs=args.router_epochs, serial=2.0), on_step=on_step
+        tasks,
+        load_tokenizer(str(model)),
+        RouterTrainingArgs(epochs=args.router_epochs, mix={**MIX, "serial": 4}),
+        on_step=on_step,
     )
     router.save_pretrained(folder)
     data = {"identity": identity, **report.to_dict()}

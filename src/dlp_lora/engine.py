@@ -26,7 +26,7 @@ from dlp_lora.controller import CachedRows, Controller, Row, Sentence
 from dlp_lora.errors import AdapterError, PromptError, RouterError
 from dlp_lora.fused import attach, detach
 from dlp_lora.policy import FusionPolicy, KVPolicy, Mixture, Switching, TopP, policy_to_dict
-from dlp_lora.router import Router
+from dlp_lora.router import Context, Router
 from dlp_lora.sentences import Segmenter, SentenceSegmenter
 from dlp_lora.streaming import Abandoned, Piece, PieceStreamer
 
@@ -183,6 +183,15 @@ class Engine:
         finally:
             streamer.stopped = True
             thread.join()
+
+    def route(self, prompt: str | Context) -> tuple[dict[str, float], Mixture]:
+        """Says what would answer a prompt, without running the model: a probability by adapter name, and the mixture.
+
+        Raises:
+            RouterError: if there is no router.
+        """
+        (found,) = self._controller.choose([Context(prompt) if isinstance(prompt, str) else prompt])
+        return found
 
     @contextmanager
     def fixed(self, mixture: Mapping[str, float] | Sequence[Mapping[str, float]]) -> Iterator["Engine"]:

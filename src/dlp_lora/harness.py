@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -16,7 +16,6 @@ from dlp_lora.engine import Engine
 from dlp_lora.errors import DLPLoRAError, RouterError
 from dlp_lora.load import load
 from dlp_lora.policy import Mixture, TopP
-from dlp_lora.router import Context, Router
 from dlp_lora.text import PromptReader
 
 try:
@@ -95,10 +94,7 @@ class EngineLM(HFLM):  # type: ignore[misc]
         return likelihoods
 
     def _route(self, context: str) -> Mixture:
-        text = self._read_prompt(self.tok_encode(context))
-        router = cast(Router, self.engine.router)
-        (probabilities,) = router.probabilities([Context(text)]).tolist()
-        return self.engine.policy(dict(zip(router.names, probabilities, strict=True)))
+        return self.engine.route(self._read_prompt(self.tok_encode(context)))[1]
 
     def _score(self, requests: Sequence[Request], **settings: Any) -> list[tuple[float, bool]]:
         scored: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, **settings)

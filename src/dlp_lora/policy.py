@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 Weighting = Literal["renormalised", "paper"]
 KVPolicy = Literal["keep", "recompute"]
+Unsure = Literal["base", "keep"]
 
 # Probabilities are float32 sums: 0.3 + 0.3 reaches p = 0.6, and so does 0.59999999.
 TOLERANCE = 1e-6
@@ -159,20 +160,35 @@ class Switching:
     """When a sentence start is taken as an opportunity to switch.
 
     A sentence shorter than `min_tokens` is not left; and the mixture stays while the most likely adapter is not
-    at least `margin` more probable than the heaviest one in use.
+    at least `margin` more probable than the heaviest one in use. Where the router is too unsure for any adapter, the
+    "base" model goes on alone, or the mixture in use is kept ("keep").
     """
 
     min_tokens: int = 4
     margin: float = 0.05
+    unsure: Unsure = "base"
 
     def __post_init__(self) -> None:
         if self.min_tokens < 1:
             raise ValueError(f"Switching.min_tokens must be at least 1, got {self.min_tokens}")
         if not 0 <= self.margin <= 1:
             raise ValueError(f"Switching.margin must be in [0, 1], got {self.margin}")
+        if self.unsure not in get_args(Unsure):
+            raise ValueError(f"Switching.unsure must be one of {get_args(Unsure)}, got {self.unsure!r}")
 
 
 POLICIES: dict[str, type] = {cls.__name__: cls for cls in (TopP, Threshold, TopK, Only, Uniform)}
+
+
+def choose(policy: FusionPolicy, probabilities: Mapping[str, float]) -> Mixture:
+    """Applies a policy to what a router said; where it gave half or more to "none of them", the mixture is empty.
+
+    The policy sees the probabilities among the adapters, which sum to 1.
+    """
+    fits = math.fsum(probabilities.values())
+    if fits <= 0.5:
+        return Mixture()
+    return policy({name: p / fits for name, p in probabilities.items()})
 
 
 def policy_to_dict(policy: FusionPolicy) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from dlp_lora.folders import write_text
 from dlp_lora.load import load
 from dlp_lora.peft_format import content_hash
 from dlp_lora.policy import Mixture, TopP
-from dlp_lora.router import Context, MiniMLP
+from dlp_lora.router import MiniMLP
 from dlp_lora.tasks import Task
 from dlp_lora.tasks.formats import as_prompt, encode_example
 from dlp_lora.tasks.manifest import TaskInfo, kind_of
@@ -323,9 +323,7 @@ class _Seed:
         method = METHODS[name]
         if method.mixture is not None:
             return method.mixture(question.key, engine.bank.names)
-        router: Any = engine.router
-        probabilities = router.probabilities([Context(question.example.prompt)])[0].tolist()
-        return engine.policy(dict(zip(router.names, probabilities, strict=True)))
+        return engine.route(question.example.prompt)[1]
 
     def _serial(self, engine: Engine, n: int) -> dict[str, Any]:
         step, file = f"serial-{n}", self.folder / f"serial-{n}.json"

@@ -1,4 +1,4 @@
-"""Commands on adapter folders: bundle, check, export."""
+"""Commands on adapter folders and bundles: bundle, add-task, remove-task, check, export."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -33,6 +33,9 @@ def bundle(
     p: Annotated[float, typer.Option(help="Fuse the most likely adapters up to this probability.")] = 0.6,
     weighting: Annotated[str, typer.Option(help="renormalised or paper (Eq. 5).")] = "renormalised",
     min_confidence: Annotated[float, typer.Option(help="Below it the base model alone answers.")] = 0.0,
+    unsure: Annotated[
+        str, typer.Option(help="Below it, in the middle of an answer: base or keep (the mixture).")
+    ] = "base",
 ) -> None:
     """Put adapters, router and policy into one folder that `load` and every command take.
 
@@ -59,10 +62,60 @@ def bundle(
         adapters={check.name: check.path for check in checks},
         router=found,
         policy=policy_to_dict(TopP(p, weighting=weighting, min_confidence=min_confidence)),  # type: ignore[arg-type]
-        switching=asdict(Switching()),
+        switching=asdict(Switching(unsure=unsure)),  # type: ignore[arg-type]
         kv_policy="keep",
     )
     stderr.print(f"wrote {out}: {len(checks)} adapters, {'a router' if found else 'no router'}, base {escape(base)}")
+
+
+@app.command()
+def add_task(
+    bundle: Annotated[Path, typer.Option("--bundle", "-b", help="The bundle to extend.")],
+    adapter: Annotated[Path, typer.Option("--adapter", "-a", help="PEFT adapter folder.")],
+    examples: Annotated[Path, typer.Option(help="JSON lines with prompt and answer, as in a task folder.")],
+    name: Annotated[str | None, typer.Option(help="The adapter's name. [default: its folder's]")] = None,
+    seed: Annotated[int, typer.Option(help="Of the contexts that are drawn.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Put one more adapter into a bundle, in seconds; 32 examples are often enough for its router.
+
+    Example: `dlp-lora add-task --bundle bundle/ --adapter adapters/units --examples units.jsonl`
+    """
+    from dlp_lora.bundle import BUNDLE_FILE, read_bundle
+    from dlp_lora.check import check_adapters, model_layout
+    from dlp_lora.errors import AdapterError
+    from dlp_lora.tasks import Task, read_examples
+    from dlp_lora.training.extend import add_to_bundle
+
+    check_replaceable(bundle, BUNDLE_FILE)
+    (fits,) = check_adapters(model_layout(base_model(read_bundle(bundle).base_model or None)), {"": adapter})
+    if not fits.fits:
+        raise AdapterError(fits.reason)
+    task = Task(name=name or adapter.resolve().name, train=read_examples(examples), test=())
+    done = add_to_bundle(bundle, task, adapter, seed=seed)
+    if as_json:
+        print_json(done.to_dict())
+        return
+    tried = "too few to leave some out" if done.accuracy is None else f"{done.accuracy:.0%} of those left out found"
+    stderr.print(f"{escape(task.name)}: {done.num_examples} examples ({tried}), {done.seconds:.1f} s")
+    stderr.print(f"wrote {bundle}: {len(done.names)} adapters")
+
+
+@app.command()
+def remove_task(
+    name: Annotated[str, typer.Argument(help="The adapter to take out.")],
+    bundle: Annotated[Path, typer.Option("--bundle", "-b", help="The bundle.")],
+) -> None:
+    """Take an adapter out of a bundle and its router; between the others it decides as before.
+
+    Example: `dlp-lora remove-task units --bundle bundle/`
+    """
+    from dlp_lora.bundle import BUNDLE_FILE
+    from dlp_lora.training.extend import remove_from_bundle
+
+    check_replaceable(bundle, BUNDLE_FILE)
+    left = remove_from_bundle(bundle, name)
+    stderr.print(f"wrote {bundle}: {len(left)} adapters")
 
 
 @app.command()

@@ -125,14 +125,15 @@ def route(
 ) -> None:
     """Say which adapters a prompt would use, without loading a language model (but for a router made from adapters).
 
-    Reads lines `{"prompt": ...}` (and optionally `"answer"`, what was answered so far) and prints one line each with
-    `probs`, `mixture`, `confidence` and `abstained`. Example:
+    Reads lines `{"prompt": ...}` or `{"messages": [...]}`, optionally with `"history"`, what was said before the
+    prompt, and `"answer"`, what was answered so far. Prints one line each with `probs`, `mixture`, `confidence` and
+    `abstained`. Example:
     `echo '{"prompt": "Convert 3 km to metres."}' | dlp-lora route --router router/`
     """
     from dlp_lora.bundle import read_bundle
     from dlp_lora.load import load_model, load_router
-    from dlp_lora.policy import TopP, policy_from_dict
-    from dlp_lora.router import Context, router_type
+    from dlp_lora.policy import TopP, choose, policy_from_dict
+    from dlp_lora.router import router_type
 
     if (router is None) == (bundle is None):
         raise ValueError("give --router or --bundle, and not both")
@@ -147,14 +148,23 @@ def route(
     base = load_model(base_model(model))[0] if router_type(router) == "arrow" else None
     chooser = load_router(router, base=base)
     for record in [{"prompt": prompt}] if prompt is not None else read_json_lines():
-        if not isinstance(record.get("prompt"), str):
-            raise ValueError(f"prompt must be a string, got {record.get('prompt')!r}")
-        context = Context(record["prompt"], record.get("answer", ""))
+        context = _context(record)
         probs = dict(zip(chooser.names, chooser.probabilities([context])[0].tolist(), strict=True))
-        mixture = policy(probs)
+        mixture = choose(policy, probs)
         print_json(
             {"probs": probs, "mixture": dict(mixture), "confidence": max(probs.values()), "abstained": not mixture}
         )
+
+
+def _context(record: dict[str, Any]) -> Any:
+    from dlp_lora.router import Context
+
+    turns = [message["content"] for message in record.get("messages", ())] or [record["prompt"]]
+    given = {key: record.get(key, "") for key in ("history", "answer")}
+    if not all(isinstance(text, str) for text in given.values()):
+        raise ValueError(f"history and answer must be strings, got {given}")
+    history = "\n".join(filter(None, [given["history"], *turns[:-1]]))
+    return Context(turns[-1], given["answer"], history=history)
 
 
 def routing_table(trace: tuple[Sentence, ...]) -> Table:

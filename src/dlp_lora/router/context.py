@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -27,19 +28,40 @@ class Context:
 
     @property
     def text(self) -> str:
-        """All of it as one text, for routers that read one: each part begins on a line of its own."""
-        return f"{self.history}\n{self.prompt}\n{self.answer}{self.sentence}".strip()
+        """What is asked and answered as one text, for routers that read one; a history would drown it."""
+        return f"{self.prompt}\n{self.answer}{self.sentence}".strip()
+
+
+class Encoded(NamedTuple):
+    """The token ids of a context; the answer's are those of `answer` and `sentence`."""
+
+    history: Sequence[int]
+    prompt: Sequence[int]
+    answer: Sequence[int]
 
 
 @runtime_checkable
 class Router(Protocol):
-    """Gives each adapter name a probability; the names join it with the bank."""
+    """Gives each adapter name a probability; the names join it with the bank.
+
+    A row may sum to less than 1: the rest is the probability that none of them fits.
+    """
 
     names: tuple[str, ...]
 
     def probabilities(self, contexts: Sequence[Context]) -> Float[Tensor, "batch adapters"]: ...
 
     def save_pretrained(self, path: str | Path) -> None: ...
+
+
+def softmax(
+    logits: Float[Tensor, "batch adapters"], temperature: float, none_logit: float | None
+) -> Float[Tensor, "batch adapters"]:
+    """Gives probabilities, on the CPU; beside a `none_logit` they leave out that of "none of them"."""
+    scaled = logits.float().cpu() / temperature
+    if none_logit is None:
+        return scaled.softmax(dim=-1)
+    return F.pad(scaled, (0, 1), value=none_logit).softmax(dim=-1)[:, :-1]
 
 
 def check_labels(names: Sequence[str]) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AlbertConfig, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from dlp_lora.errors import RouterError
-from dlp_lora.router.context import Context, check_labels
+from dlp_lora.router.context import Context, Encoded, check_labels, softmax
 from dlp_lora.router.folder import SavedRouter, reading_router, write_router
 from dlp_lora.router.tokenizer import MAX_CHARS, load_tokenizer, plain_tokenizer, vocab_size
 
@@ -120,47 +120,53 @@ class TextEncoder(nn.Module):
 class EncoderRouter(nn.Module):
     """An encoder with a linear head, trained as one.
 
-    It reads the prompt and, as the second text of a pair, the answer so far with the sentence that opens.
+    It reads the history and the prompt and, as the second text of a pair, the answer so far with the sentence that
+    opens.
     """
 
-    def __init__(self, names: Sequence[str], encoder: TextEncoder, *, temperature: float = 1.0) -> None:
+    def __init__(
+        self, names: Sequence[str], encoder: TextEncoder, *, temperature: float = 1.0, none_logit: float | None = None
+    ) -> None:
         super().__init__()
         self.names = check_labels(names)
         self.encoder = encoder
         self.head = nn.Linear(encoder.dim, len(names))
-        self.set_temperature(temperature)
+        self.calibrate(temperature, none_logit)
 
     @property
     def num_parameters(self) -> int:
         """How many parameters the router has."""
         return sum(p.numel() for p in self.parameters())
 
-    def encode(self, text: str) -> list[int]:
-        """Turns text into token ids, as the encoder does."""
-        return self.encoder.encode(text)
+    def encode(self, context: Context) -> Encoded:
+        """Turns a context into token ids: the one way in for training, `route` and decoding."""
+        return self.encode_all([context])[0]
 
-    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encodes many texts at once, each as `encode` does."""
-        return self.encoder.encode_all(texts)
+    def encode_all(self, contexts: Sequence[Context]) -> list[Encoded]:
+        """Encodes many contexts at once, each as `encode` does."""
+        texts = [text for c in contexts for text in (c.history, c.prompt, c.answer + c.sentence)]
+        ids = iter(self.encoder.encode_all(texts))
+        return [Encoded(*three) for three in zip(ids, ids, ids, strict=True)]
 
-    def set_temperature(self, temperature: float) -> None:
-        """Sets what the logits are divided by; fitted on held-out text."""
+    def calibrate(self, temperature: float, none_logit: float | None) -> None:
+        """Sets what the logits are divided by, and the logit of "none of them" beside them; fitted on held-out text."""
         if not temperature > 0:
             raise ValueError(f"a router's temperature must be positive, got {temperature}")
         self.temperature = temperature
+        self.none_logit = none_logit
 
-    def forward(self, contexts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Float[Tensor, "batch adapters"]:
-        """Gives the logits of encoded (prompt, answer) pairs."""
-        logits: Tensor = self.head(self.encoder([self.encoder.frame(*pair) for pair in contexts]))
+    def forward(self, contexts: Sequence[Encoded]) -> Float[Tensor, "batch adapters"]:
+        """Gives the logits of encoded contexts."""
+        framed = [self.encoder.frame([*c.history, *c.prompt], c.answer) for c in contexts]
+        logits: Tensor = self.head(self.encoder(framed))
         return logits
 
     @torch.no_grad()
     def probabilities(self, contexts: Sequence[Context]) -> Float[Tensor, "batch adapters"]:
         """Gives a probability per adapter, on the CPU."""
-        pairs = [(self.encode(c.prompt), self.encode(c.answer + c.sentence)) for c in contexts]
         # One by one: beside longer rows, padding would shift the last digits.
-        logits = torch.cat([self([pair]) for pair in pairs])
-        return (logits.float() / self.temperature).softmax(dim=-1).cpu()
+        logits = torch.cat([self([encoded]) for encoded in self.encode_all(contexts)])
+        return softmax(logits, self.temperature, self.none_logit)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes the router to a folder, the encoder with it; the folder is replaced as a whole."""
@@ -169,7 +175,11 @@ class EncoderRouter(nn.Module):
             SavedRouter(
                 type="encoder",
                 names=self.names,
-                settings={"temperature": self.temperature, **self.encoder.settings},
+                settings={
+                    "temperature": self.temperature,
+                    "none_logit": self.none_logit,
+                    **self.encoder.settings,
+                },
                 weights=self.state_dict(),
                 tokenizer=self.encoder.tokenizer,
             ),
@@ -184,7 +194,8 @@ class EncoderRouter(nn.Module):
         """
         with reading_router(path, "encoder") as saved:
             encoder = TextEncoder.from_settings(saved.settings, saved.tokenizer)
-            router = cls(saved.names, encoder, temperature=saved.settings["temperature"])
+            calibration = {key: saved.settings[key] for key in ("temperature", "none_logit")}
+            router = cls(saved.names, encoder, **calibration)
             router.load_state_dict(saved.weights)
         return router.eval()
 

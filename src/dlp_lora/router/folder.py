@@ -18,7 +18,7 @@ from dlp_lora.folders import recover_folder, replace_folder
 CONFIG_FILE = "router_config.json"
 WEIGHTS_FILE = "router.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
-FORMAT = 1
+FORMAT = 2
 TYPES = ("mini-mlp", "encoder", "prototypes", "arrow")
 
 
@@ -78,7 +78,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not (path / CONFIG_FILE).is_file():
         raise RouterError(f"{path} is not a router folder: it has no {CONFIG_FILE}; train one with train-router")
     config: dict[str, Any] = json.loads((path / CONFIG_FILE).read_text())
-    if config.pop("format") != FORMAT or config["type"] not in TYPES:
+    if (format := config.pop("format")) < FORMAT:
+        raise RouterError(f"{path} was written by an earlier version, format {format}, not {FORMAT}; train it anew")
+    if format > FORMAT or config["type"] not in TYPES:
         raise RouterError(f"{path} was written by a later version; upgrade dlp-lora")
     return config
 

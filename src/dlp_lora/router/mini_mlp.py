@@ -1,8 +1,9 @@
-"""MiniMLP, the paper's plugin: the mean embedding of the text's tokens and four linear layers, about 5M parameters,
-nearly all of them embeddings.
+"""MiniMLP, the paper's plugin: bags of token embeddings and four linear layers, about 5M parameters, nearly all of
+them embeddings.
 """
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -13,9 +14,15 @@ from jaxtyping import Float
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from dlp_lora.router.context import Context, check_labels
+from dlp_lora.router.context import Context, Encoded, check_labels, softmax
 from dlp_lora.router.folder import SavedRouter, reading_router, write_router
 from dlp_lora.router.tokenizer import MAX_CHARS, plain_tokenizer, vocab_size
+
+# What a text is summed up in: its mean (0), its beginning (1), its end (-1). What was said before fades with distance.
+LEANS: Mapping[str, tuple[int, ...]] = {"history": (-1,), "prompt": (0, 1, -1), "answer": (0, -1)}
+NUM_BAGS = sum(map(len, LEANS.values()))
+HISTORY_CHARS = 4_000  # what lies further back has faded
+CACHE_SIZE = 1024  # texts whose bags are kept: a prompt is read once, however many sentences its answer has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,11 +32,13 @@ class MiniMLPConfig:
     dim: int = 96
     hidden: int = 256
     half_life: float = 16.0  # tokens after which a token counts half in the bags that lean to one end
+    history_half_life: float = 32.0
     max_chars: int = MAX_CHARS  # longer texts keep their end
     temperature: float = 1.0  # fitted on held-out text; the logits are divided by it
+    none_logit: float | None = None  # fitted on held-out text; the logit, after temperature, of "none of them"
 
     def __post_init__(self) -> None:
-        for name in ("dim", "hidden", "half_life", "max_chars", "temperature"):
+        for name in ("dim", "hidden", "half_life", "history_half_life", "max_chars", "temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"MiniMLPConfig.{name} must be positive, got {getattr(self, name)}")
 
@@ -37,28 +46,37 @@ class MiniMLPConfig:
 class MiniMLP(nn.Module):
     """The paper's 4-layer mini-MLP over bags of tokens.
 
-    A text is five bags, so that order is not lost altogether: the prompt's mean, its beginning, its end; the
-    answer's mean and its end. Each is a weighted mean of token embeddings, zero where the text is empty.
+    A context is six bags, so that neither order nor turns are lost: the end of the history; the prompt's mean, its
+    beginning, its end; the answer's mean and its end. Each is a weighted mean of token embeddings, zero where
+    the text is empty.
+
+    `memory` holds what the head saw of a few training texts of each adapter: with it, `add_tasks` of
+    `dlp_lora.training.extend` learns new adapters without the texts of the old ones.
     """
 
-    NUM_BAGS = 5
+    memory: Float[Tensor, "adapters texts hidden"]
 
     def __init__(self, names: Sequence[str], tokenizer: Tokenizer, config: MiniMLPConfig | None = None) -> None:
         super().__init__()
         self.names = check_labels(names)
         self.config = config = config or MiniMLPConfig()
         self.tokenizer = plain_tokenizer(tokenizer)
-        self.embedding = nn.EmbeddingBag(vocab_size(self.tokenizer), config.dim, mode="sum", sparse=True)
+        self._line_break: list[int] = self.tokenizer.encode("\n", add_special_tokens=False).ids
+        self._encode_line = lru_cache(CACHE_SIZE)(self._tokenize)
+        self.embedding = nn.Embedding(vocab_size(self.tokenizer), config.dim, sparse=True)
         nn.init.normal_(self.embedding.weight, std=0.1)
         self.layers = nn.Sequential(
-            nn.Linear(self.NUM_BAGS * config.dim, config.hidden),
+            nn.Linear(NUM_BAGS * config.dim, config.hidden),
             nn.GELU(),
             nn.Linear(config.hidden, config.hidden),
             nn.GELU(),
             nn.Linear(config.hidden, config.hidden),
             nn.GELU(),
-            nn.Linear(config.hidden, len(names)),
         )
+        self.head = nn.Linear(config.hidden, len(names))
+        self.register_buffer("memory", torch.zeros(len(names), 0, config.hidden))
+        self._bags: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
+        self._bags_of: tuple[int, int] = (0, 0)  # the state of the embeddings that they were made with
 
     @property
     def num_parameters(self) -> int:
@@ -70,52 +88,42 @@ class MiniMLP(nn.Module):
         """What the logits are divided by."""
         return self.config.temperature
 
-    def encode(self, text: str) -> list[int]:
-        """Turns text into the token ids that the bags hold: the one way in for training, `route` and decoding."""
-        ids: list[int] = self.tokenizer.encode(self._cut(text), add_special_tokens=False).ids
-        return ids
+    def calibrate(self, temperature: float, none_logit: float | None) -> None:
+        """Sets what the logits are divided by, and the logit of "none of them" beside them; fitted on held-out text."""
+        self.config = replace(self.config, temperature=temperature, none_logit=none_logit)
 
-    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encodes many texts at once, each as `encode` does."""
-        cut = [self._cut(text) for text in texts]
-        return [encoding.ids for encoding in self.tokenizer.encode_batch(cut, add_special_tokens=False)]
+    def encode(self, context: Context) -> Encoded:
+        """Turns a context into the token ids that the bags hold: the one way in for training, `route` and decoding."""
+        return Encoded(*map(self._encode, self._parts(context).values()))
 
-    def set_temperature(self, temperature: float) -> None:
-        """Sets what the logits are divided by; fitted on held-out text."""
-        self.config = replace(self.config, temperature=temperature)
+    def encode_all(self, contexts: Sequence[Context]) -> list[Encoded]:
+        """Encodes many contexts at once, each as `encode` does."""
+        parts = [[text.split("\n") for text in self._parts(context).values()] for context in contexts]
+        lines = list(dict.fromkeys(line for own in parts for text in own for line in text))
+        found = self.tokenizer.encode_batch(lines, add_special_tokens=False)
+        ids = {line: tuple(encoding.ids) for line, encoding in zip(lines, found, strict=True)}
+        return [Encoded(*(self._join([ids[line] for line in text]) for text in own)) for own in parts]
 
-    def forward(self, contexts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Float[Tensor, "batch adapters"]:
-        """Gives the logits of encoded (prompt, answer) pairs."""
-        ids: list[Tensor] = []
-        weights: list[Tensor] = []
-        offsets: list[int] = []
-        total = 0
-        for prompt, answer in contexts:
-            for tokens, leans in ((prompt, (0, 1, -1)), (answer, (0, -1))):
-                bag = torch.tensor(tokens, dtype=torch.long)
-                for lean in leans:
-                    ids.append(bag)
-                    weights.append(_bag_weights(len(tokens), lean, self.config.half_life))
-                    offsets.append(total)
-                    total += len(tokens)
-        device = self.embedding.weight.device
-        bags = F.embedding_bag(
-            torch.cat(ids).to(device),
-            self.embedding.weight,
-            torch.tensor(offsets, device=device),
-            mode="sum",
-            sparse=True,
-            per_sample_weights=torch.cat(weights).to(device, self.embedding.weight.dtype),
-        )
-        logits: Tensor = self.layers(bags.view(len(contexts), -1))
+    def features(self, contexts: Sequence[Encoded]) -> Float[Tensor, "batch hidden"]:
+        """Gives what the head sees of encoded contexts."""
+        bags = self._sum([(part, ids) for context in contexts for part, ids in context._asdict().items()])
+        hidden: Tensor = self.layers(bags.view(len(contexts), -1))
+        return hidden
+
+    def forward(self, contexts: Sequence[Encoded]) -> Float[Tensor, "batch adapters"]:
+        """Gives the logits of encoded contexts."""
+        logits: Tensor = self.head(self.features(contexts))
         return logits
 
     @torch.no_grad()
     def probabilities(self, contexts: Sequence[Context]) -> Float[Tensor, "batch adapters"]:
         """Gives a probability per adapter, on the CPU."""
-        encoded = [(self.encode(c.prompt), self.encode(c.answer + c.sentence)) for c in contexts]
-        logits: Tensor = self(encoded)
-        return (logits.float() / self.config.temperature).softmax(dim=-1).cpu()
+        return softmax(self._logits(contexts), self.config.temperature, self.config.none_logit)
+
+    @torch.no_grad()
+    def scores(self, contexts: Sequence[Context]) -> Float[Tensor, " batch"]:
+        """Says how surely a text belongs to any of the adapters: the free energy of the logits, higher is surer."""
+        return (self._logits(contexts).float().cpu() / self.config.temperature).logsumexp(dim=-1)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes the router to a folder: weights, settings, tokenizer; the folder is replaced as a whole."""
@@ -139,11 +147,75 @@ class MiniMLP(nn.Module):
         """
         with reading_router(path, "mini-mlp") as saved:
             router = cls(saved.names, saved.tokenizer, MiniMLPConfig(**saved.settings))
+            router.memory = torch.zeros_like(saved.weights["memory"])
             router.load_state_dict(saved.weights)
         return router.eval()
 
-    def _cut(self, text: str) -> str:
-        return text.strip()[-self.config.max_chars :]
+    def _logits(self, contexts: Sequence[Context]) -> Float[Tensor, "batch adapters"]:
+        bags = torch.cat([self._bag(part, text) for context in contexts for part, text in self._parts(context).items()])
+        logits: Tensor = self.head(self.layers(bags.view(len(contexts), -1)))
+        return logits
+
+    def _parts(self, context: Context) -> dict[str, str]:
+        chars = self.config.max_chars
+        return {
+            "history": context.history.strip()[-min(chars, HISTORY_CHARS) :],
+            "prompt": context.prompt.strip()[-chars:],
+            "answer": (context.answer + context.sentence).strip()[-chars:],
+        }
+
+    def _encode(self, text: str) -> Sequence[int]:
+        # Line by line, as most lines of a growing conversation were encoded before.
+        return self._join([self._encode_line(line) for line in text.split("\n")])
+
+    def _tokenize(self, line: str) -> Sequence[int]:
+        return tuple(self.tokenizer.encode(line, add_special_tokens=False).ids)
+
+    def _join(self, lines: Sequence[Sequence[int]]) -> Sequence[int]:
+        ids = list(lines[0])
+        for line in lines[1:]:
+            ids += self._line_break
+            ids += line
+        return ids
+
+    def _bag(self, part: str, text: str) -> Float[Tensor, "bags dim"]:
+        """The bags of one part of a context, kept from one sentence to the next."""
+        weight = self.embedding.weight
+        if self._bags_of != (state := (weight.data_ptr(), weight._version)):
+            self._bags.clear()
+            self._bags_of = state
+        if (part, text) in self._bags:
+            self._bags.move_to_end((part, text))
+            return self._bags[part, text]
+        bags = self._sum([(part, self._encode(text))])
+        self._bags[part, text] = bags
+        if len(self._bags) > CACHE_SIZE:
+            self._bags.popitem(last=False)
+        return bags
+
+    def _sum(self, texts: Sequence[tuple[str, Sequence[int]]]) -> Float[Tensor, "bags dim"]:
+        ids: list[int] = []
+        weights: list[Tensor] = []
+        offsets: list[int] = []
+        for part, tokens in texts:
+            half_life = self.config.history_half_life if part == "history" else self.config.half_life
+            for lean in LEANS[part]:
+                offsets.append(len(ids))
+                ids += tokens
+                weights.append(_bag_weights(len(tokens), lean, half_life))
+        weight = self.embedding.weight
+        rows = torch.tensor(ids, dtype=torch.long, device=weight.device)
+        table = weight
+        if torch.is_grad_enabled():  # a row of the gradient for each token of the batch, not for each time it occurs
+            used, rows = rows.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+            table = self.embedding(used)
+        return F.embedding_bag(
+            rows,
+            table,
+            torch.tensor(offsets, device=weight.device),
+            mode="sum",
+            per_sample_weights=torch.cat(weights).to(weight),
+        )
 
 
 @lru_cache(maxsize=4096)

@@ -54,6 +54,14 @@ def read_task(folder: str | Path) -> Task:
     return Task(name=folder.resolve().name, train=tuple(train.values()), test=tuple(test.values()))
 
 
+def read_examples(file: str | Path) -> tuple[Example, ...]:
+    """The examples of one JSON-lines file, plain or gzipped."""
+    file = Path(file)
+    if not file.is_file():
+        raise TaskError(f'no file {file}; expected JSON lines {{"prompt": ..., "answer": ...}}; check the path')
+    return tuple(_read_split(file).values())
+
+
 def write_task(folder: str | Path, task: Task) -> None:
     """Write a task as plain train.jsonl and test.jsonl, each of them whole or not at all.
 

@@ -1,12 +1,12 @@
 """Trains a router, mini-MLP or encoder, on the tasks' texts (section 3.1), and measures it on held-out ones.
 
-Beside whole prompts it learns what it will meet while a model writes: the openings of later sentences of an
-answer, and prompts that ask questions of two tasks, where the answers given so far tell whose turn it is.
+What it learns from is drawn by `dlp_lora.training.contexts`. Held-out texts of the training part then fit how sure it
+may be: a temperature, and the logit of "none of them".
 """
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -17,11 +17,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from dlp_lora.errors import TrainingError
-from dlp_lora.router import Context, EncoderRouter, MiniMLP, MiniMLPConfig, TextEncoder
+from dlp_lora.router import Context, Encoded, EncoderRouter, MiniMLP, MiniMLPConfig, TextEncoder
 from dlp_lora.router import load_tokenizer as load_tokenizer  # for those who train
 from dlp_lora.router.encoder import albert_config
-from dlp_lora.sentences import split
 from dlp_lora.tasks.task import Example, Task
+from dlp_lora.training.contexts import GENERATION, KINDS, MIX, draw_contexts
 
 NUM_BINS = 15
 
@@ -34,7 +34,7 @@ class RouterTrainingArgs:
     """How a router is trained, and of which kind it is.
 
     `encoder` is the folder or hub id that an "encoder" starts from, weights and tokenizer; None is ALBERT-base with
-    random weights, reading through the tokenizer that it is given.
+    random weights, reading through the tokenizer that it is given. In each epoch a context is drawn of every example.
     """
 
     kind: Kind = "mini-mlp"
@@ -44,9 +44,10 @@ class RouterTrainingArgs:
     learning_rate: float = 2e-3
     encoder_learning_rate: float = 5e-5  # of an encoder below its head
     dropout: float = 0.2  # share of a text's tokens that a step leaves out
-    serial: float = 0.5  # prompts of two tasks, as a share of the examples
-    answers: float = 0.5  # openings of later answer sentences, as a share of the examples
-    held_out: float = 0.1  # share of the training texts that fits the temperature
+    mix: Mapping[str, float] = field(default_factory=lambda: dict(MIX))  # how often each kind of context is drawn
+    held_out: float = 0.1  # share of the training texts that fits the temperature and what fits none
+    coverage: float = 0.98  # share of held-out contexts that some adapter is to fit
+    memory: int = 64  # contexts of each task that a mini-MLP keeps the features of, for tasks added later
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -60,10 +61,15 @@ class RouterTrainingArgs:
         for name in ("dropout", "held_out"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"RouterTrainingArgs.{name} must be in [0, 1), got {getattr(self, name)}")
-        if not 0 <= self.answers <= 1:
-            raise ValueError(f"RouterTrainingArgs.answers must be in [0, 1], got {self.answers}")
-        if self.serial < 0:
-            raise ValueError(f"RouterTrainingArgs.serial must be at least 0, got {self.serial}")
+        if not 0 < self.coverage <= 1:
+            raise ValueError(f"RouterTrainingArgs.coverage must be in (0, 1], got {self.coverage}")
+        if self.memory < 0:
+            raise ValueError(f"RouterTrainingArgs.memory must be at least 0, got {self.memory}")
+        if set(self.mix) - set(KINDS) or not any(self.mix.get(kind) for kind in GENERATION):
+            raise ValueError(
+                f"RouterTrainingArgs.mix draws from {', '.join(KINDS)}, "
+                f"and at least one of {', '.join(GENERATION)}; got {dict(self.mix)}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,12 +106,6 @@ class RouterReport:
         return dict(self.__dict__)
 
 
-@dataclass(frozen=True)
-class _Sample:
-    context: Context
-    label: int
-
-
 def train_router(
     tasks: Sequence[Task],
     tokenizer: Tokenizer,
@@ -133,15 +133,13 @@ def train_router(
     torch.manual_seed(args.seed)
     router = _router([task.name for task in tasks], tokenizer, args, config)
     train, held_out = _split(tasks, args.held_out, rng)
-    samples = _samples(train, args, rng)
-    encoded = _encode(router, samples)
-    losses = _fit(router, encoded, [s.label for s in samples], args, rng, on_step)
+    samples = draw_contexts(train, args.epochs, args.mix, rng)
+    encoded = router.encode_all([sample.context for sample in samples])
+    losses = _fit(router, encoded, [sample.label for sample in samples], args, rng, on_step)
     router.eval()
-
-    held = _samples(held_out or train, args, rng)
-    logits = _logits(router, _encode(router, held))
-    temperature = _fit_temperature(logits, torch.tensor([s.label for s in held]))
-    router.set_temperature(temperature)
+    _calibrate(router, held_out or train, args, rng)
+    if isinstance(router, MiniMLP):
+        router.memory = remember(router, train, args.memory, args.mix, rng)
     seconds = time.perf_counter() - start
     return router, _report(router, tasks, seconds=seconds, losses=losses)
 
@@ -179,44 +177,20 @@ def _split(tasks: Sequence[Task], share: float, rng: random.Random) -> tuple[lis
     return train, (held_out if all(held_out) else [])
 
 
-def _samples(tasks: Sequence[Sequence[Example]], args: RouterTrainingArgs, rng: random.Random) -> list[_Sample]:
-    whole = [(label, example) for label, examples in enumerate(tasks) for example in examples]
-    samples = [_Sample(Context(example.prompt), label) for label, example in whole]
-    for label, example in rng.sample(whole, round(args.answers * len(whole))):
-        samples += [_Sample(context, label) for context in _openings(example.prompt, "", example.answer, rng)]
-    for _ in range(round(args.serial * len(whole))):
-        (i, first), (j, second) = rng.choice(whole), rng.choice(whole)
-        if i == j:
-            continue
-        prompt = first.prompt + rng.choice((" ", "\n", "\n\n")) + second.prompt
-        given = first.answer + rng.choice((" ", "\n"))
-        samples.append(_Sample(Context(prompt), i))
-        samples.append(_Sample(Context(prompt, given, _first_word(second.answer)), j))
-    rng.shuffle(samples)
-    return samples
-
-
-def _openings(prompt: str, given: str, answer: str, rng: random.Random) -> list[Context]:
-    sentences = split(answer)
-    if len(sentences) < 2:
-        return []
-    k = rng.randrange(1, len(sentences))
-    return [Context(prompt, given + "".join(sentences[:k]), _first_word(sentences[k]))]
-
-
-def _first_word(text: str) -> str:
-    return text.split(maxsplit=1)[0] if text.split() else text
-
-
-def _encode(router: TrainedRouter, samples: Sequence[_Sample]) -> list[tuple[list[int], list[int]]]:
-    prompts = router.encode_all([s.context.prompt for s in samples])
-    answers = router.encode_all([s.context.answer + s.context.sentence for s in samples])
-    return list(zip(prompts, answers, strict=True))
+def remember(
+    router: MiniMLP, tasks: Sequence[Sequence[Example]], num: int, mix: Mapping[str, float], rng: random.Random
+) -> Float[Tensor, "adapters texts hidden"]:
+    """Gives what the head sees of `num` contexts of each task."""
+    if num == 0:
+        return router.memory.new_zeros(len(tasks), 0, router.config.hidden)
+    some = [[rng.choice(examples) for _ in range(num)] for examples in tasks]
+    samples = sorted(draw_contexts(some, 1, mix, rng), key=lambda sample: sample.label)
+    return _features(router, [sample.context for sample in samples]).view(len(tasks), num, -1)
 
 
 def _fit(
     router: TrainedRouter,
-    encoded: Sequence[tuple[list[int], list[int]]],
+    encoded: Sequence[Encoded],
     labels: Sequence[int],
     args: RouterTrainingArgs,
     rng: random.Random,
@@ -224,19 +198,14 @@ def _fit(
 ) -> list[float]:
     optimizers = _optimizers(router, args)
     rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
-    order = list(range(len(encoded)))
-    per_epoch = (len(order) + args.batch_size - 1) // args.batch_size
-    num_steps = args.epochs * per_epoch
+    num_steps = (len(encoded) + args.batch_size - 1) // args.batch_size
     losses: list[float] = []
     router.train()
     for step in range(num_steps):
-        if step % per_epoch == 0:
-            rng.shuffle(order)
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         for group, rate in zip(groups, rates, strict=True):
             group["lr"] = (1 - step / num_steps) * rate
-        begin = step % per_epoch * args.batch_size
-        batch = order[begin : begin + args.batch_size]
+        batch = range(step * args.batch_size, min((step + 1) * args.batch_size, len(encoded)))
         logits = router([_dropped(encoded[i], args.dropout, rng) for i in batch])
         loss = F.cross_entropy(logits, torch.tensor([labels[i] for i in batch], device=logits.device))
         loss.backward()
@@ -264,28 +233,50 @@ def _optimizers(router: TrainedRouter, args: RouterTrainingArgs) -> list[torch.o
     if isinstance(router, MiniMLP):
         return [
             torch.optim.SparseAdam(router.embedding.parameters(), lr=args.learning_rate),
-            torch.optim.AdamW(router.layers.parameters(), lr=args.learning_rate, weight_decay=0.01),
+            torch.optim.AdamW(
+                [*router.layers.parameters(), *router.head.parameters()], lr=args.learning_rate, weight_decay=0.01
+            ),
         ]
     rates = ((router.encoder, args.encoder_learning_rate), (router.head, args.learning_rate))
     return [torch.optim.AdamW(module.parameters(), lr=rate, weight_decay=0.01) for module, rate in rates]
 
 
-def _dropped(pair: tuple[list[int], list[int]], share: float, rng: random.Random) -> tuple[list[int], list[int]]:
-    prompt, answer = pair
+def _dropped(context: Encoded, share: float, rng: random.Random) -> Encoded:
+    prompt = context.prompt
     if share == 0:
-        return pair
+        return context
     # A stretch of the prompt is left out as often as scattered tokens: texts come cut short, too.
     if len(prompt) > 8 and rng.random() < 0.5:
         size = rng.randrange(len(prompt) // 2)
         begin = rng.randrange(len(prompt) - size)
-        prompt = prompt[:begin] + prompt[begin + size :]
+        prompt = [*prompt[:begin], *prompt[begin + size :]]
     keep = torch.rand(len(prompt)).ge(share).tolist()
-    return [t for t, k in zip(prompt, keep, strict=True) if k] or prompt, answer
+    return context._replace(prompt=[t for t, k in zip(prompt, keep, strict=True) if k] or prompt)
+
+
+def _calibrate(
+    router: TrainedRouter, tasks: Sequence[Sequence[Example]], args: RouterTrainingArgs, rng: random.Random
+) -> None:
+    mix = {kind: args.mix.get(kind, 0.0) for kind in GENERATION}
+    samples = draw_contexts(tasks, 2, mix, rng)
+    logits = _logits(router, [sample.context for sample in samples])
+    temperature = _fit_temperature(logits, torch.tensor([sample.label for sample in samples]))
+    # Free energy tells texts of no task from texts between two tasks, which confidence takes for the same
+    # (Liu et al. 2020, arXiv 2010.03759).
+    energy = (logits / temperature).logsumexp(dim=-1)
+    router.calibrate(temperature, energy.quantile(1 - args.coverage).item())
 
 
 @torch.no_grad()
-def _logits(router: TrainedRouter, encoded: Sequence[tuple[list[int], list[int]]]) -> Float[Tensor, "n adapters"]:
-    return torch.cat([router(encoded[i : i + 256]).float().cpu() for i in range(0, len(encoded), 256)])
+def _logits(router: TrainedRouter, contexts: Sequence[Context]) -> Float[Tensor, "n adapters"]:
+    parts = [contexts[i : i + 256] for i in range(0, len(contexts), 256)]
+    return torch.cat([router(router.encode_all(part)).float().cpu() for part in parts])
+
+
+@torch.no_grad()
+def _features(router: MiniMLP, contexts: Sequence[Context]) -> Float[Tensor, "n hidden"]:
+    parts = [contexts[i : i + 256] for i in range(0, len(contexts), 256)]
+    return torch.cat([router.features(router.encode_all(part)) for part in parts])
 
 
 def _fit_temperature(logits: Float[Tensor, "n adapters"], labels: Int[Tensor, " n"]) -> float:
@@ -304,7 +295,7 @@ def _report(router: TrainedRouter, tasks: Sequence[Task], *, seconds: float, los
     _check_tests(tasks)
     texts = [(router.names.index(task.name), example.prompt) for task in tasks for example in task.test]
     labels = torch.tensor([label for label, _ in texts])
-    logits = _logits(router, [(ids, []) for ids in router.encode_all([text for _, text in texts])])
+    logits = _logits(router, [Context(text) for _, text in texts])
     chosen = logits.argmax(dim=-1)
     right = (chosen == labels).float()
     confusion = torch.zeros(len(router.names), len(router.names), dtype=torch.long)

@@ -1,0 +1,144 @@
+"""The contexts that a router learns from: what it will meet in prompts, in conversations and while a model writes.
+
+Examples are single questions with their answers. Out of them come conversations that change task, single sentences of
+a prompt, prompts cut short, answers half written, and prompts of two questions in a row.
+"""
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from dlp_lora.router import Context
+from dlp_lora.sentences import split
+from dlp_lora.tasks.task import Example
+
+NUM_HISTORIES = 2_000  # conversations that the contexts share
+HISTORY_CHARS = 1_200
+CUTS = (3, 6, 9, 12, 18, 24, 36, 48)  # words that are left of a prompt
+SPLIT_SHARE = 0.5  # examples whose prompts are cut into sentences, which takes time
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A context and the task whose adapter fits it, as its place among the tasks."""
+
+    context: Context
+    label: int
+
+
+def draw_contexts(
+    tasks: Sequence[Sequence[Example]], num_draws: int, mix: Mapping[str, float], rng: random.Random
+) -> list[Sample]:
+    """Draws `num_draws` contexts of each example, of the kinds and with the frequencies of `mix` (see KINDS)."""
+    draw = _Draw(tasks, rng)
+    kinds, shares = list(mix), list(mix.values())
+    samples = []
+    for label, examples in enumerate(tasks):
+        for example in examples:
+            for kind in rng.choices(kinds, shares, k=num_draws):
+                samples.append(Sample(KINDS[kind](draw, label, example), label))
+    rng.shuffle(samples)
+    return samples
+
+
+class _Draw:
+    """Draws one context of an example at a time."""
+
+    def __init__(self, tasks: Sequence[Sequence[Example]], rng: random.Random) -> None:
+        self.tasks = tasks
+        self.rng = rng
+        self.histories = [self._conversation() for _ in range(NUM_HISTORIES)]
+        self.sentences = lru_cache(maxsize=None)(split)
+
+    def whole(self, label: int, example: Example) -> Context:
+        return Context(example.prompt)
+
+    def after_history(self, label: int, example: Example) -> Context:
+        return Context(example.prompt, history=self._history(label))
+
+    def sentence(self, label: int, example: Example) -> Context:
+        """A sentence of the prompt, after those before it."""
+        sentences = self._sentences(label)
+        i = self.rng.randrange(len(sentences))
+        before = "".join(sentences[:i])
+        if self.rng.random() < 0.6:
+            before = f"{self._history(label)}\n{before}"
+        return Context(sentences[i], history=before)
+
+    def alone(self, label: int, example: Example) -> Context:
+        return Context(self.rng.choice(self._sentences(label)))
+
+    def cut(self, label: int, example: Example) -> Context:
+        return Context(" ".join(example.prompt.split(" ")[: self.rng.choice(CUTS)]))
+
+    def answer(self, label: int, example: Example) -> Context:
+        """A sentence that opens in the middle of the answer."""
+        sentences = self.sentences(example.answer)
+        if len(sentences) < 2:
+            return Context(example.prompt, example.answer[: self.rng.randrange(len(example.answer) + 1)])
+        i = self.rng.randrange(1, len(sentences))
+        return Context(example.prompt, "".join(sentences[:i]), first_word(sentences[i]))
+
+    def serial(self, label: int, example: Example) -> Context:
+        """Two questions in one prompt, this one the first, or the second with the first answered."""
+        # Of more, bags of tokens lose the order.
+        other = self.rng.choice(self.tasks[self._other(label)])
+        is_first = self.rng.random() < 0.5
+        space = self.rng.choice((" ", "\n", "\n", "\n\n", "\n\n"))
+        if is_first:
+            return Context(f"{example.prompt}{space}{other.prompt}")
+        given = other.answer + self.rng.choice((" ", "\n"))
+        return Context(f"{other.prompt}{space}{example.prompt}", given, first_word(example.answer))
+
+    def _sentences(self, label: int) -> list[str]:
+        # Any other example of the task would do as well, so that fewer prompts are cut into sentences.
+        examples = self.tasks[label]
+        some = examples[: max(1, round(SPLIT_SHARE * len(examples)))]
+        return self.sentences(self.rng.choice(some).prompt)
+
+    def _history(self, label: int) -> str:
+        if self.rng.random() < 0.15:  # a conversation that stays with its task
+            same = self.rng.choice(self.tasks[label])
+            return f"{same.prompt}\n{same.answer}"[-HISTORY_CHARS:]
+        return self.rng.choice(self.histories)
+
+    def _conversation(self) -> str:
+        turns = [self.rng.choice(self.rng.choice(self.tasks)) for _ in range(self.rng.choice((1, 1, 2, 3, 4)))]
+        # Without answers, too: what the last adapter wrote may not show its task.
+        parts = [f"{e.prompt}\n{e.answer}" if self.rng.random() < 0.5 else e.prompt for e in turns]
+        return "\n".join(parts)[-HISTORY_CHARS:]
+
+    def _other(self, label: int) -> int:
+        return self.rng.choice([i for i in range(len(self.tasks)) if i != label] or [label])
+
+
+def first_word(text: str) -> str:
+    """Gives the first word of a text, which is what is known of a sentence where it opens."""
+    return text.split(maxsplit=1)[0] if text.split() else text
+
+
+MIX: Mapping[str, float] = {
+    "whole": 3,
+    "after_history": 2,
+    "sentence": 3,
+    "alone": 2,
+    "cut": 1,
+    "answer": 1,
+    "serial": 1,
+}
+"""How often each kind is drawn, unless said otherwise."""
+
+KINDS: Mapping[str, Callable[[_Draw, int, Example], Context]] = {
+    "whole": _Draw.whole,
+    "after_history": _Draw.after_history,
+    "sentence": _Draw.sentence,
+    "alone": _Draw.alone,
+    "cut": _Draw.cut,
+    "answer": _Draw.answer,
+    "serial": _Draw.serial,
+}
+"""Every kind of context by name."""
+
+GENERATION = ("whole", "after_history", "answer", "serial")
+"""The kinds that a router is asked about while a model writes."""

@@ -1,0 +1,162 @@
+"""Adapters that join a trained router, and leave it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import dlp_lora
+from conftest import byte_tokenizer, lively_model
+from dlp_lora import BundleError, Context, MiniMLP, RouterError, TrainingError
+from dlp_lora.cli.app import _add_commands, app
+from dlp_lora.tasks import Example, Task, write_task
+from dlp_lora.training.extend import add_tasks, add_to_bundle, remove_from_bundle, remove_tasks
+from dlp_lora.training.router import RouterTrainingArgs, train_router
+
+TOKENIZER = byte_tokenizer().backend_tokenizer
+_add_commands()
+ASKED = {
+    "sums": "What is {i} plus {i}?",
+    "tales": "Tell a tale about king number {i}.",
+    "codes": "print(x[{i}]) # {i}",
+    "units": "Convert {i} kilometres to miles!",
+}
+
+
+def task(name: str, num: int = 80) -> Task:
+    examples = [Example(prompt=ASKED[name].format(i=i), answer=f"{name} {i}") for i in range(num + 20)]
+    return Task(name=name, train=tuple(examples[:num]), test=tuple(examples[num:]))
+
+
+@pytest.fixture(scope="module")
+def router() -> MiniMLP:
+    args = RouterTrainingArgs(epochs=12, batch_size=32, memory=16)
+    found, _ = train_router([task("sums"), task("tales")], TOKENIZER, args)
+    assert isinstance(found, MiniMLP)
+    return found
+
+
+def right(router: MiniMLP, name: str) -> float:
+    found = router.probabilities([Context(example.prompt) for example in task(name).test]).argmax(dim=-1)
+    return sum(router.names[i] == name for i in found) / len(found)
+
+
+class TestAdding:
+    def test_new_tasks_are_learned_and_old_ones_kept(self, router: MiniMLP) -> None:
+        found = add_tasks(router, [task("codes", 32), task("units", 32)])
+        assert found.names == ("sums", "tales", "codes", "units")
+        assert min(right(found, name) for name in found.names) >= 0.9
+
+    def test_only_rows_of_the_head_are_added(self, router: MiniMLP) -> None:
+        found = add_tasks(router, [task("codes", 32)]).state_dict()
+        for name, tensor in router.state_dict().items():
+            assert torch.equal(found[name][: len(tensor)], tensor), name
+        assert len(found["head.weight"]) == 3
+
+    def test_the_router_that_was_there_is_left_as_it_is(self, router: MiniMLP) -> None:
+        before = {name: tensor.clone() for name, tensor in router.state_dict().items()}
+        add_tasks(router, [task("codes", 8)])
+        assert router.names == ("sums", "tales")
+        assert all(torch.equal(tensor, before[name]) for name, tensor in router.state_dict().items())
+
+    def test_what_joined_is_remembered_and_more_can_join(self, router: MiniMLP) -> None:
+        found = add_tasks(add_tasks(router, [task("codes", 32)]), [task("units", 32)])
+        assert found.memory.shape[:2] == (4, 16)
+        assert min(right(found, name) for name in found.names) >= 0.9
+
+    def test_one_example_is_enough_to_join(self, router: MiniMLP) -> None:
+        assert add_tasks(router, [task("codes", 1)]).names[-1] == "codes"
+
+    def test_the_same_seed_gives_the_same_router(self, router: MiniMLP) -> None:
+        one, other = (add_tasks(router, [task("codes", 8)], seed=3).state_dict() for _ in range(2))
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+    def test_a_known_name_is_refused(self, router: MiniMLP) -> None:
+        with pytest.raises(TrainingError, match="the router knows 'sums' already; remove it first"):
+            add_tasks(router, [task("sums")])
+
+    def test_a_task_without_examples_is_refused(self, router: MiniMLP) -> None:
+        with pytest.raises(TrainingError, match="the task 'codes' has no examples"):
+            add_tasks(router, [replace(task("codes"), train=())])
+
+    def test_a_router_without_memory_is_refused(self) -> None:
+        with pytest.raises(RouterError, match="trained with memory=0"):
+            add_tasks(MiniMLP(["a", "b"], TOKENIZER), [task("codes")])
+
+
+class TestRemoving:
+    def test_between_the_others_it_decides_as_before(self, router: MiniMLP) -> None:
+        wide = add_tasks(router, [task("codes", 32)])
+        narrow = remove_tasks(wide, ["codes"])
+        contexts = [Context(example.prompt) for name in ASKED for example in task(name).test]
+        assert torch.equal(narrow.probabilities(contexts), router.probabilities(contexts))
+        odds = wide.probabilities(contexts)[:, :2]
+        torch.testing.assert_close(narrow.probabilities(contexts), odds / odds.sum(dim=1, keepdim=True))
+
+    def test_an_unknown_name_is_refused(self, router: MiniMLP) -> None:
+        with pytest.raises(RouterError, match="does not know 'codes'; it knows sums, tales"):
+            remove_tasks(router, ["codes"])
+
+    def test_the_last_one_cannot_go(self, router: MiniMLP) -> None:
+        with pytest.raises(RouterError, match="at least one adapter name"):
+            remove_tasks(router, ["sums", "tales"])
+
+
+class TestBundles:
+    """`lively_adapters` are named math, poems and units; here math answers sums, poems tales."""
+
+    @pytest.fixture
+    def bundle(self, router: MiniMLP, lively_adapters: Path, tmp_path: Path) -> Path:
+        named = MiniMLP(["math", "poems"], router.tokenizer, router.config)
+        named.memory = torch.zeros_like(router.memory)
+        named.load_state_dict(router.state_dict())
+        model = lively_model()
+        model.save_pretrained(tmp_path / "base")
+        byte_tokenizer().save_pretrained(tmp_path / "base")
+        adapters = {name: lively_adapters / name for name in named.names}
+        dlp_lora.load(tmp_path / "base", adapters=adapters, router=named).save_pretrained(tmp_path / "bundle")
+        return tmp_path / "bundle"
+
+    def test_an_adapter_that_joined_answers_its_task(self, bundle: Path, lively_adapters: Path) -> None:
+        done = add_to_bundle(bundle, replace(task("units", 32), name="units"), lively_adapters / "units")
+        assert (done.names, done.num_examples, done.accuracy) == (("math", "poems", "units"), 32, 1.0)
+        engine = dlp_lora.load(bundle)
+        assert engine.bank.names == ("math", "poems", "units")
+        asked = [example.prompt for example in task("units").test]
+        assert sum(next(iter(engine.route(prompt)[1]), "") == "units" for prompt in asked) / len(asked) > 0.9
+
+    def test_one_that_left_is_gone_from_bank_and_router(self, bundle: Path, lively_adapters: Path) -> None:
+        before = dlp_lora.load(bundle).route("What is 3 plus 3?")[0]
+        add_to_bundle(bundle, task("units", 32), lively_adapters / "units")
+        assert remove_from_bundle(bundle, "units") == ("math", "poems")
+        engine = dlp_lora.load(bundle)
+        assert engine.bank.names == ("math", "poems")
+        assert engine.route("What is 3 plus 3?")[0] == before
+
+    def test_a_bundle_without_a_router_is_refused(self, lively_adapters: Path, tmp_path: Path) -> None:
+        engine = dlp_lora.load(lively_model(), tokenizer=byte_tokenizer(), adapters=lively_adapters)
+        engine.save_pretrained(tmp_path / "bundle")
+        with pytest.raises(BundleError, match="has no router to teach"):
+            remove_from_bundle(tmp_path / "bundle", "math")
+
+    def test_the_commands_add_and_remove(self, bundle: Path, lively_adapters: Path, tmp_path: Path) -> None:
+        write_task(tmp_path / "units", task("units", 32))
+        run = CliRunner().invoke
+        options = ["--adapter", str(lively_adapters / "units"), "--examples", str(tmp_path / "units" / "train.jsonl")]
+        added = run(app, ["add-task", "--bundle", str(bundle), *options, "--json"])
+        assert added.exit_code == 0, added.output
+        assert json.loads(added.stdout)["names"] == ["math", "poems", "units"]
+        removed = run(app, ["remove-task", "math", "--bundle", str(bundle)])
+        assert removed.exit_code == 0, removed.output
+        assert dlp_lora.load(bundle).bank.names == ("poems", "units")
+
+    def test_an_adapter_for_another_base_is_refused_and_the_bundle_kept(self, bundle: Path, tmp_path: Path) -> None:
+        write_task(tmp_path / "units", task("units", 32))
+        (tmp_path / "none").mkdir()
+        options = ["--adapter", str(tmp_path / "none"), "--examples", str(tmp_path / "units" / "train.jsonl")]
+        failed = CliRunner().invoke(app, ["add-task", "--bundle", str(bundle), *options])
+        assert failed.exit_code == 1
+        assert dlp_lora.load(bundle).bank.names == ("math", "poems")
