@@ -7,9 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dlp_lora.bench.router import scenarios
+from dlp_lora.bench.router import scenarios, trainings
 from dlp_lora.bench.router.scenarios import Scenario
 from dlp_lora.bench.router.setting import Setting
+from dlp_lora.bench.router.targets import judged
 from dlp_lora.environment import environment
 from dlp_lora.errors import RecordError
 from dlp_lora.folders import write_text
@@ -21,7 +22,14 @@ SCENARIOS: Mapping[str, Scenario] = {
     "serial": scenarios.serial,
     "junctions": scenarios.junctions,
     "outside": scenarios.outside,
+    "robustness": scenarios.robustness,
     "timing": scenarios.timing,
+    "left_out": trainings.left_out,
+    "scale": trainings.scale,
+    "synthetic": trainings.synthetic,
+    "extension": trainings.extension,
+    "skew": trainings.skew,
+    "ceilings": trainings.ceilings,
 }
 
 
@@ -52,6 +60,7 @@ def bench_router(
         found = SCENARIOS[name](setting)
         record["scenarios"][name] = {**found, "seconds": round(time.perf_counter() - start, 2)}
         record |= _described(setting)
+        record["targets"] = judged(record)
         if file:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_text(file, json.dumps(record, indent=1, ensure_ascii=False) + "\n")

@@ -141,6 +141,18 @@ def junctions(asked: Sequence[Question], *, seed: int, num_others: int = 2) -> l
     return found
 
 
+def other_than(asked: Sequence[Question], rng: random.Random) -> list[Question]:
+    """For each question one of another task.
+
+    Raises:
+        ValueError: if all are of one task.
+    """
+    by_task = _by_task(asked)
+    if len(by_task) < 2:
+        raise ValueError(f"questions of another task need two tasks, got {', '.join(by_task)} alone")
+    return [rng.choice(by_task[rng.choice([name for name in by_task if name != q.task])]) for q in asked]
+
+
 def has_changed(walk: Walk) -> list[bool]:
     """Of each sentence of a walk, whether it is the first of another task than the one before."""
     return [False, *(a.task != b.task for a, b in pairwise(walk))]

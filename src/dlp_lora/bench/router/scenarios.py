@@ -13,7 +13,9 @@ import numpy as np
 import torch
 
 from dlp_lora.bench.router import samples
+from dlp_lora.bench.router.disguises import DISGUISES, disguised
 from dlp_lora.bench.router.measures import (
+    Reading,
     abstention,
     accuracy,
     auroc,
@@ -26,10 +28,10 @@ from dlp_lora.bench.router.measures import (
     rounded,
     summary,
 )
-from dlp_lora.bench.router.samples import Walk, has_changed
+from dlp_lora.bench.router.samples import Question, Walk, has_changed
 from dlp_lora.bench.router.setting import Setting
 from dlp_lora.policy import Switching
-from dlp_lora.router import Context
+from dlp_lora.router import Context, Router
 from dlp_lora.sentences import split
 
 Scenario = Callable[[Setting], dict[str, Any]]
@@ -128,10 +130,10 @@ def outside(setting: Setting) -> dict[str, Any]:
     """The extra tasks, which no adapter was trained for: does the router tell them from its own."""
     if not setting.asked_outside:
         return skipped("no extra tasks were given (--extra)")
-    return outside_of(setting, setting.whole, setting.read(samples.whole(setting.asked_outside)), setting.asked_outside)
+    return outside_of(setting.whole, setting.read(samples.whole(setting.asked_outside)), setting.asked_outside)
 
 
-def outside_of(setting: Setting, inside: Any, found: Any, asked: Sequence[samples.Question]) -> dict[str, Any]:
+def outside_of(inside: Reading, found: Reading, asked: Sequence[Question]) -> dict[str, Any]:
     """How well scores part the tasks' own texts from others, for all others and each task of them."""
     names = np.array([q.task for q in asked])
     return {
@@ -149,28 +151,45 @@ def outside_of(setting: Setting, inside: Any, found: Any, asked: Sequence[sample
     }
 
 
+def robustness(setting: Setting) -> dict[str, Any]:
+    """The whole prompts as other people would write them, wrapped in other text, or after misleading text."""
+    if setting.num_tasks < 2:
+        return skipped("misleading texts need a second task")
+    found = {}
+    for name, disguise in DISGUISES.items():
+        reading = setting.read(disguised(setting.asked, disguise, seed=setting.args.seed))
+        lost = rounded(setting.whole.right.mean() - reading.right.mean())
+        found[name] = {**summary(reading), "lost": lost}
+    return found
+
+
 def timing(setting: Setting) -> dict[str, Any]:
-    """Milliseconds to route one sentence of a growing answer, on one thread; the first time apart, at the prompt."""
-    router, threads = setting.main.router, torch.get_num_threads()
-    at_prompt, at_sentence = [], []
+    """Milliseconds to route one sentence of a growing answer; the first time, at the prompt, apart."""
+    return sentence_ms(setting.main.router, setting.asked)
+
+
+def sentence_ms(router: Router, asked: Sequence[Question]) -> dict[str, Any]:
+    """Times a router on one thread, warm: prompts as they come, then the sentences of their answers one by one.
+
+    An answer of one or two is repeated: what is timed is a sentence after others, whatever it says.
+    """
+    at_prompt: list[float] = []
+    at_sentence: list[float] = []
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for i, q in enumerate(setting.asked[:: max(1, len(setting.asked) // NUM_TIMED)]):
+        _ms(router, Context(asked[0].example.prompt))
+        for q in asked[:: max(1, len(asked) // NUM_TIMED)]:
             sentences = split(q.example.answer)
-            # Answers of one sentence go on, as a model's may: what is timed is a sentence after another.
-            sentences = (sentences * 4)[: max(4, len(sentences))]
-            contexts = [
-                Context(q.example.prompt, "".join(sentences[:k]), samples.first_word(sentences[k]))
+            if len(sentences) < 3:
+                sentences = split(f"{q.example.answer.strip()}\n\n" * 3)
+            at_prompt.append(_ms(router, Context(q.example.prompt)))
+            at_sentence += [
+                _ms(router, Context(q.example.prompt, "".join(sentences[:k]), samples.first_word(sentences[k])))
                 for k in range(1, len(sentences))
             ]
-            ms = [_ms(router, context) for context in (Context(q.example.prompt), *contexts)]
-            if i:  # the first warms up
-                at_prompt.append(ms[0])
-                at_sentence += ms[1:]
     finally:
         torch.set_num_threads(threads)
-    if not at_sentence:
-        return skipped("one question is too few to time")
     return {
         "sentence_ms": rounded(statistics.median(at_sentence)),
         "sentence_ms_p95": rounded(np.quantile(at_sentence, 0.95)),
@@ -231,7 +250,7 @@ def _by_position(rows: Sequence[Sequence[bool]]) -> list[list[bool]]:
     return list(columns.values())
 
 
-def _bins(readings: Sequence[Any]) -> dict[str, Any]:
+def _bins(readings: Sequence[Reading]) -> dict[str, Any]:
     reading = pooled(readings)
     bins = reliability(reading.confidence, reading.right)
     return {
@@ -240,7 +259,7 @@ def _bins(readings: Sequence[Any]) -> dict[str, Any]:
     }
 
 
-def _ms(router: Any, context: Context) -> float:
+def _ms(router: Router, context: Context) -> float:
     start = time.perf_counter()
     router.probabilities([context])
     return (time.perf_counter() - start) * 1e3

@@ -3,8 +3,8 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,15 @@ from dlp_lora.bench.router.measures import Reading
 from dlp_lora.bench.router.samples import Question, Sample, questions, whole
 from dlp_lora.errors import TaskError
 from dlp_lora.evals.answers import data_hash
+from dlp_lora.folders import write_text
 from dlp_lora.load import load_router
 from dlp_lora.router import CONFIG_FILE, Router
+from dlp_lora.tasks.manifest import TaskInfo, kind_of
 from dlp_lora.tasks.task import Task
 from dlp_lora.training.router import RouterTrainingArgs, train_router
 
 BATCH = 128
-SECONDS_FILE = "seconds.txt"
+REPORT_FILE = "report.json"  # as train-router writes it
 
 OnStep = Callable[[str, int, int], None]
 """Told what is being done, the steps done and all steps."""
@@ -37,6 +39,12 @@ class RouterBenchArgs:
     cuts: tuple[int, ...] = (8, 16, 32, 64)  # tokens
     conversations: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8, 9, 10)  # questions
     serial: tuple[int, ...] = (3, 5, 10)  # questions
+    splits: int = 2  # routers that are trained without a fifth of the tasks
+    added: tuple[int, ...] = (1, 5, 10)  # tasks at once
+    examples: tuple[int | None, ...] = (8, 32, 128, None)  # of an added task; None is all
+    tries: int = 5  # tasks that are added one at a time
+    shares: tuple[float, ...] = (0.02, 0.1)  # of the examples of generative tasks that a skewed mixture keeps
+    synthetic: int = 1000  # tasks
     training: RouterTrainingArgs = field(default_factory=RouterTrainingArgs)
     seed: int = 0
 
@@ -77,16 +85,19 @@ class Setting:
         *,
         router: Trained | None = None,
         extra: Sequence[Task] = (),
+        manifest: Mapping[str, TaskInfo] | None = None,
         folder: Path | None = None,
         on_step: OnStep = lambda *_: None,
     ) -> None:
         self.tasks = tuple(tasks)
         self.extra = tuple(task for task in extra if task.name not in {t.name for t in tasks})
+        self.kinds = {task.name: kind_of(task, manifest) for task in tasks}
         self.tokenizer = tokenizer
         self.args = args
         self.folder = folder
         self.on_step = on_step
         self.given = router
+        self._trained: dict[str, Trained] = {}
         if not self.asked:
             raise TaskError("no task has test examples to measure the router on; add test.jsonl files")
         unknown = [t.name for t in tasks if router and t.name not in router.router.names]
@@ -121,23 +132,13 @@ class Setting:
         """How many tasks have test questions."""
         return len({q.task for q in self.asked})
 
-    def train(self, name: str, tasks: Sequence[Task], **changes: Any) -> Trained:
-        """Trains a router on tasks; `changes` are to the training settings."""
-        place = self.folder / name if self.folder else None
-        if place and (place / CONFIG_FILE).is_file():
-            return Trained(router=load_router(place), seconds=float((place / SECONDS_FILE).read_text()))
-
-        def on_step(step: int, num_steps: int, loss: float) -> None:
-            self.on_step(f"train {name}", step, num_steps)
-
-        start = time.perf_counter()
-        args = replace(self.args.training, **changes)
-        router, _ = train_router(tasks, self.tokenizer, args, on_step=on_step)
-        seconds = round(time.perf_counter() - start, 2)
-        if place:
-            router.save_pretrained(place)
-            (place / SECONDS_FILE).write_text(f"{seconds}\n")
-        return Trained(router=router, seconds=seconds)
+    def train(self, name: str, tasks: Sequence[Task]) -> Trained:
+        """Trains a router on tasks, once for each name."""
+        if name not in self._trained:
+            place = self.folder / name if self.folder else None
+            is_there = place is not None and (place / CONFIG_FILE).is_file()
+            self._trained[name] = read_trained(place) if place and is_there else self._train(name, tasks, place)
+        return self._trained[name]
 
     def read(self, samples: Sequence[Sample], router: Router | None = None) -> Reading:
         """Asks a router, the measured one unless told otherwise, about samples of tasks that it knows or not.
@@ -168,9 +169,21 @@ class Setting:
             parts.append((self.given.router.names, self.read(whole(few)).probabilities.round(4).tolist()))
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
+    def _train(self, name: str, tasks: Sequence[Task], place: Path | None) -> Trained:
+        def on_step(step: int, num_steps: int, loss: float) -> None:
+            self.on_step(f"train {name}", step, num_steps)
+
+        start = time.perf_counter()
+        router, _ = train_router(tasks, self.tokenizer, self.args.training, on_step=on_step)
+        seconds = round(time.perf_counter() - start, 2)
+        if place:
+            router.save_pretrained(place)
+            write_text(place / REPORT_FILE, json.dumps({"seconds": seconds}) + "\n")
+        return Trained(router=router, seconds=seconds)
+
 
 def read_trained(folder: str | Path) -> Trained:
     """Reads a router folder, and from the report in it how long its training took."""
-    report = Path(folder) / "report.json"
+    report = Path(folder) / REPORT_FILE
     seconds = json.loads(report.read_text(encoding="utf-8")).get("seconds") if report.is_file() else None
     return Trained(router=load_router(folder), seconds=seconds)
