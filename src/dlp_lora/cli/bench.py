@@ -224,6 +224,7 @@ def router_command(
     seed: Annotated[int, typer.Option(help="Seed of the samples and of training.")] = 0,
     threads: ThreadsOption = None,
     json_file: JsonFileOption = None,
+    report: Annotated[Path | None, typer.Option(help="Folder to write a page with pictures to; needs --json.")] = None,
     work: Annotated[
         Path | None, typer.Option(help="Folder to keep trained routers in, for a run that goes on. [default: nowhere]")
     ] = None,
@@ -240,8 +241,11 @@ def router_command(
     from dlp_lora.bench.router import RouterBenchArgs, Setting, bench_router, read_trained
     from dlp_lora.router import load_tokenizer
     from dlp_lora.tasks.hub import read_data
+    from dlp_lora.tasks.manifest import read_manifest
     from dlp_lora.training.router import RouterTrainingArgs
 
+    if report is not None and json_file is None:
+        raise ValueError("--report is written from the record; give --json, too")
     if threads is not None:
         torch.set_num_threads(threads)
     given: dict[str, Any] = {"seed": seed, "per_task": per_task}
@@ -255,6 +259,7 @@ def router_command(
             args,
             router=read_trained(router) if router else None,
             extra=read_data(extra) if extra else (),
+            manifest=read_manifest(data),
             folder=work,
             on_step=on_step,
         )
@@ -262,6 +267,10 @@ def router_command(
     _show_router(record)
     if json_file is not None:
         stderr.print(f"wrote {json_file}")
+    if report is not None and json_file is not None:
+        from dlp_lora.report import write_report
+
+        stderr.print(f"wrote {write_report(json_file, report).html}")
 
 
 @contextmanager
@@ -305,6 +314,15 @@ def _show_router(record: dict[str, Any]) -> None:
         for what, value in _findings(found):
             table.add_row(name, what, value)
     console.print(table)
+    targets = Table(title="targets")
+    for column in ("target", "bound", "found", ""):
+        targets.add_column(column, justify="right" if column in ("bound", "found") else "left")
+    for target in record["targets"]:
+        if target["value"] is not None:
+            sign = "≥" if target["at_least"] else "≤"
+            met = "met" if target["met"] else "[red]missed[/]"
+            targets.add_row(target["name"], f"{sign} {target['bound']:g}", f"{target['value']:g}", met)
+    console.print(targets)
 
 
 def _findings(found: dict[str, Any], path: str = "") -> Iterator[tuple[str, str]]:

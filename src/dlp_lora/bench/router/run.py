@@ -15,6 +15,7 @@ from dlp_lora.environment import environment
 from dlp_lora.errors import RecordError
 from dlp_lora.folders import write_text
 
+FORMAT = 1
 SCENARIOS: Mapping[str, Scenario] = {
     "prompts": scenarios.prompts,
     "answers": scenarios.answers,
@@ -51,7 +52,7 @@ def bench_router(
         raise ValueError(f"no scenario {unknown[0]!r}; choose from {', '.join(SCENARIOS)}")
     key = setting.key()
     record = _kept(file, key) if file and not overwrite else None
-    record = record or {"benchmark": "router", "key": key, "scenarios": {}}
+    record = record or {"format": FORMAT, "benchmark": "router", "key": key, "scenarios": {}}
     for name in only or SCENARIOS:
         if name in record["scenarios"]:
             continue

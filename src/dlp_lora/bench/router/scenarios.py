@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 
 from dlp_lora.bench.router import samples
 from dlp_lora.bench.router.disguises import DISGUISES, disguised
@@ -34,6 +35,7 @@ from dlp_lora.policy import Switching
 from dlp_lora.router import Context, Router
 from dlp_lora.sentences import split
 
+Scores = Float[np.ndarray, " n"]
 Scenario = Callable[[Setting], dict[str, Any]]
 
 SWITCHINGS = {
@@ -130,22 +132,20 @@ def outside(setting: Setting) -> dict[str, Any]:
     """The extra tasks, which no adapter was trained for: does the router tell them from its own."""
     if not setting.asked_outside:
         return skipped("no extra tasks were given (--extra)")
-    return outside_of(setting.whole, setting.read(samples.whole(setting.asked_outside)), setting.asked_outside)
+    return outside_of(
+        setting.main.router, setting.whole, setting.read(samples.whole(setting.asked_outside)), setting.asked_outside
+    )
 
 
-def outside_of(inside: Reading, found: Reading, asked: Sequence[Question]) -> dict[str, Any]:
-    """How well scores part the tasks' own texts from others, for all others and each task of them."""
+def outside_of(router: Router, inside: Reading, found: Reading, asked: Sequence[Question]) -> dict[str, Any]:
+    """How well scores part the tasks' own texts from others: for all others, and for each task of them."""
     names = np.array([q.task for q in asked])
     return {
-        "auroc": rounded(auroc(inside.scores, found.scores)),
-        "false_routes": rounded(false_route_rate(inside.scores, found.scores)),
+        **_parted(inside.scores, found.scores),
         "num": len(asked),
+        "own_threshold": _at_own_threshold(router, inside, found),
         "by_task": {
-            name: {
-                "auroc": rounded(auroc(inside.scores, found.scores[names == name])),
-                "false_routes": rounded(false_route_rate(inside.scores, found.scores[names == name])),
-            }
-            for name in dict.fromkeys(names.tolist())
+            name: _parted(inside.scores, found.scores[names == name]) for name in dict.fromkeys(names.tolist())
         },
         "abstention": abstention(inside, found.scores),
     }
@@ -228,6 +228,22 @@ def _serial(setting: Setting, walks: Sequence[Walk]) -> dict[str, Any]:
         "delay_sentences": rounded(np.mean(late)),
         "changes": rounded(changed.sum() / len(walks)),
         "hysteresis": hysteresis,
+    }
+
+
+def _parted(inside: Scores, outside: Scores) -> dict[str, float]:
+    return {"auroc": rounded(auroc(inside, outside)), "false_routes": rounded(false_route_rate(inside, outside))}
+
+
+def _at_own_threshold(router: Router, inside: Reading, found: Reading) -> dict[str, float] | None:
+    """What is routed at the confidence below which the router itself abstains, if it has one."""
+    least: float = getattr(router, "min_confidence", 0.0)
+    if not least:
+        return None
+    return {
+        "min_confidence": rounded(least),
+        "coverage": rounded((inside.confidence >= least).mean()),
+        "false_routes": rounded((found.confidence >= least).mean()),
     }
 
 

@@ -15,7 +15,7 @@ from dlp_lora.bench.router.samples import Question, Sample
 from dlp_lora.bench.router.scenarios import outside_of, sentence_ms, skipped
 from dlp_lora.bench.router.setting import Setting
 from dlp_lora.bench.router.synthetic import MAX_TASKS, synthetic_tasks
-from dlp_lora.router import Router
+from dlp_lora.router import MiniMLP, Router
 from dlp_lora.sentences import split
 from dlp_lora.tasks.task import Task
 
@@ -35,7 +35,7 @@ def left_out(setting: Setting) -> dict[str, Any]:
         inside, outside = samples.questions(kept, limit=limit), samples.questions(left, limit=limit)
         if inside and outside:
             known, unknown = (setting.read(samples.whole(asked), router) for asked in (inside, outside))
-            found[name] = {"accuracy": summary(known)["accuracy"], **outside_of(known, unknown, outside)}
+            found[name] = {"accuracy": summary(known)["accuracy"], **outside_of(router, known, unknown, outside)}
     if not found:
         return skipped("the tasks to leave out have no test examples")
     return {
@@ -121,7 +121,7 @@ class _Base:
     """A router, test questions of its tasks, and tasks that it does not know."""
 
     name: str
-    router: Router
+    router: MiniMLP
     asked: list[Question]
     added: tuple[Task, ...]
 
@@ -151,14 +151,14 @@ def _scaled(setting: Setting, name: str, tasks: Sequence[Task]) -> dict[str, Any
 
 
 def _bases(setting: Setting) -> Iterator[_Base]:
-    limit = setting.args.per_task
-    for name, (kept, left) in _splits(setting).items():
-        router = setting.train(name, kept).router
-        added = tuple(task for task in left if task.test)
-        yield _Base(name=name, router=router, asked=samples.questions(kept, limit=limit), added=added)
+    """Routers trained without some tasks, which are added; and the measured one, to which extra tasks are."""
+    found = {name: (setting.train(name, kept).router, kept, left) for name, (kept, left) in _splits(setting).items()}
     if setting.extra:
-        added = tuple(task for task in setting.extra if task.test)
-        yield _Base(name="extra", router=setting.main.router, asked=setting.asked, added=added)
+        found["extra"] = (setting.main.router, list(setting.tasks), list(setting.extra))
+    for name, (router, kept, left) in found.items():
+        if isinstance(router, MiniMLP):
+            asked = samples.questions(kept, limit=setting.args.per_task)
+            yield _Base(name=name, router=router, asked=asked, added=tuple(task for task in left if task.test))
 
 
 def _extended(
@@ -175,7 +175,7 @@ def _extended(
     for i, tasks in enumerate(tries):
         setting.on_step(f"extension {base.name}", i, len(tries))
         start = time.perf_counter()
-        router = add_tasks(base.router, tasks, examples_per_task=num_examples, seed=setting.args.seed)
+        router = add_tasks(base.router, [_few(task, num_examples, rng) for task in tasks], seed=setting.args.seed)
         seconds.append(time.perf_counter() - start)
         asked = samples.questions(tasks, limit=setting.args.per_task)
         new.append(setting.read(samples.whole(asked), router).right)
@@ -196,7 +196,9 @@ def _removed(setting: Setting) -> list[dict[str, Any]]:
     from dlp_lora.training.extend import remove_tasks
 
     rng = random.Random(f"removal {setting.args.seed}")
-    rows = []
+    rows: list[dict[str, Any]] = []
+    if not isinstance(setting.main.router, MiniMLP):
+        return rows
     for count in [n for n in setting.args.added if n <= len(setting.tasks) - 2]:
         gone = {task.name for task in rng.sample(setting.tasks, count)}
         asked = samples.whole([q for q in setting.asked if q.task not in gone])
@@ -213,6 +215,12 @@ def _removed(setting: Setting) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _few(task: Task, num_examples: int | None, rng: random.Random) -> Task:
+    if num_examples is None or num_examples >= len(task.train):
+        return task
+    return replace(task, train=tuple(rng.sample(task.train, num_examples)))
 
 
 def _reduced(task: Task, share: float) -> Task:
