@@ -199,7 +199,7 @@ def curves(
     diagonal: bool = False,
     name: str = "curves",
 ) -> str:
-    """A line of points for each series, in the band of its intervals; `ticks` names places on the lower axis."""
+    """A line of shares of 100 for each series, in the band of its intervals; `ticks` names places on the lower axis."""
 
     def paint(figure: Any) -> None:
         axes = _axes(figure, left=0.6, right=0.15, top=0.15, bottom=0.85)
@@ -223,6 +223,8 @@ def curves(
                 axes.fill_between(xs, lows, highs, color=look.colour, alpha=0.18, linewidth=0)
         if ticks:
             axes.set_xticks(list(ticks), list(ticks.values()))
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, -3), min(high, 101))  # all are shares of 100
         axes.set_xlabel(across)
         axes.set_ylabel(up)
         axes.grid(color=_INK, alpha=0.2, linewidth=0.6)

@@ -10,11 +10,13 @@ from dlp_lora.errors import RecordError
 from dlp_lora.report.charts import confusion, curves
 from dlp_lora.report.markup import Block, Bullets, Cell, Column, Picture, Table, plain
 from dlp_lora.report.page import Section, section
+from dlp_lora.report.paper import SPELLINGS
 from dlp_lora.report.provenance import duration
 from dlp_lora.report.record import Measure
 
 BENCHMARK, FORMAT = "router", 1
 NUM_CURVES = 4
+MIN_SHARE = 0.005  # of the samples: a bin with fewer is not drawn
 _SCALES = {"%": 100.0, "points": 100.0, "M": 1e-6}
 
 Found = Mapping[str, Any]
@@ -108,7 +110,10 @@ def _targets(record: Found) -> Table:
         scale, unit = _SCALES.get(target["unit"], 1.0), target["unit"]
         bound = f"{'at least' if target['at_least'] else 'at most'} {target['bound'] * scale:g} {unit}".strip()
         met = {True: "met", False: "missed", None: None}[target["met"]]
-        rows.append((target["name"], bound, _cell(target["value"], target["interval"], scale=scale, digits=2), met))
+        digits = 2 if unit else 3
+        rows.append(
+            (target["name"], bound, _cell(target["value"], target["interval"], scale=scale, digits=digits), met)
+        )
     return _table("Targets", ("", "Target", "Found", ""), rows, num_labels=2, notes=(_INTERVALS,))
 
 
@@ -341,10 +346,18 @@ def _making(record: Found) -> Table:
 
 def _confusions(record: Found) -> Iterator[Picture]:
     for kind, name in (("whole", "confusion-whole"), ("random sentence", "confusion-sentence")):
-        if counts := _at(record, "scenarios", "prompts", "confusion", kind):
+        if counts := _labelled(record, _at(record, "scenarios", "prompts", "confusion", kind)):
             what = "whole prompts" if kind == "whole" else "single sentences, drawn at random"
             caption = f"Rows: tasks. Columns: the router's first choice for {what}."
             yield Picture(name=name, caption=caption, svg=confusion(counts, name=name))
+
+
+def _labelled(record: Found, counts: Mapping[str, Mapping[str, float]] | None) -> dict[str, dict[str, float]]:
+    labels = {task: SPELLINGS.get(name, name) for task, name in record["data"]["labels"].items()}
+    return {
+        labels.get(task, task): {labels.get(name, name): count for name, count in row.items()}
+        for task, row in (counts or {}).items()
+    }
 
 
 def _lengths(record: Found) -> Picture | None:
@@ -380,13 +393,16 @@ def _reliability(record: Found) -> Picture | None:
     if not found:
         return None
     series = {
-        f"{kind} (error {100 * own['ece']:.1f} %)": [
-            (100 * b["confidence"], Measure(value=100 * b["accuracy"])) for b in own["bins"]
+        f"{kind}, {100 * own['ece']:.1f} %": [
+            (100 * b["confidence"], Measure(value=100 * b["accuracy"])) for b in own["bins"] if b["share"] > MIN_SHARE
         ]
         for kind, own in found.items()
     }
     svg = curves(series, across="confidence, %", up="accuracy, %", diagonal=True, name="reliability")
-    caption = "Reliability: accuracy against confidence, in 15 bins. On the broken line a router is as sure as right."
+    caption = (
+        "Reliability: accuracy against confidence, in bins; on the broken line a router is as sure as it is right. "
+        "Beside the names: the calibration error."
+    )
     return Picture(name="reliability", caption=caption, svg=svg)
 
 

@@ -35,13 +35,13 @@ def ceiling(train: Sequence[Sample], test: Sequence[Sample], *, seed: int = 0) -
     for part in zip(*map(_parts, (*train, *test)), strict=True):
         if not any(part):
             continue
-        for analyser, ngrams in (("word", (1, 2)), ("char_wb", (2, 5))):
+        for pattern, analyser, ngrams in ((r"\w+|[^\w\s]", "word", (1, 2)), (None, "char_wb", (2, 5))):
             vectoriser = TfidfVectorizer(
                 analyzer=analyser,
                 ngram_range=ngrams,
                 max_features=NUM_FEATURES,
                 sublinear_tf=True,
-                token_pattern=r"(?u)\w+|[^\w\s]",
+                token_pattern=pattern,
                 dtype=np.float32,
             )
             learned.append(vectoriser.fit_transform(part[: len(train)]))

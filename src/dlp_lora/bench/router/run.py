@@ -74,7 +74,11 @@ def _described(setting: Setting) -> dict[str, Any]:
     return {
         "settings": asdict(setting.args),
         "environment": environment(),
-        "data": {"tasks": [task.name for task in setting.tasks], "extra": [task.name for task in setting.extra]},
+        "data": {
+            "tasks": [task.name for task in setting.tasks],
+            "extra": [task.name for task in setting.extra],
+            "labels": setting.labels,
+        },
         "router": {
             "type": type(main.router).__name__,
             "given": setting.given is not None,

@@ -35,7 +35,6 @@ from dlp_lora.policy import Switching
 from dlp_lora.router import Context, Router
 from dlp_lora.sentences import split
 
-Scores = Float[np.ndarray, " n"]
 Scenario = Callable[[Setting], dict[str, Any]]
 
 SWITCHINGS = {
@@ -231,7 +230,7 @@ def _serial(setting: Setting, walks: Sequence[Walk]) -> dict[str, Any]:
     }
 
 
-def _parted(inside: Scores, outside: Scores) -> dict[str, float]:
+def _parted(inside: Float[np.ndarray, " n"], outside: Float[np.ndarray, " m"]) -> dict[str, float]:
     return {"auroc": rounded(auroc(inside, outside)), "false_routes": rounded(false_route_rate(inside, outside))}
 
 

@@ -92,6 +92,8 @@ class Setting:
         self.tasks = tuple(tasks)
         self.extra = tuple(task for task in extra if task.name not in {t.name for t in tasks})
         self.kinds = {task.name: kind_of(task, manifest) for task in tasks}
+        infos = manifest or {}
+        self.labels = {task.name: infos[task.name].paper_name or task.name for task in tasks if task.name in infos}
         self.tokenizer = tokenizer
         self.args = args
         self.folder = folder

@@ -39,10 +39,16 @@ class Target:
 def judged(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """All targets with what the record has for them."""
     scenarios = record["scenarios"]
-    view = {"router": record["router"], **scenarios, "new": _new_task(scenarios.get("extension", {}))}
-    sizes = [int(key) for key in scenarios.get("scale", {}) if key.isdigit()]
-    largest = str(max(sizes, default=0))
-    return [target.judge(view) for target in (*TARGETS, _of_all(largest))]
+    sizes = {int(n): own for n, own in scenarios.get("scale", {}).items() if n.isdigit()}
+    most = max(sizes, default=0)
+    view = {
+        "router": record["router"],
+        **scenarios,
+        "new": _new_task(scenarios.get("extension", {})),
+        "most": sizes.get(most),
+    }
+    named = Target(name=f"Whole prompt of {most or 'all'} tasks", bound=0.985, at=("most",))
+    return [target.judge(view) for target in (*TARGETS, named)]
 
 
 TARGETS = (
@@ -64,10 +70,6 @@ TARGETS = (
     Target(name="Parameters", bound=6e6, at=("router", "num_parameters"), unit="M", at_least=False),
     Target(name="Routing a sentence takes", bound=0.5, at=("timing", "sentence_ms"), unit="ms", at_least=False),
 )
-
-
-def _of_all(largest: str) -> Target:
-    return Target(name=f"Whole prompt of {largest} tasks", bound=0.985, at=("scale", largest))
 
 
 def _new_task(extension: Mapping[str, Any]) -> Mapping[str, Any] | None:
