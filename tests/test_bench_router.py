@@ -501,8 +501,8 @@ def test_every_scenario_is_in_the_record(record: Path) -> None:
     assert set(found["scenarios"]["left_out"]["splits"]) == {"without-0", "without-1"}
     assert list(found["scenarios"]["skew"]) == ["1", "0.2", "seconds"]
     assert list(found["scenarios"]["synthetic"]) == ["5", "seconds"]
-    assert set(found["scenarios"]["ceilings"]) >= {"whole", "first sentence", "random sentence", "serial 3"}
-    assert set(found["scenarios"]["robustness"]) == {*DISGUISES, "seconds"}
+    assert set(found["scenarios"]["ceilings"]) >= {"whole", "first sentence", "random sentence", "serial 4"}
+    assert set(found["scenarios"]["robustness"]) == {"as it is", *DISGUISES, "seconds"}
     assert found["data"]["extra"] == ["foxes", "herons"]
 
 
@@ -554,13 +554,16 @@ def test_a_target_is_met_from_its_bound_on() -> None:
 
 def test_every_target_is_judged_and_the_largest_scale_is_the_last() -> None:
     whole = {"accuracy": 0.99, "interval": [0.98, 1.0]}
-    new = {"added": 1, "examples": 32, "new": whole, "lost": 0.004, "add_seconds": 2.0}
-    scenarios = {"scale": {"26": whole, "67": whole, "seconds": 3}, "extension": {"add": [{**new, "examples": 8}, new]}}
+    new = {"base": "without-0", "added": 1, "examples": 32, "new": whole, "lost": 0.004, "add_seconds": 2.0}
+    worse = {**new, "new": {**whole, "accuracy": 0.94}, "lost": 0.0, "add_seconds": 6.0}
+    extra = {**worse, "base": "extra", "new": {**whole, "accuracy": 0.1}}
+    scenarios = {"scale": {"26": whole, "67": whole, "seconds": 3}, "extension": {"add": [new, worse, extra]}}
     found = judged({"router": {"seconds": 60.0, "num_parameters": 5}, "scenarios": scenarios})
     assert len(found) == len(TARGETS) + 1
     met = {target["name"]: target["met"] for target in found}
     assert met["Whole prompt of 67 tasks"] is met["A new task from 32 examples"] is met["Training takes"] is True
-    assert met["Lost on the old tasks"] is False
+    assert met["Lost on the old tasks"] is met["Adding it takes"] is False
+    assert {t["name"]: t["value"] for t in found}["A new task from 32 examples"] == 0.94
     assert met["Whole prompt"] is None
 
 

@@ -154,7 +154,7 @@ def robustness(setting: Setting) -> dict[str, Any]:
     """The whole prompts as other people would write them, wrapped in other text, or after misleading text."""
     if setting.num_tasks < 2:
         return skipped("misleading texts need a second task")
-    found = {}
+    found = {"as it is": {**summary(setting.whole), "lost": 0.0}}
     for name, disguise in DISGUISES.items():
         reading = setting.read(disguised(setting.asked, disguise, seed=setting.args.seed))
         lost = rounded(setting.whole.right.mean() - reading.right.mean())

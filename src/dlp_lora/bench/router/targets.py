@@ -72,7 +72,14 @@ TARGETS = (
 )
 
 
-def _new_task(extension: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """One task from 32 examples, added to the first router that was trained without it."""
+def _new_task(extension: Mapping[str, Any]) -> dict[str, Any]:
+    """One of the data's tasks from 32 examples, added to a router trained without it: the worst of such routers."""
     rows = [row for row in extension.get("add", ()) if row["added"] == 1 and row["examples"] == 32]
-    return rows[0] if rows else None
+    rows = [row for row in rows if row["base"] != "extra"] or rows
+    if not rows:
+        return {}
+    return {
+        "new": min((row["new"] for row in rows), key=lambda new: float(new["accuracy"])),
+        "lost": max(row["lost"] for row in rows),
+        "add_seconds": max(row["add_seconds"] for row in rows),
+    }
