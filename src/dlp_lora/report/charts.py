@@ -53,6 +53,12 @@ LOOKS = {
     "lora-r64": Look(colour="#12a37a", marker="^", line="-."),
     "dlp": Look(colour="#de6420", marker="D", line="-"),
 }
+_LINES = (
+    Look(colour="#2f8fc8", marker="o", line="-"),
+    Look(colour="#de6420", marker="D", line="--"),
+    Look(colour="#12a37a", marker="^", line="-."),
+    Look(colour="#8d939c", marker="s", line=":"),
+)
 
 
 def pictures(record: Record) -> tuple[Picture, ...]:
@@ -182,6 +188,50 @@ def confusion(counts: Mapping[str, Mapping[str, float]], *, name: str = "confusi
         axes.set_axisbelow(True)
 
     return _draw(paint, name=name, height=0.1 + side * len(rows) + below)
+
+
+def curves(
+    series: Mapping[str, Sequence[tuple[float, Measure]]],
+    *,
+    across: str,
+    up: str,
+    ticks: Mapping[float, str] | None = None,
+    diagonal: bool = False,
+    name: str = "curves",
+) -> str:
+    """A line of shares of 100 for each series, in the band of its intervals; `ticks` names places on the lower axis."""
+
+    def paint(figure: Any) -> None:
+        axes = _axes(figure, left=0.6, right=0.15, top=0.15, bottom=0.85)
+        if diagonal:
+            axes.plot((0, 100), (0, 100), color=_INK, alpha=0.4, linewidth=0.8, linestyle=(0, (2, 2)))
+        for (title, points), look in zip(series.items(), _LINES, strict=False):
+            xs, ys = [x for x, _ in points], [m.value for _, m in points]
+            size = 3.5 if len(points) < 20 else 0
+            axes.plot(
+                xs,
+                ys,
+                label=title,
+                color=look.colour,
+                linestyle=look.line,
+                linewidth=look.width,
+                marker=look.marker,
+                markersize=size,
+            )
+            if all(m.interval for _, m in points):
+                lows, highs = zip(*(m.interval or () for _, m in points), strict=True)
+                axes.fill_between(xs, lows, highs, color=look.colour, alpha=0.18, linewidth=0)
+        if ticks:
+            axes.set_xticks(list(ticks), list(ticks.values()))
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, -3), min(high, 101))  # all are shares of 100
+        axes.set_xlabel(across)
+        axes.set_ylabel(up)
+        axes.grid(color=_INK, alpha=0.2, linewidth=0.6)
+        axes.set_axisbelow(True)
+        _legend(figure, axes)
+
+    return _draw(paint, name=name, height=3.3)
 
 
 def _score_pictures(record: Record, kind: str, metric: str, what: str) -> tuple[Picture, ...]:

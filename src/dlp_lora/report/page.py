@@ -54,11 +54,6 @@ class Section:
 def sections(record: Record, pictures: Sequence[Picture]) -> tuple[Section, ...]:
     """The report's sections, in order; what was not measured is said, not left out."""
     drawn = {picture.name: picture for picture in pictures}
-
-    def section(title: str, *blocks: Block | None) -> Section:
-        there = tuple(b for b in blocks if b is not None and not (isinstance(b, Table) and not b.rows))
-        return Section(title=title, blocks=there or (NOT_MEASURED,))
-
     conversation = record.at("conversation")
     labels = {task.name: task.label for task in record.tasks}
     return (
@@ -92,27 +87,34 @@ def sections(record: Record, pictures: Sequence[Picture]) -> tuple[Section, ...]
     )
 
 
-def markdown_page(record: Record, parts: Sequence[Section]) -> str:
-    """The report as GitHub's Markdown; the pictures lie beside it."""
-    blocks = [f"# {escape_markdown(_title(record))}"]
+def title_of(record: Record) -> str:
+    """What the page of a run is headed."""
+    return f"{record.name}: DLP-LoRA on {record.model}"
+
+
+def section(title: str, *blocks: Block | None) -> Section:
+    """A section of what there is; if there is nothing, it says so."""
+    there = tuple(b for b in blocks if b is not None and not (isinstance(b, Table) and not b.rows))
+    return Section(title=title, blocks=there or (NOT_MEASURED,))
+
+
+def markdown_page(title: str, parts: Sequence[Section]) -> str:
+    """A report as GitHub's Markdown; the pictures lie beside it."""
+    blocks = [f"# {escape_markdown(title)}"]
     for part in parts:
         blocks += [f"## {part.title}", *map(to_markdown, part.blocks)]
     return "\n\n".join(blocks) + "\n"
 
 
-def html_page(record: Record, parts: Sequence[Section]) -> str:
-    """The report as one HTML file that needs no other, for small and large screens, light and dark."""
-    title = html.escape(_title(record))
+def html_page(title: str, parts: Sequence[Section]) -> str:
+    """A report as one HTML file that needs no other, for small and large screens, light and dark."""
+    title = html.escape(title)
     body = "".join(f"<h2>{part.title}</h2>{''.join(map(to_html, part.blocks))}" for part in parts)
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>'
         f"<body><main><h1>{title}</h1>{body}</main></body></html>\n"
     )
-
-
-def _title(record: Record) -> str:
-    return f"{record.name}: DLP-LoRA on {record.model}"
 
 
 def _in_short(record: Record) -> Bullets | None:
