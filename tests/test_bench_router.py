@@ -412,16 +412,18 @@ def test_a_router_that_knows_its_marks_is_measured_as_it_answers() -> None:
     assert set(found["outside"]["by_task"]) == {"foxes", "herons"}
 
 
-def test_a_router_of_its_own_scores_and_threshold_is_judged_by_them() -> None:
+def test_a_router_that_scores_and_abstains_by_itself_is_judged_by_that() -> None:
     class Scored(Marks):
-        min_confidence = 0.9
+        def probabilities(self, contexts: Sequence[Context]) -> torch.Tensor:
+            found = super().probabilities(contexts)
+            return torch.where(found.amax(dim=1, keepdim=True) < 0.9, 0.1 * found, found)
 
         def scores(self, contexts: Sequence[Context]) -> torch.Tensor:
             return -super().probabilities(contexts).amax(dim=1)
 
     found = bench_router(setting(Scored()), only=["outside"])["scenarios"]["outside"]
     assert found["auroc"] == 0
-    assert found["own_threshold"] == {"min_confidence": 0.9, "coverage": 1.0, "false_routes": 0.0}
+    assert found["own_threshold"] == {"coverage": 1.0, "false_routes": 0.0}
 
 
 def test_what_a_record_has_is_not_measured_again(tmp_path: Path) -> None:

@@ -60,6 +60,14 @@ def test_a_cut_prompt_is_a_beginning_of_whole_words() -> None:
         assert any(f"{example.prompt} ".startswith(f"{context.prompt} ") for example in TASKS[NAMES.index(label)])
 
 
+def test_a_disguised_prompt_has_slips_or_stands_among_other_words() -> None:
+    found = [(context.prompt, example) for context, example in drawn("disguised")]
+    asked = {name: [e.prompt for e in TASKS[NAMES.index(name)]] for name in NAMES}
+    whole = [(text, name) for text, name in found if any(prompt in text for prompt in asked[name])]
+    assert 0.5 < len(whole) / len(found) < 0.9
+    assert sum(text not in asked[name] for text, name in whole) / len(whole) > 0.8
+
+
 def test_an_answer_is_given_up_to_the_first_word_of_its_next_sentence() -> None:
     for context, label in drawn("answer"):
         assert (context.answer, context.sentence) == (f"{label} one. ", label)

@@ -98,7 +98,7 @@ class MiniMLP(nn.Module):
 
     def encode_all(self, contexts: Sequence[Context]) -> list[Encoded]:
         """Encodes many contexts at once, each as `encode` does."""
-        parts = [[text.split("\n") for text in self._parts(context).values()] for context in contexts]
+        parts = [[_lines(text) for text in self._parts(context).values()] for context in contexts]
         lines = list(dict.fromkeys(line for own in parts for text in own for line in text))
         found = self.tokenizer.encode_batch(lines, add_special_tokens=False)
         ids = {line: tuple(encoding.ids) for line, encoding in zip(lines, found, strict=True)}
@@ -166,7 +166,7 @@ class MiniMLP(nn.Module):
 
     def _encode(self, text: str) -> Sequence[int]:
         # Line by line, as most lines of a growing conversation were encoded before.
-        return self._join([self._encode_line(line) for line in text.split("\n")])
+        return self._join([self._encode_line(line) for line in _lines(text)])
 
     def _tokenize(self, line: str) -> Sequence[int]:
         return tuple(self.tokenizer.encode(line, add_special_tokens=False).ids)
@@ -216,6 +216,11 @@ class MiniMLP(nn.Module):
             mode="sum",
             per_sample_weights=torch.cat(weights).to(weight),
         )
+
+
+def _lines(text: str) -> list[str]:
+    """What is read of each line: how people set capitals and spaces says less of a task than it varies."""
+    return [" ".join(line.split()) for line in text.lower().split("\n")]
 
 
 @lru_cache(maxsize=4096)

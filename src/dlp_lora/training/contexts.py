@@ -1,10 +1,11 @@
 """The contexts that a router learns from: what it will meet in prompts, in conversations and while a model writes.
 
 Examples are single questions with their answers. Out of them come conversations that change task, single sentences of
-a prompt, prompts cut short, answers half written, and prompts of two questions in a row.
+a prompt, prompts cut short or disguised, answers half written, and prompts of two questions in a row.
 """
 
 import random
+import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,6 +17,7 @@ from dlp_lora.tasks.task import Example
 NUM_HISTORIES = 2_000  # conversations that the contexts share
 HISTORY_CHARS = 1_200
 CUTS = (3, 6, 9, 12, 18, 24, 36, 48)  # words that are left of a prompt
+TYPOS = (0.03, 0.1)  # share of letters
 SPLIT_SHARE = 0.5  # examples whose prompts are cut into sentences, which takes time
 
 
@@ -49,6 +51,7 @@ class _Draw:
         self.tasks = tasks
         self.rng = rng
         self.histories = [self._conversation() for _ in range(NUM_HISTORIES)]
+        self.words = [word for history in self.histories for word in history.split()]
         self.sentences = lru_cache(maxsize=None)(split)
 
     def whole(self, label: int, example: Example) -> Context:
@@ -72,6 +75,12 @@ class _Draw:
     def cut(self, label: int, example: Example) -> Context:
         return Context(" ".join(example.prompt.split(" ")[: self.rng.choice(CUTS)]))
 
+    def disguised(self, label: int, example: Example) -> Context:
+        """The prompt with slips of the pen, or among words that say nothing of its task."""
+        if self.rng.random() < 0.3:
+            return Context(_with_typos(example.prompt, self.rng.choice(TYPOS), self.rng))
+        return Context(f"{self._noise()}\n{example.prompt}\n{self._noise()}".strip())
+
     def answer(self, label: int, example: Example) -> Context:
         """A sentence that opens in the middle of the answer."""
         sentences = self.sentences(example.answer)
@@ -90,6 +99,10 @@ class _Draw:
             return Context(f"{example.prompt}{space}{other.prompt}")
         given = other.answer + self.rng.choice((" ", "\n"))
         return Context(f"{other.prompt}{space}{example.prompt}", given, first_word(example.answer))
+
+    def _noise(self) -> str:
+        num = self.rng.choice((0, 2, 6, 12, 20))
+        return " ".join(self.rng.choice(self.words) for _ in range(num))
 
     def _sentences(self, label: int) -> list[str]:
         # Any other example of the task would do as well, so that fewer prompts are cut into sentences.
@@ -113,6 +126,13 @@ class _Draw:
         return self.rng.choice([i for i in range(len(self.tasks)) if i != label] or [label])
 
 
+def _with_typos(text: str, share: float, rng: random.Random) -> str:
+    letters = list(text)
+    for i in rng.sample(range(len(letters)), round(share * len(letters))):
+        letters[i] = rng.choice(("", letters[i] * 2, rng.choice(string.ascii_lowercase)))
+    return "".join(letters)
+
+
 def first_word(text: str) -> str:
     """Gives the first word of a text, which is what is known of a sentence where it opens."""
     return text.split(maxsplit=1)[0] if text.split() else text
@@ -124,6 +144,7 @@ MIX: Mapping[str, float] = {
     "sentence": 3,
     "alone": 2,
     "cut": 1,
+    "disguised": 2,
     "answer": 1,
     "serial": 1,
 }
@@ -135,6 +156,7 @@ KINDS: Mapping[str, Callable[[_Draw, int, Example], Context]] = {
     "sentence": _Draw.sentence,
     "alone": _Draw.alone,
     "cut": _Draw.cut,
+    "disguised": _Draw.disguised,
     "answer": _Draw.answer,
     "serial": _Draw.serial,
 }

@@ -46,6 +46,12 @@ class Reading:
         found: Float[np.ndarray, " n"] = self.probabilities.max(axis=1)
         return found
 
+    @property
+    def fits(self) -> Bool[np.ndarray, " n"]:
+        """Where any adapter is used, as "none of them" is not the likeliest."""
+        found: Bool[np.ndarray, " n"] = self.probabilities.sum(axis=1) > 0.5
+        return found
+
 
 def pooled(readings: Sequence[Reading]) -> Reading:
     """Several readings of one router as one."""

@@ -142,7 +142,7 @@ def outside_of(router: Router, inside: Reading, found: Reading, asked: Sequence[
     return {
         **_parted(inside.scores, found.scores),
         "num": len(asked),
-        "own_threshold": _at_own_threshold(router, inside, found),
+        "own_threshold": _as_it_abstains(inside, found),
         "by_task": {
             name: _parted(inside.scores, found.scores[names == name]) for name in dict.fromkeys(names.tolist())
         },
@@ -234,16 +234,9 @@ def _parted(inside: Float[np.ndarray, " n"], outside: Float[np.ndarray, " m"]) -
     return {"auroc": rounded(auroc(inside, outside)), "false_routes": rounded(false_route_rate(inside, outside))}
 
 
-def _at_own_threshold(router: Router, inside: Reading, found: Reading) -> dict[str, float] | None:
-    """What is routed at the confidence below which the router itself abstains, if it has one."""
-    least: float = getattr(router, "min_confidence", 0.0)
-    if not least:
-        return None
-    return {
-        "min_confidence": rounded(least),
-        "coverage": rounded((inside.confidence >= least).mean()),
-        "false_routes": rounded((found.confidence >= least).mean()),
-    }
+def _as_it_abstains(inside: Reading, found: Reading) -> dict[str, float]:
+    """What is routed where the router itself says whether any adapter fits."""
+    return {"coverage": rounded(inside.fits.mean()), "false_routes": rounded(found.fits.mean())}
 
 
 def _each(setting: Setting, walks: Sequence[Walk]) -> list[tuple[Walk, list[bool], list[str]]]:

@@ -180,8 +180,6 @@ def _extended(
     setting: Setting, base: _Base, num_added: int, num_examples: int | None, before: np.ndarray
 ) -> dict[str, Any]:
     """One task at a time is tried with several tasks; more at once are tried once."""
-    from dlp_lora.training.extend import add_tasks
-
     rng = random.Random(f"extension {num_added} {setting.args.seed}")
     num_tries = min(setting.args.tries, len(base.added)) if num_added == 1 else 1
     drawn = rng.sample(base.added, num_tries * num_added)
@@ -208,8 +206,6 @@ def _extended(
 
 
 def _removed(setting: Setting) -> list[dict[str, Any]]:
-    from dlp_lora.training.extend import remove_tasks
-
     rng = random.Random(f"removal {setting.args.seed}")
     rows: list[dict[str, Any]] = []
     if not isinstance(setting.main.router, MiniMLP):
