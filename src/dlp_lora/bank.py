@@ -3,14 +3,16 @@
 
 A mixture of R adapters of rank r is one LoRA of rank R*r: their A's lie side by side along the rank axis, so do
 their B's, and the weights go into B. A sentence pays once for the choice, and each token pays two matmuls however
-many adapters the bank holds. Where rows of a batch differ, the pair holds the union of their adapters and a gate
-of shape (batch, 1, rank) weighs the low-rank activations row by row.
+many adapters the bank holds. Where rows of a batch differ, or sentences of a prompt, the pair holds the union of their
+adapters and a gate of shape (batch, 1, rank) or (batch, seq, rank) weighs the low-rank activations row by row or token
+by token.
 """
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dlp_lora.errors import AdapterError
@@ -127,14 +129,17 @@ class AdapterBank:
         touched = {g for name in self.adapters for g, _ in self._ranks[name]}
         return [group for g, group in enumerate(self.groups) if g in touched]
 
-    def fuse(self, mixtures: Sequence[Mixture]) -> None:
+    def fuse(self, mixtures: Sequence[Mixture], tokens: Int[Tensor, "batch seq"] | None = None) -> None:
         """Fuses one mixture for the whole batch, or one a row, into every group's pairs.
+
+        With `tokens`, `mixtures[tokens[b, t]]` is that of one token alone, and the next pass must be over just these.
 
         Raises:
             AdapterError: if a mixture names an adapter that the bank does not hold.
         """
         rows = tuple(mixtures) if len(set(mixtures)) > 1 else tuple(mixtures[:1])
-        if rows == self._fused:
+        tokens = None if len(rows) == 1 else tokens
+        if rows == self._fused and tokens is None:
             return
         used = {name for row in rows for name in row}
         held = {**self.adapters, **self._retired}
@@ -156,8 +161,8 @@ class AdapterBank:
                 columns = [
                     pair for names, own in zip(here, blocks, strict=True) for pair in zip(names, own, strict=True)
                 ]
-                group.write(blocks, [[1.0] * len(names) for names in here], self._gate(rows, columns))
-        self._fused, self._running = rows, used
+                group.write(blocks, [[1.0] * len(names) for names in here], self._gate(rows, columns, tokens))
+        self._fused, self._running = rows if tokens is None else None, used
         for name in set(self._retired) - used:
             self._forget(name)
 
@@ -165,10 +170,13 @@ class AdapterBank:
         """Fuses nothing: the base model."""
         self.fuse([Mixture()])
 
-    def _gate(self, rows: Sequence[Mixture], columns: Sequence[tuple[str, Block]]) -> Tensor:
+    def _gate(
+        self, rows: Sequence[Mixture], columns: Sequence[tuple[str, Block]], tokens: Tensor | None
+    ) -> Float[Tensor, "batch _ rank"]:
         weights = torch.tensor([[row.get(name, 0.0) for name, _ in columns] for row in rows], dtype=torch.float32)
         ranks = torch.tensor([block.rank for _, block in columns])
-        return weights.repeat_interleave(ranks, dim=1)[:, None].to(self._device, self._dtype)
+        weights = weights.repeat_interleave(ranks, dim=1).to(self._device, self._dtype)
+        return weights[:, None] if tokens is None else weights[tokens.to(self._device)]
 
     def _load(self, names: Sequence[str]) -> None:
         """Has the blocks of the named adapters in memory, as the most recently used."""

@@ -25,27 +25,36 @@ from dlp_lora.bundle import write_bundle
 from dlp_lora.controller import CachedRows, Controller, Row, Sentence
 from dlp_lora.errors import AdapterError, PromptError, RouterError
 from dlp_lora.fused import attach, detach
-from dlp_lora.policy import FusionPolicy, KVPolicy, Mixture, Switching, TopP, policy_to_dict
+from dlp_lora.policy import FusionPolicy, KVPolicy, Mixture, PromptRouting, Switching, TopP, policy_to_dict
 from dlp_lora.router import Router
 from dlp_lora.sentences import Segmenter, SentenceSegmenter
 from dlp_lora.streaming import Abandoned, Piece, PieceStreamer
 
-SETTINGS = ("policy", "kv_policy", "switching", "segmenter", "router")
+SETTINGS = ("policy", "kv_policy", "prompt_routing", "switching", "segmenter", "router")
+CHOICES = {"kv_policy": get_args(KVPolicy), "prompt_routing": get_args(PromptRouting)}
 Message = Mapping[str, str]
 Adapters = str | Path | Mapping[str, str | Path]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """One generated answer: its text, its tokens (the last may be end-of-sequence), and its trace by sentence."""
+    """One generated answer: its text, its tokens (the last may be end-of-sequence), and its trace by sentence.
+
+    `prompt_trace` is that of a prompt whose sentences were routed each; its positions are among the prompt's tokens.
+    """
 
     text: str
     tokens: tuple[int, ...]
     trace: tuple[Sentence, ...]
+    prompt_trace: tuple[Sentence, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Gives the answer as JSON data."""
-        return {"text": self.text, "trace": [sentence.to_dict() for sentence in self.trace]}
+        traces = {"prompt_trace": self.prompt_trace} if self.prompt_trace else {}
+        return {
+            "text": self.text,
+            **{name: [s.to_dict() for s in trace] for name, trace in {**traces, "trace": self.trace}.items()},
+        }
 
 
 class Engine:
@@ -65,9 +74,9 @@ class Engine:
         segmenter: Callable[[], Segmenter] = SentenceSegmenter,
         switching: Switching | None = None,
         kv_policy: KVPolicy = "keep",
+        prompt_routing: PromptRouting = "whole",
     ) -> None:
-        if kv_policy not in ("keep", "recompute"):
-            raise ValueError(f"kv_policy must be 'keep' or 'recompute', got {kv_policy!r}")
+        _check_choices(kv_policy=kv_policy, prompt_routing=prompt_routing)
         if router is not None:
             check_names(router.names, bank.names)
         self.model = model
@@ -82,6 +91,7 @@ class Engine:
             segmenter=segmenter,
             switching=switching or Switching(),
             kv_policy=kv_policy,
+            prompt_routing=prompt_routing,
             eos_ids=_ids(generation.eos_token_id) | _ids(tokenizer.eos_token_id),
             pad_ids=_ids(generation.pad_token_id) | _ids(tokenizer.pad_token_id),
         )
@@ -106,6 +116,11 @@ class Engine:
     def kv_policy(self) -> KVPolicy:
         """What a switch does to the KV cache: "keep" it, or "recompute" it under the new mixture."""
         return self._controller.kv_policy
+
+    @property
+    def prompt_routing(self) -> PromptRouting:
+        """Whether a prompt is encoded as a "whole" under one mixture, or its "sentences" each under its own (Eq. 6)."""
+        return self._controller.prompt_routing
 
     @property
     def switching(self) -> Switching:
@@ -214,12 +229,11 @@ class Engine:
 
     @contextmanager
     def using(self, **settings: Any) -> Iterator["Engine"]:
-        """Changes `policy`, `kv_policy`, `switching`, `segmenter` or `router` for a while, as an ablation does."""
+        """Changes `policy`, `kv_policy`, `prompt_routing`, `switching`, `segmenter` or `router` for a while."""
         unknown = set(settings) - set(SETTINGS)
         if unknown:
             raise ValueError(f"engine.using takes {', '.join(SETTINGS)}, not {', '.join(unknown)}")
-        if settings.get("kv_policy", "keep") not in get_args(KVPolicy):
-            raise ValueError(f"kv_policy must be 'keep' or 'recompute', got {settings['kv_policy']!r}")
+        _check_choices(**{name: settings[name] for name in CHOICES if name in settings})
         if settings.get("router") is not None:
             check_names(settings["router"].names, self.bank.names)
         before = {name: getattr(self._controller, name) for name in settings}
@@ -243,6 +257,7 @@ class Engine:
             policy=policy_to_dict(self.policy),
             switching=asdict(self.switching),
             kv_policy=self.kv_policy,
+            prompt_routing=self.prompt_routing,
         )
 
     def push_to_hub(self, repo_id: str, *, private: bool = True) -> str:
@@ -320,13 +335,21 @@ class Engine:
 
     def _generation(self, row: Row, tokens: Sequence[int]) -> Generation:
         row.finish(tokens)
-        return Generation(text=row.text, tokens=tuple(tokens), trace=tuple(row.sentences()))
+        return Generation(
+            text=row.text, tokens=tuple(tokens), trace=tuple(row.sentences()), prompt_trace=row.prompt_trace
+        )
 
     def __enter__(self) -> "Engine":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.detach()
+
+
+def _check_choices(**settings: str) -> None:
+    for name, value in settings.items():
+        if value not in CHOICES[name]:
+            raise ValueError(f"{name} must be {' or '.join(map(repr, CHOICES[name]))}, got {value!r}")
 
 
 def _has_read(row: Row, read: Sequence[int], answer: Sequence[int]) -> bool:

@@ -68,7 +68,7 @@ class FusedLinear(nn.Module):
         y = self._base(x)
         h = x.to(pair.a.dtype) @ pair.a  # (batch, seq, rank)
         if self.group.gate is not None:
-            h = h * self.group.gate[..., pair.rows]
+            h = h * self._gate(x)[..., pair.rows]
         fused = torch.addmm(y.view(-1, y.shape[-1]).to(pair.b.dtype), h.view(-1, h.shape[-1]), pair.b)
         return fused.view(y.shape).to(y.dtype)
 
@@ -86,7 +86,7 @@ class FusedLinear(nn.Module):
         y = F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
         base, low = y[:, :width], y[:, width:]  # (batch * seq, sum of d_out), (batch * seq, rank)
         if self.group.gate is not None:
-            low = (low.view(*x.shape[:-1], -1) * self.group.gate).view(low.shape)
+            low = (low.view(*x.shape[:-1], -1) * self._gate(x)).view(low.shape)
         ready = []
         for columns, rows, b in parts:
             out = base[:, columns]
@@ -94,6 +94,10 @@ class FusedLinear(nn.Module):
                 out = torch.addmm(out, low[:, rows], b)
             ready.append(out.view(*x.shape[:-1], -1))
         return ready
+
+    def _gate(self, x: Tensor) -> Tensor:
+        # The head of a model may be given the last tokens alone.
+        return self.group.gate[:, -x.shape[1] :]  # type: ignore[index]
 
     @property
     def weight(self) -> Tensor:

@@ -58,8 +58,8 @@ class Group:
 
     `modules[s][i]` is the name of sibling `s` in layer `i`. `active` is None while the mixture touches none of them,
     else `active[s][i]` is a sibling's pair in a layer, None where it has none; `projections[i]` is the same for
-    a layer whose weights are stacked. `gate` is None while all rows share one mixture. Buffers stay where they are
-    until a mixture does not fit in.
+    a layer whose weights are stacked. `gate` is None while all rows share one mixture; else it weighs the low-rank
+    activations row by row, or token by token. Buffers stay where they are until a mixture does not fit in.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Group:
         self.d_outs = tuple(d_outs)
         self.active: list[list[LowRank] | None] | None = None
         self.projections: list[Projection] | None = None
-        self.gate: Float[Tensor, "batch 1 rank"] | None = None
+        self.gate: Float[Tensor, "batch _ rank"] | None = None  # one for all tokens of a row, or one for each
         self.num_allocations = 0
         self._ends = tuple(accumulate(self.d_outs, initial=0))  # of the siblings' rows in a stacked weight
         self._a = torch.empty(self.num_layers, 0, d_in, dtype=dtype, device=device)
