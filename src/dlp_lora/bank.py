@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -69,8 +70,10 @@ class AdapterBank:
             for s, modules in enumerate(group.modules)
             for i, module in enumerate(modules)
         }
-        self._fused: tuple[Mixture, ...] | None = None  # what the buffers hold, if that is known
+        self._fused: tuple[tuple[Mixture, ...], int | None] | None = None  # what the buffers hold, if that is known
         self._running: set[str] = set()  # the adapters of the last mixtures that were fused
+        self._max_rank = 0  # of a compiled pass
+        self.is_padded = False  # what is fused is for a compiled pass
         for adapter in adapters:
             self.add(adapter)
 
@@ -114,6 +117,7 @@ class AdapterBank:
                 for s in range(len(group.modules))
             ]
             group.reserve(sum(ranks), ranks)
+        self.pad(self._max_rank)
         self._fused = None  # making room may have emptied a buffer
 
     def remove(self, name: str) -> None:
@@ -129,17 +133,35 @@ class AdapterBank:
         touched = {g for name in self.adapters for g, _ in self._ranks[name]}
         return [group for g, group in enumerate(self.groups) if g in touched]
 
-    def fuse(self, mixtures: Sequence[Mixture], tokens: Int[Tensor, "batch seq"] | None = None) -> None:
+    def pad(self, max_rank: int) -> None:
+        """Makes room for compiled passes, of mixtures of at most this rank in one layer; 0 for none."""
+        self._max_rank = max_rank
+        if not max_rank:
+            return
+        places = {place for own in self._ranks.values() for place in own}
+        for g, group in enumerate(self.groups):
+            group.pad([max_rank if (g, s) in places else 0 for s in range(len(group.modules))])
+        self._fused = None
+
+    def fuse(
+        self,
+        mixtures: Sequence[Mixture],
+        tokens: Int[Tensor, "batch seq"] | None = None,
+        *,
+        padded: bool = False,
+    ) -> None:
         """Fuses one mixture for the whole batch, or one a row, into every group's pairs.
 
         With `tokens`, `mixtures[tokens[b, t]]` is that of one token alone, and the next pass must be over just these.
+        Where `padded`, for a compiled pass over as many rows as there are mixtures, if they fit in: then `is_padded`.
 
         Raises:
             AdapterError: if a mixture names an adapter that the bank does not hold.
         """
         rows = tuple(mixtures) if len(set(mixtures)) > 1 else tuple(mixtures[:1])
         tokens = None if len(rows) == 1 else tokens
-        if rows == self._fused and tokens is None:
+        asked = (rows, len(mixtures) if padded else None)
+        if asked == self._fused and tokens is None:
             return
         used = {name for row in rows for name in row}
         held = {**self.adapters, **self._retired}
@@ -149,20 +171,21 @@ class AdapterBank:
         union = [name for name in held if name in used]
         self._load(union)
         self._fused = None  # what breaks off half-way must be fused anew
+        self.is_padded = padded and self._fits(union)
         for g, group in enumerate(self.groups):
             here = [[name for name in union if (g, s) in self._blocks[name]] for s in range(len(group.modules))]
-            if not any(here):
+            if not any(here) and not (self.is_padded and any(group.padded)):
                 group.clear()
                 continue
             blocks = [[self._blocks[name][g, s] for name in names] for s, names in enumerate(here)]
-            if len(rows) == 1:
+            if len(rows) == 1 and not self.is_padded:
                 group.write(blocks, [[rows[0][name] for name in names] for names in here], None)
             else:
-                columns = [
-                    pair for names, own in zip(here, blocks, strict=True) for pair in zip(names, own, strict=True)
-                ]
-                group.write(blocks, [[1.0] * len(names) for names in here], self._gate(rows, columns, tokens))
-        self._fused, self._running = rows if tokens is None else None, used
+                gate = self._gate(rows, here, blocks, group.padded if self.is_padded else None)
+                gate = gate[:, None] if tokens is None else gate[tokens.to(self._device)]
+                ones = [[1.0] * len(names) for names in here]
+                group.write(blocks, ones, gate, batch=len(mixtures) if self.is_padded else None)
+        self._fused, self._running = asked if tokens is None else None, used
         for name in set(self._retired) - used:
             self._forget(name)
 
@@ -171,12 +194,25 @@ class AdapterBank:
         self.fuse([Mixture()])
 
     def _gate(
-        self, rows: Sequence[Mixture], columns: Sequence[tuple[str, Block]], tokens: Tensor | None
-    ) -> Float[Tensor, "batch _ rank"]:
-        weights = torch.tensor([[row.get(name, 0.0) for name, _ in columns] for row in rows], dtype=torch.float32)
-        ranks = torch.tensor([block.rank for _, block in columns])
-        weights = weights.repeat_interleave(ranks, dim=1).to(self._device, self._dtype)
-        return weights[:, None] if tokens is None else weights[tokens.to(self._device)]
+        self,
+        rows: Sequence[Mixture],
+        names: Sequence[Sequence[str]],
+        blocks: Sequence[Sequence[Block]],
+        padded: Sequence[int] | None,
+    ) -> Float[Tensor, "mixtures rank"]:
+        parts = []
+        for s, (here, own) in enumerate(zip(names, blocks, strict=True)):
+            weights = torch.tensor([[row.get(name, 0.0) for name in here] for row in rows], dtype=torch.float32)
+            weights = weights.repeat_interleave(torch.tensor([block.rank for block in own], dtype=torch.long), dim=1)
+            parts.append(weights if padded is None else F.pad(weights, (0, padded[s] - weights.shape[1])))
+        return torch.cat(parts, dim=1).to(self._device, self._dtype)
+
+    def _fits(self, names: Sequence[str]) -> bool:
+        return all(
+            sum(self._ranks[name].get((g, s), 0) for name in names) <= rank
+            for g, group in enumerate(self.groups)
+            for s, rank in enumerate(group.padded)
+        )
 
     def _load(self, names: Sequence[str]) -> None:
         """Has the blocks of the named adapters in memory, as the most recently used."""

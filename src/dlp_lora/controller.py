@@ -172,6 +172,7 @@ class Controller:
         self.prompt_routing = prompt_routing
         self.eos_ids = eos_ids
         self.pad_ids = pad_ids
+        self.is_compiled = False  # decoding steps over a static cache run compiled
         self.fixed: tuple[Mixture, ...] | None = None
         self.latest: CachedRows | None = None  # the rows of the last forward pass
         self._read_prompt = PromptReader(tokenizer)
@@ -249,7 +250,10 @@ class Controller:
             kept = _kept(cached.ids, kwargs.get("attention_mask"))
             self.bank.fuse(*_by_token(rows, kept, num_tokens=num_tokens))
         else:
-            self.bank.fuse([row.mixture for row in rows])
+            # What is disabled is the base bit for bit, which a compiled pass is not.
+            is_disabled = self.fixed is not None and not any(self.fixed)
+            padded = self.is_compiled and num_tokens == 1 and not is_disabled and _is_static(kwargs)
+            self.bank.fuse([row.mixture for row in rows], padded=padded)
         fuse_ms = (time.perf_counter() - start) * 1e3
         for row in rows:
             if row.decisions[-1].fuse_ms == 0.0:
@@ -386,6 +390,11 @@ class Controller:
             kwargs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
         # The caller expects logits for the tokens that it gave.
         return (), {"logits_to_keep": num_logits, **kwargs, "input_ids": ids}
+
+
+def _is_static(kwargs: Mapping[str, Any]) -> bool:
+    cache = kwargs.get("past_key_values")
+    return isinstance(cache, Cache) and bool(cache.is_compileable)
 
 
 def _kept(ids: Tensor, mask: Any) -> Bool[Tensor, "batch seq"]:

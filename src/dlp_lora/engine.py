@@ -9,7 +9,9 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import wraps
 from pathlib import Path
+from types import MethodType
 from typing import Any, cast, get_args
 
 import torch
@@ -96,6 +98,9 @@ class Engine:
             pad_ids=_ids(generation.pad_token_id) | _ids(tokenizer.pad_token_id),
         )
         attach(model, bank)
+        self._overridden = {name: vars(model).get(name) for name in ("forward", "get_compiled_call")}
+        # `generate` over a static cache on a GPU would compile the controller, too.
+        vars(model)["get_compiled_call"] = MethodType(_own_call, model)
         self._handles = self._controller.install(model)
 
     @property
@@ -243,6 +248,34 @@ class Engine:
         finally:
             self._controller.__dict__.update(before)
 
+    def compile(self, *, max_rank: int = 64, **kwargs: Any) -> None:
+        """Compiles decoding steps over a static cache, once for each batch size and length of the cache.
+
+        A step then computes with `max_rank` in each adapted layer, whatever the mixture, so that no switch compiles
+        anew; buffers stay where they are, as CUDA graphs need. Prompts, wider mixtures, other caches and `disabled` run
+        as ever.
+
+            engine.compile(mode="reduce-overhead")
+            engine.generate(prompt, cache_implementation="static", max_cache_len=4096)
+
+        Args:
+            max_rank: the largest rank of a mixture in one layer, all its adapters together.
+            kwargs: go to `torch.compile`.
+        """
+        if max_rank < 1:
+            raise ValueError(f"max_rank must be at least 1, got {max_rank}")
+        self._restore("forward")
+        self.bank.pad(max_rank)
+        plain = self.model.forward
+        compiled = torch.compile(plain, **{"dynamic": False, **kwargs})
+
+        @wraps(plain)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return (compiled if self.bank.is_padded else plain)(*args, **kwargs)
+
+        vars(self.model)["forward"] = forward
+        self._controller.is_compiled = True
+
     def save_pretrained(self, path: str | Path) -> None:
         """Writes a bundle: adapters, router, policy, and the base model's name. A bundle there is replaced at the end.
 
@@ -274,8 +307,15 @@ class Engine:
         """Takes the adapters off and gives the base model back, bit for bit as it was."""
         for handle in self._handles:
             handle.remove()
+        for name in self._overridden:
+            self._restore(name)
         detach(self.model)
         return self.model
+
+    def _restore(self, name: str) -> None:
+        vars(self.model).pop(name, None)
+        if self._overridden[name] is not None:
+            vars(self.model)[name] = self._overridden[name]
 
     def _encode(self, chats: Sequence[str | Sequence[Message]], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
         rows = [self._tokens(chat) for chat in chats]
@@ -344,6 +384,10 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.detach()
+
+
+def _own_call(model: PreTrainedModel, _: Any) -> Callable[..., Any]:
+    return model.__call__
 
 
 def _check_choices(**settings: str) -> None:
