@@ -74,6 +74,7 @@ class AdapterBank:
         self._running: set[str] = set()  # the adapters of the last mixtures that were fused
         self._max_rank = 0  # of a compiled pass
         self.is_padded = False  # what is fused is for a compiled pass
+        self.is_merged = False  # the base weights hold a mixture: nothing is fused beside it
         for adapter in adapters:
             self.add(adapter)
 
@@ -158,6 +159,8 @@ class AdapterBank:
         Raises:
             AdapterError: if a mixture names an adapter that the bank does not hold.
         """
+        if self.is_merged:
+            return
         rows = tuple(mixtures) if len(set(mixtures)) > 1 else tuple(mixtures[:1])
         tokens = None if len(rows) == 1 else tokens
         asked = (rows, len(mixtures) if padded else None)

@@ -26,7 +26,7 @@ from dlp_lora.bank import AdapterBank
 from dlp_lora.bundle import write_bundle
 from dlp_lora.controller import CachedRows, Controller, Row, Sentence
 from dlp_lora.errors import AdapterError, PromptError, RouterError
-from dlp_lora.fused import attach, detach
+from dlp_lora.fused import attach, detach, merged
 from dlp_lora.policy import FusionPolicy, KVPolicy, Mixture, PromptRouting, Switching, TopP, policy_to_dict
 from dlp_lora.router import Router
 from dlp_lora.sentences import Segmenter, SentenceSegmenter
@@ -212,6 +212,8 @@ class Engine:
             AdapterError: if the bank holds no adapter of a name.
         """
         mixtures = [mixture] if isinstance(mixture, Mapping) else list(mixture)
+        if self.bank.is_merged:
+            raise ValueError("the base weights hold another mixture; leave engine.merged() first")
         if not mixtures:
             raise ValueError("engine.fixed needs a mixture, or a list of one a row")
         unknown = {name for m in mixtures for name in m} - set(self.bank.names)
@@ -225,6 +227,18 @@ class Engine:
             yield self
         finally:
             self._controller.fixed = before
+
+    @contextmanager
+    def merged(self, mixture: Mapping[str, float]) -> Iterator["Engine"]:
+        """As `fixed`, with the mixture added to the base weights: a token costs what it costs the base model.
+
+        The weights that it changes are held twice meanwhile, and come back bit for bit.
+
+        Raises:
+            ModelError: if a layer has no weight of its own to add to, as a quantised or tied one.
+        """
+        with self.fixed(mixture), merged(self.model, self.bank, Mixture(mixture)):
+            yield self
 
     @contextmanager
     def disabled(self) -> Iterator["Engine"]:
