@@ -102,6 +102,30 @@ def with_mixture(model: PreTrainedModel, mixture: Mapping[str, float], folders: 
     return changed
 
 
+def with_mixtures_by_token(
+    model: PreTrainedModel, mixtures: Sequence[Sequence[Mapping[str, float]]], folders: Mapping[str, Path]
+) -> PreTrainedModel:
+    """A float64 copy of a model in which each token has a mixture of its own: W x + sum_i w_i(b, t) s_i B_i A_i x."""
+    changed = copy.deepcopy(model).double()
+    by_adapter = {name: deltas(folder) for name, folder in folders.items()}
+
+    def add(module: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            output = output.clone()
+            for b, row in enumerate(mixtures):
+                for t, mixture in enumerate(row):
+                    for name, weight in mixture.items():
+                        if module in by_adapter[name]:
+                            output[b, t] += weight * (by_adapter[name][module] @ args[0][b, t])
+            return output
+
+        return hook
+
+    for module in {module for found in by_adapter.values() for module in found}:
+        changed.get_submodule(module).register_forward_hook(add(module))
+    return changed
+
+
 def _product(b: Tensor, a: Tensor) -> Tensor:
     product = torch.zeros(b.shape[0], a.shape[1], dtype=torch.float64)
     for rank in range(a.shape[0]):

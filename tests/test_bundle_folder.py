@@ -29,6 +29,7 @@ def write(path: Path, adapters: Mapping[str, Path], **changes: Any) -> Path:
         "policy": policy_to_dict(POLICY),
         "switching": SWITCHING,
         "kv_policy": "recompute",
+        "prompt_routing": "sentences",
     }
     write_bundle(path, **{**parts, **changes})
     return path
@@ -74,6 +75,7 @@ def test_a_bundle_is_read_as_it_was_written(bundle: Path, adapters: Mapping[str,
         policy=policy_to_dict(POLICY),
         switching=SWITCHING,
         kv_policy="recompute",
+        prompt_routing="sentences",
     )
     assert policy_from_dict(read_bundle(bundle).policy) == POLICY
     assert list(read_bundle(bundle).adapters) == list(adapters)
@@ -113,6 +115,11 @@ def test_a_bundle_may_be_written_over_the_one_its_adapters_come_from(bundle: Pat
     write(bundle, read_bundle(bundle).adapters, kv_policy="keep")
     assert read_bundle(bundle).kv_policy == "keep"
     assert contents(bundle / "adapters") == before
+
+
+def test_a_bundle_that_knows_no_prompt_routing_routes_prompts_whole(bundle: Path) -> None:
+    edit(bundle, lambda data: data.pop("prompt_routing"))
+    assert read_bundle(bundle).prompt_routing == "whole"
 
 
 def test_an_adapter_dropped_from_a_bundle_is_gone_from_its_folder(bundle: Path, adapters: Mapping[str, Path]) -> None:
@@ -197,6 +204,7 @@ def test_a_bundle_that_lacks_a_part_is_refused(key: str, bundle: Path) -> None:
         {"switching": []},
         {"switching": {"sometimes": True}},
         {"kv_policy": "forget"},
+        {"prompt_routing": "words"},
     ],
     ids=str,
 )

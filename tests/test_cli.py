@@ -132,6 +132,16 @@ def test_the_routing_shows_the_adapters_of_each_sentence(work: Path) -> None:
     assert "%" in shown
 
 
+def test_each_sentence_of_a_prompt_may_have_its_own_adapters(work: Path) -> None:
+    ask = ("generate", "Which day follows day 3? What is 3 plus 1?", "--bundle", work / "bundle", *QUICK)
+    (found,) = json_lines(ok(*ask, "--prompt-routing", "sentences", "--json"))
+    assert [s["text"] for s in found["prompt_trace"]] == ["Which day follows day 3? ", "What is 3 plus 1?"]
+    shown = ok(*ask, "--prompt-routing", "sentences", "--show-routing")
+    assert "prompt's sentence" in shown
+    assert "Which day follows day 3?" in " ".join(shown.split())
+    assert "prompt's sentence" not in ok(*ask, "--show-routing")
+
+
 def test_a_fixed_mixture_needs_no_router(work: Path) -> None:
     parts = ("--model", work / "model", "--adapters", work / "adapters")
     (found,) = json_lines(ok("generate", "Hi", *parts, "--fixed", "sums=0.25,days", *QUICK, "--json"))

@@ -458,7 +458,7 @@ class TestCaches:
         turn = "<|im_end|>\n<|im_start|>user\nBut why?<|im_end|>\n<|im_start|>assistant\n"
         with torch.no_grad():
             engine.model(torch.tensor([tokens_of(turn)]), past_key_values=cache)
-        assert [c.prompt for c in router.asked] == ["Why is it?", "Why is it?\nSo.\nBut why?"]
+        assert router.asked == [Context("Why is it?"), Context("But why?", history="Why is it?\nSo.")]
 
     def test_a_next_turn_keeps_the_cache_or_recomputes_it(self, make_engine: MakeEngine) -> None:
         whole = torch.tensor([tokens_of("Why is it? But why?")])

@@ -646,7 +646,9 @@ class TestSettings:
     def test_using_refuses_what_it_does_not_know(self, make_engine: MakeEngine) -> None:
         engine = make_engine()
         with (
-            pytest.raises(ValueError, match=r"takes policy, kv_policy, switching, segmenter, router, not polcy"),
+            pytest.raises(
+                ValueError, match=r"takes policy, kv_policy, prompt_routing, switching, segmenter, router, not polcy"
+            ),
             engine.using(polcy=TopP()),
         ):
             pass

@@ -74,6 +74,7 @@ def engine(base: Path, lively_adapters: Path) -> Iterator[Engine]:
         switching=Switching(min_tokens=2, margin=0.01),
         segmenter=every_six,
         kv_policy="recompute",
+        prompt_routing="sentences",
     ) as engine:
         yield engine
 
@@ -94,6 +95,7 @@ class TestLoad:
         )
         same(loaded.generate(PROMPTS[0], **SETTINGS), in_memory.generate(PROMPTS[0], **SETTINGS))
         assert (loaded.policy, loaded.kv_policy, loaded.switching) == (TopP(0.6), "keep", Switching())
+        assert loaded.prompt_routing == "whole"
         assert not loaded.model.training
 
     def test_adapters_may_be_given_by_name(self, base: Path, lively_adapters: Path) -> None:
@@ -239,6 +241,7 @@ class TestBundle:
         assert loaded.policy == TopK(2, weighting="paper")
         assert loaded.switching == Switching(min_tokens=2, margin=0.01)
         assert loaded.kv_policy == "recompute"
+        assert loaded.prompt_routing == "sentences"
         assert loaded.bank.names == engine.bank.names
         expected = engine.generate(PROMPTS, **SETTINGS)
         assert len({s.mixture for generation in expected for s in generation.trace}) >= 3
@@ -270,9 +273,11 @@ class TestBundle:
             policy=TopK(k=1),
             switching=Switching(min_tokens=9),
             kv_policy="keep",
+            prompt_routing="whole",
             router=HashRouter(),
         )
         assert (loaded.policy, loaded.switching, loaded.kv_policy) == (TopK(k=1), Switching(min_tokens=9), "keep")
+        assert loaded.prompt_routing == "whole"
         assert isinstance(loaded.router, HashRouter)
 
     def test_a_bundle_may_be_put_on_another_base_model(self, engine: Engine, base: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 import string
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -8,7 +9,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from conftest import byte_tokenizer
+from conftest import EveryK, byte_tokenizer
+from dlp_lora.sentences import SentenceSegmenter
 from dlp_lora.text import Detokenizer, PromptReader, decode
 
 SPECIALS = ["<unk>", "<s>", "</s>"]
@@ -220,6 +222,39 @@ class TestPromptReader:
     def test_a_template_that_refuses_everything_reads_raw_text(self) -> None:
         tokenizer = chat_tokenizer("byte-level", "{{ raise_exception('no') }}")
         assert PromptReader(tokenizer)(tokenizer(" Why? ")["input_ids"]) == "Why?"
+
+    @pytest.mark.parametrize("chat", CHATS)
+    @pytest.mark.parametrize("template", TEMPLATES)
+    @pytest.mark.parametrize("kind", TOKENIZERS)
+    def test_sentences_of_a_chat_are_its_text_and_their_tokens_tile(self, kind: str, template: str, chat: str) -> None:
+        if (template, chat) == ("gemma", "with a system"):
+            pytest.skip("this template refuses the system role")
+        tokenizer = chat_tokenizer(kind, TEMPLATES[template])
+        messages = [{"role": role, "content": content} for role, content in CHATS[chat]]
+        encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        tokens, read = encoded["input_ids"], PromptReader(tokenizer)
+        passages = read.sentences(tokens, SentenceSegmenter)
+        assert "".join(passage.text for passage in passages).strip() == read(tokens)
+        assert len(passages) >= len(messages)
+        assert passages[0].start == 0
+        assert passages[-1].end < len(tokens)
+        for one, two in pairwise(passages):
+            assert one.end == two.start
+            assert two.history.strip() == (one.history + one.text).strip()
+        for passage in passages:
+            assert passage.text.strip() in decode(tokenizer, tokens[passage.start : passage.end])
+
+    @given(st.text(alphabet=st.sampled_from("aB. ?!\né漢👋<"), max_size=30), st.integers(1, 9), st.integers(1, 5))
+    @settings(deadline=None, max_examples=100)
+    def test_sentences_of_any_prompt_tile_it(self, text: str, k: int, min_tokens: int) -> None:
+        tokenizer = byte_tokenizer()
+        tokens = tokenizer(text)["input_ids"]
+        passages = PromptReader(tokenizer).sentences(tokens, lambda: EveryK(k), min_tokens=min_tokens)
+        assert text.lstrip().startswith("".join(passage.text for passage in passages).strip())
+        assert all(p.start < p.end <= len(tokens) - 1 and p.text.strip() for p in passages)
+        for one, two in pairwise(passages):
+            assert one.end == two.start >= one.start + min_tokens
+            assert text.encode()[: two.start].decode() == two.history  # no character is cut
 
     def test_broken_bytes_are_read_all_the_same(self) -> None:
         assert PromptReader(byte_tokenizer())([200, 64, 250]).strip("\ufffd")

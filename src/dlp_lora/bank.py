@@ -3,14 +3,17 @@
 
 A mixture of R adapters of rank r is one LoRA of rank R*r: their A's lie side by side along the rank axis, so do
 their B's, and the weights go into B. A sentence pays once for the choice, and each token pays two matmuls however
-many adapters the bank holds. Where rows of a batch differ, the pair holds the union of their adapters and a gate
-of shape (batch, 1, rank) weighs the low-rank activations row by row.
+many adapters the bank holds. Where rows of a batch differ, or sentences of a prompt, the pair holds the union of their
+adapters and a gate of shape (batch, 1, rank) or (batch, seq, rank) weighs the low-rank activations row by row or token
+by token.
 """
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dlp_lora.errors import AdapterError
@@ -67,8 +70,11 @@ class AdapterBank:
             for s, modules in enumerate(group.modules)
             for i, module in enumerate(modules)
         }
-        self._fused: tuple[Mixture, ...] | None = None  # what the buffers hold, if that is known
+        self._fused: tuple[tuple[Mixture, ...], int | None] | None = None  # what the buffers hold, if that is known
         self._running: set[str] = set()  # the adapters of the last mixtures that were fused
+        self._max_rank = 0  # of a compiled pass
+        self.is_padded = False  # what is fused is for a compiled pass
+        self.is_merged = False  # the base weights hold a mixture: nothing is fused beside it
         for adapter in adapters:
             self.add(adapter)
 
@@ -112,6 +118,7 @@ class AdapterBank:
                 for s in range(len(group.modules))
             ]
             group.reserve(sum(ranks), ranks)
+        self.pad(self._max_rank)
         self._fused = None  # making room may have emptied a buffer
 
     def remove(self, name: str) -> None:
@@ -127,14 +134,37 @@ class AdapterBank:
         touched = {g for name in self.adapters for g, _ in self._ranks[name]}
         return [group for g, group in enumerate(self.groups) if g in touched]
 
-    def fuse(self, mixtures: Sequence[Mixture]) -> None:
+    def pad(self, max_rank: int) -> None:
+        """Makes room for compiled passes, of mixtures of at most this rank in one layer; 0 for none."""
+        self._max_rank = max_rank
+        if not max_rank:
+            return
+        places = {place for own in self._ranks.values() for place in own}
+        for g, group in enumerate(self.groups):
+            group.pad([max_rank if (g, s) in places else 0 for s in range(len(group.modules))])
+        self._fused = None
+
+    def fuse(
+        self,
+        mixtures: Sequence[Mixture],
+        tokens: Int[Tensor, "batch seq"] | None = None,
+        *,
+        padded: bool = False,
+    ) -> None:
         """Fuses one mixture for the whole batch, or one a row, into every group's pairs.
+
+        With `tokens`, `mixtures[tokens[b, t]]` is that of one token alone, and the next pass must be over just these.
+        Where `padded`, for a compiled pass over as many rows as there are mixtures, if they fit in: then `is_padded`.
 
         Raises:
             AdapterError: if a mixture names an adapter that the bank does not hold.
         """
+        if self.is_merged:
+            return
         rows = tuple(mixtures) if len(set(mixtures)) > 1 else tuple(mixtures[:1])
-        if rows == self._fused:
+        tokens = None if len(rows) == 1 else tokens
+        asked = (rows, len(mixtures) if padded else None)
+        if asked == self._fused and tokens is None:
             return
         used = {name for row in rows for name in row}
         held = {**self.adapters, **self._retired}
@@ -144,20 +174,21 @@ class AdapterBank:
         union = [name for name in held if name in used]
         self._load(union)
         self._fused = None  # what breaks off half-way must be fused anew
+        self.is_padded = padded and self._fits(union)
         for g, group in enumerate(self.groups):
             here = [[name for name in union if (g, s) in self._blocks[name]] for s in range(len(group.modules))]
-            if not any(here):
+            if not any(here) and not (self.is_padded and any(group.padded)):
                 group.clear()
                 continue
             blocks = [[self._blocks[name][g, s] for name in names] for s, names in enumerate(here)]
-            if len(rows) == 1:
+            if len(rows) == 1 and not self.is_padded:
                 group.write(blocks, [[rows[0][name] for name in names] for names in here], None)
             else:
-                columns = [
-                    pair for names, own in zip(here, blocks, strict=True) for pair in zip(names, own, strict=True)
-                ]
-                group.write(blocks, [[1.0] * len(names) for names in here], self._gate(rows, columns))
-        self._fused, self._running = rows, used
+                gate = self._gate(rows, here, blocks, group.padded if self.is_padded else None)
+                gate = gate[:, None] if tokens is None else gate[tokens.to(self._device)]
+                ones = [[1.0] * len(names) for names in here]
+                group.write(blocks, ones, gate, batch=len(mixtures) if self.is_padded else None)
+        self._fused, self._running = asked if tokens is None else None, used
         for name in set(self._retired) - used:
             self._forget(name)
 
@@ -165,10 +196,26 @@ class AdapterBank:
         """Fuses nothing: the base model."""
         self.fuse([Mixture()])
 
-    def _gate(self, rows: Sequence[Mixture], columns: Sequence[tuple[str, Block]]) -> Tensor:
-        weights = torch.tensor([[row.get(name, 0.0) for name, _ in columns] for row in rows], dtype=torch.float32)
-        ranks = torch.tensor([block.rank for _, block in columns])
-        return weights.repeat_interleave(ranks, dim=1)[:, None].to(self._device, self._dtype)
+    def _gate(
+        self,
+        rows: Sequence[Mixture],
+        names: Sequence[Sequence[str]],
+        blocks: Sequence[Sequence[Block]],
+        padded: Sequence[int] | None,
+    ) -> Float[Tensor, "mixtures rank"]:
+        parts = []
+        for s, (here, own) in enumerate(zip(names, blocks, strict=True)):
+            weights = torch.tensor([[row.get(name, 0.0) for name in here] for row in rows], dtype=torch.float32)
+            weights = weights.repeat_interleave(torch.tensor([block.rank for block in own], dtype=torch.long), dim=1)
+            parts.append(weights if padded is None else F.pad(weights, (0, padded[s] - weights.shape[1])))
+        return torch.cat(parts, dim=1).to(self._device, self._dtype)
+
+    def _fits(self, names: Sequence[str]) -> bool:
+        return all(
+            sum(self._ranks[name].get((g, s), 0) for name in names) <= rank
+            for g, group in enumerate(self.groups)
+            for s, rank in enumerate(group.padded)
+        )
 
     def _load(self, names: Sequence[str]) -> None:
         """Has the blocks of the named adapters in memory, as the most recently used."""

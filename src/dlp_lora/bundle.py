@@ -1,6 +1,6 @@
 """A bundle: one folder that holds all that an engine needs beside the base model, or the base model's name.
 
-bundle.json            base model, policy, switching, KV policy, and a hash of each adapter
+bundle.json            base model, policy, switching, KV policy, prompt routing, and a hash of each adapter
 adapters/<name>/       ordinary PEFT adapter folders
 router/                the router, if there is one
 """
@@ -16,7 +16,7 @@ from typing import Any, get_args
 from dlp_lora.errors import BundleError
 from dlp_lora.folders import recover_folder, replace_folder
 from dlp_lora.peft_format import CONFIG_FILE, WEIGHTS_FILE, content_hash
-from dlp_lora.policy import KVPolicy, Switching, policy_from_dict
+from dlp_lora.policy import KVPolicy, PromptRouting, Switching, policy_from_dict
 from dlp_lora.router import Router
 
 BUNDLE_FILE = "bundle.json"
@@ -34,6 +34,7 @@ class Bundle:
     policy: Mapping[str, Any]
     switching: Mapping[str, Any]
     kv_policy: str
+    prompt_routing: str
 
 
 def is_bundle(path: str | Path) -> bool:
@@ -65,6 +66,7 @@ def read_bundle(path: str | Path) -> Bundle:
             policy=data["policy"],
             switching=data["switching"],
             kv_policy=data["kv_policy"],
+            prompt_routing=data.get("prompt_routing", "whole"),  # older bundles know no other
         )
         for value, kind in ((bundle.base_model, str), (bundle.policy, dict), (bundle.switching, dict)):
             if not isinstance(value, kind):
@@ -73,6 +75,10 @@ def read_bundle(path: str | Path) -> Bundle:
         Switching(**bundle.switching)
         if bundle.kv_policy not in get_args(KVPolicy):
             raise ValueError(f"kv_policy {bundle.kv_policy!r} where one of {get_args(KVPolicy)} is expected")
+        if bundle.prompt_routing not in get_args(PromptRouting):
+            raise ValueError(
+                f"prompt_routing {bundle.prompt_routing!r} where one of {get_args(PromptRouting)} is expected"
+            )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BundleError(f"{path / BUNDLE_FILE} is damaged ({error!r}); make the bundle again") from error
     for name, folder in bundle.adapters.items():
@@ -95,6 +101,7 @@ def write_bundle(
     policy: Mapping[str, Any],
     switching: Mapping[str, Any],
     kv_policy: str,
+    prompt_routing: str,
 ) -> None:
     """Writes a bundle folder; the one that was there before is replaced at the very end.
 
@@ -122,6 +129,7 @@ def write_bundle(
             "policy": dict(policy),
             "switching": dict(switching),
             "kv_policy": kv_policy,
+            "prompt_routing": prompt_routing,
         }
         (folder / BUNDLE_FILE).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 

@@ -1,8 +1,9 @@
 """The controller: before each forward pass of the model, it decides which mixture each row has (Fig. 1).
 
 It watches the tokens that go into the model. A forward that starts a KV cache is a prompt: the router reads it
-whole. One more token on a cache is a decoding step: where the token opens a new sentence, the router reads the
-history and that token, and the pass that encodes the token already runs under the new mixture.
+whole, for the opening of the answer, and with `prompt_routing="sentences"` each of its sentences, too. One more token
+on a cache is a decoding step: where the token opens a new sentence, the router reads the history and that token, and
+the pass that encodes the token already runs under the new mixture.
 
 What is known of each row lives on the KV cache object, so rows follow the cache wherever it goes: reordered by
 beam search, copied, cropped, or handed back by the caller with the next token.
@@ -10,31 +11,33 @@ beam search, copied, cropped, or handed back by the caller with the next token.
 
 import time
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import Cache, PreTrainedTokenizerBase
 
 from dlp_lora.bank import AdapterBank
 from dlp_lora.errors import PromptError, RouterError
-from dlp_lora.policy import FusionPolicy, KVPolicy, Mixture, Switching, choose
+from dlp_lora.policy import FusionPolicy, KVPolicy, Mixture, PromptRouting, Switching, choose
 from dlp_lora.router import Context, Router
 from dlp_lora.sentences import Segmenter
-from dlp_lora.text import Detokenizer, PromptReader
+from dlp_lora.text import Detokenizer, Passage, PromptReader
 
 ROWS = "_dlp_lora_rows"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sentence:
-    """One generated sentence and how it was routed: an entry of a trace.
+    """One sentence and how it was routed: an entry of a trace.
 
-    `start` and `end` are positions among the generated tokens. `probabilities` is empty where no router was
-    asked (`fixed`, `disabled`). `switched` is true where the mixture differs from the sentence before;
-    `abstained` where the policy chose no adapter, so the base model alone spoke. Times are in milliseconds.
+    `start` and `end` are positions among the generated tokens, or among those of the prompt, padding left out.
+    `probabilities` is empty where no router was asked (`fixed`, `disabled`). `switched` is true where the mixture
+    differs from the sentence before; `abstained` where the policy chose no adapter, so the base model alone spoke.
+    Times are in milliseconds.
     """
 
     text: str
@@ -68,8 +71,9 @@ class Decision:
 
 @dataclass
 class Row:
-    """One row of a batch: its prompt, what was generated so far and the decisions taken."""
+    """One row of a batch: its prompt with the turns before, what was generated so far and the decisions taken."""
 
+    history: str
     prompt: str
     detokenizer: Detokenizer
     segmenter: Segmenter
@@ -77,6 +81,7 @@ class Row:
     text: str = ""
     num_tokens: int = 0
     ended: bool = False
+    prompt_trace: tuple[Sentence, ...] = ()
 
     @property
     def mixture(self) -> Mixture:
@@ -101,6 +106,7 @@ class Row:
     def copy(self) -> "Row":
         """Returns a copy that goes its own way."""
         return Row(
+            self.history,
             self.prompt,
             self.detokenizer.copy(),
             self.segmenter.copy(),
@@ -108,6 +114,7 @@ class Row:
             self.text,
             self.num_tokens,
             self.ended,
+            self.prompt_trace,
         )
 
     def sentences(self) -> list[Sentence]:
@@ -153,6 +160,7 @@ class Controller:
         segmenter: Callable[[], Segmenter],
         switching: Switching,
         kv_policy: KVPolicy,
+        prompt_routing: PromptRouting = "whole",
         eos_ids: frozenset[int] = frozenset(),
         pad_ids: frozenset[int] = frozenset(),
     ) -> None:
@@ -163,8 +171,10 @@ class Controller:
         self.segmenter = segmenter
         self.switching = switching
         self.kv_policy = kv_policy
+        self.prompt_routing = prompt_routing
         self.eos_ids = eos_ids
         self.pad_ids = pad_ids
+        self.is_compiled = False  # decoding steps over a static cache run compiled
         self.fixed: tuple[Mixture, ...] | None = None
         self.latest: CachedRows | None = None  # the rows of the last forward pass
         self._read_prompt = PromptReader(tokenizer)
@@ -190,9 +200,10 @@ class Controller:
         cache = kwargs.get("past_key_values")
         known: CachedRows | None = getattr(cache, ROWS, None) if cache is not None else None
         length = int(cache.get_seq_length()) if cache is not None else 0
+        mask = kwargs.get("attention_mask")
         switched = False
         if known is None or length == 0:
-            self.latest = CachedRows(self._prompt_rows(ids, kwargs.get("attention_mask")), ids)
+            self.latest = CachedRows(self._prompt_rows(ids, mask), ids)
         elif ids.shape[1] == 1 and known.ids.shape[1] == length:
             known.ids = torch.cat([known.ids, ids], dim=1)
             self.latest = known
@@ -201,13 +212,18 @@ class Controller:
         else:
             # A cropped cache, or several tokens at once (the next turn of a chat, a chunk of a long prompt).
             whole = torch.cat([known.ids[:, :length], ids], dim=1)
-            self.latest = CachedRows(self._prompt_rows(whole, kwargs.get("attention_mask")), whole)
-            switched = [row.mixture for row in self.latest.rows] != [row.mixture for row in known.rows]
+            self.latest = CachedRows(self._prompt_rows(whole, mask), whole)
+            switched = any(
+                # What the cached tokens are sentences of has changed with the text.
+                bool(row.prompt_trace) or row.mixture != before.mixture
+                for row, before in zip(self.latest.rows, known.rows, strict=True)
+            )
         if cache is not None:
             _bind(cache, self.latest)
-        self._fuse(self.latest.rows)
         if switched and self.kv_policy == "recompute":
+            self._fuse(self.latest, kwargs, num_tokens=self.latest.ids.shape[1])
             return self._recompute(self.latest.ids, kwargs, num_logits=ids.shape[1])
+        self._fuse(self.latest, kwargs, num_tokens=ids.shape[1])
         return None
 
     def _after(self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -225,31 +241,75 @@ class Controller:
                 self._step([row], [token])
         return rows
 
-    def _fuse(self, rows: Sequence[Row]) -> None:
+    def _fuse(self, cached: CachedRows, kwargs: Mapping[str, Any], *, num_tokens: int) -> None:
+        """Fuses for a pass over the last `num_tokens` tokens."""
         start = time.perf_counter()
-        self.bank.fuse([row.mixture for row in rows])
+        rows = cached.rows
+        # The last token of a prompt belongs to the answer, so a pass over one token is none over a prompt's sentences.
+        if num_tokens > 1 and self.fixed is None and any(row.prompt_trace for row in rows):
+            if isinstance(kwargs.get("logits_to_keep"), Tensor):
+                raise ValueError("with prompt_routing='sentences', logits_to_keep must be a number, not positions")
+            kept = _kept(cached.ids, kwargs.get("attention_mask"))
+            self.bank.fuse(*_by_token(rows, kept, num_tokens=num_tokens))
+        else:
+            # What is disabled is the base bit for bit, which a compiled pass is not.
+            is_disabled = self.fixed is not None and not any(self.fixed)
+            padded = self.is_compiled and num_tokens == 1 and not is_disabled and _is_static(kwargs)
+            self.bank.fuse([row.mixture for row in rows], padded=padded)
         fuse_ms = (time.perf_counter() - start) * 1e3
         for row in rows:
             if row.decisions[-1].fuse_ms == 0.0:
                 row.decisions[-1].fuse_ms = fuse_ms
 
     def _prompt_rows(self, ids: Tensor, mask: Tensor | None) -> list[Row]:
-        batch, length = ids.shape
-        fixed = self._fixed_for(batch)
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            kept = [row[m[-length:].bool()].tolist() for row, m in zip(ids, mask, strict=True)]
+        tokens = [row[kept].tolist() for row, kept in zip(ids, _kept(ids, mask), strict=True)]
+        turns = [self._read_prompt.turns(own) for own in tokens]
+        passages = [self._passages(own) for own in tokens]
+        fixed = self._fixed_for(len(turns))
+        if fixed:
+            routed = [Decision(0, 0, m) for own, m in zip(passages, fixed, strict=True) for _ in own]
+            decisions = [Decision(0, 0, mixture) for mixture in fixed]
         else:
-            kept = ids.tolist()
-        prompts = [self._read_prompt(tokens) for tokens in kept]
-        decisions = (
-            [Decision(0, 0, mixture) for mixture in fixed]
-            if fixed
-            else self._decide([Context(prompt) for prompt in prompts], [(0, 0)] * batch)
-        )
+            contexts = [Context(p.text.strip(), history=p.history.strip()) for own in passages for p in own]
+            contexts = [*(Context(prompt, history=history) for history, prompt in turns), *contexts]
+            decisions = self._decide(contexts, [(0, 0)] * len(contexts))
+            decisions, routed = decisions[: len(turns)], decisions[len(turns) :]
+        following = iter(routed)
         return [
-            Row(prompt, Detokenizer(self.tokenizer), self.segmenter(), [decision])
-            for prompt, decision in zip(prompts, decisions, strict=True)
+            Row(
+                history,
+                prompt,
+                Detokenizer(self.tokenizer),
+                self.segmenter(),
+                [decision],
+                prompt_trace=self._prompt_trace(own, following),
+            )
+            for (history, prompt), decision, own in zip(turns, decisions, passages, strict=True)
         ]
+
+    def _passages(self, tokens: Sequence[int]) -> list[Passage]:
+        if self.prompt_routing == "whole":
+            return []
+        return self._read_prompt.sentences(tokens, self.segmenter, min_tokens=self.switching.min_tokens)
+
+    def _prompt_trace(self, passages: Sequence[Passage], decisions: Iterator[Decision]) -> tuple[Sentence, ...]:
+        trace: list[Sentence] = []
+        for passage, decision in zip(passages, decisions, strict=False):
+            if trace:
+                self._hold(trace[-1].mixture, decision)
+            trace.append(
+                Sentence(
+                    text=passage.text,
+                    start=passage.start,
+                    end=passage.end,
+                    probabilities=decision.probabilities,
+                    mixture=decision.mixture,
+                    switched=bool(trace) and decision.mixture != trace[-1].mixture,
+                    abstained=decision.abstained,
+                    route_ms=decision.route_ms,
+                )
+            )
+        return tuple(trace)
 
     def _fix(self, rows: Sequence[Row]) -> bool:
         """Takes up mixtures that were fixed after the cache was begun. True if a mixture changed."""
@@ -277,7 +337,7 @@ class Controller:
             for (row, _), (start, offset) in zip(opening, positions, strict=True):
                 row.decisions.append(Decision(start, offset, row.mixture))
             return False
-        contexts = [Context(row.prompt, row.text[:offset], row.text[offset:]) for row, offset in opening]
+        contexts = [Context(row.prompt, row.text[:at], row.text[at:], row.history) for row, at in opening]
         decisions = self._decide(contexts, positions)
         for (row, _), decision in zip(opening, decisions, strict=True):
             self._hold(row.mixture, decision)
@@ -310,7 +370,7 @@ class Controller:
         # Hysteresis: near a tie, going back and forth between adapters costs more than it gains.
         if not decision.mixture and self.switching.unsure == "keep":
             decision.mixture = current
-        if not current or not decision.mixture:
+        if not current or not decision.mixture or not decision.probabilities:
             return
         in_use = decision.probabilities.get(next(iter(current)), 0.0)
         if max(decision.probabilities.values()) - in_use < self.switching.margin:
@@ -341,6 +401,36 @@ class Controller:
             kwargs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
         # The caller expects logits for the tokens that it gave.
         return (), {"logits_to_keep": num_logits, **kwargs, "input_ids": ids}
+
+
+def _is_static(kwargs: Mapping[str, Any]) -> bool:
+    cache = kwargs.get("past_key_values")
+    return isinstance(cache, Cache) and bool(cache.is_compileable)
+
+
+def _kept(ids: Tensor, mask: Any) -> Bool[Tensor, "batch seq"]:
+    """Which tokens are no padding. Only a mask of (batch, seq) tells."""
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return mask[:, -ids.shape[1] :].bool()
+    return torch.ones_like(ids, dtype=torch.bool)
+
+
+def _by_token(
+    rows: Sequence[Row], kept: Bool[Tensor, "batch seq"], *, num_tokens: int
+) -> tuple[list[Mixture], Int[Tensor, "batch tokens"]]:
+    """The mixtures that the last `num_tokens` tokens are encoded under, and which of them each token has.
+
+    A sentence of the prompt has its own, all that follows the one in force now.
+    """
+    mixtures = [row.mixture for row in rows]
+    numbers = torch.arange(len(rows))[:, None].repeat(1, kept.shape[1])
+    for row, own, columns in zip(rows, numbers, kept.cpu(), strict=True):
+        places = columns.nonzero()[:, 0]
+        for sentence in row.prompt_trace:
+            own[places[sentence.start : sentence.end]] = len(mixtures)
+            mixtures.append(sentence.mixture)
+    used, tokens = numbers[:, -num_tokens:].unique(return_inverse=True)
+    return [mixtures[i] for i in used.tolist()], tokens
 
 
 def _bind(cache: Cache, rows: CachedRows) -> None:

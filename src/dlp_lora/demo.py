@@ -170,7 +170,7 @@ def _router(
     router, report = train_router(
         tasks,
         load_tokenizer(str(model)),
-        RouterTrainingArgs(epochs=args.router_epochs, mix={**MIX, "serial": 4}),
+        RouterTrainingArgs(epochs=args.router_epochs, mix={**MIX, "serial": 4.0}),
         on_step=on_step,
     )
     router.save_pretrained(folder)

@@ -9,7 +9,9 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import wraps
 from pathlib import Path
+from types import MethodType
 from typing import Any, cast, get_args
 
 import torch
@@ -24,28 +26,37 @@ from dlp_lora.bank import AdapterBank
 from dlp_lora.bundle import write_bundle
 from dlp_lora.controller import CachedRows, Controller, Row, Sentence
 from dlp_lora.errors import AdapterError, PromptError, RouterError
-from dlp_lora.fused import attach, detach
-from dlp_lora.policy import FusionPolicy, KVPolicy, Mixture, Switching, TopP, policy_to_dict
+from dlp_lora.fused import attach, detach, merged
+from dlp_lora.policy import FusionPolicy, KVPolicy, Mixture, PromptRouting, Switching, TopP, policy_to_dict
 from dlp_lora.router import Context, Router
 from dlp_lora.sentences import Segmenter, SentenceSegmenter
 from dlp_lora.streaming import Abandoned, Piece, PieceStreamer
 
-SETTINGS = ("policy", "kv_policy", "switching", "segmenter", "router")
+SETTINGS = ("policy", "kv_policy", "prompt_routing", "switching", "segmenter", "router")
+CHOICES = {"kv_policy": get_args(KVPolicy), "prompt_routing": get_args(PromptRouting)}
 Message = Mapping[str, str]
 Adapters = str | Path | Mapping[str, str | Path]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """One generated answer: its text, its tokens (the last may be end-of-sequence), and its trace by sentence."""
+    """One generated answer: its text, its tokens (the last may be end-of-sequence), and its trace by sentence.
+
+    `prompt_trace` is that of a prompt whose sentences were routed each; its positions are among the prompt's tokens.
+    """
 
     text: str
     tokens: tuple[int, ...]
     trace: tuple[Sentence, ...]
+    prompt_trace: tuple[Sentence, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Gives the answer as JSON data."""
-        return {"text": self.text, "trace": [sentence.to_dict() for sentence in self.trace]}
+        traces = {"prompt_trace": self.prompt_trace} if self.prompt_trace else {}
+        return {
+            "text": self.text,
+            **{name: [s.to_dict() for s in trace] for name, trace in {**traces, "trace": self.trace}.items()},
+        }
 
 
 class Engine:
@@ -65,9 +76,9 @@ class Engine:
         segmenter: Callable[[], Segmenter] = SentenceSegmenter,
         switching: Switching | None = None,
         kv_policy: KVPolicy = "keep",
+        prompt_routing: PromptRouting = "whole",
     ) -> None:
-        if kv_policy not in ("keep", "recompute"):
-            raise ValueError(f"kv_policy must be 'keep' or 'recompute', got {kv_policy!r}")
+        _check_choices(kv_policy=kv_policy, prompt_routing=prompt_routing)
         if router is not None:
             check_names(router.names, bank.names)
         self.model = model
@@ -82,10 +93,14 @@ class Engine:
             segmenter=segmenter,
             switching=switching or Switching(),
             kv_policy=kv_policy,
+            prompt_routing=prompt_routing,
             eos_ids=_ids(generation.eos_token_id) | _ids(tokenizer.eos_token_id),
             pad_ids=_ids(generation.pad_token_id) | _ids(tokenizer.pad_token_id),
         )
         attach(model, bank)
+        self._overridden = {name: vars(model).get(name) for name in ("forward", "get_compiled_call")}
+        # `generate` over a static cache on a GPU would compile the controller, too.
+        vars(model)["get_compiled_call"] = MethodType(_own_call, model)
         self._handles = self._controller.install(model)
 
     @property
@@ -106,6 +121,11 @@ class Engine:
     def kv_policy(self) -> KVPolicy:
         """What a switch does to the KV cache: "keep" it, or "recompute" it under the new mixture."""
         return self._controller.kv_policy
+
+    @property
+    def prompt_routing(self) -> PromptRouting:
+        """Whether a prompt is encoded as a "whole" under one mixture, or its "sentences" each under its own (Eq. 6)."""
+        return self._controller.prompt_routing
 
     @property
     def switching(self) -> Switching:
@@ -201,6 +221,8 @@ class Engine:
             AdapterError: if the bank holds no adapter of a name.
         """
         mixtures = [mixture] if isinstance(mixture, Mapping) else list(mixture)
+        if self.bank.is_merged:
+            raise ValueError("the base weights hold another mixture; leave engine.merged() first")
         if not mixtures:
             raise ValueError("engine.fixed needs a mixture, or a list of one a row")
         unknown = {name for m in mixtures for name in m} - set(self.bank.names)
@@ -216,6 +238,18 @@ class Engine:
             self._controller.fixed = before
 
     @contextmanager
+    def merged(self, mixture: Mapping[str, float]) -> Iterator["Engine"]:
+        """As `fixed`, with the mixture added to the base weights: a token costs what it costs the base model.
+
+        The weights that it changes are held twice meanwhile, and come back bit for bit.
+
+        Raises:
+            ModelError: if a layer has no weight of its own to add to, as a quantised or tied one.
+        """
+        with self.fixed(mixture), merged(self.model, self.bank, Mixture(mixture)):
+            yield self
+
+    @contextmanager
     def disabled(self) -> Iterator["Engine"]:
         """The base model, bit for bit."""
         with self.fixed({}):
@@ -223,12 +257,11 @@ class Engine:
 
     @contextmanager
     def using(self, **settings: Any) -> Iterator["Engine"]:
-        """Changes `policy`, `kv_policy`, `switching`, `segmenter` or `router` for a while, as an ablation does."""
+        """Changes `policy`, `kv_policy`, `prompt_routing`, `switching`, `segmenter` or `router` for a while."""
         unknown = set(settings) - set(SETTINGS)
         if unknown:
             raise ValueError(f"engine.using takes {', '.join(SETTINGS)}, not {', '.join(unknown)}")
-        if settings.get("kv_policy", "keep") not in get_args(KVPolicy):
-            raise ValueError(f"kv_policy must be 'keep' or 'recompute', got {settings['kv_policy']!r}")
+        _check_choices(**{name: settings[name] for name in CHOICES if name in settings})
         if settings.get("router") is not None:
             check_names(settings["router"].names, self.bank.names)
         before = {name: getattr(self._controller, name) for name in settings}
@@ -237,6 +270,34 @@ class Engine:
             yield self
         finally:
             self._controller.__dict__.update(before)
+
+    def compile(self, *, max_rank: int = 64, **kwargs: Any) -> None:
+        """Compiles decoding steps over a static cache, once for each batch size and length of the cache.
+
+        A step then computes with `max_rank` in each adapted layer, whatever the mixture, so that no switch compiles
+        anew; buffers stay where they are, as CUDA graphs need. Prompts, wider mixtures, other caches and `disabled` run
+        as ever.
+
+            engine.compile(mode="reduce-overhead")
+            engine.generate(prompt, cache_implementation="static", max_cache_len=4096)
+
+        Args:
+            max_rank: the largest rank of a mixture in one layer, all its adapters together.
+            kwargs: go to `torch.compile`.
+        """
+        if max_rank < 1:
+            raise ValueError(f"max_rank must be at least 1, got {max_rank}")
+        self._restore("forward")
+        self.bank.pad(max_rank)
+        plain = self.model.forward
+        compiled = torch.compile(plain, **{"dynamic": False, **kwargs})
+
+        @wraps(plain)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return (compiled if self.bank.is_padded else plain)(*args, **kwargs)
+
+        vars(self.model)["forward"] = forward
+        self._controller.is_compiled = True
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes a bundle: adapters, router, policy, and the base model's name. A bundle there is replaced at the end.
@@ -252,6 +313,7 @@ class Engine:
             policy=policy_to_dict(self.policy),
             switching=asdict(self.switching),
             kv_policy=self.kv_policy,
+            prompt_routing=self.prompt_routing,
         )
 
     def push_to_hub(self, repo_id: str, *, private: bool = True) -> str:
@@ -268,8 +330,15 @@ class Engine:
         """Takes the adapters off and gives the base model back, bit for bit as it was."""
         for handle in self._handles:
             handle.remove()
+        for name in self._overridden:
+            self._restore(name)
         detach(self.model)
         return self.model
+
+    def _restore(self, name: str) -> None:
+        vars(self.model).pop(name, None)
+        if self._overridden[name] is not None:
+            vars(self.model)[name] = self._overridden[name]
 
     def _encode(self, chats: Sequence[str | Sequence[Message]], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
         rows = [self._tokens(chat) for chat in chats]
@@ -329,13 +398,25 @@ class Engine:
 
     def _generation(self, row: Row, tokens: Sequence[int]) -> Generation:
         row.finish(tokens)
-        return Generation(text=row.text, tokens=tuple(tokens), trace=tuple(row.sentences()))
+        return Generation(
+            text=row.text, tokens=tuple(tokens), trace=tuple(row.sentences()), prompt_trace=row.prompt_trace
+        )
 
     def __enter__(self) -> "Engine":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.detach()
+
+
+def _own_call(model: PreTrainedModel, _: Any) -> Callable[..., Any]:
+    return model.__call__
+
+
+def _check_choices(**settings: str) -> None:
+    for name, value in settings.items():
+        if value not in CHOICES[name]:
+            raise ValueError(f"{name} must be {' or '.join(map(repr, CHOICES[name]))}, got {value!r}")
 
 
 def _has_read(row: Row, read: Sequence[int], answer: Sequence[int]) -> bool:

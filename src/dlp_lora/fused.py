@@ -4,7 +4,9 @@
 read the same input; `detach` puts the very same base layers back.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,7 @@ from dlp_lora.bank import AdapterBank
 from dlp_lora.errors import AdapterError, ModelError
 from dlp_lora.group import Group, LowRank
 from dlp_lora.peft_format import Adapter, read_base_copies
+from dlp_lora.policy import Mixture
 
 # Names of layers of one parent that read one input, in the order they are called.
 SIBLINGS = (
@@ -68,7 +71,7 @@ class FusedLinear(nn.Module):
         y = self._base(x)
         h = x.to(pair.a.dtype) @ pair.a  # (batch, seq, rank)
         if self.group.gate is not None:
-            h = h * self.group.gate[..., pair.rows]
+            h = h * self._gate(x)[..., pair.rows]
         fused = torch.addmm(y.view(-1, y.shape[-1]).to(pair.b.dtype), h.view(-1, h.shape[-1]), pair.b)
         return fused.view(y.shape).to(y.dtype)
 
@@ -86,7 +89,7 @@ class FusedLinear(nn.Module):
         y = F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
         base, low = y[:, :width], y[:, width:]  # (batch * seq, sum of d_out), (batch * seq, rank)
         if self.group.gate is not None:
-            low = (low.view(*x.shape[:-1], -1) * self.group.gate).view(low.shape)
+            low = (low.view(*x.shape[:-1], -1) * self._gate(x)).view(low.shape)
         ready = []
         for columns, rows, b in parts:
             out = base[:, columns]
@@ -94,6 +97,10 @@ class FusedLinear(nn.Module):
                 out = torch.addmm(out, low[:, rows], b)
             ready.append(out.view(*x.shape[:-1], -1))
         return ready
+
+    def _gate(self, x: Tensor) -> Tensor:
+        # The head of a model may be given the last tokens alone.
+        return self.group.gate[:, -x.shape[1] :]  # type: ignore[index]
 
     @property
     def weight(self) -> Tensor:
@@ -175,6 +182,41 @@ def detach(model: nn.Module) -> None:
         if isinstance(module, FusedLinear):
             module.group.unstack()
             model.set_submodule(name, module.base_layer)
+
+
+@contextmanager
+def merged(model: nn.Module, bank: AdapterBank, mixture: Mixture) -> Iterator[None]:
+    """Adds a mixture to the base weights for a while: `W + B A`, in float32 and rounded once.
+
+    A copy of the weights that it changes gives them back, bit for bit; to subtract it again would drift.
+
+    Raises:
+        ModelError: if a layer has no weight of its own to add to.
+    """
+    bank.fuse([mixture])
+    found: list[tuple[FusedLinear, LowRank]] = []
+    for module in (module for module in model.modules() if isinstance(module, FusedLinear)):
+        pairs = module.group.active and module.group.active[module.sibling]
+        if pairs:
+            found.append((module, pairs[module.layer]))
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    for module, _ in found:
+        if not module.weight.is_floating_point() or uses[id(module.weight)] != 1:
+            name = module.group.modules[module.sibling][module.layer]
+            raise ModelError(f"{name} is quantised or shares its weight with another layer; use fixed() instead")
+    pristine = [(module.weight.data, module.weight.detach().clone()) for module, _ in found]
+    try:
+        for module, (a, b, _) in found:
+            delta = a.detach().float() @ b.detach().float()  # (d_in, d_out)
+            delta = delta if isinstance(module.base_layer, Conv1D) else delta.T
+            module.weight.data.copy_(module.weight.data.float() + delta)
+        bank.clear()
+        bank.is_merged = True
+        yield
+    finally:
+        bank.is_merged = False
+        for (module, _), (_, weight) in zip(found, pristine, strict=True):
+            module.weight.data.copy_(weight)
 
 
 def _are_alike(layers: Sequence[nn.Module]) -> bool:

@@ -58,8 +58,11 @@ class Group:
 
     `modules[s][i]` is the name of sibling `s` in layer `i`. `active` is None while the mixture touches none of them,
     else `active[s][i]` is a sibling's pair in a layer, None where it has none; `projections[i]` is the same for
-    a layer whose weights are stacked. `gate` is None while all rows share one mixture. Buffers stay where they are
-    until a mixture does not fit in.
+    a layer whose weights are stacked. `gate` is None while all rows share one mixture; else it weighs the low-rank
+    activations row by row, or token by token. Buffers stay where they are until a mixture does not fit in.
+
+    A compiled pass must find tensors of one shape at one place, whatever the mixture. `write(..., batch=...)` gives it
+    the ranks that `padded` says for each sibling, and a gate that is zero beyond the mixture.
     """
 
     def __init__(
@@ -76,8 +79,10 @@ class Group:
         self.d_outs = tuple(d_outs)
         self.active: list[list[LowRank] | None] | None = None
         self.projections: list[Projection] | None = None
-        self.gate: Float[Tensor, "batch 1 rank"] | None = None
+        self.gate: Float[Tensor, "batch _ rank"] | None = None  # one for all tokens of a row, or one for each
         self.num_allocations = 0
+        self.padded = (0,) * len(self.modules)
+        self._gates: dict[int, Tensor] = {}  # by batch
         self._ends = tuple(accumulate(self.d_outs, initial=0))  # of the siblings' rows in a stacked weight
         self._a = torch.empty(self.num_layers, 0, d_in, dtype=dtype, device=device)
         self._b = [torch.empty(self.num_layers, 0, d_out, dtype=dtype, device=device) for d_out in self.d_outs]
@@ -105,7 +110,7 @@ class Group:
         """Lays the weights of the siblings, `linears[s][i]`, and A into one tensor; the weights become views of it."""
         self._linears = [list(layers) for layers in linears]
         weight = self._linears[0][0].weight
-        self._b = [torch.empty_like(b, dtype=weight.dtype, device=weight.device) for b in self._b]
+        self._b = [torch.zeros_like(b, dtype=weight.dtype, device=weight.device) for b in self._b]
         self._lay(self.capacity)
 
     def unstack(self) -> None:
@@ -125,7 +130,7 @@ class Group:
         """Makes room for mixtures of this rank, all siblings together, and of `ranks` for each of them."""
         for s, (b, needed) in enumerate(zip(self._b, ranks, strict=True)):
             if needed > b.shape[1]:
-                self._b[s] = b.new_empty(b.shape[0], needed, b.shape[2])
+                self._b[s] = b.new_zeros(b.shape[0], needed, b.shape[2])
                 self._views.clear()
                 self.num_allocations += 1
         if rank > self.capacity:
@@ -133,21 +138,49 @@ class Group:
             self._views.clear()
             self.num_allocations += 1
 
-    def write(self, blocks: Sequence[Sequence[Block]], weights: Sequence[Sequence[float]], gate: Tensor | None) -> None:
-        """Lays the blocks of each sibling side by side, B times its weight, and makes them the active pairs."""
+    def pad(self, ranks: Sequence[int]) -> None:
+        """Makes room for compiled passes, with this rank for each sibling."""
+        if self.padded == tuple(ranks):
+            return
+        self.padded = tuple(ranks)
+        self.reserve(sum(ranks), ranks)
+        self._views.clear()
+        self._gates.clear()
+
+    def write(
+        self,
+        blocks: Sequence[Sequence[Block]],
+        weights: Sequence[Sequence[float]],
+        gate: Tensor | None,
+        *,
+        batch: int | None = None,
+    ) -> None:
+        """Lays the blocks of each sibling side by side, B times its weight, and makes them the active pairs.
+
+        With a `batch`, for a compiled pass over as many rows: then the gate, too, is padded.
+        """
         ranks = tuple(sum(block.rank for block in own) for own in blocks)
+        if batch is not None:
+            ranks = self.padded
         if sum(ranks) > self.capacity or any(r > b.shape[1] for r, b in zip(ranks, self._b, strict=True)):
             grown = [r if r <= b.shape[1] else max(r, 2 * b.shape[1]) for r, b in zip(ranks, self._b, strict=True)]
             self.reserve(self.capacity if sum(ranks) <= self.capacity else max(sum(ranks), 2 * self.capacity), grown)
         row = 0
-        for own, own_weights, b in zip(blocks, weights, self._b, strict=True):
+        for own, own_weights, b, rank in zip(blocks, weights, self._b, ranks, strict=True):
             start = 0
             for block, weight in zip(own, own_weights, strict=True):
-                self._a[:, row : row + block.rank].copy_(block.a)
+                self._a[:, row + start : row + start + block.rank].copy_(block.a)
                 torch.mul(block.b, weight, out=b[:, start : start + block.rank])
-                row, start = row + block.rank, start + block.rank
-        self.gate = None if gate is None else gate.to(self._a.dtype)
+                start += block.rank
+            row += rank
         self.active, self.projections = self._view(ranks)
+        if batch is None or gate is None:
+            self.gate = None if gate is None else gate.to(self._a.dtype)
+            return
+        if batch not in self._gates:
+            self._gates[batch] = _in_place(self._a.new_zeros(batch, 1, sum(ranks)))
+        self.gate = self._gates[batch]
+        self.gate.copy_(gate)
 
     def buffers(self) -> list[Tensor]:
         """What it writes into; a stacked group's first one holds the base weights, too."""
@@ -159,7 +192,7 @@ class Group:
 
     def _lay(self, capacity: int) -> None:
         if self._linears is None:
-            self._a = self._a.new_empty(self.num_layers, capacity, self.d_in)
+            self._a = self._a.new_zeros(self.num_layers, capacity, self.d_in)
             return
         first, end = self._linears[0][0], self._ends[-1]
         self._weight = first.weight.new_empty(self.num_layers, end + capacity, self.d_in).detach()
@@ -170,7 +203,7 @@ class Group:
                 self._move(linear.weight, self._weight[i, start:stop])
                 if self._bias is not None and linear.bias is not None:
                     self._move(linear.bias, self._bias[i, start:stop])
-        self._a = self._weight[:, end:]
+        self._a = self._weight[:, end:].zero_()  # what a gate of zero leaves out must be finite
         self._views.clear()
         self.clear()
 
@@ -187,8 +220,9 @@ class Group:
     def _make_views(self, ranks: tuple[int, ...]) -> tuple[list[list[LowRank] | None], list[Projection] | None]:
         layers = range(self.num_layers)
         rows = [slice(start, stop) for start, stop in pairwise(accumulate(ranks, initial=0))]
+        place = _in_place if ranks == self.padded else Tensor.detach
         pairs = [
-            [LowRank(self._a[i, own].T, b[i, :rank], own) for i in layers] if rank else None
+            [LowRank(place(self._a[i, own].T), place(b[i, :rank]), own) for i in layers] if rank else None
             for own, b, rank in zip(rows, self._b, ranks, strict=True)
         ]
         if self._weight is None:
@@ -197,11 +231,17 @@ class Group:
         siblings = list(zip(pairwise(self._ends), rows, pairs, strict=True))
         projections = [
             Projection(
-                self._weight[i, : end + sum(ranks)],
-                None if self._bias is None else self._bias[i, : end + sum(ranks)],
+                place(self._weight[i, : end + sum(ranks)]),
+                None if self._bias is None else place(self._bias[i, : end + sum(ranks)]),
                 end,
                 tuple((slice(*ends), own, None if pair is None else pair[i].b) for ends, own, pair in siblings),
             )
             for i in layers
         ]
         return pairs, projections
+
+
+def _in_place(tensor: Tensor) -> Tensor:
+    """Tells `torch.compile` that a tensor stays where it is, so that a CUDA graph reads it there and copies nothing."""
+    torch._dynamo.mark_static_address(tensor)
+    return tensor

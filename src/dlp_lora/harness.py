@@ -16,6 +16,7 @@ from dlp_lora.engine import Engine
 from dlp_lora.errors import DLPLoRAError, RouterError
 from dlp_lora.load import load
 from dlp_lora.policy import Mixture, TopP
+from dlp_lora.router import Context
 from dlp_lora.text import PromptReader
 
 try:
@@ -94,7 +95,8 @@ class EngineLM(HFLM):  # type: ignore[misc]
         return likelihoods
 
     def _route(self, context: str) -> Mixture:
-        return self.engine.route(self._read_prompt(self.tok_encode(context)))[1]
+        history, prompt = self._read_prompt.turns(self.tok_encode(context))
+        return self.engine.route(Context(prompt, history=history))[1]
 
     def _score(self, requests: Sequence[Request], **settings: Any) -> list[tuple[float, bool]]:
         scored: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, **settings)

@@ -16,7 +16,7 @@ from dlp_lora.errors import AdapterError, BundleError, ModelError
 from dlp_lora.fused import linear_layers, pair_dtype, siblings
 from dlp_lora.hub import local_folder
 from dlp_lora.peft_format import CONFIG_FILE, WEIGHTS_FILE, Adapter, find_adapters, read_adapter
-from dlp_lora.policy import FusionPolicy, KVPolicy, Switching, policy_from_dict
+from dlp_lora.policy import FusionPolicy, KVPolicy, PromptRouting, Switching, policy_from_dict
 from dlp_lora.router import EncoderRouter, MiniMLP, PrototypeRouter, Router, router_type
 from dlp_lora.sentences import Segmenter, SentenceSegmenter
 
@@ -34,6 +34,7 @@ def load(
     segmenter: Callable[[], Segmenter] = SentenceSegmenter,
     switching: Switching | None = None,
     kv_policy: KVPolicy | None = None,
+    prompt_routing: PromptRouting | None = None,
     dtype: torch.dtype | str = "auto",
     device: str | torch.device | None = None,
     strict: bool = False,
@@ -47,6 +48,7 @@ def load(
         adapters: a folder of PEFT adapter folders, or a path or hub id by name.
         router: a folder written by `train-router`, or any Router; None leaves the choice to `Engine.fixed`.
         policy: which adapters are fused; `TopP(0.6)` unless given or in the bundle.
+        prompt_routing: "whole" gives the prompt one mixture, "sentences" each of its sentences its own.
         base_model: takes the place of the base model that a bundle names.
         budget_mb: keeps adapters on disk and at most so many megabytes of them in memory, those used last.
         strict: refuses adapters that say they were trained on a model of another name, instead of warning.
@@ -63,6 +65,7 @@ def load(
         policy = policy or policy_from_dict(bundle.policy)
         switching = switching or Switching(**bundle.switching)
         kv_policy = kv_policy or cast(KVPolicy, bundle.kv_policy)
+        prompt_routing = prompt_routing or cast(PromptRouting, bundle.prompt_routing)
         model = base_model or bundle.base_model
         if model == "":
             raise BundleError(f"{bundle_path} was saved from a model without a name; pass base_model=")
@@ -72,7 +75,13 @@ def load(
         what = model if isinstance(model, str | Path) else f"a {type(model).__name__} in memory"
         raise BundleError(f"{what} is no bundle; give adapters=, a folder of PEFT adapters or {{name: path}}")
     model, tokenizer = load_model(model, tokenizer, dtype=dtype, device=device, **model_kwargs)
-    bank = AdapterBank(linear_layers(model), siblings=siblings(model), dtype=pair_dtype(model), device=model.device)
+    bank = AdapterBank(
+        linear_layers(model),
+        siblings=siblings(model),
+        dtype=pair_dtype(model),
+        device=model.device,
+        budget_mb=budget_mb,
+    )
     for adapter in _read_adapters(adapters, weights=budget_mb is None):
         _check_base(adapter, model.config._name_or_path, strict=strict)
         bank.add(adapter)
@@ -85,6 +94,7 @@ def load(
         segmenter=segmenter,
         switching=switching,
         kv_policy=kv_policy or "keep",
+        prompt_routing=prompt_routing or "whole",
     )
 
 

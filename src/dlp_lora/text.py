@@ -1,9 +1,14 @@
 """Token ids in, plain text out: what a router reads and what a person sees."""
 
 import re
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 from transformers import PreTrainedTokenizerBase
+
+from dlp_lora.sentences import Segmenter
 
 REPLACEMENT = "\ufffd"
 PATIENCE = 16  # tokens after which broken bytes are taken for broken
@@ -16,8 +21,9 @@ class Detokenizer:
     at each step, so a step costs the same however long the text is.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
         self._window: list[int] = []  # the tokens since the last but one piece
         self._read = 0  # how many of them are in a piece already
 
@@ -41,7 +47,7 @@ class Detokenizer:
 
     def copy(self) -> "Detokenizer":
         """Returns an independent copy."""
-        other = Detokenizer(self._tokenizer)
+        other = Detokenizer(self._tokenizer, skip_special_tokens=self._skip)
         other._window, other._read = list(self._window), self._read
         return other
 
@@ -59,7 +65,19 @@ class Detokenizer:
         return self._decode(self._window)[len(self._decode(self._window[: self._read])) :]
 
     def _decode(self, tokens: Sequence[int]) -> str:
-        return decode(self._tokenizer, tokens)
+        return decode(self._tokenizer, tokens, skip_special_tokens=self._skip)
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A sentence of a prompt, what stands before it, and its tokens from `start` to `end`, those of the template that
+    lead to it included.
+    """
+
+    text: str
+    history: str
+    start: int
+    end: int
 
 
 class PromptReader:
@@ -68,29 +86,98 @@ class PromptReader:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._openings, self._glue = _chat_glue(tokenizer)
+        specials = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, specials)) or "(?!)")
 
     def __call__(self, tokens: Sequence[int]) -> str:
         """Decodes a prompt; the turns of a conversation stand on lines of their own."""
+        return "\n".join(filter(None, self.turns(tokens)))
+
+    def turns(self, tokens: Sequence[int]) -> tuple[str, str]:
+        """Decodes a prompt into what was said before and the newest turn; without a template it is one turn."""
         if self._glue is not None:
-            text = _without_bos(self._tokenizer, _decode_all(self._tokenizer, tokens))
+            text = _without_bos(self._tokenizer, decode(self._tokenizer, tokens, skip_special_tokens=False))
             if text.startswith(self._openings):
-                text = self._glue.sub("\n", text)
-                for special in self._tokenizer.all_special_tokens:
-                    text = text.replace(special, "")
-                return text.strip()
-        return decode(self._tokenizer, tokens).strip()
+                turns = [turn for part in self._glue.split(text) if (turn := self._special.sub("", part).strip())]
+                return "\n".join(turns[:-1]), turns[-1] if turns else ""
+        return "", decode(self._tokenizer, tokens).strip()
+
+    def sentences(
+        self, tokens: Sequence[int], segmenter: Callable[[], Segmenter], *, min_tokens: int = 1
+    ) -> list[Passage]:
+        """Cuts a prompt into sentences; a turn of a conversation opens one, too. None is left before `min_tokens`.
+
+        What stands behind the last of them, and the last token in any case, is in none: there the answer begins.
+        """
+        text, tiles = self._aligned(tokens)
+        read, places, turns = self._visible(text)
+        first_tokens, offsets = [token for token, _ in tiles], [offset for _, offset in tiles]
+
+        def tile(i: int) -> int:
+            return bisect_right(offsets, places[i]) - 1
+
+        starts: list[tuple[int, int]] = []  # in what is read, in tokens
+        for begin, stop in pairwise([*turns, len(read)]):
+            turn = read[begin:stop]
+            opening = len(turn) - len(turn.lstrip())
+            for start in [opening, *(o for o in segmenter().push(turn) if o > opening)]:
+                if not turn[start:].strip():
+                    continue
+                # The first sentence of a turn has the tokens of the template that lead to it.
+                first = begin + start if start > opening else max(begin - 1, 0)
+                token = first_tokens[tile(first)]
+                if not starts:
+                    starts.append((begin + start, 0))
+                elif token - starts[-1][1] >= min_tokens and read[starts[-1][0] : begin + start].strip():
+                    starts.append((begin + start, token))
+        if not starts:
+            return []
+        behind = [*first_tokens, len(tokens)][tile(len(read.rstrip()) - 1) + 1]
+        end = min(behind, len(tokens) - 1)
+        return [
+            Passage(read[start:stop], read[:start], first, last)
+            for (start, first), (stop, last) in pairwise([*starts, (len(read), end)])
+            if first < last
+        ]
+
+    def _aligned(self, tokens: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
+        """The whole text, and where in it the characters of a token, or of a few tokens together, begin."""
+        detokenizer = Detokenizer(self._tokenizer, skip_special_tokens=False)
+        text, first, tiles = "", 0, []
+        for i, token in enumerate(tokens):
+            piece = detokenizer.push(token) or (detokenizer.flush() if i == len(tokens) - 1 else "")
+            if piece:
+                tiles.append((first, len(text)))
+                text, first = text + piece, i + 1
+        return text, tiles
+
+    def _visible(self, text: str) -> tuple[str, list[int], list[int]]:
+        """What the router reads, where each character of it stands in the text, and where turns begin in it."""
+        hidden = self._special
+        if self._glue is not None and _without_bos(self._tokenizer, text).startswith(self._openings):
+            hidden = re.compile(f"(?P<glue>{self._glue.pattern})|{hidden.pattern}")
+        read, end = "", 0
+        places: list[int] = []
+        turns = [0]
+        for match in hidden.finditer(text):
+            read += text[end : match.start()]
+            places += range(end, match.start())
+            if match.lastgroup:
+                read += "\n"
+                places.append(match.start())
+                turns.append(len(read))
+            end = match.end()
+        return read + text[end:], [*places, *range(end, len(text))], turns
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
-    """Decodes generated tokens as they are, without special tokens."""
+def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+    """Decodes tokens as they are."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:  # what the tokenizer itself calls; in less than half the time of its decode()
-        return str(backend.decode(list(tokens), skip_special_tokens=True))
-    return str(tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-
-def _decode_all(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
-    return str(tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return str(backend.decode(list(tokens), skip_special_tokens=skip_special_tokens))
+    return str(
+        tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+    )
 
 
 def _without_bos(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
@@ -116,7 +203,7 @@ def _chat_glue(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[str, ...], re.
                 continue  # a template may refuse a role: then no prompt of such roles exists
             # As it reads once tokenized: some tokenizers put spaces beside special tokens.
             ids = tokenizer(str(text), add_special_tokens=False)["input_ids"]
-            read = _decode_all(tokenizer, ids)
+            read = decode(tokenizer, ids, skip_special_tokens=False)
             parts = re.split("|".join(contents), read if all(c in read for c in contents) else str(text))
             parts[0] = _without_bos(tokenizer, parts[0])
             openings.append(parts[0])

@@ -64,6 +64,7 @@ def bundle(
         policy=policy_to_dict(TopP(p, weighting=weighting, min_confidence=min_confidence)),  # type: ignore[arg-type]
         switching=asdict(Switching(unsure=unsure)),  # type: ignore[arg-type]
         kv_policy="keep",
+        prompt_routing="whole",
     )
     stderr.print(f"wrote {out}: {len(checks)} adapters, {'a router' if found else 'no router'}, base {escape(base)}")
 

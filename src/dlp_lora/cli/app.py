@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from typer.core import TyperGroup
 
 from dlp_lora.errors import DLPLoRAError
+from dlp_lora.policy import PromptRouting
 
 if TYPE_CHECKING:
     from dlp_lora import Engine
@@ -61,6 +62,12 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts
 PolicyOption = Annotated[
     float | None, typer.Option("--p", help="Fuse the most likely adapters up to this probability. [default: 0.6]")
 ]
+PromptRoutingOption = Annotated[
+    PromptRouting | None,
+    typer.Option(
+        "--prompt-routing", help="One mixture for the prompt, or one for each of its sentences. [default: whole]"
+    ),
+]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ... [default: cpu]")]
 
 
@@ -82,6 +89,7 @@ def open_engine(
     adapters: Path | None,
     router: Path | None,
     p: float | None = None,
+    prompt_routing: PromptRouting | None = None,
     device: str | None = None,
     need_router: bool = True,
 ) -> "Engine":
@@ -89,15 +97,16 @@ def open_engine(
     from dlp_lora import TopP, load
 
     policy = TopP(p) if p is not None else None
+    settings: dict[str, Any] = {"policy": policy, "prompt_routing": prompt_routing, "device": device}
     if device is not None:
         _check_device(device)
     if bundle is not None:
         if adapters is not None or router is not None:
             raise ValueError("--bundle holds adapters and router; leave --adapters and --router out")
-        return load(bundle, base_model=model, policy=policy, device=device)
+        return load(bundle, base_model=model, **settings)
     if adapters is None or (router is None and need_router):
         raise ValueError("give --bundle, or --adapters and --router")
-    return load(base_model(model), adapters=adapters, router=router, policy=policy, device=device)
+    return load(base_model(model), adapters=adapters, router=router, **settings)
 
 
 def base_model(model: str | None) -> str:

@@ -15,6 +15,7 @@ from dlp_lora.cli.app import (
     JsonOption,
     ModelOption,
     PolicyOption,
+    PromptRoutingOption,
     RouterOption,
     app,
     base_model,
@@ -39,6 +40,7 @@ def generate(
     adapters: AdaptersOption = None,
     router: RouterOption = None,
     p: PolicyOption = None,
+    prompt_routing: PromptRoutingOption = None,
     device: DeviceOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the chat template.")] = False,
@@ -61,6 +63,7 @@ def generate(
         adapters=adapters,
         router=router,
         p=p,
+        prompt_routing=prompt_routing,
         device=device,
         need_router=fixed is None,
     )
@@ -78,6 +81,8 @@ def generate(
                 print_json({**record, **answer.to_dict()})
                 continue
             if show_routing:
+                if answer.prompt_trace:
+                    console.print(routing_table(answer.prompt_trace, of="prompt's sentence"))
                 console.print(routing_table(answer.trace))
             else:
                 typer.echo(answer.text.strip())  # not the console, which turns tabs into spaces
@@ -90,6 +95,7 @@ def chat(
     adapters: AdaptersOption = None,
     router: RouterOption = None,
     p: PolicyOption = None,
+    prompt_routing: PromptRoutingOption = None,
     device: DeviceOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     raw: Annotated[bool, typer.Option("--raw", help="No chat template and no memory: each line is a prompt.")] = False,
@@ -98,7 +104,15 @@ def chat(
 
     Example: `dlp-lora chat --bundle demo/bundle`
     """
-    engine = open_engine(bundle=bundle, model=model, adapters=adapters, router=router, p=p, device=device)
+    engine = open_engine(
+        bundle=bundle,
+        model=model,
+        adapters=adapters,
+        router=router,
+        p=p,
+        prompt_routing=prompt_routing,
+        device=device,
+    )
     colours = dict(zip(engine.bank.names, COLOURS * len(engine.bank), strict=False))
     console.print("  ".join(f"[{colour}]■ {escape(name)}[/]" for name, colour in colours.items()) + "  ■ base model")
     messages: list[dict[str, str]] = []
@@ -167,10 +181,10 @@ def _context(record: dict[str, Any]) -> Any:
     return Context(turns[-1], given["answer"], history=history)
 
 
-def routing_table(trace: tuple[Sentence, ...]) -> Table:
+def routing_table(trace: tuple[Sentence, ...], *, of: str = "sentence") -> Table:
     """A table of sentences with the adapters they used."""
     table = Table(show_lines=False, pad_edge=False)
-    table.add_column("sentence", overflow="fold")
+    table.add_column(of, overflow="fold")
     table.add_column("adapters", style="cyan")
     table.add_column("route + fuse", justify="right", style="dim")
     for sentence in trace:

@@ -147,6 +147,7 @@ def _rewrite(path: str | Path, bundle: Bundle, router: MiniMLP, adapters: dict[s
         policy=bundle.policy,
         switching=bundle.switching,
         kv_policy=bundle.kv_policy,
+        prompt_routing=bundle.prompt_routing,
     )
 
 

@@ -18,6 +18,7 @@ from dlp_lora.bench.router.synthetic import MAX_TASKS, synthetic_tasks
 from dlp_lora.router import MiniMLP, Router
 from dlp_lora.sentences import split
 from dlp_lora.tasks.task import Task
+from dlp_lora.training.extend import add_tasks, remove_tasks
 
 MIDDLE = 50  # tasks: a size between the data's own and all
 MAX_LEARNED = 30_000  # samples that the ceiling learns from

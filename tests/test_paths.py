@@ -1,0 +1,273 @@
+"""Every way to compute a mixture gives the guarantees of all the others."""
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel, StaticCache
+
+import dlp_lora
+import reference
+from conftest import byte_tokenizer, make_adapter, tiny_model
+from dlp_lora import Engine, Mixture
+from dlp_lora.bank import AdapterBank
+from dlp_lora.errors import ModelError
+from dlp_lora.fused import attach, linear_layers, pair_dtype
+from dlp_lora.peft_format import find_adapters, read_adapter
+
+IDS = torch.arange(3, 27).reshape(3, 8) * 7 % 256
+OTHER = {"all": -0.7, "usual": 0.6}
+MIXTURES = [{"usual": 0.505, "all": 0.495}, {"late": 1.0}, {"usual": 0.2, "all": 0.3, "late": 0.5}, {"all": -1.2}]
+Forward = Callable[[Engine, Mapping[str, float], Tensor], Tensor]
+
+# The type checks of the tests cannot be traced by the compiler.
+pytestmark = pytest.mark.usefixtures("unchecked")
+
+
+def fixed(engine: Engine, mixture: Mapping[str, float], ids: Tensor) -> Tensor:
+    with engine.fixed(mixture):
+        found: Tensor = engine.model(ids).logits
+    return found
+
+
+def gated(engine: Engine, mixture: Mapping[str, float], ids: Tensor) -> Tensor:
+    """Each row under the mixture while another row has none, and another one another."""
+    rows = []
+    for i in range(len(ids)):
+        mixtures = [OTHER, mixture, {}]
+        around = ids[[(i - 1) % len(ids), i, (i + 1) % len(ids)]]
+        with engine.fixed(mixtures):
+            rows.append(engine.model(around).logits[1])
+    return torch.stack(rows)
+
+
+def by_sentence(engine: Engine, mixture: Mapping[str, float], ids: Tensor) -> Tensor:
+    """The tokens before a change of the mixture, at another place in each pass, as sentences of one prompt have it."""
+    found = []
+    for n in (3, ids.shape[1]):
+        tokens = (torch.arange(ids.shape[1]) >= n).long().repeat(len(ids), 1)
+        engine.bank.fuse([Mixture(mixture), Mixture(OTHER)], tokens)
+        logits = engine.model.lm_head(engine.model.model(ids)[0])  # beneath the controller
+        found.append(logits[:, :n])
+    torch.testing.assert_close(found[0], found[1][:, :3], rtol=1e-2, atol=1e-2)
+    return torch.cat([found[0], found[1][:, 3:]], dim=1)
+
+
+def compiled(engine: Engine, mixture: Mapping[str, float], ids: Tensor) -> Tensor:
+    cache = StaticCache(engine.model.config, max_cache_len=16)
+    with engine.fixed(mixture):
+        logits = [engine.model(ids[:, :2], past_key_values=cache).logits]
+        for t in range(2, ids.shape[1]):
+            logits.append(engine.model(ids[:, t : t + 1], past_key_values=cache).logits)
+            assert engine.bank.is_padded == bool(mixture)
+    return torch.cat(logits, dim=1)
+
+
+def merged(engine: Engine, mixture: Mapping[str, float], ids: Tensor) -> Tensor:
+    with engine.merged(mixture):
+        found: Tensor = engine.model(ids).logits
+    return found
+
+
+PATHS: dict[str, Forward] = {
+    "concatenated": fixed,
+    "stacked": fixed,
+    "gated": gated,
+    "by sentence": by_sentence,
+    "compiled": compiled,
+    "paged": fixed,
+    "merged": merged,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three adapters of different ranks, scalings and target modules."""
+    model, root = tiny_model(), tmp_path_factory.mktemp("adapters")
+    make_adapter(model, root / "usual", seed=1, scale=0.05)
+    names: Any = {"target_modules": "all-linear", "r": 3, "use_rslora": True, "lora_alpha": 2}
+    make_adapter(model, root / "all", seed=2, scale=0.05, **names)
+    make_adapter(
+        model, root / "late", seed=3, scale=0.05, target_modules=["v_proj", "down_proj"], r=6, layers_to_transform=[1]
+    )
+    return root
+
+
+def engine_on(path: str, folder: Path, dtype: torch.dtype) -> Engine:
+    model, tokenizer = tiny_model(dtype=dtype), byte_tokenizer()
+    if path == "concatenated":
+        adapters = [read_adapter(source, name) for name, source in find_adapters(folder).items()]
+        bank = AdapterBank(linear_layers(model), adapters, dtype=pair_dtype(model))
+        attach(model, bank, stack=False)
+        return Engine(model, tokenizer, bank)
+    budget = 1e-6 if path == "paged" else None
+    engine = dlp_lora.load(model, tokenizer=tokenizer, adapters=folder, budget_mb=budget)
+    if path == "compiled":
+        engine.compile(max_rank=16, backend="eager", fullgraph=True)
+    return engine
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    found: torch.dtype = request.param
+    return found
+
+
+@pytest.fixture(scope="module", params=list(PATHS))
+def path(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def engine(path: str, dtype: torch.dtype, folder: Path) -> Engine:
+    return engine_on(path, folder, dtype)
+
+
+@pytest.fixture
+def forward(path: str) -> Callable[..., Tensor]:
+    @torch.no_grad()
+    def run(engine: Engine, mixture: Mapping[str, float], ids: Tensor = IDS) -> Tensor:
+        return PATHS[path](engine, mixture, ids)
+
+    return run
+
+
+def base(dtype: torch.dtype) -> PreTrainedModel:
+    """The base with the weights that a model of this precision has, in float32."""
+    return tiny_model(dtype=dtype).float()
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, ids: Tensor = IDS) -> Tensor:
+    found: Tensor = model(ids).logits
+    return found
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    return ((found.double() - wanted.double()).abs().max() / wanted.double().abs().max()).item()
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    return 1e-5 if dtype == torch.float32 else 1e-2
+
+
+@pytest.mark.parametrize("name", ["usual", "all", "late"])
+def test_one_adapter_at_weight_1_is_pefts_own_forward(
+    engine: Engine, forward: Callable[..., Tensor], dtype: torch.dtype, folder: Path, name: str
+) -> None:
+    wanted = logits(PeftModel.from_pretrained(copy.deepcopy(base(dtype)), folder / name))
+    assert error(forward(engine, {name: 1.0}), wanted) < tolerance(dtype)
+    assert error(wanted, logits(base(dtype))) > 5e-3  # the adapter is no trifle
+
+
+@pytest.mark.parametrize("mixture", MIXTURES, ids=str)
+def test_a_mixture_is_the_weighted_sum_of_the_deltas(
+    engine: Engine, forward: Callable[..., Tensor], dtype: torch.dtype, folder: Path, mixture: dict[str, float]
+) -> None:
+    wanted = logits(reference.with_mixture(base(dtype), mixture, find_adapters(folder)))
+    assert error(forward(engine, mixture), wanted) < tolerance(dtype)
+
+
+def test_disabled_is_the_base_bit_for_bit(engine: Engine, forward: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    plain = logits(tiny_model(dtype=dtype))
+    for mixture in MIXTURES:
+        forward(engine, mixture)
+        with engine.disabled():
+            assert torch.equal(logits(engine.model), plain)
+
+
+def test_a_switch_leaves_no_trace(engine: Engine, forward: Callable[..., Tensor]) -> None:
+    first = [forward(engine, mixture) for mixture in MIXTURES]
+    for mixture, before in reversed(list(zip(MIXTURES, first, strict=True))):
+        assert torch.equal(forward(engine, mixture), before)
+
+
+def test_rows_do_not_touch_each_other(engine: Engine, forward: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    for mixture in MIXTURES[:2]:
+        together = forward(engine, mixture)
+        for i, row in enumerate(together):
+            assert error(forward(engine, mixture, IDS[i : i + 1])[0], row) < tolerance(dtype)
+
+
+def test_detaching_gives_the_base_back_bit_for_bit(
+    path: str, forward: Callable[..., Tensor], dtype: torch.dtype, folder: Path
+) -> None:
+    engine, untouched = engine_on(path, folder, dtype), tiny_model(dtype=dtype)
+    for mixture in MIXTURES:
+        forward(engine, mixture)
+    model = engine.detach()
+    assert [name for name, _ in model.named_modules()] == [name for name, _ in untouched.named_modules()]
+    for name, parameter in untouched.named_parameters():
+        assert torch.equal(model.get_parameter(name), parameter)
+    assert torch.equal(logits(model), logits(untouched))
+
+
+def test_what_is_paged_is_no_longer_in_memory(folder: Path) -> None:
+    engine = engine_on("paged", folder, torch.float32)
+    for mixture in MIXTURES:
+        fixed(engine, mixture, IDS)
+        assert set(engine.bank._blocks) == set(mixture)
+    assert engine.bank.num_misses == 2 + 1 + 2 + 0  # what the next mixture needs stays
+
+
+class TestMerged:
+    def test_weights_come_back_bit_for_bit_even_after_an_error(self, folder: Path) -> None:
+        engine = engine_on("merged", folder, torch.bfloat16)
+        before = {name: p.detach().clone() for name, p in engine.model.named_parameters()}
+        places = [p.data_ptr() for p in engine.model.parameters()]
+
+        def fail() -> None:
+            changed = [name for name, p in engine.model.named_parameters() if not torch.equal(p, before[name])]
+            assert any("down_proj" in name for name in changed)
+            raise KeyError
+
+        with pytest.raises(KeyError), engine.merged({"all": 0.3, "late": 9.0}):
+            fail()
+        assert all(torch.equal(p, before[name]) for name, p in engine.model.named_parameters())
+        assert [p.data_ptr() for p in engine.model.parameters()] == places
+
+    def test_an_answer_and_its_trace_are_those_of_fixed(self, folder: Path) -> None:
+        engine = engine_on("merged", folder, torch.float32)
+        with engine.fixed(OTHER):
+            wanted = engine.generate("Why?", max_new_tokens=12, do_sample=False)
+        with engine.merged(OTHER):
+            found = engine.generate("Why?", max_new_tokens=12, do_sample=False)
+        assert found.tokens == wanted.tokens
+        assert [s.mixture for s in found.trace] == [Mixture(OTHER)] * len(found.trace)
+
+    def test_no_other_mixture_is_fixed_meanwhile(self, folder: Path) -> None:
+        engine = engine_on("merged", folder, torch.float32)
+        with (
+            engine.merged(OTHER),
+            pytest.raises(ValueError, match=r"the base weights hold another mixture; leave engine\.merged\(\) first"),
+            engine.disabled(),
+        ):
+            pass
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_a_tied_head_is_refused(self, tmp_path: Path) -> None:
+        model = tiny_model("gemma")
+        make_adapter(model, tmp_path / "head", seed=1, target_modules=["q_proj", "lm_head"])
+        engine = dlp_lora.load(model, tokenizer=byte_tokenizer(), adapters=tmp_path)
+        with (
+            pytest.raises(ModelError, match=r"lm_head is quantised or shares its weight with another layer; use fixed"),
+            engine.merged({"head": 1.0}),
+        ):
+            pass
+        with engine.disabled():
+            assert torch.equal(logits(model), logits(tiny_model("gemma")))
+
+    @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+    def test_a_layer_that_stores_its_weight_the_other_way_round_is_merged(self, tmp_path: Path) -> None:
+        model = tiny_model("gpt2")
+        make_adapter(model, tmp_path / "it", seed=1, target_modules=["c_attn"], fan_in_fan_out=True)
+        engine = dlp_lora.load(model, tokenizer=byte_tokenizer(), adapters=tmp_path)
+        with engine.merged({"it": 0.7}):
+            found = logits(model)
+        wanted = logits(reference.with_mixture(tiny_model("gpt2"), {"it": 0.7}, find_adapters(tmp_path)))
+        assert error(found, wanted) < 1e-5
