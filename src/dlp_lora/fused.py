@@ -186,8 +186,9 @@ def detach(model: nn.Module) -> None:
 
 @contextmanager
 def merged(model: nn.Module, bank: AdapterBank, mixture: Mixture) -> Iterator[None]:
-    """Adds a mixture to the base weights for a while: `W + B A`, in float32 and rounded once. A copy of the weights that
-    it changes gives them back, bit for bit; to subtract it again would drift.
+    """Adds a mixture to the base weights for a while: `W + B A`, in float32 and rounded once.
+
+    A copy of the weights that it changes gives them back, bit for bit; to subtract it again would drift.
 
     Raises:
         ModelError: if a layer has no weight of its own to add to.
