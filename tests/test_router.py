@@ -2,6 +2,7 @@ import json
 import math
 import string
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -140,17 +141,6 @@ class TestProbabilities:
         assert torch.equal(mlp.probabilities(CONTEXTS), first)
         assert torch.equal(router().probabilities(CONTEXTS[::-1]).flip(0), first)
 
-    def test_a_prompt_is_tokenized_once_for_all_sentences_of_its_answer(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        mlp = router()
-        seen: list[str] = []
-        tokenize = mlp._tokenize
-        mlp._encode_line = lambda line: (seen.append(line), tokenize(line))[1]  # type: ignore[method-assign]
-        answer = ""
-        for sentence in ("It is so. ", "Why not? ", "So there."):
-            mlp.probabilities([Context("Why?", answer, sentence[:2])])
-            answer += sentence
-        assert seen.count("why?") == 1
-
     def test_kept_bags_are_dropped_when_the_embeddings_change(self) -> None:
         mlp = router()
         before = mlp.probabilities(CONTEXTS)
@@ -191,8 +181,20 @@ class TestEncoding:
             tuple(map(list, mlp.encode(context))) for context in contexts
         ]
 
-    def test_lines_are_encoded_one_by_one_and_joined_by_a_line_break(self) -> None:
-        assert router().encode(Context("Why?\nSo.")).prompt == BYTES.encode("why?\nso.").ids
+    @pytest.mark.parametrize("text", ["Why?\nSo.", "Why? So.", "Why?  \t So."])
+    def test_lines_and_sentences_are_encoded_one_by_one_and_joined_by_a_line_break(self, text: str) -> None:
+        assert router().encode(Context(text)).prompt == BYTES.encode("why?\nso.").ids
+
+    def test_all_but_the_last_sentence_of_a_growing_answer_are_encoded_once(self) -> None:
+        mlp = router()
+        seen: list[str] = []
+        tokenize = mlp._tokenize
+        mlp._encode_piece = lru_cache(lambda piece: (seen.append(piece), tokenize(piece))[1])  # type: ignore[assignment]
+        answer = ""
+        for sentence in ("It is so. ", "Why not? ", "So there. "):
+            mlp.probabilities([Context("Why?", answer, sentence[:2])])
+            answer += sentence
+        assert [seen.count(piece) for piece in ("why?", "it is so.")] == [1, 1]
 
     @pytest.mark.parametrize("text", ["WHY is  it?\nso.", "Why\tis it? \n  So."])
     def test_capitals_and_spaces_are_not_told_apart(self, text: str) -> None:

@@ -2,6 +2,7 @@
 them embeddings.
 """
 
+import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +22,7 @@ from dlp_lora.router.tokenizer import MAX_CHARS, plain_tokenizer, vocab_size
 # What a text is summed up in: its mean (0), its beginning (1), its end (-1). What was said before fades with distance.
 LEANS: Mapping[str, tuple[int, ...]] = {"history": (-1,), "prompt": (0, 1, -1), "answer": (0, -1)}
 NUM_BAGS = sum(map(len, LEANS.values()))
+PIECES = re.compile(r"\n|(?<=[.!?])[^\S\n]+(?=\S)")
 HISTORY_CHARS = 4_000  # what lies further back has faded
 CACHE_SIZE = 1024  # texts whose bags are kept: a prompt is read once, however many sentences its answer has
 
@@ -62,16 +64,16 @@ class MiniMLP(nn.Module):
         self.config = config = config or MiniMLPConfig()
         self.tokenizer = plain_tokenizer(tokenizer)
         self._line_break: list[int] = self.tokenizer.encode("\n", add_special_tokens=False).ids
-        self._encode_line = lru_cache(CACHE_SIZE)(self._tokenize)
+        self._encode_piece = lru_cache(CACHE_SIZE)(self._tokenize)
         self.embedding = nn.Embedding(vocab_size(self.tokenizer), config.dim, sparse=True)
         nn.init.normal_(self.embedding.weight, std=0.1)
         self.layers = nn.Sequential(
             nn.Linear(NUM_BAGS * config.dim, config.hidden),
-            nn.GELU(),
+            nn.ReLU(),
             nn.Linear(config.hidden, config.hidden),
-            nn.GELU(),
+            nn.ReLU(),
             nn.Linear(config.hidden, config.hidden),
-            nn.GELU(),
+            nn.ReLU(),
         )
         self.head = nn.Linear(config.hidden, len(names))
         self.register_buffer("memory", torch.zeros(len(names), 0, config.hidden))
@@ -98,11 +100,11 @@ class MiniMLP(nn.Module):
 
     def encode_all(self, contexts: Sequence[Context]) -> list[Encoded]:
         """Encodes many contexts at once, each as `encode` does."""
-        parts = [[_lines(text) for text in self._parts(context).values()] for context in contexts]
-        lines = list(dict.fromkeys(line for own in parts for text in own for line in text))
-        found = self.tokenizer.encode_batch(lines, add_special_tokens=False)
-        ids = {line: tuple(encoding.ids) for line, encoding in zip(lines, found, strict=True)}
-        return [Encoded(*(self._join([ids[line] for line in text]) for text in own)) for own in parts]
+        parts = [[_pieces(text) for text in self._parts(context).values()] for context in contexts]
+        pieces = list(dict.fromkeys(piece for own in parts for text in own for piece in text))
+        found = self.tokenizer.encode_batch(pieces, add_special_tokens=False)
+        ids = {piece: tuple(encoding.ids) for piece, encoding in zip(pieces, found, strict=True)}
+        return [Encoded(*(self._join([ids[piece] for piece in text]) for text in own)) for own in parts]
 
     def features(self, contexts: Sequence[Encoded]) -> Float[Tensor, "batch hidden"]:
         """Gives what the head sees of encoded contexts."""
@@ -165,17 +167,17 @@ class MiniMLP(nn.Module):
         }
 
     def _encode(self, text: str) -> Sequence[int]:
-        # Line by line, as most lines of a growing conversation were encoded before.
-        return self._join([self._encode_line(line) for line in _lines(text)])
+        # Piece by piece, as all but the last of a growing answer were encoded before.
+        return self._join([self._encode_piece(piece) for piece in _pieces(text)])
 
-    def _tokenize(self, line: str) -> Sequence[int]:
-        return tuple(self.tokenizer.encode(line, add_special_tokens=False).ids)
+    def _tokenize(self, piece: str) -> Sequence[int]:
+        return tuple(self.tokenizer.encode(piece, add_special_tokens=False).ids)
 
-    def _join(self, lines: Sequence[Sequence[int]]) -> Sequence[int]:
-        ids = list(lines[0])
-        for line in lines[1:]:
+    def _join(self, pieces: Sequence[Sequence[int]]) -> Sequence[int]:
+        ids = list(pieces[0])
+        for piece in pieces[1:]:
             ids += self._line_break
-            ids += line
+            ids += piece
         return ids
 
     def _bag(self, part: str, text: str) -> Float[Tensor, "bags dim"]:
@@ -218,9 +220,9 @@ class MiniMLP(nn.Module):
         )
 
 
-def _lines(text: str) -> list[str]:
-    """What is read of each line: how people set capitals and spaces says less of a task than it varies."""
-    return [" ".join(line.split()) for line in text.lower().split("\n")]
+def _pieces(text: str) -> list[str]:
+    """What is read of each line and sentence: how people set capitals and spaces says less of a task than it varies."""
+    return [" ".join(piece.split()) for piece in PIECES.split(text.lower())]
 
 
 @lru_cache(maxsize=4096)
