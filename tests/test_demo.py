@@ -205,7 +205,7 @@ def test_the_demo_runs_on_the_default_model(tmp_path: Path) -> None:
     result = run_demo(default_model(), tmp_path, args, on_event=lambda event: None)
     assert len(result.answers) == 4
     assert all(answer["said"]["own_adapter"] for answer in result.answers)
-    assert set(result.pairs) == {"keep", "recompute"}
+    assert list(result.pairs) == ["keep", "keep, prompt by sentence", "recompute"]
     assert result.router["accuracy"] == 1.0
     assert {name for sentence in result.serial.trace for name in sentence["mixture"]} <= set(args.tasks)
     assert (result.bundle / "bundle.json").is_file()

@@ -7,7 +7,7 @@ on where it was.
 
 import json
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import permutations
 from pathlib import Path
@@ -20,7 +20,7 @@ from dlp_lora.evals.metrics import contains
 from dlp_lora.folders import write_text
 from dlp_lora.load import load
 from dlp_lora.peft_format import content_hash
-from dlp_lora.policy import KVPolicy, Mixture, TopP
+from dlp_lora.policy import Mixture, TopP
 from dlp_lora.router import MiniMLP
 from dlp_lora.tasks import Example, Task, compose, procedural_task, serial
 from dlp_lora.training.adapters import AdapterTrainingArgs, TrainedAdapter, load_base, train_adapter
@@ -30,6 +30,14 @@ from dlp_lora.training.router import RouterTrainingArgs, load_tokenizer, train_r
 
 Method = Literal["base", "base_chat", "own_adapter", "dlp"]
 METHODS: tuple[Method, ...] = ("base", "base_chat", "own_adapter", "dlp")
+
+
+# How the context of the second question is encoded: under the first one's adapter, or under its own in one of two ways.
+WAYS: Mapping[str, dict[str, Any]] = {
+    "keep": {"kv_policy": "keep", "prompt_routing": "whole"},
+    "keep, prompt by sentence": {"kv_policy": "keep", "prompt_routing": "sentences"},
+    "recompute": {"kv_policy": "recompute", "prompt_routing": "whole"},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +71,8 @@ class TwoQuestions:
 class DemoResult:
     """What the demo measured, and answers to look at.
 
-    `accuracy[task][method]` is for prompts of one question. `pairs[kv_policy]` is for prompts of two: the share whose
-    first and second question went to the right adapter, and was answered right.
+    `accuracy[task][method]` is for prompts of one question. `pairs[way]` is for prompts of two, in each of WAYS: the
+    share whose first and second question went to the right adapter, and was answered right.
     """
 
     accuracy: dict[str, dict[str, float]]
@@ -244,15 +252,14 @@ def _pairs(
         for first, second in permutations(tasks, 2)
     ]
     prompts = [compose([q1, q2]).prompt for _, _, q1, q2 in asked]
-    policies: tuple[KVPolicy, ...] = ("keep", "recompute")
-    on_event(DemoEvent(stage="two questions", done=len(found), total=len(policies)))
-    for kv_policy in policies[len(found) :]:
-        with engine.using(kv_policy=kv_policy):
+    on_event(DemoEvent(stage="two questions", done=len(found), total=len(WAYS)))
+    for way in list(WAYS)[len(found) :]:
+        with engine.using(**WAYS[way]):
             answers = engine.generate(prompts, max_new_tokens=2 * args.max_new_tokens, do_sample=False)
         rows = [_scored(answer.trace, *pair) for answer, pair in zip(answers, asked, strict=True)]
-        found[kv_policy] = {key: _share(row[key] for row in rows) for key in rows[0]}
+        found[way] = {key: _share(row[key] for row in rows) for key in rows[0]}
         write_text(file, json.dumps({"identity": identity, "shares": found}, indent=1) + "\n")
-        on_event(DemoEvent(stage="two questions", done=len(found), total=len(policies)))
+        on_event(DemoEvent(stage="two questions", done=len(found), total=len(WAYS)))
     return found
 
 

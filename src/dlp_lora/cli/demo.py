@@ -92,12 +92,10 @@ def _accuracy_table(accuracy: dict[str, dict[str, float]]) -> Table:
 
 
 def _pairs_table(pairs: dict[str, dict[str, float]]) -> Table:
-    table = Table(
-        title="prompts of two questions, DLP-LoRA, by what a switch does to the KV cache", title_justify="left"
-    )
-    for column in ("KV policy", "1st to its adapter", "1st right", "2nd to its adapter", "2nd right"):
-        table.add_column(column, justify="left" if column == "KV policy" else "right")
-    for kv_policy, row in pairs.items():
+    table = Table(title="prompts of two questions, DLP-LoRA, by how the context is encoded", title_justify="left")
+    for column in ("way", "1st to its adapter", "1st right", "2nd to its adapter", "2nd right"):
+        table.add_column(column, justify="left" if column == "way" else "right")
+    for way, row in pairs.items():
         keys = ("first_routed", "first_right", "second_routed", "second_right")
-        table.add_row(kv_policy, *(f"{row[key]:.0%}" for key in keys))
+        table.add_row(way, *(f"{row[key]:.0%}" for key in keys))
     return table
