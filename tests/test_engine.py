@@ -524,7 +524,7 @@ class TestPrompts:
         assert isinstance(router, HashRouter)
         chat = [("system", "Be kind."), ("user", "Why?"), ("assistant", "So."), ("user", "But why?")]
         engine.generate([{"role": role, "content": content} for role, content in chat], max_new_tokens=2)
-        assert router.asked[0].prompt == "Be kind.\nWhy?\nSo.\nBut why?"
+        assert router.asked[0] == Context("But why?", history="Be kind.\nWhy?\nSo.")
 
     def test_a_list_of_strings_or_of_chats_gives_a_list(self, make_engine: MakeEngine) -> None:
         engine = make_engine()

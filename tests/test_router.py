@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from conftest import byte_tokenizer
 from dlp_lora import Context, MiniMLP, Router, RouterError
-from dlp_lora.router import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, Encoded, MiniMLPConfig
+from dlp_lora.router import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, Calibration, Encoded, MiniMLPConfig
 
 NAMES = ("math", "poems", "units")
 BYTES = byte_tokenizer().backend_tokenizer
@@ -36,10 +36,14 @@ ODD = {
 }
 
 
-def router(*, seed: int = 0, tokenizer: Tokenizer = BYTES, **config: Any) -> MiniMLP:
+def router(
+    *, seed: int = 0, tokenizer: Tokenizer = BYTES, calibration: Calibration | None = None, **config: Any
+) -> MiniMLP:
     """A router of random weights, large enough to tell texts apart."""
     torch.manual_seed(seed)
-    mlp = MiniMLP(NAMES, tokenizer, MiniMLPConfig(**{"dim": 16, "hidden": 24, **config})).eval()
+    mlp = MiniMLP(
+        NAMES, tokenizer, MiniMLPConfig(**{"dim": 16, "hidden": 24, **config}), calibration=calibration
+    ).eval()
     with torch.no_grad():
         mlp.embedding.weight.normal_()
         for layer in [*mlp.layers, mlp.head]:
@@ -100,16 +104,22 @@ class TestProbabilities:
 
     def test_temperature_divides_the_logits(self) -> None:
         logits = router()([Encoded((), BYTES.encode("why?").ids, ())])
-        found = router(temperature=3.0).probabilities([Context("Why?")])
+        found = router(calibration=Calibration(temperature=3.0)).probabilities([Context("Why?")])
         torch.testing.assert_close(found, (logits / 3).softmax(dim=-1).detach())
 
-    def test_beside_a_logit_of_none_the_rest_of_each_row_is_its_probability(self) -> None:
-        mlp = router(temperature=2.0, none_logit=0.5)
-        logits = mlp([mlp.encode(context) for context in CONTEXTS]).detach() / 2
-        expected = torch.cat([logits, torch.full((len(CONTEXTS), 1), 0.5)], dim=1).softmax(dim=1)
-        torch.testing.assert_close(mlp.probabilities(CONTEXTS), expected[:, :-1])
-        odds = mlp.scores(CONTEXTS).exp() / math.exp(0.5)
-        torch.testing.assert_close(odds / (1 + odds), 1 - expected[:, -1])
+    def test_what_fits_none_takes_its_share_of_each_row(self) -> None:
+        mlp = router(calibration=Calibration(temperature=2.0, fit_threshold=0.5, fit_slope=3.0))
+        rows = (mlp([mlp.encode(context) for context in CONTEXTS]).detach() / 2).tolist()
+        for row, found, score in zip(rows, mlp.probabilities(CONTEXTS), mlp.scores(CONTEXTS).tolist(), strict=True):
+            total = sum(map(math.exp, row))
+            fits = 1 / (1 + math.exp(-3 * (math.log(total) - 0.5)))
+            assert found.tolist() == pytest.approx([fits * math.exp(z) / total for z in row], abs=1e-5)
+            assert score == pytest.approx(math.log(total), abs=1e-5)
+
+    @pytest.mark.parametrize("field", ["temperature", "fit_slope"])
+    def test_a_calibration_is_positive(self, field: str) -> None:
+        with pytest.raises(ValueError, match=f"a router's {field} must be positive, got 0"):
+            Calibration(**{field: 0})
 
     def test_bags_are_the_weighted_means_that_the_half_life_says(self) -> None:
         mlp = router(half_life=2.0)
@@ -243,7 +253,7 @@ class TestMaking:
         with pytest.raises(RouterError, match="at least one adapter name, each once"):
             MiniMLP(names, BYTES)
 
-    @pytest.mark.parametrize("field", ["dim", "hidden", "half_life", "history_half_life", "max_chars", "temperature"])
+    @pytest.mark.parametrize("field", ["dim", "hidden", "half_life", "history_half_life", "max_chars"])
     def test_sizes_must_be_positive(self, field: str) -> None:
         with pytest.raises(ValueError, match=rf"MiniMLPConfig\.{field} must be positive, got 0"):
             MiniMLPConfig(**{field: 0})
@@ -279,12 +289,13 @@ def truncate(folder: Path) -> None:
 
 class TestSaving:
     def test_a_saved_router_is_the_same_to_the_last_bit(self, tmp_path: Path) -> None:
-        mlp = router(half_life=3.5, temperature=1.3, max_chars=500, none_logit=0.4)
+        mlp = router(half_life=3.5, max_chars=500, calibration=Calibration(temperature=1.3, fit_threshold=0.4))
         mlp.memory = torch.randn(3, 2, 24)
         mlp.save_pretrained(tmp_path / "router")
         loaded = MiniMLP.from_pretrained(tmp_path / "router")
         assert loaded.names == NAMES
         assert loaded.config == mlp.config
+        assert loaded.calibration == mlp.calibration
         assert not loaded.training
         assert torch.equal(loaded.memory, mlp.memory)
         assert torch.equal(loaded.probabilities(CONTEXTS), mlp.probabilities(CONTEXTS))
@@ -330,9 +341,9 @@ class TestSaving:
             (rewrite(names=None), "is damaged .*names"),
             (rewrite(names=["math", "math", "units"]), "at least one adapter name, each once"),
             (rewrite(names=["math", "units"]), "is damaged .*size mismatch"),
-            (rewrite(dim=17), "is damaged .*size mismatch"),
-            (rewrite(half_life=-1), "is damaged .*half_life must be positive"),
-            (rewrite(surprise=1), "is damaged .*surprise"),
+            (rewrite(size={"dim": 17}), "is damaged .*size mismatch"),
+            (rewrite(size={"half_life": -1}), "is damaged .*half_life must be positive"),
+            (rewrite(size={"surprise": 1}), "is damaged .*surprise"),
         ],
     )
     def test_a_damaged_folder_is_refused_with_the_reason(

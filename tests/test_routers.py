@@ -30,7 +30,7 @@ from dlp_lora import (
 )
 from dlp_lora.arrow import excitation, top_direction
 from dlp_lora.peft_format import LoraWeights, read_adapter
-from dlp_lora.router import CONFIG_FILE, WEIGHTS_FILE, MiniMLPConfig, TextEncoder, encoder
+from dlp_lora.router import CONFIG_FILE, WEIGHTS_FILE, Calibration, MiniMLPConfig, TextEncoder, encoder
 from dlp_lora.router.encoder import albert_config, default_encoder
 from dlp_lora.router.prototypes import _cluster, embed
 from dlp_lora.tasks import procedural_task, write_task
@@ -130,7 +130,7 @@ def mini_mlp() -> MiniMLP:
 
 
 def encoder_router() -> EncoderRouter:
-    router = EncoderRouter(NAMES, text_encoder(), temperature=0.7).eval()
+    router = EncoderRouter(NAMES, text_encoder(), calibration=Calibration(temperature=0.7)).eval()
     with torch.no_grad():
         router.head.weight.normal_(std=0.2)
     return router
@@ -242,7 +242,7 @@ class TestEveryRouter:
             ({"format": 3}, "was written by a later version; upgrade dlp-lora"),
             ({"format": 1}, "was written by an earlier version, format 1, not 2; train it anew"),
             ({"names": ["math", "math", "units"]}, "at least one adapter name, each once"),
-            ({"temperature": 0}, "is damaged .*temperature must be positive"),
+            ({"temperature": 0, "calibration": {"temperature": 0}}, "is damaged .*temperature must be positive"),
         ],
     )
     def test_a_changed_config_is_refused_with_the_reason(
@@ -402,7 +402,7 @@ class TestEncoderRouter:
         assert report.accuracy > 0.9
         assert report.losses == steps
         assert report.num_parameters == sum(p.numel() for p in router.parameters())
-        assert router.temperature == report.temperature
+        assert router.calibration.temperature == report.temperature
         right = [
             router.names[int(router.probabilities([Context(example.prompt)]).argmax())] == task.name
             for task in tasks

@@ -155,7 +155,7 @@ def test_the_temperature_makes_an_overconfident_router_as_sure_as_it_is_right() 
 
 def test_the_router_keeps_the_temperature_that_the_report_names(trained: tuple[MiniMLP, RouterReport]) -> None:
     router, report = trained
-    assert router.config.temperature == report.temperature
+    assert router.calibration.temperature == report.temperature
 
 
 def test_the_confusion_counts_every_test_prompt_once(trained: tuple[MiniMLP, RouterReport]) -> None:

@@ -189,6 +189,8 @@ def choose(policy: FusionPolicy, probabilities: Mapping[str, float]) -> Mixture:
     fits = math.fsum(probabilities.values())
     if fits <= 0.5:
         return Mixture()
+    if abs(fits - 1) < TOLERANCE:
+        return policy(probabilities)
     return policy({name: p / fits for name, p in probabilities.items()})
 
 

@@ -5,7 +5,7 @@ folder: MiniMLP (the paper's plugin), EncoderRouter (the paper's ablation) and P
 `dlp_lora.arrow` holds the one that reads adapters instead of texts, and `load_router` reads any of them.
 """
 
-from dlp_lora.router.context import Context, Encoded, Router
+from dlp_lora.router.context import Calibration, Context, Encoded, Router
 from dlp_lora.router.encoder import EncoderRouter, TextEncoder
 from dlp_lora.router.folder import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, router_type
 from dlp_lora.router.mini_mlp import MiniMLP, MiniMLPConfig
@@ -16,6 +16,7 @@ __all__ = [
     "CONFIG_FILE",
     "TOKENIZER_FILE",
     "WEIGHTS_FILE",
+    "Calibration",
     "Context",
     "Encoded",
     "EncoderRouter",

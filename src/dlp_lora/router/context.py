@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
-import torch.nn.functional as F
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -54,14 +54,34 @@ class Router(Protocol):
     def save_pretrained(self, path: str | Path) -> None: ...
 
 
-def softmax(
-    logits: Float[Tensor, "batch adapters"], temperature: float, none_logit: float | None
-) -> Float[Tensor, "batch adapters"]:
-    """Gives probabilities, on the CPU; beside a `none_logit` they leave out that of "none of them"."""
-    scaled = logits.float().cpu() / temperature
-    if none_logit is None:
-        return scaled.softmax(dim=-1)
-    return F.pad(scaled, (0, 1), value=none_logit).softmax(dim=-1)[:, :-1]
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """How sure a router may be; fitted on held-out texts.
+
+    Logits are divided by the temperature. Their free energy, `logsumexp(logits / temperature)`, says how well any
+    adapter fits: at `fit_threshold` it is as likely that none does, and `fit_slope` says how fast that turns. Without a
+    threshold one always fits.
+    """
+
+    temperature: float = 1.0
+    fit_threshold: float | None = None
+    fit_slope: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "fit_slope"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"a router's {name} must be positive, got {getattr(self, name)}")
+
+    def energy(self, logits: Float[Tensor, "batch adapters"]) -> Float[Tensor, " batch"]:
+        """Says how surely a text belongs to any of the adapters (Liu et al. 2020, arXiv 2010.03759)."""
+        return (logits.float().cpu() / self.temperature).logsumexp(dim=-1)
+
+    def probabilities(self, logits: Float[Tensor, "batch adapters"]) -> Float[Tensor, "batch adapters"]:
+        """Gives probabilities, on the CPU; a row leaves out that of "none of them"."""
+        found = (logits.float().cpu() / self.temperature).softmax(dim=-1)
+        if self.fit_threshold is None:
+            return found
+        return found * torch.sigmoid(self.fit_slope * (self.energy(logits) - self.fit_threshold))[:, None]
 
 
 def check_labels(names: Sequence[str]) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ ALBERT (11M parameters) is the paper's ablation of the mini-MLP; any encoder tha
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AlbertConfig, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from dlp_lora.errors import RouterError
-from dlp_lora.router.context import Context, Encoded, check_labels, softmax
+from dlp_lora.router.context import Calibration, Context, Encoded, check_labels
 from dlp_lora.router.folder import SavedRouter, reading_router, write_router
 from dlp_lora.router.tokenizer import MAX_CHARS, load_tokenizer, plain_tokenizer, vocab_size
 
@@ -124,14 +125,12 @@ class EncoderRouter(nn.Module):
     opens.
     """
 
-    def __init__(
-        self, names: Sequence[str], encoder: TextEncoder, *, temperature: float = 1.0, none_logit: float | None = None
-    ) -> None:
+    def __init__(self, names: Sequence[str], encoder: TextEncoder, *, calibration: Calibration | None = None) -> None:
         super().__init__()
         self.names = check_labels(names)
         self.encoder = encoder
         self.head = nn.Linear(encoder.dim, len(names))
-        self.calibrate(temperature, none_logit)
+        self.calibration = calibration or Calibration()
 
     @property
     def num_parameters(self) -> int:
@@ -148,13 +147,6 @@ class EncoderRouter(nn.Module):
         ids = iter(self.encoder.encode_all(texts))
         return [Encoded(*three) for three in zip(ids, ids, ids, strict=True)]
 
-    def calibrate(self, temperature: float, none_logit: float | None) -> None:
-        """Sets what the logits are divided by, and the logit of "none of them" beside them; fitted on held-out text."""
-        if not temperature > 0:
-            raise ValueError(f"a router's temperature must be positive, got {temperature}")
-        self.temperature = temperature
-        self.none_logit = none_logit
-
     def forward(self, contexts: Sequence[Encoded]) -> Float[Tensor, "batch adapters"]:
         """Gives the logits of encoded contexts."""
         framed = [self.encoder.frame([*c.history, *c.prompt], c.answer) for c in contexts]
@@ -166,7 +158,7 @@ class EncoderRouter(nn.Module):
         """Gives a probability per adapter, on the CPU."""
         # One by one: beside longer rows, padding would shift the last digits.
         logits = torch.cat([self([encoded]) for encoded in self.encode_all(contexts)])
-        return softmax(logits, self.temperature, self.none_logit)
+        return self.calibration.probabilities(logits)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes the router to a folder, the encoder with it; the folder is replaced as a whole."""
@@ -175,11 +167,7 @@ class EncoderRouter(nn.Module):
             SavedRouter(
                 type="encoder",
                 names=self.names,
-                settings={
-                    "temperature": self.temperature,
-                    "none_logit": self.none_logit,
-                    **self.encoder.settings,
-                },
+                settings={"calibration": asdict(self.calibration), **self.encoder.settings},
                 weights=self.state_dict(),
                 tokenizer=self.encoder.tokenizer,
             ),
@@ -194,8 +182,7 @@ class EncoderRouter(nn.Module):
         """
         with reading_router(path, "encoder") as saved:
             encoder = TextEncoder.from_settings(saved.settings, saved.tokenizer)
-            calibration = {key: saved.settings[key] for key in ("temperature", "none_logit")}
-            router = cls(saved.names, encoder, **calibration)
+            router = cls(saved.names, encoder, calibration=Calibration(**saved.settings["calibration"]))
             router.load_state_dict(saved.weights)
         return router.eval()
 

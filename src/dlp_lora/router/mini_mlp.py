@@ -5,7 +5,7 @@ them embeddings.
 import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from jaxtyping import Float
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from dlp_lora.router.context import Context, Encoded, check_labels, softmax
+from dlp_lora.router.context import Calibration, Context, Encoded, check_labels
 from dlp_lora.router.folder import SavedRouter, reading_router, write_router
 from dlp_lora.router.tokenizer import MAX_CHARS, plain_tokenizer, vocab_size
 
@@ -36,11 +36,9 @@ class MiniMLPConfig:
     half_life: float = 16.0  # tokens after which a token counts half in the bags that lean to one end
     history_half_life: float = 32.0
     max_chars: int = MAX_CHARS  # longer texts keep their end
-    temperature: float = 1.0  # fitted on held-out text; the logits are divided by it
-    none_logit: float | None = None  # fitted on held-out text; the logit, after temperature, of "none of them"
 
     def __post_init__(self) -> None:
-        for name in ("dim", "hidden", "half_life", "history_half_life", "max_chars", "temperature"):
+        for name in ("dim", "hidden", "half_life", "history_half_life", "max_chars"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"MiniMLPConfig.{name} must be positive, got {getattr(self, name)}")
 
@@ -58,9 +56,17 @@ class MiniMLP(nn.Module):
 
     memory: Float[Tensor, "adapters texts hidden"]
 
-    def __init__(self, names: Sequence[str], tokenizer: Tokenizer, config: MiniMLPConfig | None = None) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        tokenizer: Tokenizer,
+        config: MiniMLPConfig | None = None,
+        *,
+        calibration: Calibration | None = None,
+    ) -> None:
         super().__init__()
         self.names = check_labels(names)
+        self.calibration = calibration or Calibration()
         self.config = config = config or MiniMLPConfig()
         self.tokenizer = plain_tokenizer(tokenizer)
         self._line_break: list[int] = self.tokenizer.encode("\n", add_special_tokens=False).ids
@@ -84,15 +90,6 @@ class MiniMLP(nn.Module):
     def num_parameters(self) -> int:
         """How many parameters the router has."""
         return sum(p.numel() for p in self.parameters())
-
-    @property
-    def temperature(self) -> float:
-        """What the logits are divided by."""
-        return self.config.temperature
-
-    def calibrate(self, temperature: float, none_logit: float | None) -> None:
-        """Sets what the logits are divided by, and the logit of "none of them" beside them; fitted on held-out text."""
-        self.config = replace(self.config, temperature=temperature, none_logit=none_logit)
 
     def encode(self, context: Context) -> Encoded:
         """Turns a context into the token ids that the bags hold: the one way in for training, `route` and decoding."""
@@ -120,12 +117,12 @@ class MiniMLP(nn.Module):
     @torch.no_grad()
     def probabilities(self, contexts: Sequence[Context]) -> Float[Tensor, "batch adapters"]:
         """Gives a probability per adapter, on the CPU."""
-        return softmax(self._logits(contexts), self.config.temperature, self.config.none_logit)
+        return self.calibration.probabilities(self._logits(contexts))
 
     @torch.no_grad()
     def scores(self, contexts: Sequence[Context]) -> Float[Tensor, " batch"]:
-        """Says how surely a text belongs to any of the adapters: the free energy of the logits, higher is surer."""
-        return (self._logits(contexts).float().cpu() / self.config.temperature).logsumexp(dim=-1)
+        """Says how surely a text belongs to any of the adapters; higher is surer."""
+        return self.calibration.energy(self._logits(contexts))
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes the router to a folder: weights, settings, tokenizer; the folder is replaced as a whole."""
@@ -134,7 +131,7 @@ class MiniMLP(nn.Module):
             SavedRouter(
                 type="mini-mlp",
                 names=self.names,
-                settings=asdict(self.config),
+                settings={"size": asdict(self.config), "calibration": asdict(self.calibration)},
                 weights=self.state_dict(),
                 tokenizer=self.tokenizer,
             ),
@@ -148,7 +145,8 @@ class MiniMLP(nn.Module):
             RouterError: if a file is missing or damaged, or the router is of another type or a later version.
         """
         with reading_router(path, "mini-mlp") as saved:
-            router = cls(saved.names, saved.tokenizer, MiniMLPConfig(**saved.settings))
+            size, calibration = MiniMLPConfig(**saved.settings["size"]), Calibration(**saved.settings["calibration"])
+            router = cls(saved.names, saved.tokenizer, size, calibration=calibration)
             router.memory = torch.zeros_like(saved.weights["memory"])
             router.load_state_dict(saved.weights)
         return router.eval()

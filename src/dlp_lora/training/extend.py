@@ -27,6 +27,7 @@ NUM_STEPS = 300
 LEARNING_RATE = 0.03
 DECAY = 1e-3  # weight of the new rows' squares in the loss
 NUM_CONTEXTS = 512  # drawn of each new task
+COVERAGE = 0.98  # share of the new prompts that are to fit
 MIN_LEFT_OUT = 4  # fewer examples say little about accuracy
 
 
@@ -52,9 +53,14 @@ def add_tasks(router: MiniMLP, tasks: Sequence[Task], *, seed: int = 0) -> MiniM
     weight, bias = _fit_rows(router, seen)
     memory = torch.cat([router.memory, seen[:, : router.memory.shape[1]]])
     names = [*router.names, *(task.name for task in tasks)]
-    return _with_rows(
-        router, names, torch.cat([router.head.weight, weight]), torch.cat([router.head.bias, bias]), memory
-    )
+    rows = torch.cat([router.head.weight, weight]), torch.cat([router.head.bias, bias])
+    found = _with_rows(router, names, *rows, memory)
+    if (threshold := router.calibration.fit_threshold) is not None:
+        prompts = remember(router, [task.train for task in tasks], NUM_CONTEXTS, {"whole": 1.0}, rng)
+        energy = router.calibration.energy(found.head(prompts.flatten(0, 1)).detach())
+        least = min(threshold, energy.quantile(1 - COVERAGE).item())
+        found.calibration = replace(router.calibration, fit_threshold=least)
+    return found
 
 
 def remove_tasks(router: MiniMLP, names: Sequence[str]) -> MiniMLP:
@@ -179,7 +185,7 @@ def _fit_rows(
 
 
 def _with_rows(router: MiniMLP, names: Sequence[str], weight: Tensor, bias: Tensor, memory: Tensor) -> MiniMLP:
-    other = MiniMLP(names, router.tokenizer, router.config)
+    other = MiniMLP(names, router.tokenizer, router.config, calibration=router.calibration)
     rows = {"head.weight": weight, "head.bias": bias, "memory": memory}
     other.memory = torch.zeros_like(memory)
     other.load_state_dict({**router.state_dict(), **rows})

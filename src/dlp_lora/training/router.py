@@ -4,6 +4,7 @@ What it learns from is drawn by `dlp_lora.training.contexts`. Held-out texts of 
 may be: a temperature, and the logit of "none of them".
 """
 
+import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,13 +18,14 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from dlp_lora.errors import TrainingError
-from dlp_lora.router import Context, Encoded, EncoderRouter, MiniMLP, MiniMLPConfig, TextEncoder
+from dlp_lora.router import Calibration, Context, Encoded, EncoderRouter, MiniMLP, MiniMLPConfig, TextEncoder
 from dlp_lora.router import load_tokenizer as load_tokenizer  # for those who train
 from dlp_lora.router.encoder import albert_config
 from dlp_lora.tasks.task import Example, Task
 from dlp_lora.training.contexts import GENERATION, KINDS, MIX, draw_contexts
 
 NUM_BINS = 15
+MEDIAN_FIT = 0.999
 
 Kind = Literal["mini-mlp", "encoder"]
 TrainedRouter = MiniMLP | EncoderRouter
@@ -261,10 +263,12 @@ def _calibrate(
     samples = draw_contexts(tasks, 2, mix, rng)
     logits = _logits(router, [sample.context for sample in samples])
     temperature = _fit_temperature(logits, torch.tensor([sample.label for sample in samples]))
-    # Free energy tells texts of no task from texts between two tasks, which confidence takes for the same
-    # (Liu et al. 2020, arXiv 2010.03759).
-    energy = (logits / temperature).logsumexp(dim=-1)
-    router.calibrate(temperature, energy.quantile(1 - args.coverage).item())
+    # Free energy tells texts of no task from texts between two tasks, which confidence takes for the same. Half of the
+    # held-out texts are to fit with a probability of at least MEDIAN_FIT.
+    energy = Calibration(temperature=temperature).energy(logits)
+    threshold, median = energy.quantile(1 - args.coverage).item(), energy.median().item()
+    slope = math.log(MEDIAN_FIT / (1 - MEDIAN_FIT)) / max(median - threshold, 1e-3)
+    router.calibration = Calibration(temperature=temperature, fit_threshold=threshold, fit_slope=slope)
 
 
 @torch.no_grad()
@@ -301,7 +305,7 @@ def _report(router: TrainedRouter, tasks: Sequence[Task], *, seconds: float, los
     confusion = torch.zeros(len(router.names), len(router.names), dtype=torch.long)
     for label, choice in zip(labels.tolist(), chosen.tolist(), strict=True):
         confusion[label, choice] += 1
-    temperature = router.temperature
+    temperature = router.calibration.temperature
     return RouterReport(
         names=router.names,
         num_parameters=router.num_parameters,
