@@ -165,7 +165,8 @@ def test_routing_says_which_adapters_a_prompt_would_use(work: Path, source: str)
     for row in found:
         assert set(row) == {"probs", "mixture", "confidence", "abstained"}
         assert set(row["probs"]) == set(TASKS)
-        assert 0.5 < sum(row["probs"].values()) < 1 + 1e-5
+        assert sum(row["probs"].values()) == pytest.approx(1, abs=1e-5)
+        assert 0.5 < row["fits"] < 1 + 1e-5
         assert row["confidence"] == max(row["probs"].values())
         assert row["abstained"] is False
         assert sum(row["mixture"].values()) == pytest.approx(1)

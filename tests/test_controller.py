@@ -312,7 +312,7 @@ class TestSwitching:
         told = [({n: round(w, 3) for n, w in s.mixture.items()}, s.abstained) for s in generation.trace]
         assert told == [({"math": 0.5, "poems": 0.5}, False), ({}, True)]
         probabilities, mixture = engine.route(Context("Q"))
-        assert probabilities == pytest.approx({"math": 0.3, "poems": 0.3, "units": 0.1})
+        assert probabilities == pytest.approx({"math": 3 / 7, "poems": 3 / 7, "units": 1 / 7})
         assert mixture == engine.route("Q")[1] == generation.trace[0].mixture
 
     @pytest.mark.parametrize(

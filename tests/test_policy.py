@@ -312,5 +312,9 @@ def test_whatever_turns_probabilities_into_a_mixture_is_a_policy(policy: object)
 
 @pytest.mark.parametrize("policy", [TopP(0.6), TopK(1), Threshold(0.3), Uniform()], ids=repr)
 def test_where_none_of_them_is_the_likeliest_no_policy_chooses(policy: FusionPolicy) -> None:
-    assert choose(policy, {"a": 0.3, "b": 0.2}) == Mixture()
-    assert choose(policy, {"a": 0.31, "b": 0.2}) == policy({"a": 31 / 51, "b": 20 / 51})
+    among = {"a": 0.625, "b": 0.375}
+    assert choose(policy, {"a": 0.3125, "b": 0.1875}) == (among, Mixture())
+    assert choose(policy, {"a": 0.375, "b": 0.225}) == (pytest.approx(among), pytest.approx(policy(among)))
+    assert choose(policy, {"a": 0.0, "b": 0.0}) == ({"a": 0.0, "b": 0.0}, Mixture())
+    whole = {"a": 0.6, "b": 0.4}
+    assert choose(policy, whole) == (whole, policy(whole))

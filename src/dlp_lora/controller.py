@@ -354,8 +354,7 @@ class Controller:
         if self.router is None:
             raise RouterError("this engine has no router; choose a mixture with engine.fixed() or engine.disabled()")
         rows = self.router.probabilities(contexts).tolist()
-        found = [dict(zip(self.router.names, row, strict=True)) for row in rows]
-        return [(probabilities, choose(self.policy, probabilities)) for probabilities in found]
+        return [choose(self.policy, dict(zip(self.router.names, row, strict=True))) for row in rows]
 
     def _decide(self, contexts: Sequence[Context], positions: Sequence[tuple[int, int]]) -> list[Decision]:
         start = time.perf_counter()

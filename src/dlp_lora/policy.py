@@ -181,17 +181,15 @@ class Switching:
 POLICIES: dict[str, type] = {cls.__name__: cls for cls in (TopP, Threshold, TopK, Only, Uniform)}
 
 
-def choose(policy: FusionPolicy, probabilities: Mapping[str, float]) -> Mixture:
-    """Applies a policy to what a router said; where it gave half or more to "none of them", the mixture is empty.
+def choose(policy: FusionPolicy, row: Mapping[str, float]) -> tuple[dict[str, float], Mixture]:
+    """Applies a policy to a router's row; gives the probabilities among the adapters, which sum to 1, and the mixture.
 
-    The policy sees the probabilities among the adapters, which sum to 1.
+    What the row lacks to 1 is the probability that none of them fits; where that is half or more, the mixture is empty.
     """
-    fits = math.fsum(probabilities.values())
-    if fits <= 0.5:
-        return Mixture()
-    if abs(fits - 1) < TOLERANCE:
-        return policy(probabilities)
-    return policy({name: p / fits for name, p in probabilities.items()})
+    fits = math.fsum(row.values())
+    is_whole = fits <= 0 or abs(fits - 1) < TOLERANCE
+    probabilities = dict(row) if is_whole else {name: p / fits for name, p in row.items()}
+    return probabilities, policy(probabilities) if fits > 0.5 else Mixture()
 
 
 def policy_to_dict(policy: FusionPolicy) -> dict[str, Any]:

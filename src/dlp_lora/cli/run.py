@@ -140,8 +140,8 @@ def route(
     """Say which adapters a prompt would use, without loading a language model (but for a router made from adapters).
 
     Reads lines `{"prompt": ...}` or `{"messages": [...]}`, optionally with `"history"`, what was said before the
-    prompt, and `"answer"`, what was answered so far. Prints one line each with `probs`, `mixture`, `confidence` and
-    `abstained`. Example:
+    prompt, and `"answer"`, what was answered so far. Prints one line each with `probs` (among the
+    adapters), `mixture`, `confidence`, `fits` (the probability that any of them does) and `abstained`. Example:
     `echo '{"prompt": "Convert 3 km to metres."}' | dlp-lora route --router router/`
     """
     from dlp_lora.bundle import read_bundle
@@ -162,11 +162,16 @@ def route(
     base = load_model(base_model(model))[0] if router_type(router) == "arrow" else None
     chooser = load_router(router, base=base)
     for record in [{"prompt": prompt}] if prompt is not None else read_json_lines():
-        context = _context(record)
-        probs = dict(zip(chooser.names, chooser.probabilities([context])[0].tolist(), strict=True))
-        mixture = choose(policy, probs)
+        row = dict(zip(chooser.names, chooser.probabilities([_context(record)])[0].tolist(), strict=True))
+        probs, mixture = choose(policy, row)
         print_json(
-            {"probs": probs, "mixture": dict(mixture), "confidence": max(probs.values()), "abstained": not mixture}
+            {
+                "probs": probs,
+                "mixture": dict(mixture),
+                "confidence": max(probs.values()),
+                "fits": sum(row.values()),
+                "abstained": not mixture,
+            }
         )
 
 

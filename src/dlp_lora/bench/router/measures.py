@@ -25,7 +25,8 @@ class Reading:
 
     names: tuple[str, ...]
     labels: Int[np.ndarray, " n"]
-    probabilities: Float[np.ndarray, "n adapters"]
+    probabilities: Float[np.ndarray, "n adapters"]  # among the adapters: rows sum to 1
+    fits: Float[np.ndarray, " n"]  # the probability that any of them does
     scores: Float[np.ndarray, " n"]
 
     @property
@@ -46,12 +47,6 @@ class Reading:
         found: Float[np.ndarray, " n"] = self.probabilities.max(axis=1)
         return found
 
-    @property
-    def fits(self) -> Bool[np.ndarray, " n"]:
-        """Where any adapter is used, as "none of them" is not the likeliest."""
-        found: Bool[np.ndarray, " n"] = self.probabilities.sum(axis=1) > 0.5
-        return found
-
 
 def pooled(readings: Sequence[Reading]) -> Reading:
     """Several readings of one router as one."""
@@ -59,6 +54,7 @@ def pooled(readings: Sequence[Reading]) -> Reading:
         names=readings[0].names,
         labels=np.concatenate([r.labels for r in readings]),
         probabilities=np.concatenate([r.probabilities for r in readings]),
+        fits=np.concatenate([r.fits for r in readings]),
         scores=np.concatenate([r.scores for r in readings]),
     )
 

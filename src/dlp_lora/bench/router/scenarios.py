@@ -236,7 +236,7 @@ def _parted(inside: Float[np.ndarray, " n"], outside: Float[np.ndarray, " m"]) -
 
 def _as_it_abstains(inside: Reading, found: Reading) -> dict[str, float]:
     """What is routed where the router itself says whether any adapter fits."""
-    return {"coverage": rounded(inside.fits.mean()), "false_routes": rounded(found.fits.mean())}
+    return {"coverage": rounded((inside.fits > 0.5).mean()), "false_routes": rounded((found.fits > 0.5).mean())}
 
 
 def _each(setting: Setting, walks: Sequence[Walk]) -> list[tuple[Walk, list[bool], list[str]]]:

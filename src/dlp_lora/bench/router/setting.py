@@ -156,10 +156,13 @@ class Setting:
             probabilities.append(router.probabilities(contexts))
             scores.append(probabilities[-1].amax(dim=1) if score is None else score(contexts))
             self.on_step("route", min(i + BATCH, len(samples)), len(samples))
+        rows = torch.cat(probabilities).double().numpy()
+        fits = rows.sum(axis=1)
         return Reading(
             names=router.names,
             labels=np.array([index.get(sample.task, -1) for sample in samples]),
-            probabilities=torch.cat(probabilities).double().numpy(),
+            probabilities=rows / fits.clip(min=1e-12)[:, None],
+            fits=fits,
             scores=torch.cat(scores).double().numpy(),
         )
 
