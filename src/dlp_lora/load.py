@@ -72,7 +72,13 @@ def load(
         what = model if isinstance(model, str | Path) else f"a {type(model).__name__} in memory"
         raise BundleError(f"{what} is no bundle; give adapters=, a folder of PEFT adapters or {{name: path}}")
     model, tokenizer = load_model(model, tokenizer, dtype=dtype, device=device, **model_kwargs)
-    bank = AdapterBank(linear_layers(model), siblings=siblings(model), dtype=pair_dtype(model), device=model.device)
+    bank = AdapterBank(
+        linear_layers(model),
+        siblings=siblings(model),
+        dtype=pair_dtype(model),
+        device=model.device,
+        budget_mb=budget_mb,
+    )
     for adapter in _read_adapters(adapters, weights=budget_mb is None):
         _check_base(adapter, model.config._name_or_path, strict=strict)
         bank.add(adapter)
