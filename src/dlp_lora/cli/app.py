@@ -90,7 +90,7 @@ def open_engine(
 
     policy = TopP(p) if p is not None else None
     if device is not None:
-        _check_device(device)
+        check_device(device)
     if bundle is not None:
         if adapters is not None or router is not None:
             raise ValueError("--bundle holds adapters and router; leave --adapters and --router out")
@@ -143,7 +143,8 @@ def progress_bar() -> Iterator[Progress]:
         yield progress
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Raises a ValueError if a device cannot be used."""
     import torch
 
     try:
