@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint docs bench clean
+.PHONY: demo test lint docs bench bench-gpu clean
 
 demo: $(READY)  ## train four adapters and a router on a small real model, and let them answer
 	$(BIN)/dlp-lora demo --out runs/demo
@@ -24,8 +24,11 @@ lint: $(READY)  ## format, lint, types, import rules
 docs: $(READY)  ## write docs/reference from the code and the command's help
 	$(BIN)/python scripts/make_reference.py
 
-bench: $(READY)  ## the figures of results/decode.json
-	$(BIN)/dlp-lora bench decode --threads 1 --rounds 7 --json results/decode.json
+bench: $(READY)  ## the speed records of results/
+	$(BIN)/dlp-lora bench suite --threads 1 --out results
+
+bench-gpu: $(READY)  ## the same on a GPU, into results/gpu (TORCH=... picks a CUDA build); MODEL=... takes another base
+	$(BIN)/dlp-lora bench suite --preset gpu --out results/gpu $(if $(MODEL),--model $(MODEL))
 
 clean:
 	rm -rf $(VENV) runs build dist

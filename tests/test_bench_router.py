@@ -282,6 +282,7 @@ def reading(rows: Sequence[tuple[int, Sequence[float]]]) -> m.Reading:
         names=("a", "b"),
         labels=np.array([label for label, _ in rows]),
         probabilities=probabilities,
+        fits=probabilities.sum(axis=1),
         scores=probabilities.max(axis=1),
     )
 

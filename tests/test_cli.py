@@ -84,7 +84,7 @@ def test_the_help_of_every_command_has_an_example(command: tuple[str, ...]) -> N
 def test_every_command_is_there() -> None:
     names = {" ".join(command) for command in commands()}
     assert names >= {"generate", "chat", "route", "bundle", "check", "export", "demo"}
-    assert names >= {"train-adapter", "train-adapters", "train-router", "bench decode"}
+    assert names >= {"train-adapter", "train-adapters", "train-router", "bench decode", "bench switch", "bench suite"}
 
 
 def test_generating_by_command_is_generating_by_engine(work: Path) -> None:
@@ -378,6 +378,26 @@ ERRORS: dict[str, tuple[tuple[str, ...], str, str]] = {
         "the device 'cuda:99' cannot be used",
     ),
     "unknown dtype": (("bench", "decode", "--model", "{work}/model", "--dtypes", "int3"), "", "no dtype 'int3'"),
+    "sizes in words": (
+        ("bench", "bank", "--sizes", "1,two"),
+        "",
+        "--sizes takes whole numbers with commas between them",
+    ),
+    "unknown preset of the suite": (
+        ("bench", "suite", "--out", "{work}/suite", "--preset", "tpu"),
+        "",
+        "choose cpu or gpu",
+    ),
+    "unknown benchmark": (
+        ("bench", "suite", "--model", "{work}/model", "--out", "{work}/suite", "--only", "speed"),
+        "",
+        "no benchmark 'speed'; there are decode, decode_batch8",
+    ),
+    "unknown picture": (
+        ("bench", "decode", "--model", "{work}/model", "--plot", "it.txt"),
+        "",
+        "--plot writes .png or .svg, not it.txt",
+    ),
 }
 
 
@@ -400,6 +420,28 @@ def test_the_lines_before_a_bad_one_are_answered(work: Path) -> None:
     assert result.exit_code == 1
     assert len(json_lines(result.stdout)) == 1
     assert "line 2" in result.stderr
+
+
+def test_a_benchmark_shows_a_table_and_writes_its_record_and_picture(work: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    settings = ("--dtypes", "float32", "--rounds", "1", "--num-adapters", "4", "--new-tokens", "3", "--r", "2")
+    files = ("--json", tmp_path / "new" / "it.json", "--plot", tmp_path / "it.png")
+    shown = ok("bench", "decode", "--model", work / "model", *settings, "--target-modules", "q_proj,o_proj", *files)
+    assert "decode, model, batch 1" in shown
+    record = json.loads((tmp_path / "new" / "it.json").read_text())
+    assert record["settings"]["target_modules"] == ["q_proj", "o_proj"]
+    assert (record["settings"]["r"], record["settings"]["rounds"]) == (2, 1)
+    assert [row["name"] for row in record["rows"]][-2:] == ["dlp-lora, 3 of 4", "peft one adapter"]
+    assert (tmp_path / "it.png").stat().st_size > 1000
+
+
+def test_the_suite_writes_a_record_of_each_benchmark(work: Path, tmp_path: Path) -> None:
+    chosen = ("--only", "prefill_batch4", "--rounds", "1", "--threads", "1")
+    shown = ok("bench", "suite", "--model", work / "model", "--out", tmp_path, *chosen)
+    assert [path.name for path in tmp_path.iterdir()] == ["prefill_batch4.json"]
+    record = json.loads((tmp_path / "prefill_batch4.json").read_text())
+    assert (record["settings"]["batch"], record["settings"]["rounds"]) == (4, 1)
+    assert "prefill, model, batch 4, length 512" in shown
 
 
 def test_adapters_that_do_not_fit_make_no_bundle(work: Path, tmp_path: Path) -> None:

@@ -84,6 +84,18 @@ def folder_of(path: Path) -> dict[str, bytes]:
 
 
 class TestLoad:
+    def test_no_more_adapters_than_the_budget_holds_stay_in_memory(self, base: Path, lively_adapters: Path) -> None:
+        whole = dlp_lora.load(base, adapters=lively_adapters)
+        engine = dlp_lora.load(base, adapters=lively_adapters, budget_mb=1e-6)
+        held = []
+        for name in NAMES:
+            with engine.fixed({name: 1.0}), whole.fixed({name: 1.0}):
+                assert engine.generate("Hello", **SETTINGS).text == whole.generate("Hello", **SETTINGS).text
+            held.append(len(engine.bank.tensors()))
+        assert engine.bank.num_misses == len(NAMES)
+        # Blocks of one adapter at a time: "poems" changes every layer, the others only two of them.
+        assert held[0] == held[2] < held[1] < len(whole.bank.tensors())
+
     def test_a_path_is_the_model_and_tokenizer_in_it(self, base: Path, lively_adapters: Path) -> None:
         loaded = dlp_lora.load(str(base), adapters=str(lively_adapters), router=HashRouter(), segmenter=every_six)
         in_memory = dlp_lora.load(

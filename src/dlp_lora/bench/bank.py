@@ -1,86 +1,107 @@
-"""The bank benchmark (Table 6): what decoding and switching cost as the number of adapters grows."""
+"""The bank benchmark (Table 6): what decoding and fusing cost as the bank grows, in memory and on disk."""
 
-import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Annotated, Any
 
-import torch
-
-from dlp_lora.bench.decode import check_dtypes, generation, switch_cost
-from dlp_lora.bench.models import PROMPTS, base_model, encode, engine_with, random_adapters, tokenizer_of
-from dlp_lora.bench.timing import BASE, OnRound, interleave_steps
+from dlp_lora.bench.agreement import Twin, check_paths
+from dlp_lora.bench.case import Case, Row, quiet, run_cases
+from dlp_lora.bench.decoding import DecodingArgs, decoding_rows
+from dlp_lora.bench.memory import MB, growth_mb
+from dlp_lora.bench.models import PEFT_ONE, base_model, engine_with, peft_one
+from dlp_lora.bench.timing import BASE, OnRound, synchronise
 from dlp_lora.engine import Engine
-from dlp_lora.environment import environment
+from dlp_lora.errors import DLPLoRAError
+from dlp_lora.policy import Mixture
+
+NUM_RECENT = 4  # mixtures that are in memory still, fused again to time a hit
+NUM_HITS = 48
 
 
 @dataclass(frozen=True, kw_only=True)
-class BankArgs:
-    """What is measured."""
+class BankArgs(DecodingArgs):
+    """What is measured; a bank of fewer than `selected` fuses them all."""
 
-    sizes: tuple[int, ...] = (1, 5, 10, 20, 50, 100)
-    selected: int = 3  # or as many as there are
-    r: int = 8
-    target_modules: tuple[str, ...] = ("q_proj", "v_proj")
-    new_tokens: int = 32
-    rounds: int = 7
-    dtype: str = "bfloat16"
-    threads: int | None = None
-
-    def __post_init__(self) -> None:
-        if not self.sizes or min(self.sizes) < 1 or self.rounds < 1 or self.new_tokens < 2:
-            raise ValueError(
-                f"sizes and rounds must be at least 1 and new_tokens 2, "
-                f"got {self.sizes}, {self.rounds} and {self.new_tokens}"
-            )
-        check_dtypes((self.dtype,))
+    sizes: Annotated[tuple[int, ...], "Adapters in memory."] = (1, 5, 10, 20, 50, 100)
+    on_disk: Annotated[tuple[int, ...], "Adapters in their files."] = (1000,)
+    budget_mb: Annotated[float, "Megabytes of them that are kept in memory."] = 64.0
 
 
-def bench_bank(
-    model: str | Path, args: BankArgs | None = None, *, on_round: OnRound = lambda *_: None
-) -> dict[str, Any]:
-    """Measures decoding with banks of several sizes side by side; gives the record as JSON data."""
+def bench_bank(model: str | Path, args: BankArgs | None = None, *, on_round: OnRound = quiet) -> dict[str, Any]:
+    """Measures banks of several sizes side by side; gives the record as JSON data.
+
+    Raises:
+        DLPLoRAError: if paths that must agree differ.
+    """
     args = args or BankArgs()
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    tokenizer = tokenizer_of(model)
-    prompts = [encode(tokenizer, [prompt]) for prompt in PROMPTS]
-    with tempfile.TemporaryDirectory() as folder:
-        adapters = random_adapters(model, Path(folder), max(args.sizes), r=args.r, target_modules=args.target_modules)
-        engines: dict[str, tuple[int, Engine]] = {}
-        load_s: dict[str, float] = {}
-        for size in args.sizes:
-            start = time.perf_counter()
-            engine = engine_with(model, args.dtype, adapters, selected=min(args.selected, size), num_adapters=size)
-            load_s[f"dlp-lora, {size}"] = time.perf_counter() - start
-            engines[f"dlp-lora, {size}"] = size, engine
-        models = {BASE: base_model(model, args.dtype), **{name: e.model for name, (_, e) in engines.items()}}
-        runs = {name: generation(each, prompts, args.new_tokens) for name, each in models.items()}
-        times = interleave_steps(runs, rounds=args.rounds, scenario=args.dtype, on_round=on_round)
-    total = sum(p.numel() for p in models[BASE].parameters())
-    rows = []
-    for name in models:
-        row = {
-            "name": name,
-            "num_adapters": 0,
-            "ms_per_token": times.median(name, "step_ms"),
-            **times.ratio(name, "step_ms"),
+
+    def measure(case: Case) -> list[Row]:
+        banks: dict[str, tuple[int, float | None]] = {
+            f"dlp-lora, {size} on disk": (size, args.budget_mb) for size in args.on_disk
         }
-        if name in engines:
-            size, engine = engines[name]
-            row |= {
-                "num_adapters": size,
-                "share_of_parameters": round(engine.bank.num_parameters / total, 5),
-                "load_s": round(load_s[name], 2),
-                **switch_cost(engine),
-            }
-        rows.append(row)
-    return {
-        "benchmark": "bank",
-        "model": Path(model).name,
-        "settings": asdict(args),
-        "environment": environment(),
-        "rows": rows,
-        "does_not_measure": "trained adapters' answers",
+        banks |= {f"dlp-lora, {size}": (size, None) for size in args.sizes}
+        base, one = base_model(case), peft_one(case)
+        num_parameters = sum(parameter.numel() for parameter in base.parameters())
+        engines: dict[str, Engine] = {}
+        about: dict[str, Row] = {BASE: {"num_adapters": 0}}
+        for name, (size, budget_mb) in banks.items():
+            engines[name], about[name] = _open(case, size, args.selected, budget_mb)
+            about[name]["share_of_parameters"] = round(engines[name].bank.num_parameters / num_parameters, 5)
+            check_paths(engines[name], base, case.prompts()[0], {PEFT_ONE: Twin(one, {case.names[0]: 1.0})})
+        variants = {BASE: base, **engines}
+        rows = decoding_rows(case, variants, case.prompts(), new_tokens=args.new_tokens, rounds=args.rounds)
+        order = sorted(rows, key=lambda name: about[name]["num_adapters"])
+        return [{**rows[name], **about[name]} for name in order]
+
+    return run_cases(
+        "bank",
+        model,
+        args,
+        measure,
+        num_adapters=max(args.sizes + args.on_disk),
+        on_round=on_round,
+        does_not_measure="trained adapters' answers, and disks: the files are in the system's cache",
+    )
+
+
+def _open(case: Case, size: int, selected: int, budget_mb: float | None) -> tuple[Engine, Row]:
+    """Loads a bank and fuses all its adapters in turn; gives the engine and what that took."""
+    base = base_model(case)
+    grown = growth_mb(case.device)
+    start = time.perf_counter()
+    engine = engine_with(case, selected=selected, num_adapters=size, budget_mb=budget_mb, base=base)
+    load_s = time.perf_counter() - start
+    names, k = engine.bank.names, min(selected, size)
+    mixtures = [Mixture(dict.fromkeys(names[i : i + k], 1 / k)) for i in range(0, size - k + 1, k)]
+    first = [_fuse_ms(engine, mixture) for mixture in mixtures]
+    num_misses, recent = engine.bank.num_misses, mixtures[-NUM_RECENT:]
+    kept_mb = _kept_mb(engine)
+    if budget_mb and kept_mb > budget_mb:
+        raise DLPLoRAError(f"the bank keeps {kept_mb:.1f} MB under a budget of {budget_mb} MB; no figures are given")
+    hits = [_fuse_ms(engine, recent[i % len(recent)]) for i in range(NUM_HITS)]
+    return engine, {
+        "num_adapters": size,
+        "budget_mb": budget_mb,
+        "kept_mb": round(kept_mb, 3),
+        "resident_mb": grown(),
+        "load_s": round(load_s, 2),
+        "num_misses": num_misses,
+        "miss_ms": round(median(first), 3) if num_misses else None,
+        "hit_ms": round(median(hits), 3),
     }
+
+
+def _kept_mb(engine: Engine) -> float:
+    """Megabytes of adapters that the bank has ready, without what is fused of them."""
+    buffers = {tensor.data_ptr() for group in engine.bank.groups for tensor in group.buffers()}
+    return sum(t.nbytes for t in engine.bank.tensors() if t.data_ptr() not in buffers) / MB
+
+
+def _fuse_ms(engine: Engine, mixture: Mixture) -> float:
+    engine.bank.clear()  # what is fused already is not fused again
+    start = time.perf_counter()
+    engine.bank.fuse([mixture])
+    synchronise(engine.model.device)
+    return (time.perf_counter() - start) * 1e3

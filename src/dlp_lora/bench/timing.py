@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+import torch
+
 BASE = "base"
 
 Run = Callable[[int], Mapping[str, float]]
@@ -34,11 +36,17 @@ class Times:
     def ratio(self, name: str, quantity: str, over: str = BASE) -> dict[str, float]:
         """The median of a variant's ratios over another in the same round, with the smallest and the largest."""
         ratios = [a / b for a, b in zip(self.each[name][quantity], self.each[over][quantity], strict=True)]
-        return {
-            "ratio": round(median(ratios), 4),
-            "ratio_min": round(min(ratios), 4),
-            "ratio_max": round(max(ratios), 4),
-        }
+        return _spread("ratio", ratios)
+
+    def spread(self, name: str, quantity: str) -> dict[str, float]:
+        """A variant's median over the rounds, with the smallest and the largest."""
+        return _spread(quantity, self.each[name][quantity])
+
+
+def synchronise(device: torch.device) -> None:
+    """Waits for all that was asked of a device: a GPU works on while Python goes on."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def interleave(
@@ -60,9 +68,9 @@ def interleave_steps(
     variants: Mapping[str, Stepwise], *, rounds: int, scenario: str = "", on_round: OnRound = lambda *_: None
 ) -> Times:
     """Runs the variants side by side, one step of each in turn: `first_ms` is the first step, `step_ms` the mean of the
-    others."""
+    others, `all_ms` the sum."""
     names = list(variants)
-    each: dict[str, dict[str, list[float]]] = {name: {"first_ms": [], "step_ms": []} for name in names}
+    each: dict[str, dict[str, list[float]]] = {name: {"first_ms": [], "step_ms": [], "all_ms": []} for name in names}
     for i in range(rounds + 1):
         order = names[i % len(names) :] + names[: i % len(names)]
         steps = _in_turns({name: variants[name] for name in order}, i)
@@ -70,8 +78,14 @@ def interleave_steps(
             for name, (first, *others) in steps.items():
                 each[name]["first_ms"].append(first * 1e3)
                 each[name]["step_ms"].append(sum(others) / len(others) * 1e3)
+                each[name]["all_ms"].append((first + sum(others)) * 1e3)
         on_round(scenario, i, rounds)
     return Times(each)
+
+
+def _spread(quantity: str, values: Sequence[float]) -> dict[str, float]:
+    found = {quantity: median(values), f"{quantity}_min": min(values), f"{quantity}_max": max(values)}
+    return {key: round(value, 4) for key, value in found.items()}
 
 
 def _in_turns(variants: Mapping[str, Stepwise], i: int) -> dict[str, list[float]]:

@@ -99,7 +99,7 @@ def open_engine(
     policy = TopP(p) if p is not None else None
     settings: dict[str, Any] = {"policy": policy, "prompt_routing": prompt_routing, "device": device}
     if device is not None:
-        _check_device(device)
+        check_device(device)
     if bundle is not None:
         if adapters is not None or router is not None:
             raise ValueError("--bundle holds adapters and router; leave --adapters and --router out")
@@ -152,7 +152,8 @@ def progress_bar() -> Iterator[Progress]:
         yield progress
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Raises a ValueError if a device cannot be used."""
     import torch
 
     try:
@@ -192,4 +193,15 @@ def _quiet_transformers() -> None:
 
 def _add_commands() -> None:
     # Each adds its commands to the app.
-    from dlp_lora.cli import adapters, bench, demo, harness, report, reproduce, run, tasks, train  # noqa: F401
+    from dlp_lora.cli import (  # noqa: F401
+        adapters,
+        bench,
+        bench_router,
+        demo,
+        harness,
+        report,
+        reproduce,
+        run,
+        tasks,
+        train,
+    )

@@ -3,278 +3,227 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from dlp_lora.cli.app import DataOption, ModelOption, RouterOption, app, base_model, console, progress_bar, stderr
+from dlp_lora.bench.bank import BankArgs, bench_bank
+from dlp_lora.bench.decode import DecodeArgs, bench_decode
+from dlp_lora.bench.peers import PeersArgs, bench_peers
+from dlp_lora.bench.plot import check_plot, plot
+from dlp_lora.bench.prefill import PrefillArgs, bench_prefill
+from dlp_lora.bench.routers import RoutersArgs, bench_routers
+from dlp_lora.bench.suite import PRESETS, suite
+from dlp_lora.bench.switch import SwitchArgs, bench_switch
+from dlp_lora.bench.train import TrainArgs, bench_train
+from dlp_lora.cli.app import (
+    BENCH_HELP,
+    DataOption,
+    ModelOption,
+    app,
+    base_model,
+    check_device,
+    console,
+    progress_bar,
+    stderr,
+)
+from dlp_lora.cli.options import with_options
+from dlp_lora.folders import write_text
+from dlp_lora.tasks.hub import read_data
 
-bench = typer.Typer(no_args_is_help=True, help="Measure speed side by side with the base model and PEFT.")
+bench = typer.Typer(
+    no_args_is_help=True, help="Measure speed side by side with the base model and PEFT, and what a router gets right."
+)
 app.add_typer(bench, name="bench")
 
-NumAdaptersOption = Annotated[int, typer.Option(min=1, help="Adapters in the bank.")]
-SelectedOption = Annotated[int, typer.Option(min=1, help="Adapters fused at a time.")]
-TargetsOption = Annotated[str, typer.Option(help='Adapted modules, comma-separated, or "all-linear".')]
-BatchOption = Annotated[int, typer.Option(min=1, help="Prompts at once.")]
-RoundsOption = Annotated[int, typer.Option(min=1, help="Rounds after the warm-up.")]
-DtypesOption = Annotated[str, typer.Option(help="Comma-separated.")]
-ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Threads of torch. [default: its own choice]")]
-JsonFileOption = Annotated[Path | None, typer.Option("--json", help="Write the record to this file, too.")]
-
-
-@bench.command()
-def decode(
-    model: ModelOption = None,
-    num_adapters: NumAdaptersOption = 26,
-    selected: SelectedOption = 3,
-    target_modules: TargetsOption = "q_proj,v_proj",
-    batch: BatchOption = 1,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens a run generates.")] = 64,
-    rounds: RoundsOption = 9,
-    dtypes: DtypesOption = "bfloat16,float32",
-    threads: ThreadsOption = None,
-    json_file: JsonFileOption = None,
-) -> None:
-    """Time per generated token over the base model, with sentence switching live.
-
-    Example: `dlp-lora bench decode --json results/decode.json`
-    """
-    from dlp_lora.bench.decode import DecodeArgs, bench_decode
-
-    args = DecodeArgs(
-        num_adapters=num_adapters,
-        selected=selected,
-        target_modules=tuple(target_modules.split(",")),
-        batch=batch,
-        new_tokens=new_tokens,
-        rounds=rounds,
-        dtypes=tuple(dtypes.split(",")),
-        threads=threads,
-    )
-    with _rounds() as on_round:
-        record = bench_decode(base_model(model), args, on_round=on_round)
-    columns = {
-        "variant": "name",
-        "dtype": "dtype",
-        "ms/token": "ms_per_token",
-        "over base": "ratio",
+_VARIANT = {"variant": "name", "dtype": "dtype"}
+_DECODING = {**_VARIANT, "ms/token": "ms_per_token", "over base": "ratio", "tokens/s": "tokens_per_s"}
+_MEMORY = {"held, MB": "held_mb", "peak, MB": "peak_mb", "peak over base": "memory_ratio"}
+COLUMNS = {
+    "decode": {
+        **_DECODING,
         "over stacked": "ratio_over_stacked",
         "first token, ms": "ttft_ms",
-        "tokens/s": "tokens_per_s",
-    }
-    _show(record, columns, f"batch {batch}, {target_modules}", json_file)
-    for dtype, cost in record["switch"].items():
-        console.print(f"{dtype}: router {cost['router_ms']:.2f} ms, whole switch {cost['switch_ms']:.2f} ms a sentence")
-
-
-@bench.command()
-def prefill(
-    model: ModelOption = None,
-    num_adapters: NumAdaptersOption = 26,
-    selected: SelectedOption = 3,
-    target_modules: TargetsOption = "q_proj,v_proj",
-    batch: BatchOption = 4,
-    length: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 512,
-    rounds: RoundsOption = 9,
-    dtypes: DtypesOption = "bfloat16,float32",
-    threads: ThreadsOption = None,
-    json_file: JsonFileOption = None,
-) -> None:
-    """Time to read prompts over the base model, routing and fusing included.
-
-    Example: `dlp-lora bench prefill --batch 4 --length 512`
-    """
-    from dlp_lora.bench.prefill import PrefillArgs, bench_prefill
-
-    args = PrefillArgs(
-        num_adapters=num_adapters,
-        selected=selected,
-        target_modules=tuple(target_modules.split(",")),
-        batch=batch,
-        length=length,
-        rounds=rounds,
-        dtypes=tuple(dtypes.split(",")),
-        threads=threads,
-    )
-    with _rounds() as on_round:
-        record = bench_prefill(base_model(model), args, on_round=on_round)
-    columns = {"variant": "name", "dtype": "dtype", "ms": "ms", "over base": "ratio"}
-    _show(record, columns, f"batch {batch}, {length} tokens", json_file)
-
-
-@bench.command()
-def bank(
-    model: ModelOption = None,
-    sizes: Annotated[str, typer.Option(help="Adapters in the bank, comma-separated.")] = "1,5,10,20,50,100",
-    selected: SelectedOption = 3,
-    rounds: RoundsOption = 7,
-    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
-    threads: ThreadsOption = None,
-    json_file: JsonFileOption = None,
-) -> None:
-    """Time per generated token as the bank grows (the paper's Table 6).
-
-    Example: `dlp-lora bench bank --sizes 1,10,100`
-    """
-    from dlp_lora.bench.bank import BankArgs, bench_bank
-
-    args = BankArgs(
-        sizes=tuple(map(int, sizes.split(","))), selected=selected, rounds=rounds, dtype=dtype, threads=threads
-    )
-    with _rounds() as on_round:
-        record = bench_bank(base_model(model), args, on_round=on_round)
-    columns = {
-        "variant": "name",
-        "ms/token": "ms_per_token",
-        "over base": "ratio",
+        "of bandwidth": "bandwidth_share",
+        **_MEMORY,
+    },
+    "prefill": {**_VARIANT, "ms": "ms", "over base": "ratio", "tokens/s": "tokens_per_s", **_MEMORY},
+    "switch": {
+        **_VARIANT,
+        "router, ms": "route_ms",
+        "policy, ms": "policy_ms",
+        "fuse, ms": "fuse_ms",
+        "whole switch, ms": "switch_ms",
+        "over PEFT": "over_peft",
+        "switches": "num_switches",
+        "allocated": "num_allocations",
+        "moved": "num_moved",
+        "grown, MB": "growth_mb",
+    },
+    "bank": {
+        **_DECODING,
         "share of parameters": "share_of_parameters",
-        "switch, ms": "switch_ms",
         "load, s": "load_s",
-    }
-    _show(record, columns, dtype, json_file)
-
-
-@bench.command()
-def peers(
-    model: ModelOption = None,
-    num_adapters: NumAdaptersOption = 8,
-    selected: SelectedOption = 2,
-    methods: Annotated[str | None, typer.Option(help="Semicolon-separated names. [default: all]")] = None,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens a run generates.")] = 32,
-    rounds: RoundsOption = 5,
-    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
-    threads: ThreadsOption = None,
-    json_file: JsonFileOption = None,
-) -> None:
-    """Time per generated token of every peer: PEFT's ways, and other papers' methods as we wrote them (Table 7).
-
-    Example: `dlp-lora bench peers --methods "peft, arrow;meteora (ours)"`
-    """
-    from dlp_lora.bench.peers import PeersArgs, bench_peers
-
-    args = PeersArgs(
-        num_adapters=num_adapters,
-        selected=selected,
-        methods=tuple(methods.split(";")) if methods else (),
-        new_tokens=new_tokens,
-        rounds=rounds,
-        dtype=dtype,
-        threads=threads,
-    )
-    with _rounds() as on_round:
-        record = bench_peers(base_model(model), args, on_round=on_round)
-    columns = {
-        "variant": "name",
-        "ms/token": "ms_per_token",
-        "over base": "ratio",
-        "first token, ms": "ttft_ms",
-        "held, MB": "held_mb",
-        "memory over base": "memory_ratio",
-    }
-    _show(record, columns, f"{num_adapters} adapters, {selected} at a time, {dtype}", json_file)
-
-
-@bench.command()
-def train(
-    data: DataOption,
-    model: ModelOption = None,
-    tasks: Annotated[str | None, typer.Option("--tasks", help="Comma-separated task names. [default: all]")] = None,
-    num_samples: Annotated[int, typer.Option(min=1, help="Training examples of each task.")] = 48,
-    rounds: RoundsOption = 3,
-    threads: ThreadsOption = None,
-    json_file: JsonFileOption = None,
-) -> None:
-    """Training speed against the plain transformers Trainer with PEFT, on the same samples.
-
-    Example: `dlp-lora bench train --data data/ --tasks gsm8k,winowhy`
-    """
-    from dlp_lora.bench.train import TrainArgs, bench_train
-    from dlp_lora.tasks.hub import read_data
-
-    found = read_data(data, names=tasks.split(",") if tasks else None)
-    args = TrainArgs(num_samples=num_samples, rounds=rounds, threads=threads)
-    with _rounds() as on_round:
-        record = bench_train(base_model(model), found, args, on_round=on_round)
-    columns = {
+        "budget, MB": "budget_mb",
+        "kept, MB": "kept_mb",
+        "resident, MB": "resident_mb",
+        "fuse, ms": "hit_ms",
+        "from disk, ms": "miss_ms",
+    },
+    "routers": {
+        **_DECODING,
+        "whole answer over base": "answer_ratio",
+        "router's parameters": "router_parameters",
+        "router, ms a sentence": "route_ms",
+    },
+    "peers": {**_DECODING, "first token, ms": "ttft_ms", **_MEMORY},
+    "train": {
         "variant": "name",
         "task": "task",
         "samples/s": "samples_per_s",
         "speed-up": "speedup",
-        "mean loss": "mean_loss",
-    }
-    _show(record, columns, f"{num_samples} samples a task", json_file)
+        "tokens/s": "tokens_per_s",
+        "peak, MB": "peak_mb",
+        "peak over Trainer": "memory_ratio",
+        "loss": "loss",
+    },
+}
 
 
-@bench.command("router")
-def router_command(
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """Where a record goes, beside the table."""
+
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the record to this file, too.")] = None
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw it into this file, .png or .svg.")] = None
+
+
+@bench.command()
+@with_options
+def decode(args: DecodeArgs, output: Output, model: ModelOption = None) -> None:
+    """Time per generated token over the base model, with sentence switching live.
+
+    Example: `dlp-lora bench decode --json results/decode.json`
+    """
+    _run(partial(bench_decode, base_model(model), args), args.device, output)
+
+
+@bench.command()
+@with_options
+def prefill(args: PrefillArgs, output: Output, model: ModelOption = None) -> None:
+    """Time to read prompts over the base model, routing and fusing included.
+
+    Example: `dlp-lora bench prefill --batch 4 --length 512`
+    """
+    _run(partial(bench_prefill, base_model(model), args), args.device, output)
+
+
+@bench.command()
+@with_options
+def switch(args: SwitchArgs, output: Output, model: ModelOption = None) -> None:
+    """Time of a switch in its parts, for mixtures of 1 to --selected adapters, beside PEFT's add_weighted_adapter.
+
+    Example: `dlp-lora bench switch --sizes 10,100`
+    """
+    _run(partial(bench_switch, base_model(model), args), args.device, output)
+
+
+@bench.command()
+@with_options
+def bank(args: BankArgs, output: Output, model: ModelOption = None) -> None:
+    """Time per generated token, start-up and memory as the bank grows, in memory and on disk (the paper's Table 6).
+
+    Example: `dlp-lora bench bank --sizes 1,10,100 --on-disk 1000 --budget-mb 64`
+    """
+    _run(partial(bench_bank, base_model(model), args), args.device, output)
+
+
+@bench.command()
+@with_options
+def routers(args: RoutersArgs, output: Output, model: ModelOption = None) -> None:
+    """The mini-MLP beside an encoder of ALBERT's shape as router, alone and inside decoding (the paper's Table 4).
+
+    Example: `dlp-lora bench routers --threads 1`
+    """
+    _run(partial(bench_routers, base_model(model), args), args.device, output)
+
+
+@bench.command()
+@with_options
+def peers(args: PeersArgs, output: Output, model: ModelOption = None) -> None:
+    """Time per generated token of every peer: PEFT's ways, and other papers' methods as we wrote them (Table 7).
+
+    Example: `dlp-lora bench peers --methods "peft arrow,meteora (ours)"`
+    """
+    _run(partial(bench_peers, base_model(model), args), args.device, output)
+
+
+@bench.command()
+@with_options
+def train(
     data: DataOption,
-    extra: Annotated[
-        str | None, typer.Option(help="Folder of task folders that the router is not to know: out of domain, scale.")
-    ] = None,
-    router: RouterOption = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Tokenizer: folder or hub id. [default: the router's, else the model's]")
-    ] = None,
+    args: TrainArgs,
+    output: Output,
     model: ModelOption = None,
     tasks: Annotated[str | None, typer.Option("--tasks", help="Comma-separated task names. [default: all]")] = None,
-    only: Annotated[str | None, typer.Option(help="Comma-separated scenarios. [default: all]")] = None,
-    per_task: Annotated[int | None, typer.Option(min=1, help="Test questions of a task, at most.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the samples and of training.")] = 0,
-    threads: ThreadsOption = None,
-    json_file: JsonFileOption = None,
-    report: Annotated[Path | None, typer.Option(help="Folder to write a page with pictures to; needs --json.")] = None,
-    work: Annotated[
-        Path | None, typer.Option(help="Folder to keep trained routers in, for a run that goes on. [default: nowhere]")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin the record anew.")] = False,
 ) -> None:
-    """What a router gets right, how sure it is and what it costs, from whole prompts to single sentences.
+    """Training speed and memory against the plain transformers Trainer with PEFT, on the same samples.
 
-    Without --router one is trained on the tasks. Interrupted, the same command goes on with the scenarios that the
-    record has not. Examples: `dlp-lora bench router --data data/ --json router.json`, or
-    `dlp-lora bench router --data data/ --router router/ --only prompts,serial`
+    Example: `dlp-lora bench train --data data/ --tasks gsm8k,winowhy`
     """
-    import torch
+    found = read_data(data, names=tasks.split(",") if tasks else None)
+    _run(partial(bench_train, base_model(model), found, args), args.device, output)
 
-    from dlp_lora.bench.router import RouterBenchArgs, Setting, bench_router, read_trained
-    from dlp_lora.router import load_tokenizer
-    from dlp_lora.tasks.hub import read_data
-    from dlp_lora.tasks.manifest import read_manifest
-    from dlp_lora.training.router import RouterTrainingArgs
 
-    if report is not None and json_file is None:
-        raise ValueError("--report is written from the record; give --json, too")
-    if threads is not None:
-        torch.set_num_threads(threads)
-    given: dict[str, Any] = {"seed": seed, "per_task": per_task}
-    args = RouterBenchArgs(
-        training=RouterTrainingArgs(seed=seed), **{key: value for key, value in given.items() if value is not None}
-    )
-    with _rounds() as on_step:
-        setting = Setting(
-            read_data(data, names=tasks.split(",") if tasks else None),
-            load_tokenizer(tokenizer or router or base_model(model)),
-            args,
-            router=read_trained(router) if router else None,
-            extra=read_data(extra) if extra else (),
-            manifest=read_manifest(data),
-            folder=work,
-            on_step=on_step,
-        )
-        record = bench_router(setting, only=only.split(",") if only else (), file=json_file, overwrite=overwrite)
-    _show_router(record)
-    if json_file is not None:
-        stderr.print(f"wrote {json_file}")
-    if report is not None and json_file is not None:
-        from dlp_lora.report import write_report
+@bench.command("suite")
+def suite_command(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the records.")],
+    model: ModelOption = None,
+    preset: Annotated[str, typer.Option(help="cpu or gpu.")] = "cpu",
+    only: Annotated[str | None, typer.Option(help="Comma-separated names of records. [default: all]")] = None,
+    prompts: Annotated[str | None, typer.Option(help="Folder of task folders, to ask and to train on.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Rounds after the warm-up. [default: each one's own]")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of torch. [default: its own choice]")] = None,
+    plots: Annotated[bool, typer.Option("--plots", help="Draw each, too.")] = False,
+) -> None:
+    """Every benchmark, one after the other: a table, a record and a plot each.
 
-        stderr.print(f"wrote {write_report(json_file, report).html}")
+    Example: `dlp-lora bench suite --preset gpu --model Qwen/Qwen2-1.5B --out results/gpu`
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"no preset {preset!r}; choose {' or '.join(PRESETS)}")
+    found = suite(base_model(model), PRESETS[preset], rounds=rounds, threads=threads, prompts=prompts)
+    chosen = only.split(",") if only else list(found)
+    if unknown := [name for name in chosen if name not in found]:
+        raise ValueError(f"no benchmark {unknown[0]!r}; there are {', '.join(found)}")
+    for name in chosen:
+        output = Output(json_file=out / f"{name}.json", plot=out / f"{name}.svg" if plots else None)
+        _run(found[name], PRESETS[preset].device, output)
+
+
+def _run(measure: Callable[..., dict[str, Any]], device: str, output: Output) -> None:
+    check_device(device)
+    if output.plot is not None:
+        check_plot(output.plot)
+    with rounds_bar() as on_round:
+        record = measure(on_round=on_round)
+    _show(record)
+    if output.json_file is not None:
+        output.json_file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(output.json_file, json.dumps(record, indent=2) + "\n")
+        stderr.print(f"wrote {output.json_file}")
+    if output.plot is not None:
+        plot(record, output.plot)
+        stderr.print(f"wrote {output.plot}")
 
 
 @contextmanager
-def _rounds() -> Iterator[Callable[[str, int, int], None]]:
+def rounds_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar for each scenario of a benchmark."""
     with progress_bar() as progress:
         bars: dict[str, Any] = {}
 
@@ -286,53 +235,23 @@ def _rounds() -> Iterator[Callable[[str, int, int], None]]:
         yield on_round
 
 
-def _show(record: dict[str, Any], columns: dict[str, str], what: str, json_file: Path | None) -> None:
-    title = f"{record['benchmark']}, {record['model']}, {what}, {record['environment']['cpu']}"
+def _show(record: dict[str, Any]) -> None:
+    settings, machine = record["settings"], record["environment"]
+    where = machine["cpu"] if settings["device"] == "cpu" else machine["gpu"]
+    what = [f"{key} {settings[key]}" for key in ("batch", "length") if key in settings]
+    title = ", ".join([record["benchmark"], record["model"], *what, f"{where} ({record['bandwidth_gb_s']} GB/s)"])
     table = Table(title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("variant", "dtype") else "right")
+    for column, key in COLUMNS[record["benchmark"]].items():
+        table.add_column(column, justify="left" if key in ("name", "dtype", "task") else "right")
     for row in record["rows"]:
-        cells = {key: row.get(key, "–") for key in columns.values()}
-        for key in ("ratio", "speedup"):
-            if key in cells:
-                cells[key] = f"{row[key]:.3f} ({row[key + '_min']:.2f}-{row[key + '_max']:.2f})"
-        table.add_row(*(str(cell) for cell in cells.values()))
+        table.add_row(*(_cell(row, key) for key in COLUMNS[record["benchmark"]].values()))
     console.print(table)
-    if json_file is not None:
-        from dlp_lora.folders import write_text
-
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(json_file, json.dumps(record, indent=2) + "\n")
-        stderr.print(f"wrote {json_file}")
 
 
-def _show_router(record: dict[str, Any]) -> None:
-    table = Table(title=f"router, {len(record['data']['tasks'])} tasks, {record['environment']['cpu']}")
-    for column in ("scenario", "of", "found"):
-        table.add_column(column)
-    for name, found in record["scenarios"].items():
-        for what, value in _findings(found):
-            table.add_row(name, what, value)
-    console.print(table)
-    targets = Table(title="targets")
-    for column in ("target", "bound", "found", ""):
-        targets.add_column(column, justify="right" if column in ("bound", "found") else "left")
-    for target in record["targets"]:
-        if target["value"] is not None:
-            sign = "≥" if target["at_least"] else "≤"
-            met = "met" if target["met"] else "[red]missed[/]"
-            targets.add_row(target["name"], f"{sign} {target['bound']:g}", f"{target['value']:g}", met)
-    console.print(targets)
-
-
-def _findings(found: dict[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
-    """The accuracies of a scenario, with their intervals, and the numbers beside them."""
-    numbers = {key: value for key, value in found.items() if isinstance(value, int | float | str)}
-    if "interval" in found:
-        low, high = found["interval"]
-        numbers["accuracy"] = f"{numbers['accuracy']:.2%} ({low:.1%} to {high:.1%})"
-    if numbers:
-        yield path, ", ".join(f"{key} {value}" for key, value in numbers.items())
-    for key, value in found.items():
-        if isinstance(value, dict) and key not in ("by_task", "confusion", "reliability"):
-            yield from _findings(value, f"{path} {key}".strip())
+def _cell(row: dict[str, Any], key: str) -> str:
+    value = row.get(key)
+    if value is None:
+        return "–"
+    if f"{key}_min" in row:
+        return f"{value:.3f} ({row[f'{key}_min']:.2f}-{row[f'{key}_max']:.2f})"
+    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

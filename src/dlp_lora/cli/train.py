@@ -1,7 +1,7 @@
 """Commands that train: train-adapter, train-adapters, train-router."""
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,27 +20,48 @@ from dlp_lora.cli.app import (
     progress_bar,
     stderr,
 )
+from dlp_lora.cli.options import with_options
 from dlp_lora.folders import check_replaceable
+from dlp_lora.training.adapters import PRESETS, AdapterTrainingArgs
 
 TasksOption = Annotated[str | None, typer.Option("--tasks", help="Comma-separated task names. [default: all]")]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Train anew what other settings trained.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterOptions:
+    """How adapters are trained, as changes to a preset."""
+
+    preset: Annotated[str, "default, or paper (q_proj and v_proj, AdamW 5e-5)."] = "default"
+    r: Annotated[int | None, "Rank."] = None
+    lora_alpha: Annotated[int | None, "Scaling is lora_alpha / r."] = None
+    learning_rate: Annotated[float | None, "Peak learning rate."] = None
+    epochs: Annotated[float | None, "Passes over the examples."] = None
+    batch_size: Annotated[int | None, "Examples a step."] = None
+    target_modules: Annotated[str | None, 'Comma-separated, or "all-linear".'] = None
+    prompt_format: Annotated[str | None, "auto, chat or plain."] = None
+    seed: Annotated[int | None, "Seed of initialisation, order and dropout."] = None
+
+    def training_args(self) -> AdapterTrainingArgs:
+        """The preset with what was given in place of its own."""
+        if self.preset not in PRESETS:
+            raise ValueError(f"no preset {self.preset!r}; choose {' or '.join(PRESETS)}")
+        given: dict[str, Any] = {name: value for name, value in vars(self).items() if value is not None}
+        del given["preset"]
+        if self.target_modules not in (None, "all-linear"):
+            given["target_modules"] = tuple(self.target_modules.split(","))
+        return replace(PRESETS[self.preset], **given)
 
 
 @app.command("train-adapter")
+@with_options
 def train_adapter_command(
     task: Annotated[Path, typer.Argument(help="One task folder.")],
     out: OutOption,
+    options: AdapterOptions,
     model: ModelOption = None,
-    preset: Annotated[str, typer.Option(help="default, or paper (q_proj and v_proj, AdamW 5e-5).")] = "default",
-    r: Annotated[int | None, typer.Option(help="Rank.")] = None,
-    lora_alpha: Annotated[int | None, typer.Option(help="Scaling is lora_alpha / r.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the examples.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples a step.")] = None,
-    target_modules: Annotated[str | None, typer.Option(help='Comma-separated, or "all-linear".')] = None,
-    prompt_format: Annotated[str | None, typer.Option(help="auto, chat or plain.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of initialisation, order and dropout.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Train anew what other settings trained.")] = False,
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train one LoRA on one task folder and save it as an ordinary PEFT adapter in OUT/TASK.
@@ -48,27 +69,20 @@ def train_adapter_command(
     Interrupted, the same command goes on where it stopped. Example:
     `dlp-lora train-adapter data/gsm8k --out adapters/ --epochs 2`
     """
-    settings = _settings(preset, r, lora_alpha, learning_rate, epochs, batch_size, target_modules, prompt_format, seed)
     task = task.absolute()  # "." has no name
-    _train_adapters(task.parent, [task.name], out, model, settings, overwrite=overwrite, as_json=as_json)
+    args = options.training_args()
+    _train_adapters(task.parent, [task.name], out, model, args, overwrite=overwrite, as_json=as_json)
 
 
 @app.command("train-adapters")
+@with_options
 def train_adapters_command(
     data: DataOption,
     out: OutOption,
+    options: AdapterOptions,
     model: ModelOption = None,
     tasks: TasksOption = None,
-    preset: Annotated[str, typer.Option(help="default, or paper (q_proj and v_proj, AdamW 5e-5).")] = "default",
-    r: Annotated[int | None, typer.Option(help="Rank.")] = None,
-    lora_alpha: Annotated[int | None, typer.Option(help="Scaling is lora_alpha / r.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the examples.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples a step.")] = None,
-    target_modules: Annotated[str | None, typer.Option(help='Comma-separated, or "all-linear".')] = None,
-    prompt_format: Annotated[str | None, typer.Option(help="auto, chat or plain.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of initialisation, order and dropout.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Train anew what other settings trained.")] = False,
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train one LoRA a task folder and save each as an ordinary PEFT adapter in OUT/TASK.
@@ -76,10 +90,8 @@ def train_adapters_command(
     Interrupted, the same command goes on where it stopped; finished adapters are left as they are. Example:
     `dlp-lora train-adapters --data data/ --out adapters/ --model Qwen/Qwen2-1.5B`
     """
-    settings = _settings(preset, r, lora_alpha, learning_rate, epochs, batch_size, target_modules, prompt_format, seed)
-    _train_adapters(
-        data, tasks.split(",") if tasks else None, out, model, settings, overwrite=overwrite, as_json=as_json
-    )
+    args, names = options.training_args(), tasks.split(",") if tasks else None
+    _train_adapters(data, names, out, model, args, overwrite=overwrite, as_json=as_json)
 
 
 @app.command("train-router")
@@ -134,35 +146,6 @@ def train_router_command(
         _train_router(
             data, tasks.split(",") if tasks else None, out, tokenizer or encoder, model, args, as_json=as_json
         )
-
-
-def _settings(
-    preset: str,
-    r: int | None,
-    lora_alpha: int | None,
-    learning_rate: float | None,
-    epochs: float | None,
-    batch_size: int | None,
-    target_modules: str | None,
-    prompt_format: str | None,
-    seed: int | None,
-) -> Any:
-    from dlp_lora.training.adapters import PRESETS
-
-    if preset not in PRESETS:
-        raise ValueError(f"no preset {preset!r}; choose {' or '.join(PRESETS)}")
-    given: dict[str, Any] = {
-        "r": r,
-        "lora_alpha": lora_alpha,
-        "learning_rate": learning_rate,
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "prompt_format": prompt_format,
-        "seed": seed,
-    }
-    if target_modules is not None:
-        given["target_modules"] = target_modules if target_modules == "all-linear" else tuple(target_modules.split(","))
-    return replace(PRESETS[preset], **{key: value for key, value in given.items() if value is not None})
 
 
 def _train_adapters(

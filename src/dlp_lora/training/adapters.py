@@ -331,24 +331,27 @@ def _lora_on(model: PreTrainedModel, args: AdapterTrainingArgs) -> Iterator[Peft
         model.train(was_training)
 
 
-def _with_lora(model: PreTrainedModel, args: AdapterTrainingArgs) -> PeftModel:
-    torch.manual_seed(args.seed)
-    targets = args.target_modules if isinstance(args.target_modules, str) else list(args.target_modules)
-    config = LoraConfig(
+def lora_config(args: AdapterTrainingArgs) -> LoraConfig:
+    """PEFT's settings of the LoRA that is trained."""
+    return LoraConfig(
         task_type="CAUSAL_LM",
         r=args.r,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
         use_rslora=args.use_rslora,
-        target_modules=targets,
+        target_modules=args.target_modules if isinstance(args.target_modules, str) else list(args.target_modules),
     )
+
+
+def _with_lora(model: PreTrainedModel, args: AdapterTrainingArgs) -> PeftModel:
+    torch.manual_seed(args.seed)
     try:
-        return cast(PeftModel, get_peft_model(model, config))
+        return cast(PeftModel, get_peft_model(model, lora_config(args)))
     except ValueError as error:
         linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
         raise TrainingError(
-            f"{type(model).__name__} has no modules {targets}; its linear layers are {', '.join(linear)}: "
-            f"pass target_modules"
+            f"{type(model).__name__} has no modules {list(args.target_modules)}; its linear layers are "
+            f"{', '.join(linear)}: pass target_modules"
         ) from error
 
 

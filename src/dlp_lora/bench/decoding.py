@@ -1,0 +1,78 @@
+"""Decoding side by side: models and engines in, time a token, tokens a second and memory of each out."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlp_lora.bench.case import AdapterBenchArgs, Case, NewTokens, Row
+from dlp_lora.bench.memory import MB, memory_of, read_mb
+from dlp_lora.bench.models import STACKED, thawed
+from dlp_lora.bench.timing import BASE, Stepwise, interleave_steps, synchronise
+from dlp_lora.engine import Engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodingArgs(AdapterBenchArgs):
+    """How a benchmark that decodes measures."""
+
+    new_tokens: NewTokens = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.new_tokens < 2:
+            raise ValueError(f"new_tokens must be at least 2, as the first is no step, got {self.new_tokens}")
+
+
+def decoding_rows(
+    case: Case, variants: Mapping[str, Any], prompts: Sequence[Mapping[str, Tensor]], *, new_tokens: int, rounds: int
+) -> dict[str, Row]:
+    """Gives a row a variant, a model or an engine; one is named BASE, and what the others take is also told over it.
+
+    `bandwidth_share` is the speed at which the base's weights are read for each step, over the machine's own.
+    """
+    models = {name: thawed(v.model if isinstance(v, Engine) else v) for name, v in variants.items()}
+    runs = {name: generation(model, prompts, new_tokens) for name, model in models.items()}
+    memory = {name: memory_of(variants[name], partial(run, 0, lambda: None), case.device) for name, run in runs.items()}
+    times = interleave_steps(runs, rounds=rounds, scenario=case.scenario, on_round=case.on_round)
+    batch, read_gb = prompts[0]["input_ids"].shape[0], read_mb(models[BASE]) * MB / 1e9
+    rows = {}
+    for name in models:
+        ms = times.median(name, "step_ms")
+        rows[name] = {
+            "name": name,
+            "ms_per_token": ms,
+            **times.ratio(name, "step_ms"),
+            "ttft_ms": times.median(name, "first_ms"),
+            **{f"answer_{key}": value for key, value in times.ratio(name, "all_ms").items()},
+            "tokens_per_s": round(batch * 1e3 / ms, 2),
+            "bandwidth_share": round(read_gb / (ms / 1e3) / case.bandwidth_gb_s, 3),
+            **memory[name].columns(memory[BASE]),
+        }
+        if STACKED in models:
+            rows[name]["ratio_over_stacked"] = times.ratio(name, "step_ms", over=STACKED)["ratio"]
+    return rows
+
+
+def generation(model: Any, prompts: Sequence[Mapping[str, Tensor]], new_tokens: int) -> Stepwise:
+    """Generates, a token a step; the first step reads the prompt."""
+
+    @torch.no_grad()
+    def run(i: int, step: Callable[[], None]) -> None:
+        def after(input_ids: Tensor, scores: Tensor) -> Tensor:
+            synchronise(scores.device)
+            step()
+            return scores
+
+        model.generate(
+            **prompts[i % len(prompts)],
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
+            logits_processor=[after],
+        )
+
+    return run

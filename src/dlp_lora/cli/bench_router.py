@@ -1,0 +1,109 @@
+"""The command `bench router`."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from dlp_lora.cli.app import DataOption, ModelOption, RouterOption, base_model, console, stderr
+from dlp_lora.cli.bench import bench, rounds_bar
+
+
+@bench.command("router")
+def router_command(
+    data: DataOption,
+    extra: Annotated[
+        str | None, typer.Option(help="Folder of task folders that the router is not to know: out of domain, scale.")
+    ] = None,
+    router: RouterOption = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Tokenizer: folder or hub id. [default: the router's, else the model's]")
+    ] = None,
+    model: ModelOption = None,
+    tasks: Annotated[str | None, typer.Option("--tasks", help="Comma-separated task names. [default: all]")] = None,
+    only: Annotated[str | None, typer.Option(help="Comma-separated scenarios. [default: all]")] = None,
+    per_task: Annotated[int | None, typer.Option(min=1, help="Test questions of a task, at most.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the samples and of training.")] = 0,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch. [default: its own choice]")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the record to this file, too.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Folder to write a page with pictures to; needs --json.")] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Folder to keep trained routers in, for a run that goes on. [default: nowhere]")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin the record anew.")] = False,
+) -> None:
+    """What a router gets right, how sure it is and what it costs, from whole prompts to single sentences.
+
+    Without --router one is trained on the tasks. Interrupted, the same command goes on with the scenarios that the
+    record has not. Examples: `dlp-lora bench router --data data/ --json router.json`, or
+    `dlp-lora bench router --data data/ --router router/ --only prompts,serial`
+    """
+    import torch
+
+    from dlp_lora.bench.router import RouterBenchArgs, Setting, bench_router, read_trained
+    from dlp_lora.router import load_tokenizer
+    from dlp_lora.tasks.hub import read_data
+    from dlp_lora.tasks.manifest import read_manifest
+    from dlp_lora.training.router import RouterTrainingArgs
+
+    if report is not None and json_file is None:
+        raise ValueError("--report is written from the record; give --json, too")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    given: dict[str, Any] = {"seed": seed, "per_task": per_task}
+    args = RouterBenchArgs(
+        training=RouterTrainingArgs(seed=seed), **{key: value for key, value in given.items() if value is not None}
+    )
+    with rounds_bar() as on_step:
+        setting = Setting(
+            read_data(data, names=tasks.split(",") if tasks else None),
+            load_tokenizer(tokenizer or router or base_model(model)),
+            args,
+            router=read_trained(router) if router else None,
+            extra=read_data(extra) if extra else (),
+            manifest=read_manifest(data),
+            folder=work,
+            on_step=on_step,
+        )
+        record = bench_router(setting, only=only.split(",") if only else (), file=json_file, overwrite=overwrite)
+    _show_router(record)
+    if json_file is not None:
+        stderr.print(f"wrote {json_file}")
+    if report is not None and json_file is not None:
+        from dlp_lora.report import write_report
+
+        stderr.print(f"wrote {write_report(json_file, report).html}")
+
+
+def _show_router(record: dict[str, Any]) -> None:
+    table = Table(title=f"router, {len(record['data']['tasks'])} tasks, {record['environment']['cpu']}")
+    for column in ("scenario", "of", "found"):
+        table.add_column(column)
+    for name, found in record["scenarios"].items():
+        for what, value in _findings(found):
+            table.add_row(name, what, value)
+    console.print(table)
+    targets = Table(title="targets")
+    for column in ("target", "bound", "found", ""):
+        targets.add_column(column, justify="right" if column in ("bound", "found") else "left")
+    for target in record["targets"]:
+        if target["value"] is not None:
+            sign = "≥" if target["at_least"] else "≤"
+            met = "met" if target["met"] else "[red]missed[/]"
+            targets.add_row(target["name"], f"{sign} {target['bound']:g}", f"{target['value']:g}", met)
+    console.print(targets)
+
+
+def _findings(found: dict[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
+    """The accuracies of a scenario, with their intervals, and the numbers beside them."""
+    numbers = {key: value for key, value in found.items() if isinstance(value, int | float | str)}
+    if "interval" in found:
+        low, high = found["interval"]
+        numbers["accuracy"] = f"{numbers['accuracy']:.2%} ({low:.1%} to {high:.1%})"
+    if numbers:
+        yield path, ", ".join(f"{key} {value}" for key, value in numbers.items())
+    for key, value in found.items():
+        if isinstance(value, dict) and key not in ("by_task", "confusion", "reliability"):
+            yield from _findings(value, f"{path} {key}".strip())

@@ -1,0 +1,71 @@
+"""Options out of dataclasses: what several commands take is declared once, with its default and its help."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, fields, is_dataclass
+from functools import update_wrapper
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+import typer
+
+
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command an option for each annotated field of each of its parameters that is a dataclass.
+
+    A field is annotated with its help, as `Annotated[int, "Rounds after the warm-up."]`, or with an Option of Typer's.
+    Several values, `tuple[int, ...]`, are given with commas between them.
+    """
+    own: list[inspect.Parameter] = []
+    groups: dict[str, Any] = {}
+    for name, kind in get_type_hints(command, include_extras=True).items():
+        if is_dataclass(kind):
+            groups[name] = kind
+        elif name != "return":
+            parameter = inspect.signature(command).parameters[name]
+            own.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=kind))
+    options = {name: _options(group) for name, group in groups.items()}
+
+    def run(**given: Any) -> None:
+        for name, group in groups.items():
+            values = {option: given.pop(option) for option in options[name]}
+            given[name] = group(**{k: _parsed(group, k, v) for k, v in values.items() if v is not None})
+        command(**given)
+
+    update_wrapper(run, command)
+    del run.__wrapped__  # type: ignore[attr-defined]  # Typer and the reference read this signature
+    parameters = [*own, *(p for group in options.values() for p in group.values())]
+    run.__signature__ = inspect.Signature(sorted(parameters, key=_is_optional))  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def _options(group: Any) -> dict[str, inspect.Parameter]:
+    hints, options = get_type_hints(group, include_extras=True), {}
+    for field in fields(group):
+        if get_origin(hints[field.name]) is not Annotated:
+            continue
+        kind, help_ = get_args(hints[field.name])
+        option = typer.Option(help=help_) if isinstance(help_, str) else help_
+        default: Any = inspect.Parameter.empty if field.default is MISSING else field.default
+        if get_origin(kind) is tuple:
+            kind, default = (str, ",".join(map(str, default))) if default else (str | None, None)
+            option.help = f"{option.help} Comma-separated."
+        options[field.name] = inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
+        )
+    return options
+
+
+def _parsed(group: Any, name: str, value: Any) -> Any:
+    kind = get_type_hints(group)[name]
+    if get_origin(kind) is not tuple:
+        return value
+    try:
+        return tuple(get_args(kind)[0](part.strip()) for part in value.split(","))
+    except ValueError as error:
+        option = name.replace("_", "-")
+        raise ValueError(f"--{option} takes whole numbers with commas between them, got {value!r}") from error
+
+
+def _is_optional(parameter: inspect.Parameter) -> bool:
+    return parameter.default is not inspect.Parameter.empty
