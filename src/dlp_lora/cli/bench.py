@@ -21,7 +21,6 @@ from dlp_lora.bench.suite import PRESETS, suite
 from dlp_lora.bench.switch import SwitchArgs, bench_switch
 from dlp_lora.bench.train import TrainArgs, bench_train
 from dlp_lora.cli.app import (
-    BENCH_HELP,
     DataOption,
     ModelOption,
     app,
