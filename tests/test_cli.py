@@ -163,7 +163,7 @@ def test_routing_says_which_adapters_a_prompt_would_use(work: Path, source: str)
     found = json_lines(ok("route", f"--{source}", work / source, stdin="\n".join(map(json.dumps, lines))))
     assert len(found) == 3
     for row in found:
-        assert set(row) == {"probs", "mixture", "confidence", "abstained"}
+        assert set(row) == {"probs", "mixture", "confidence", "fits", "abstained"}
         assert set(row["probs"]) == set(TASKS)
         assert sum(row["probs"].values()) == pytest.approx(1, abs=1e-5)
         assert 0.5 < row["fits"] < 1 + 1e-5

@@ -77,6 +77,11 @@ _METHODS = (
         settings={"policy": TopP(1.0, weighting="paper")},
     ),
     Method(name="recompute", about="as dlp, the context encoded anew at a switch", settings={"kv_policy": "recompute"}),
+    Method(
+        name="by-sentence",
+        about="as dlp, each sentence of the prompt encoded under its own mixture (Eq. 6)",
+        settings={"prompt_routing": "sentences"},
+    ),
 )
 METHODS: dict[str, Method] = {method.name: method for method in _METHODS}
 MAIN = ("base", "oracle", SINGLE, "dlp")

@@ -76,6 +76,7 @@ def serial_methods(names: Sequence[str], prompts: Sequence[SerialPrompt]) -> lis
         SerialMethod(name="oracle-recompute", settings={**lines, "router": told, "kv_policy": "recompute"}),
         SerialMethod(name="dlp", settings={**lines, "kv_policy": "keep"}),
         SerialMethod(name="recompute", settings={**lines, "kv_policy": "recompute"}),
+        SerialMethod(name="by-sentence", settings={**lines, "prompt_routing": "sentences"}),
         SerialMethod(name="prompt-only", settings={**lines, "switching": Switching(min_tokens=10**9)}),
     ]
 

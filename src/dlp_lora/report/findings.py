@@ -24,6 +24,7 @@ ABOUT = {
     "p1.0": "as DLP-LoRA, top-p 1.0: every adapter",
     "p1.0-paper-weights": "every adapter, with the weights of Eq. 5",
     "recompute": "as DLP-LoRA, the context encoded anew at a switch",
+    "by-sentence": "as DLP-LoRA, each sentence of the prompt encoded under its own mixture",
     "oracle-recompute": "each question's own LoRA, the context encoded anew at a switch",
 }
 
