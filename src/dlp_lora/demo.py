@@ -51,7 +51,7 @@ class DemoArgs:
     batch_size: int = 16  # of evaluation
     max_new_tokens: int = 32
     num_pairs: int = 2  # two-question prompts of each ordered pair of tasks
-    router_epochs: int = 8
+    router_epochs: int = 24
     training: AdapterTrainingArgs = field(
         default_factory=lambda: AdapterTrainingArgs(prompt_format="plain", batch_size=4)
     )
@@ -178,7 +178,7 @@ def _router(
     router, report = train_router(
         tasks,
         load_tokenizer(str(model)),
-        RouterTrainingArgs(epochs=args.router_epochs, mix={**MIX, "serial": 4.0}),
+        RouterTrainingArgs(epochs=args.router_epochs, mix={**MIX, "serial": 12.0}),
         on_step=on_step,
     )
     router.save_pretrained(folder)
