@@ -85,6 +85,12 @@ PATHS: dict[str, Forward] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    """Graphs of other tests in this process do not count towards the compiler's limit."""
+    torch._dynamo.reset()
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three adapters of different ranks, scalings and target modules."""

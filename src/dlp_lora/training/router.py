@@ -26,6 +26,7 @@ from dlp_lora.training.contexts import GENERATION, KINDS, MIX, draw_contexts
 
 NUM_BINS = 15
 MEDIAN_FIT = 0.999
+MIN_ROOM = 1.0  # of free energy, between the median and none
 
 Kind = Literal["mini-mlp", "encoder"]
 TrainedRouter = MiniMLP | EncoderRouter
@@ -264,10 +265,11 @@ def _calibrate(
     logits = _logits(router, [sample.context for sample in samples])
     temperature = _fit_temperature(logits, torch.tensor([sample.label for sample in samples]))
     # Free energy tells texts of no task from texts between two tasks, which confidence takes for the same. Half of the
-    # held-out texts are to fit with a probability of at least MEDIAN_FIT.
+    # held-out texts are to fit with a probability of at least MEDIAN_FIT; few and like texts say little about others.
     energy = Calibration(temperature=temperature).energy(logits)
-    threshold, median = energy.quantile(1 - args.coverage).item(), energy.median().item()
-    slope = math.log(MEDIAN_FIT / (1 - MEDIAN_FIT)) / max(median - threshold, 1e-3)
+    median = energy.median().item()
+    threshold = min(energy.quantile(1 - args.coverage).item(), median - MIN_ROOM)
+    slope = math.log(MEDIAN_FIT / (1 - MEDIAN_FIT)) / (median - threshold)
     router.calibration = Calibration(temperature=temperature, fit_threshold=threshold, fit_slope=slope)
 
 
