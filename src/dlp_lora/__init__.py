@@ -1,7 +1,6 @@
 """Many LoRA adapters, one model, nobody picking: sentence-level dynamic LoRA fusion (DLP-LoRA, arXiv 2410.01497)."""
 
 from dlp_lora.arrow import ArrowRouter
-from dlp_lora.controller import Sentence
 from dlp_lora.engine import Engine, Generation
 from dlp_lora.errors import (
     AdapterError,
@@ -16,6 +15,7 @@ from dlp_lora.errors import (
 from dlp_lora.load import load, load_router
 from dlp_lora.policy import FusionPolicy, Mixture, Only, Switching, Threshold, TopK, TopP, Uniform
 from dlp_lora.router import Context, EncoderRouter, MiniMLP, PrototypeRouter, Router
+from dlp_lora.rows import Sentence
 from dlp_lora.sentences import Segmenter, SentenceSegmenter
 from dlp_lora.streaming import Piece
 

@@ -13,7 +13,6 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any, Literal
 
-from dlp_lora.controller import Sentence
 from dlp_lora.engine import Engine
 from dlp_lora.environment import environment
 from dlp_lora.evals.metrics import contains
@@ -22,6 +21,7 @@ from dlp_lora.load import load
 from dlp_lora.peft_format import content_hash
 from dlp_lora.policy import Mixture, TopP
 from dlp_lora.router import MiniMLP
+from dlp_lora.rows import Sentence
 from dlp_lora.tasks import Example, Task, compose, procedural_task, serial
 from dlp_lora.training.adapters import AdapterTrainingArgs, TrainedAdapter, load_base, train_adapter
 from dlp_lora.training.adapters import Progress as TrainingProgress

@@ -15,7 +15,6 @@ from types import MethodType
 from typing import Any, cast, get_args
 
 import torch
-from torch import Tensor
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -24,17 +23,18 @@ from transformers import (
 
 from dlp_lora.bank import AdapterBank
 from dlp_lora.bundle import write_bundle
-from dlp_lora.controller import CachedRows, Controller, Row, Sentence
-from dlp_lora.errors import AdapterError, PromptError, RouterError
+from dlp_lora.controller import Controller
+from dlp_lora.errors import AdapterError, RouterError
 from dlp_lora.fused import attach, detach, merged
 from dlp_lora.policy import FusionPolicy, KVPolicy, Mixture, PromptRouting, Switching, TopP, policy_to_dict
+from dlp_lora.prompts import Message, as_batch, encode_prompts
 from dlp_lora.router import Context, Router
+from dlp_lora.rows import CachedRows, Row, Sentence
 from dlp_lora.sentences import Segmenter, SentenceSegmenter
 from dlp_lora.streaming import Abandoned, Piece, PieceStreamer
 
 SETTINGS = ("policy", "kv_policy", "prompt_routing", "switching", "segmenter", "router")
 CHOICES = {"kv_policy": get_args(KVPolicy), "prompt_routing": get_args(PromptRouting)}
-Message = Mapping[str, str]
 Adapters = str | Path | Mapping[str, str | Path]
 
 
@@ -152,13 +152,13 @@ class Engine:
         Raises:
             PromptError: if a prompt is empty, or too long for the model's context with its `max_new_tokens`.
         """
-        chats, single = _as_batch(prompts)
+        chats, single = as_batch(prompts)
         for name in ("return_dict_in_generate", "inputs", "input_ids", "attention_mask", "assistant_model"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name} is not an argument of engine.generate; use engine.model.generate")
         if kwargs.get("use_cache") is False:
             raise ValueError("routing by sentence follows the KV cache; leave use_cache on")
-        inputs = self._encode(chats, kwargs)
+        inputs = encode_prompts(self.model, self.tokenizer, chats, num_new=kwargs.get("max_new_tokens") or 1)
         with self._ending(kwargs):
             with _seeded(seed, self.model.device), torch.no_grad():
                 output = cast(Any, self.model).generate(**inputs, **kwargs)
@@ -178,10 +178,10 @@ class Engine:
 
         Each Piece is a str that also knows its `mixture`. Leaving the loop early stops the model.
         """
-        chats, single = _as_batch(prompt)
+        chats, single = as_batch(prompt)
         if not single:
             raise ValueError("engine.stream takes one prompt; use engine.generate for several")
-        inputs = self._encode(chats, kwargs)
+        inputs = encode_prompts(self.model, self.tokenizer, chats, num_new=kwargs.get("max_new_tokens") or 1)
         streamer = PieceStreamer(self._controller)
         stopping = StoppingCriteriaList([*kwargs.pop("stopping_criteria", []), Abandoned(streamer)])
 
@@ -340,40 +340,6 @@ class Engine:
         if self._overridden[name] is not None:
             vars(self.model)[name] = self._overridden[name]
 
-    def _encode(self, chats: Sequence[str | Sequence[Message]], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-        rows = [self._tokens(chat) for chat in chats]
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        room = kwargs.get("max_new_tokens") or 1
-        for i, row in enumerate(rows):
-            which = f"prompt {i}" if len(rows) > 1 else "the prompt"
-            if not row:
-                raise PromptError(f"{which} is empty; give at least one token of text")
-            if limit is not None and len(row) + room > limit:
-                raise PromptError(
-                    f"{which} has {len(row)} tokens, and {room} new ones do not fit: the model's context is {limit}; "
-                    f"shorten the prompt or lower max_new_tokens"
-                )
-        width = max(map(len, rows))
-        pad = next(iter(sorted(_ids(self.tokenizer.pad_token_id) or _ids(self.tokenizer.eos_token_id))), 0)
-        ids = [[pad] * (width - len(row)) + row for row in rows]
-        mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-        device = self.model.device
-        return {
-            "input_ids": torch.tensor(ids, device=device),
-            "attention_mask": torch.tensor(mask, device=device),
-        }
-
-    def _tokens(self, chat: str | Sequence[Message]) -> list[int]:
-        if isinstance(chat, str):
-            return list(self.tokenizer(chat)["input_ids"]) if chat.strip() else []
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise PromptError("the tokenizer has no chat template; give the prompt as a string instead of messages")
-        if not any(message.get("content", "").strip() for message in chat):
-            return []
-        messages = [dict(message) for message in chat]
-        encoded: Any = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-        return list(encoded["input_ids"])
-
     @contextmanager
     def _ending(self, kwargs: Mapping[str, Any]) -> Iterator[None]:
         """Tells the controller at which tokens `generate` ends a row, and with which it pads it, in this call."""
@@ -422,17 +388,6 @@ def _check_choices(**settings: str) -> None:
 def _has_read(row: Row, read: Sequence[int], answer: Sequence[int]) -> bool:
     n = row.num_tokens
     return len(answer) - 1 <= n <= len(answer) and list(read[:n]) == list(answer[:n])
-
-
-def _as_batch(prompts: Any) -> tuple[list[str | Sequence[Message]], bool]:
-    if isinstance(prompts, str):
-        return [prompts], True
-    prompts = list(prompts)
-    if not prompts:
-        raise PromptError("there is no prompt; give a string, a list of strings, or messages")
-    if isinstance(prompts[0], Mapping):
-        return [prompts], True
-    return prompts, False
 
 
 def check_names(routed: Sequence[str], held: Sequence[str]) -> None:

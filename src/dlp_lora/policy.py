@@ -165,8 +165,8 @@ class Switching:
     "base" model goes on alone, or the mixture in use is kept ("keep").
     """
 
-    min_tokens: int = 4
-    margin: float = 0.05
+    min_tokens: int = 1
+    margin: float = 0.2
     unsure: Unsure = "base"
 
     def __post_init__(self) -> None:

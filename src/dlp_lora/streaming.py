@@ -8,8 +8,9 @@ from torch import Tensor
 from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from dlp_lora.controller import CachedRows, Controller, Row
+from dlp_lora.controller import Controller
 from dlp_lora.policy import Mixture
+from dlp_lora.rows import CachedRows, Row
 
 
 class Piece(str):

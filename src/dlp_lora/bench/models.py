@@ -71,7 +71,7 @@ def engine_with(
         router=router(list(paths), case.tokenizer.backend_tokenizer),  # type: ignore[attr-defined]
         policy=TopK(selected),
         # A router of random weights is never sure: without a margin it switches at every sentence.
-        switching=Switching(margin=0.0),
+        switching=Switching(min_tokens=4, margin=0.0),
         budget_mb=budget_mb,
     )
 

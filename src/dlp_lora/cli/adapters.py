@@ -11,6 +11,7 @@ from rich.table import Table
 from dlp_lora.cli.app import (
     AdaptersOption,
     BundleOption,
+    EngineOptions,
     JsonOption,
     ModelOption,
     app,
@@ -163,6 +164,6 @@ def export(
     from dlp_lora.peft_format import CONFIG_FILE
 
     check_replaceable(out, CONFIG_FILE)
-    engine = open_engine(bundle=bundle, model=model, adapters=adapters, router=None, need_router=False)
+    engine = open_engine(EngineOptions(bundle=bundle, model=model, adapters=adapters), need_router=False)
     export_mixture(engine.bank, parse_mixture(mixture), out)
     stderr.print(f"wrote {out}")

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -82,31 +83,37 @@ def main() -> None:
     app()
 
 
-def open_engine(
-    *,
-    bundle: Path | None,
-    model: str | None,
-    adapters: Path | None,
-    router: Path | None,
-    p: float | None = None,
-    prompt_routing: PromptRouting | None = None,
-    device: str | None = None,
-    need_router: bool = True,
-) -> "Engine":
-    """Loads the engine that the shared options describe."""
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """Which engine a command runs: a bundle, or its parts."""
+
+    bundle: BundleOption = None
+    model: ModelOption = None
+    adapters: AdaptersOption = None
+    router: RouterOption = None
+    p: PolicyOption = None
+    prompt_routing: PromptRoutingOption = None
+    device: DeviceOption = None
+
+
+def open_engine(options: EngineOptions, *, need_router: bool = True) -> "Engine":
+    """Loads the engine that the options describe."""
     from dlp_lora import TopP, load
 
-    policy = TopP(p) if p is not None else None
-    settings: dict[str, Any] = {"policy": policy, "prompt_routing": prompt_routing, "device": device}
-    if device is not None:
-        check_device(device)
-    if bundle is not None:
-        if adapters is not None or router is not None:
+    settings: dict[str, Any] = {
+        "policy": TopP(options.p) if options.p is not None else None,
+        "prompt_routing": options.prompt_routing,
+        "device": options.device,
+    }
+    if options.device is not None:
+        check_device(options.device)
+    if options.bundle is not None:
+        if options.adapters is not None or options.router is not None:
             raise ValueError("--bundle holds adapters and router; leave --adapters and --router out")
-        return load(bundle, base_model=model, **settings)
-    if adapters is None or (router is None and need_router):
+        return load(options.bundle, base_model=options.model, **settings)
+    if options.adapters is None or (options.router is None and need_router):
         raise ValueError("give --bundle, or --adapters and --router")
-    return load(base_model(model), adapters=adapters, router=router, **settings)
+    return load(base_model(options.model), adapters=options.adapters, router=options.router, **settings)
 
 
 def base_model(model: str | None) -> str:

@@ -13,6 +13,7 @@ from rich.table import Table
 from dlp_lora.cli.app import (
     DataOption,
     DeviceOption,
+    EngineOptions,
     JsonOption,
     ModelOption,
     app,
@@ -133,7 +134,7 @@ def eval_command(
     settings = AnswerArgs(**args)
     found = read_data(data, names=_names(tasks))
     infos = read_manifest(data)
-    engine = open_engine(bundle=bundle, model=model, adapters=None, router=None, device=device)
+    engine = open_engine(EngineOptions(bundle=bundle, model=model, device=device))
     missing = [m.adapter for m in chosen if m.adapter and m.adapter not in engine.bank.names]
     if missing:
         raise ValueError(f"the bundle has no adapter {missing[0]!r}, which that method needs")

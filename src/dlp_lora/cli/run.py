@@ -9,13 +9,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from dlp_lora.cli.app import (
-    AdaptersOption,
     BundleOption,
-    DeviceOption,
+    EngineOptions,
     JsonOption,
     ModelOption,
     PolicyOption,
-    PromptRoutingOption,
     RouterOption,
     app,
     base_model,
@@ -25,23 +23,19 @@ from dlp_lora.cli.app import (
     read_json_lines,
     stderr,
 )
-from dlp_lora.controller import Sentence
+from dlp_lora.cli.options import with_options
+from dlp_lora.rows import Sentence
 
 COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red", "bright_cyan", "bright_magenta", "bright_green")
 
 
 @app.command()
+@with_options
 def generate(
+    engine_options: EngineOptions,
     prompt: Annotated[
         str | None, typer.Argument(help="The prompt; without it, JSON lines are read from stdin.")
     ] = None,
-    bundle: BundleOption = None,
-    model: ModelOption = None,
-    adapters: AdaptersOption = None,
-    router: RouterOption = None,
-    p: PolicyOption = None,
-    prompt_routing: PromptRoutingOption = None,
-    device: DeviceOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the chat template.")] = False,
     fixed: Annotated[
@@ -57,16 +51,7 @@ def generate(
     `dlp-lora generate --bundle demo/bundle < prompts.jsonl > answers.jsonl` with lines `{"prompt": "..."}` or
     `{"messages": [{"role": "user", "content": "..."}]}`.
     """
-    engine = open_engine(
-        bundle=bundle,
-        model=model,
-        adapters=adapters,
-        router=router,
-        p=p,
-        prompt_routing=prompt_routing,
-        device=device,
-        need_router=fixed is None,
-    )
+    engine = open_engine(engine_options, need_router=fixed is None)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": seed is not None, "seed": seed}
     records = [{"prompt": prompt}] if prompt is not None else read_json_lines()
     from contextlib import nullcontext
@@ -89,14 +74,9 @@ def generate(
 
 
 @app.command()
+@with_options
 def chat(
-    bundle: BundleOption = None,
-    model: ModelOption = None,
-    adapters: AdaptersOption = None,
-    router: RouterOption = None,
-    p: PolicyOption = None,
-    prompt_routing: PromptRoutingOption = None,
-    device: DeviceOption = None,
+    engine_options: EngineOptions,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     raw: Annotated[bool, typer.Option("--raw", help="No chat template and no memory: each line is a prompt.")] = False,
 ) -> None:
@@ -104,15 +84,7 @@ def chat(
 
     Example: `dlp-lora chat --bundle demo/bundle`
     """
-    engine = open_engine(
-        bundle=bundle,
-        model=model,
-        adapters=adapters,
-        router=router,
-        p=p,
-        prompt_routing=prompt_routing,
-        device=device,
-    )
+    engine = open_engine(engine_options)
     colours = dict(zip(engine.bank.names, COLOURS * len(engine.bank), strict=False))
     console.print("  ".join(f"[{colour}]■ {escape(name)}[/]" for name, colour in colours.items()) + "  ■ base model")
     messages: list[dict[str, str]] = []

@@ -40,8 +40,8 @@ Scenario = Callable[[Setting], dict[str, Any]]
 SWITCHINGS = {
     "off": Switching(min_tokens=1, margin=0.0),
     "default": Switching(),
-    "margin 0.2": Switching(min_tokens=1, margin=0.2),
     "margin 0.5": Switching(min_tokens=1, margin=0.5),
+    "4 tokens, margin 0.05": Switching(min_tokens=4, margin=0.05),
     "16 tokens": Switching(min_tokens=16, margin=0.0),
 }
 NUM_TIMED = 200  # prompts

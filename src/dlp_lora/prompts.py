@@ -1,0 +1,74 @@
+"""Prompts as people give them, strings and chats, in; padded token ids out."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dlp_lora.errors import PromptError
+
+Message = Mapping[str, str]
+"""A turn of a chat: its role and its content."""
+
+
+def as_batch(prompts: Any) -> tuple[list[str | Sequence[Message]], bool]:
+    """Gives one prompt or several as a list, and whether it was one.
+
+    Raises:
+        PromptError: if there is none.
+    """
+    if isinstance(prompts, str):
+        return [prompts], True
+    prompts = list(prompts)
+    if not prompts:
+        raise PromptError("there is no prompt; give a string, a list of strings, or messages")
+    if isinstance(prompts[0], Mapping):
+        return [prompts], True
+    return prompts, False
+
+
+def encode_prompts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str | Sequence[Message]],
+    *,
+    num_new: int,
+) -> dict[str, Tensor]:
+    """Encodes prompts, chats through the chat template, padded on the left: input_ids and attention_mask, (batch, seq).
+
+    Raises:
+        PromptError: if a prompt is empty, or leaves no room for `num_new` tokens in the model's context.
+    """
+    rows = [_tokens(tokenizer, prompt) for prompt in prompts]
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for i, row in enumerate(rows):
+        which = f"prompt {i}" if len(rows) > 1 else "the prompt"
+        if not row:
+            raise PromptError(f"{which} is empty; give at least one token of text")
+        if limit is not None and len(row) + num_new > limit:
+            raise PromptError(
+                f"{which} has {len(row)} tokens, and {num_new} new ones do not fit: the model's context is {limit}; "
+                f"shorten the prompt or lower max_new_tokens"
+            )
+    width = max(map(len, rows))
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    ids = [[pad] * (width - len(row)) + row for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return {
+        "input_ids": torch.tensor(ids, device=model.device),
+        "attention_mask": torch.tensor(mask, device=model.device),
+    }
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message]) -> list[int]:
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"]) if prompt.strip() else []
+    if not getattr(tokenizer, "chat_template", None):
+        raise PromptError("the tokenizer has no chat template; give the prompt as a string instead of messages")
+    if not any(message.get("content", "").strip() for message in prompt):
+        return []
+    messages = [dict(message) for message in prompt]
+    encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    return list(encoded["input_ids"])
