@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -18,7 +19,7 @@ import reference
 from conftest import ARCHITECTURES, USUAL_TARGETS, make_adapter, tiny_model
 from dlp_lora.bank import AdapterBank
 from dlp_lora.errors import AdapterError, ModelError
-from dlp_lora.fused import FusedLinear, attach, detach, linear_layers, siblings
+from dlp_lora.fused import FEW_ROWS, FusedLinear, add_product, attach, detach, linear, linear_layers, siblings
 from dlp_lora.peft_format import read_adapter
 from dlp_lora.policy import Mixture
 
@@ -251,7 +252,7 @@ def test_with_nothing_fused_the_model_is_the_base_bit_for_bit(
         assert torch.equal(logits(model), plain)
 
 
-def test_only_layers_that_an_adapter_changes_and_their_siblings_are_replaced(
+def test_only_layers_that_an_adapter_changes_and_siblings_are_replaced(
     llama: PreTrainedModel, tmp_path: Path, path: str
 ) -> None:
     folder = make_adapter(llama, tmp_path / "it", seed=1, target_modules=["q_proj", "down_proj"])
@@ -259,7 +260,7 @@ def test_only_layers_that_an_adapter_changes_and_their_siblings_are_replaced(
         replaced = {name for name, module in llama.named_modules() if isinstance(module, FusedLinear)}
     names = {"self_attn.q_proj", "mlp.down_proj"}
     if path == "siblings stacked":
-        names |= {"self_attn.k_proj", "self_attn.v_proj"}
+        names |= {"self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"}
     assert replaced == {f"model.layers.{i}.{name}" for i in (0, 1) for name in names}
 
 
@@ -358,7 +359,7 @@ def test_siblings_are_computed_in_one_product(llama: PreTrainedModel, tmp_path: 
     products = sum(e.count for e in profile.key_averages() if e.key in ("aten::addmm", "aten::mm"))
     # Two layers of q, k, v, o, gate, up and down, the head, and a second product for q and for v.
     counts = {
-        "siblings stacked": 2 * 5 + 1 + 2 * 2,
+        "siblings stacked": 2 * 4 + 1 + 2 * 2,
         "each stacked": 2 * 7 + 1 + 2 * 2,
         "concatenated": 2 * 7 + 1 + 2 * 4,
     }
@@ -507,3 +508,52 @@ def test_a_base_layer_with_hooks_is_called_so_that_offloading_works(llama: PreTr
     attach(llama, bank)
     llama(torch.tensor([[1, 2, 3]]))
     assert calls == ["q_proj"]
+
+
+# Products
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, FEW_ROWS, FEW_ROWS + 1])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_product_is_that_of_float64_rounded(num_rows: int, dtype: torch.dtype, biased: bool) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(num_rows, 48).to(dtype), torch.randn(24, 48).to(dtype)
+    bias = torch.randn(24).to(dtype) if biased else None
+    exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    close = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 0.05)
+    found = linear(x, weight, bias)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), exact, rtol=close, atol=close)
+
+    for wider in {dtype, torch.promote_types(dtype, torch.float32)}:
+        h, b = torch.randn(num_rows, 8).to(dtype), torch.randn(8, 24).to(wider)
+        summed = add_product(found, h, b)
+        assert summed.dtype == dtype
+        torch.testing.assert_close(summed.double(), found.double() + h.double() @ b.double(), rtol=close, atol=close)
+
+
+def test_siblings_that_no_adapter_changes_are_one_product_while_something_is_fused(
+    llama: PreTrainedModel, tmp_path: Path, path: str
+) -> None:
+    folder = make_adapter(llama, tmp_path / "it", seed=1, scale=0.3, target_modules=["q_proj"])
+    other = make_adapter(llama, tmp_path / "other", seed=2, scale=0.3, target_modules=["gate_proj"])
+    folders = {"it": folder, "other": other}
+    mixtures = [{"it": 0.4}, {"other": 0.5}, {}]
+    wanted = [logits(reference.with_mixture(llama, mixture, folders)).float() for mixture in mixtures]
+    with fused(llama, {"it": folder}) as bank:
+        bank.fuse([Mixture({"it": 0.4})])
+        torch.testing.assert_close(logits(llama), wanted[0], rtol=1e-4, atol=1e-5)
+        if path == "siblings stacked":
+            group = llama.model.layers[0].mlp.up_proj.group
+            assert group.projections is not None
+            bank.clear()
+            assert group.projections is None
+        bank.add(read_adapter(other))
+        attach(llama, bank)
+        for mixture, own in zip(mixtures, wanted, strict=True):
+            bank.fuse([Mixture(mixture)])
+            torch.testing.assert_close(logits(llama), own, rtol=1e-4, atol=1e-5)
+        bank.fuse([Mixture(mixture) for mixture in mixtures])
+        of_its_own = torch.stack([own[i] for i, own in enumerate(wanted)])
+        torch.testing.assert_close(logits(llama), of_its_own, rtol=1e-4, atol=1e-5)

@@ -178,7 +178,7 @@ class AdapterBank:
         for g, group in enumerate(self.groups):
             here = [[name for name in union if (g, s) in self._blocks[name]] for s in range(len(group.modules))]
             if not any(here) and not (self.is_padded and any(group.padded)):
-                group.clear()
+                group.rest(plain=not union and not self.is_padded)
                 continue
             blocks = [[self._blocks[name][g, s] for name in names] for s, names in enumerate(here)]
             if len(rows) == 1 and not self.is_padded:

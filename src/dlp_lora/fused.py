@@ -1,7 +1,7 @@
 """Fused linear layers: a base layer plus the low-rank pair that the current sentence was fused into (section 3.3).
 
-`attach` puts a FusedLinear in the place of each linear layer that some adapter changes, and of its siblings, which
-read the same input; `detach` puts the very same base layers back.
+`attach` puts a FusedLinear in the place of each linear layer that some adapter changes, and of siblings, which read the
+same input; `detach` puts the very same base layers back.
 """
 
 from collections import Counter
@@ -27,6 +27,9 @@ SIBLINGS = (
     ("w1", "w3"),
     ("query", "key", "value"),
 )
+
+
+FEW_ROWS = 32
 
 
 class Outputs:
@@ -72,8 +75,7 @@ class FusedLinear(nn.Module):
         h = x.to(pair.a.dtype) @ pair.a  # (batch, seq, rank)
         if self.group.gate is not None:
             h = h * self._gate(x)[..., pair.rows]
-        fused = torch.addmm(y.view(-1, y.shape[-1]).to(pair.b.dtype), h.view(-1, h.shape[-1]), pair.b)
-        return fused.view(y.shape).to(y.dtype)
+        return add_product(y.view(-1, y.shape[-1]), h.view(-1, h.shape[-1]), pair.b).view(y.shape)
 
     def _take(self, x: Tensor) -> Tensor:
         outputs = self.outputs
@@ -85,18 +87,24 @@ class FusedLinear(nn.Module):
         return y
 
     def _project(self, x: Tensor) -> list[Tensor]:
-        weight, bias, width, parts = self.group.projections[self.layer]  # type: ignore[index]
-        y = F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
-        base, low = y[:, :width], y[:, width:]  # (batch * seq, sum of d_out), (batch * seq, rank)
-        if self.group.gate is not None:
-            low = (low.view(*x.shape[:-1], -1) * self._gate(x)).view(low.shape)
-        ready = []
-        for columns, rows, b in parts:
-            out = base[:, columns]
-            if b is not None:
-                out = torch.addmm(out, low[:, rows], b)
-            ready.append(out.view(*x.shape[:-1], -1))
-        return ready
+        weight, bias, sizes, bs = self.group.projections[self.layer]  # type: ignore[index]
+        shape, num = x.shape[:-1], len(bs)
+        y = linear(x.reshape(-1, x.shape[-1]), weight, bias)
+        outs = y.split(sizes, dim=1)  # the siblings' base projections, then their low-rank activations
+        if len(sizes) > num:
+            wide = y.to(_dtype_for(y, self.group.dtype))
+            wides = outs if wide is y else wide.split(sizes, dim=1)
+            lows = wides[num:] if self.group.gate is None else self._gated(wide, sizes, num, x)
+            outs = [
+                out if b is None else torch.addmm(own, low, b.to(own.dtype)).to(y.dtype)
+                for out, own, low, b in zip(outs, wides, lows, bs, strict=False)
+            ]
+        return [out.view(*shape, -1) for out in outs]
+
+    def _gated(self, y: Tensor, sizes: Sequence[int], num: int, x: Tensor) -> Sequence[Tensor]:
+        low = y[:, sum(sizes[:num]) :]
+        weighed = (low.view(*x.shape[:-1], -1) * self._gate(x)).view(low.shape)
+        return torch.split(weighed, list(sizes[num:]), dim=1)
 
     def _gate(self, x: Tensor) -> Tensor:
         # The head of a model may be given the last tokens alone.
@@ -111,6 +119,29 @@ class FusedLinear(nn.Module):
     def bias(self) -> Tensor | None:
         """The base layer's bias."""
         return self.base_layer.bias  # type: ignore[return-value]
+
+
+def linear(
+    x: Float[Tensor, "rows d_in"], weight: Float[Tensor, "d_out d_in"], bias: Float[Tensor, " d_out"] | None
+) -> Float[Tensor, "rows d_out"]:
+    """`F.linear`; on a CPU in 16 bits, one row is multiplied as a vector, which takes two thirds of the time."""
+    if x.shape[0] != 1 or x.device.type != "cpu" or x.itemsize > 2 or torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    y = torch.mv(weight, x[0]) if bias is None else torch.addmv(bias, weight, x[0])
+    return y[None]
+
+
+def add_product(
+    y: Float[Tensor, "rows d_out"], h: Float[Tensor, "rows rank"], b: Float[Tensor, "rank d_out"]
+) -> Float[Tensor, "rows d_out"]:
+    """`y + h B`, in y's dtype."""
+    dtype = _dtype_for(y, b.dtype)
+    return torch.addmm(y.to(dtype), h.to(dtype), b.to(dtype)).to(y.dtype)
+
+
+def _dtype_for(y: Float[Tensor, "rows d_out"], dtype: torch.dtype) -> torch.dtype:
+    """Few rows are computed in the dtype of B, which is faster than to narrow B."""
+    return dtype if y.shape[0] <= FEW_ROWS else y.dtype
 
 
 def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -128,11 +159,11 @@ def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def pair_dtype(model: nn.Module) -> torch.dtype:
-    """Gives the dtype to hold adapters in, and to fuse in beside layers that cannot be stacked: the model's own on an
-    accelerator, float32 on a CPU, which takes three times as long for a product of rank 24 in bfloat16.
+    """Gives the dtype to hold adapters in: the model's own; on a CPU float32 for a model in 16 bits, where a product of
+    rank 24 takes three times as long.
     """
     parameter = next(model.parameters())
-    return torch.float32 if parameter.device.type == "cpu" else parameter.dtype
+    return torch.float32 if parameter.device.type == "cpu" and parameter.itemsize < 4 else parameter.dtype
 
 
 def siblings(model: nn.Module) -> list[tuple[str, ...]]:
@@ -157,18 +188,23 @@ def attach(model: nn.Module, bank: AdapterBank, *, stack: bool = True) -> None:
     """Puts a FusedLinear in the place of each layer that an adapter of the bank changes; may be called again.
 
     Where `stack`, the weights of plain layers become views of a tensor that holds A under them; nothing is held twice.
+    So do those of siblings that no adapter changes: while something is fused, they are one product, too.
 
     Raises:
         AdapterError: if an adapter was trained on a base whose weights differ from the model's, where it tells.
     """
     for adapter in bank.adapters.values():
         _check_base_copies(model, adapter)
-    for group in bank.touched():
+    touched = bank.touched()
+    for group in bank.groups:
         layers = [[model.get_submodule(name) for name in names] for names in group.modules]
         if isinstance(layers[0][0], FusedLinear):
             continue
         flat = [layer for own in layers for layer in own]
-        if stack and all(is_plain(layer) for layer in flat) and _are_alike(flat):
+        is_stackable = stack and all(is_plain(layer) for layer in flat) and _are_alike(flat)
+        if group not in touched and not (is_stackable and len(layers) > 1):
+            continue
+        if is_stackable:
             group.stack(layers)  # type: ignore[arg-type]
         outputs = [Outputs() for _ in layers[0]]
         for s, names in enumerate(group.modules):

@@ -43,14 +43,14 @@ class LowRank(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """One layer's stacked weight `[W_1; ...; A_1; ...]` and its bias; the first `width` columns of the product are the
-    base projections, the others low-rank activations. `parts` says, for each sibling, where its own columns lie
-    among either, and the B that maps the latter onto the former (None: no adapter changes it)."""
+    """One layer's stacked weight `[W_1; ...; A_1; ...]` and its bias. `sizes` cuts the product into the siblings' base
+    projections and, if anything is fused, their low-rank activations; `bs` maps the latter onto the former (None where
+    no adapter changes the sibling)."""
 
     weight: Float[Tensor, "rows d_in"]
     bias: Float[Tensor, " rows"] | None
-    width: int
-    parts: tuple[tuple[slice, slice, Float[Tensor, "rank d_out"] | None], ...]
+    sizes: tuple[int, ...]
+    bs: tuple[Float[Tensor, "rank d_out"] | None, ...]
 
 
 class Group:
@@ -87,9 +87,14 @@ class Group:
         self._a = torch.empty(self.num_layers, 0, d_in, dtype=dtype, device=device)
         self._b = [torch.empty(self.num_layers, 0, d_out, dtype=dtype, device=device) for d_out in self.d_outs]
         self._linears: list[list[nn.Linear]] | None = None  # [sibling][layer], once stacked
-        self._weight: Float[Tensor, "layers rows d_in"] | None = None
-        self._bias: Float[Tensor, "layers rows"] | None = None
+        self._weights: list[Float[Tensor, "rows d_in"]] = []  # of the layers, once stacked
+        self._biases: list[Float[Tensor, " rows"] | None] = []
         self._views: dict[tuple[int, ...], tuple[list[list[LowRank] | None], list[Projection] | None]] = {}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of B."""
+        return self._b[0].dtype
 
     @property
     def num_layers(self) -> int:
@@ -109,8 +114,7 @@ class Group:
     def stack(self, linears: Sequence[Sequence[nn.Linear]]) -> None:
         """Lays the weights of the siblings, `linears[s][i]`, and A into one tensor; the weights become views of it."""
         self._linears = [list(layers) for layers in linears]
-        weight = self._linears[0][0].weight
-        self._b = [torch.zeros_like(b, dtype=weight.dtype, device=weight.device) for b in self._b]
+        self._b = [b.to(self._linears[0][0].weight.device) for b in self._b]
         self._lay(self.capacity)
 
     def unstack(self) -> None:
@@ -122,7 +126,7 @@ class Group:
                 if parameter is not None:
                     parameter.data = parameter.data.clone()
         self._a = self._a.clone()
-        self._linears = self._weight = self._bias = None
+        self._linears, self._weights, self._biases = None, [], []
         self._views.clear()
         self.clear()
 
@@ -182,6 +186,12 @@ class Group:
         self.gate = self._gates[batch]
         self.gate.copy_(gate)
 
+    def rest(self, *, plain: bool) -> None:
+        """Fuses nothing here; unless `plain`, stacked siblings are still one product."""
+        self.clear()
+        if self.is_stacked and not plain:
+            self.active, self.projections = self._view((0,) * len(self.modules))
+
     def buffers(self) -> list[Tensor]:
         """What it writes into; a stacked group's first one holds the base weights, too."""
         return [self._a, *self._b]
@@ -195,15 +205,23 @@ class Group:
             self._a = self._a.new_zeros(self.num_layers, capacity, self.d_in)
             return
         first, end = self._linears[0][0], self._ends[-1]
-        self._weight = first.weight.new_empty(self.num_layers, end + capacity, self.d_in).detach()
-        if any(layers[0].bias is not None for layers in self._linears):
-            self._bias = self._weight.new_zeros(self.num_layers, end + capacity)
-        for layers, (start, stop) in zip(self._linears, pairwise(self._ends), strict=True):
-            for i, linear in enumerate(layers):
-                self._move(linear.weight, self._weight[i, start:stop])
-                if self._bias is not None and linear.bias is not None:
-                    self._move(linear.bias, self._bias[i, start:stop])
-        self._a = self._weight[:, end:].zero_()  # what a gate of zero leaves out must be finite
+        shape = (end + capacity, self.d_in)
+        whole = first.weight.new_empty(self.num_layers, *shape).detach() if capacity else None
+        biased = any(layers[0].bias is not None for layers in self._linears)
+        self._weights, self._biases = [], []
+        for i, linears in enumerate(zip(*self._linears, strict=True)):
+            # Without adapters each layer has a tensor of its own, so that no second copy of all is ever held.
+            self._weights.append(first.weight.new_empty(shape).detach() if whole is None else whole[i])
+            bias = self._weights[i].new_zeros(end + capacity) if biased else None
+            self._biases.append(bias)
+            for linear, (start, stop) in zip(linears, pairwise(self._ends), strict=True):
+                self._move(linear.weight, self._weights[i][start:stop])
+                if bias is not None and linear.bias is not None:
+                    self._move(linear.bias, bias[start:stop])
+        if whole is None:
+            self._a = first.weight.new_empty(self.num_layers, 0, self.d_in).detach()
+        else:
+            self._a = whole[:, end:].zero_()  # what a gate of zero leaves out must be finite
         self._views.clear()
         self.clear()
 
@@ -225,16 +243,16 @@ class Group:
             [LowRank(place(self._a[i, own].T), place(b[i, :rank]), own) for i in layers] if rank else None
             for own, b, rank in zip(rows, self._b, ranks, strict=True)
         ]
-        if self._weight is None:
+        if self._linears is None:
             return pairs, None
-        end = self._ends[-1]
-        siblings = list(zip(pairwise(self._ends), rows, pairs, strict=True))
+        end = self._ends[-1] + sum(ranks)
+        sizes = self.d_outs + (ranks if any(ranks) else ())
         projections = [
             Projection(
-                place(self._weight[i, : end + sum(ranks)]),
-                None if self._bias is None else place(self._bias[i, : end + sum(ranks)]),
-                end,
-                tuple((slice(*ends), own, None if pair is None else pair[i].b) for ends, own, pair in siblings),
+                place(self._weights[i][:end]),
+                None if (bias := self._biases[i]) is None else place(bias[:end]),
+                sizes,
+                tuple(None if pair is None else pair[i].b for pair in pairs),
             )
             for i in layers
         ]

@@ -84,9 +84,8 @@ def stacked_base(case: Case) -> Any:
         linear_layers(found), [read_adapter(first)], siblings=siblings(found), dtype=found.dtype, device=found.device
     )
     attach(found, bank)
-    for group in bank.touched():
-        nothing: list[list[Any]] = [[] for _ in group.modules]
-        group.write(nothing, nothing, None)
+    for group in bank.groups:
+        group.rest(plain=False)
     return found
 
 
