@@ -21,8 +21,9 @@ lint: $(READY)  ## format, lint, types, import rules
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-docs: $(READY)  ## write docs/reference from the code and the command's help
+docs: $(READY)  ## write docs/reference from the code and the command's help, and the docs' tables from results/
 	$(BIN)/python scripts/make_reference.py
+	$(BIN)/python scripts/make_tables.py
 
 bench: $(READY)  ## the speed records of results/
 	$(BIN)/dlp-lora bench suite --threads 1 --out results

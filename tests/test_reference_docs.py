@@ -19,6 +19,11 @@ def test_the_reference_is_what_the_code_says(pages: dict[str, str], name: str) -
     assert written == pages[name], f"docs/reference/{name} is stale: run `make docs`"
 
 
+def test_the_tables_are_what_the_records_say() -> None:
+    for page, text in runpy.run_path(str(ROOT / "scripts" / "make_tables.py"))["pages"]().items():
+        assert (ROOT / page).read_text(encoding="utf-8") == text, f"{page} is stale: run `make docs`"
+
+
 def test_the_reference_has_a_section_for_every_public_name(pages: dict[str, str]) -> None:
     for name in dlp_lora.__all__:
         assert f"\n## {name}\n" in pages["python.md"]

@@ -1,0 +1,161 @@
+"""Writes the tables of the README and the docs from the records in results/.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a record's, or that of a part of one.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "docs/performance.md", "docs/how-to-measure-router.md", "docs/how-to-reproduce.md")
+BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+Cell = Callable[[Mapping[str, Any]], str]
+
+
+def main() -> None:
+    """Writes every table."""
+    for page, text in pages().items():
+        (ROOT / page).write_text(text, encoding="utf-8")
+
+
+def pages() -> dict[str, str]:
+    """Gives the text of each page by its path, with its tables as the records have them."""
+    return {page: BLOCK.sub(_block, (ROOT / page).read_text(encoding="utf-8")) for page in PAGES}
+
+
+def _block(match: re.Match[str]) -> str:
+    return f"{match[1]}\n{TABLES[match['name']]()}\n\n{match[3]}"
+
+
+def _record(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def _table(columns: Mapping[str, Cell], rows: Sequence[Mapping[str, Any]], *, words: int = 1) -> str:
+    """A Markdown table; the first `words` columns are left-aligned."""
+    lines = [list(columns), ["---" if i < words else "---:" for i in range(len(columns))]]
+    lines += [[cell(row) for cell in columns.values()] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _number(key: str, digits: int) -> Cell:
+    return lambda row: "–" if row.get(key) is None else f"{row[key]:,.{digits}f}"
+
+
+def _spread(key: str, digits: int = 2) -> Cell:
+    return lambda row: f"{row[f'{key}_min']:.{digits}f}-{row[f'{key}_max']:.{digits}f}"
+
+
+def _percent(key: str, digits: int) -> Cell:
+    return lambda row: "–" if row.get(key) is None else f"{100 * row[key]:.{digits}f} %"
+
+
+VARIANT: dict[str, Cell] = {"variant": lambda row: row["name"], "dtype": lambda row: row["dtype"]}
+RATIO: dict[str, Cell] = {"over base": _number("ratio", 3), "spread": _spread("ratio")}
+STEP: dict[str, Cell] = {"ms/token": _number("ms_per_token", 1), **RATIO}
+MEMORY: dict[str, Cell] = {"peak MB": _number("peak_mb", 0), "peak over base": _number("memory_ratio", 2)}
+
+
+def _decoding(name: str) -> Callable[[], str]:
+    columns = {**VARIANT, **STEP, "over stacked base": _number("ratio_over_stacked", 3)}
+    return lambda: _table(columns, _record(name)["rows"], words=2)
+
+
+def _rows(name: str, columns: Mapping[str, Cell], *, words: int = 1) -> Callable[[], str]:
+    return lambda: _table(columns, _record(name)["rows"], words=words)
+
+
+def _targets(*, judged: bool) -> str:
+    def shown(row: Mapping[str, Any], value: float) -> str:
+        scale, digits = {"%": (100, 2), "points": (100, 2), "M": (1e-6, 2)}.get(row["unit"], (1, 3))
+        return f"{value * scale:.{digits}f} {row['unit']}".strip()
+
+    columns: dict[str, Cell] = {
+        "what": lambda row: row["name"],
+        "measured": lambda row: shown(row, row["value"]),
+        "95 % interval": lambda row: "-".join(f"{100 * x:.1f}" for x in row["interval"] or ()),
+        "target": lambda row: ("≥ " if row["at_least"] else "≤ ") + shown(row, row["bound"]),
+        "met": lambda row: "yes" if row["met"] else "**no**",
+    }
+    columns = columns if judged else dict(list(columns.items())[:3])
+    return _table(columns, [row for row in _record("router_bench")["targets"] if row["value"] is not None])
+
+
+def _demo() -> str:
+    methods = {
+        "base model": "base",
+        "base, chat template": "base_chat",
+        "task's own adapter": "own_adapter",
+        "DLP-LoRA": "dlp",
+    }
+    accuracy = _record("demo")["accuracy"]
+    mean = {key: sum(own[key] for own in accuracy.values()) / len(accuracy) for key in methods.values()}
+    columns: dict[str, Cell] = {"task": lambda row: row["task"]}
+    columns |= {title: _percent(key, 0) for title, key in methods.items()}
+    return _table(columns, [{"task": task, **own} for task, own in accuracy.items()] + [{"task": "mean", **mean}])
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "demo": _demo,
+    "router": partial(_targets, judged=False),
+    "router-targets": partial(_targets, judged=True),
+    "decode": _decoding("decode"),
+    "decode-batch8": _decoding("decode_batch8"),
+    "decode-all-linear": _decoding("decode_all_linear"),
+    "prefill": _rows("prefill_batch4", {**VARIANT, "ms": _number("ms", 0), **RATIO, **MEMORY}, words=2),
+    "switch": _rows(
+        "switch",
+        {
+            "variant": VARIANT["variant"],
+            "router": _number("route_ms", 2),
+            "policy": _number("policy_ms", 2),
+            "fusing": _number("fuse_ms", 2),
+            "whole switch": _number("switch_ms", 2),
+        },
+    ),
+    "bank": _rows(
+        "bank",
+        {
+            "bank": VARIANT["variant"],
+            "share of parameters": _percent("share_of_parameters", 1),
+            **STEP,
+            "start-up, s": _number("load_s", 2),
+            "kept, MB": _number("kept_mb", 0),
+            "resident, MB": _number("resident_mb", 0),
+            "fusing 3, ms": _number("hit_ms", 2),
+            "3 from disk, ms": _number("miss_ms", 1),
+        },
+    ),
+    "routers": _rows(
+        "routers",
+        {
+            "variant": VARIANT["variant"],
+            **STEP,
+            "router's parameters": _number("router_parameters", 0),
+            "router, ms a sentence": _number("route_ms", 2),
+        },
+    ),
+    "peers": _rows("peers", {"method": VARIANT["variant"], **STEP, "first token, ms": _number("ttft_ms", 0), **MEMORY}),
+    "train": _rows(
+        "train",
+        {
+            "variant": VARIANT["variant"],
+            "task": lambda row: row["task"],
+            "samples/s": _number("samples_per_s", 2),
+            "speed-up": _number("speedup", 2),
+            "spread": _spread("speedup"),
+            "peak MB": _number("peak_mb", 0),
+            "loss": _number("loss", 4),
+        },
+        words=2,
+    ),
+}
+
+if __name__ == "__main__":
+    main()
