@@ -96,3 +96,20 @@ def test_an_answer_of_one_sentence_is_cut_anywhere() -> None:
 
 def test_one_task_alone_can_be_drawn_from() -> None:
     assert len(draw_contexts(TASKS[:1], 10, MIX, random.Random(0))) == 40
+
+
+@pytest.mark.parametrize("sizes", [(4, 4, 4), (1, 40, 3), (2, 7, 100)])
+def test_every_task_is_drawn_as_often_whatever_its_size(sizes: tuple[int, ...]) -> None:
+    tasks = [[Example(prompt=f"{t} {i}", answer="a") for i in range(size)] for t, size in enumerate(sizes)]
+    samples = draw_contexts(tasks, 6, {"whole": 1.0}, random.Random(0))
+    counts = Counter(sample.label for sample in samples)
+    assert set(counts.values()) == {round(6 * sum(sizes) / len(sizes))}
+    for label, size in enumerate(sizes):
+        own = Counter(sample.context.prompt for sample in samples if sample.label == label)
+        assert max(own.values()) - min(own.values()) <= 1
+        assert len(own) == min(size, counts[label])
+
+
+def test_tasks_of_few_examples_are_drawn_from_until_there_is_enough() -> None:
+    samples = draw_contexts(TASKS, 2, {"whole": 1.0}, random.Random(0), at_least=10)
+    assert Counter(sample.label for sample in samples) == {0: 10, 1: 10, 2: 10}

@@ -30,15 +30,26 @@ class Sample:
 
 
 def draw_contexts(
-    tasks: Sequence[Sequence[Example]], num_draws: int, mix: Mapping[str, float], rng: random.Random
+    tasks: Sequence[Sequence[Example]],
+    num_draws: int,
+    mix: Mapping[str, float],
+    rng: random.Random,
+    *,
+    at_least: int = 0,
 ) -> list[Sample]:
-    """Draws `num_draws` contexts of each example, of the kinds and with the frequencies of `mix` (see KINDS)."""
+    """Draws `num_draws` contexts of each example, of the kinds and with the frequencies of `mix` (see KINDS).
+
+    Each task gets as many as all others: where their sizes differ, examples of small ones are drawn more often, lest
+    the router starves them (the paper's appendix A), and those of large ones less. No task gets fewer than `at_least`.
+    """
     draw = _Draw(tasks, rng)
     kinds, shares = list(mix), list(mix.values())
+    num_each = max(at_least, round(num_draws * sum(map(len, tasks)) / len(tasks)))
     samples = []
     for label, examples in enumerate(tasks):
-        for example in examples:
-            for kind in rng.choices(kinds, shares, k=num_draws):
+        least, more = divmod(num_each, len(examples))
+        for i, example in enumerate(examples):
+            for kind in rng.choices(kinds, shares, k=least + (i < more)):
                 samples.append(Sample(KINDS[kind](draw, label, example), label))
     rng.shuffle(samples)
     return samples

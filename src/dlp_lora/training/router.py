@@ -37,12 +37,14 @@ class RouterTrainingArgs:
     """How a router is trained, and of which kind it is.
 
     `encoder` is the folder or hub id that an "encoder" starts from, weights and tokenizer; None is ALBERT-base with
-    random weights, reading through the tokenizer that it is given. In each epoch a context is drawn of every example.
+    random weights, reading through the tokenizer that it is given. In each epoch as many contexts are drawn as there
+    are examples, as many of each task; tasks of few examples are drawn from more often, `draws` times in all.
     """
 
     kind: Kind = "mini-mlp"
     encoder: str | None = None
     epochs: int = 6
+    draws: int = 500  # contexts of each task, at least
     batch_size: int = 128
     learning_rate: float = 2e-3
     encoder_learning_rate: float = 5e-5  # of an encoder below its head
@@ -58,7 +60,7 @@ class RouterTrainingArgs:
             raise ValueError(f"RouterTrainingArgs.kind must be {' or '.join(get_args(Kind))}, got {self.kind!r}")
         if self.encoder is not None and self.kind != "encoder":
             raise ValueError(f"RouterTrainingArgs.encoder is for kind='encoder', got kind={self.kind!r}")
-        for name in ("epochs", "batch_size", "learning_rate", "encoder_learning_rate"):
+        for name in ("epochs", "draws", "batch_size", "learning_rate", "encoder_learning_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"RouterTrainingArgs.{name} must be positive, got {getattr(self, name)}")
         for name in ("dropout", "held_out"):
@@ -136,7 +138,7 @@ def train_router(
     torch.manual_seed(args.seed)
     router = _router([task.name for task in tasks], tokenizer, args, config)
     train, held_out = _split(tasks, args.held_out, rng)
-    samples = draw_contexts(train, args.epochs, args.mix, rng)
+    samples = draw_contexts(train, args.epochs, args.mix, rng, at_least=args.draws)
     encoded = router.encode_all([sample.context for sample in samples])
     losses = _fit(router, encoded, [sample.label for sample in samples], args, rng, on_step)
     router.eval()
