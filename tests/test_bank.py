@@ -31,11 +31,17 @@ def adapter(name: str, ranks: Mapping[str, int], *, scaling: float = 0.5, seed: 
     return Adapter(name=name, modules=modules, config={}, path=Path(f"adapters/{name}"))
 
 
-def bank_of(*ranks: int, layout: Mapping[str, tuple[int, int]] = LAYOUT) -> AdapterBank:
-    """A bank of adapters a, b, c, ... of the given ranks on every module."""
-    return AdapterBank(
-        layout, [adapter("abcdefgh"[i], dict.fromkeys(LAYOUT, rank), seed=i) for i, rank in enumerate(ranks)]
-    )
+def adapters_of(*ranks: int) -> dict[str, Adapter]:
+    """Adapters a, b, c, ... of the given ranks on every module."""
+    return {
+        name: adapter(name, dict.fromkeys(LAYOUT, rank), seed=i)
+        for i, (name, rank) in enumerate(zip("abcdefgh", ranks, strict=False))
+    }
+
+
+def bank_of(*ranks: int) -> AdapterBank:
+    """A bank of them."""
+    return AdapterBank(LAYOUT, adapters_of(*ranks).values())
 
 
 def delta(adapters: Mapping[str, Adapter], mixture: Mapping[str, float], module: str) -> Tensor:
@@ -175,7 +181,7 @@ def test_a_thousand_switches_allocate_nothing() -> None:
         bank.fuse([first] if i % 3 else [first, Mixture({"c": float(i)}), Mixture()])
     assert (pointers(bank), allocations(bank)) == before
     bank.fuse([Mixture({"a": 0.1, "b": 0.2, "c": 0.3})])
-    wanted = delta(bank.adapters, {"a": 0.1, "b": 0.2, "c": 0.3}, "layers.1.up")
+    wanted = delta(adapters_of(1, 4, 8), {"a": 0.1, "b": 0.2, "c": 0.3}, "layers.1.up")
     assert_close(fused_delta(bank, "layers.1.up"), wanted)
 
 
@@ -214,7 +220,7 @@ def test_a_mixture_wider_than_the_buffers_doubles_them(monkeypatch: pytest.Monke
         bank.fuse([Mixture(mixture)])
         assert {group.capacity for group in bank.groups} == {capacity}
         for module in LAYOUT:
-            wanted = delta(bank.adapters, mixture, module)
+            wanted = delta(adapters_of(4, 1, 4), mixture, module)
             assert_close(fused_delta(bank, module), wanted)
     assert allocations(bank) == [n + 4 for n in before]  # A and B, twice
 
@@ -236,7 +242,7 @@ def test_a_fuse_that_ran_out_of_memory_can_be_repeated(monkeypatch: pytest.Monke
             bank.fuse([Mixture({"a": 1.0, "b": 1.0})])
     bank.fuse([Mixture({"a": 1.0})])
     for module in LAYOUT:
-        wanted = delta(bank.adapters, {"a": 1.0}, module)
+        wanted = delta(adapters_of(4, 4), {"a": 1.0}, module)
         assert_close(fused_delta(bank, module), wanted)
 
 
@@ -253,7 +259,7 @@ def test_an_adapter_added_at_run_time_is_fused_from_the_next_mixture_on() -> Non
     for mixture in ({"a": 1.0}, {"late": 1.0}, {"a": 0.5, "late": 0.5}, {"a": 0.5}):
         bank.fuse([Mixture(mixture)])
         for module in LAYOUT:
-            assert_close(fused_delta(bank, module), delta(bank.adapters, mixture, module))
+            assert_close(fused_delta(bank, module), delta({**adapters_of(2), "late": late}, mixture, module))
 
 
 def test_a_removed_adapter_is_gone_and_its_name_is_free() -> None:
@@ -267,9 +273,10 @@ def test_a_removed_adapter_is_gone_and_its_name_is_free() -> None:
     bank.fuse([Mixture({"b": 1.0})])
     with pytest.raises(AdapterError, match="no adapter 'a'; there are b"):
         bank.fuse([Mixture({"a": 1.0})])
-    bank.add(adapter("a", dict.fromkeys(LAYOUT, 2), seed=77))
+    another = adapter("a", dict.fromkeys(LAYOUT, 2), seed=77)
+    bank.add(another)
     bank.fuse([Mixture({"a": 1.0})])
-    wanted = delta(bank.adapters, {"a": 1.0}, "layers.0.up")
+    wanted = delta({"a": another}, {"a": 1.0}, "layers.0.up")
     assert_close(fused_delta(bank, "layers.0.up"), wanted)
     assert not torch.allclose(fused, fused_delta(bank, "layers.0.up"))
 
@@ -350,16 +357,32 @@ def test_modules_of_like_names_but_other_shapes_are_fused_apart() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_the_bank_holds_its_weights_in_the_dtype_of_the_model(dtype: torch.dtype) -> None:
-    bank = AdapterBank(LAYOUT, [adapter("a", dict.fromkeys(LAYOUT, 2)), adapter("b", {"layers.0.up": 3})], dtype=dtype)
+    adapters = {"a": adapter("a", dict.fromkeys(LAYOUT, 2)), "b": adapter("b", {"layers.0.up": 3})}
+    bank = AdapterBank(LAYOUT, adapters.values(), dtype=dtype)
     bank.fuse([Mixture({"a": 0.5, "b": 0.5}), Mixture({"b": 1.0})])
     for group in bank.groups:
         pairs = [pair for own in group.active or [] for pair in own or []]
         assert {t.dtype for pair in pairs for t in (pair.a, pair.b)} == {dtype}
         assert group.gate is None or group.gate.dtype == dtype
-    wanted = delta(bank.adapters, {"a": 0.5, "b": 0.5}, "layers.0.up")
+    wanted = delta(adapters, {"a": 0.5, "b": 0.5}, "layers.0.up")
     tolerance = {torch.bfloat16: 2e-2, torch.float32: 1e-6, torch.float64: 1e-12}[dtype]
     found = fused_delta(bank, "layers.0.up").double()
     torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance * wanted.abs().max().item())
+
+
+# Each adapter once
+
+
+def test_the_bank_holds_the_blocks_alone_and_leaves_the_given_adapter_whole() -> None:
+    given = adapter("a", dict.fromkeys(LAYOUT, 2))
+    bank = AdapterBank(LAYOUT, [given])
+    assert given.is_loaded
+    kept = bank.adapters["a"]
+    assert not kept.is_loaded
+    assert {name: (lora.a.shape, lora.b.shape, lora.scaling) for name, lora in kept.modules.items()} == {
+        name: (lora.a.shape, lora.b.shape, lora.scaling) for name, lora in given.modules.items()
+    }
+    assert bank.num_parameters == sum(lora.a.numel() + lora.b.numel() for lora in given.modules.values())
 
 
 # On disk
@@ -407,6 +430,26 @@ def test_a_bank_keeps_within_its_budget_and_drops_what_was_used_longest_ago(tmp_
     assert len(bank._blocks) == 4
 
 
+def test_an_adapter_given_in_memory_is_never_dropped(tmp_path: Path) -> None:
+    given = adapter("given", dict.fromkeys(LAYOUT, 2), seed=5)  # of a folder that does not exist
+    bank = AdapterBank(LAYOUT, [given, *on_disk(tmp_path, *"abc")], budget_mb=1e-6)
+    for name in ["given", *"abc", "given", *"abc"]:
+        bank.fuse([Mixture({name: 1.0})])
+    assert bank.num_misses == 6
+    bank.fuse([Mixture({"given": 1.0})])
+    assert_close(fused_delta(bank, "layers.1.up"), delta({"given": given}, {"given": 1.0}, "layers.1.up"))
+
+
+def test_an_adapter_on_disk_may_be_dropped_though_one_in_memory_had_its_name(tmp_path: Path) -> None:
+    (a,) = on_disk(tmp_path, "a")
+    bank = AdapterBank(LAYOUT, [adapter("a", dict.fromkeys(LAYOUT, 2)), *on_disk(tmp_path, "b")], budget_mb=1e-6)
+    bank.remove("a")
+    bank.add(a)
+    for name in "abab":
+        bank.fuse([Mixture({name: 1.0})])
+    assert bank.num_misses == 4
+
+
 def test_an_adapter_that_changed_on_disk_is_checked_when_it_is_loaded(tmp_path: Path) -> None:
     bank = AdapterBank(LAYOUT, on_disk(tmp_path, "a", "b"), budget_mb=1)
     (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"cut short")
@@ -425,8 +468,8 @@ def test_a_budget_of_nothing_is_refused(budget: float) -> None:
 
 
 def test_rows_that_run_with_an_adapter_keep_it_until_they_switch() -> None:
-    bank = bank_of(2, 3)
-    adapters = dict(bank.adapters)
+    adapters = adapters_of(2, 3)
+    bank = AdapterBank(LAYOUT, adapters.values())
     rows = [Mixture({"a": 0.5, "b": 0.5}), Mixture({"b": 1.0})]
     bank.fuse(rows)
     bank.remove("a")
@@ -445,7 +488,8 @@ def test_a_name_can_be_given_anew_while_rows_run_with_the_old_adapter() -> None:
     bank = bank_of(2)
     bank.fuse([Mixture({"a": 1.0})])
     bank.remove("a")
-    bank.add(adapter("a", dict.fromkeys(LAYOUT, 3), seed=9))
+    another = adapter("a", dict.fromkeys(LAYOUT, 3), seed=9)
+    bank.add(another)
     bank.fuse([Mixture({"a": 1.0})])
-    wanted = delta(bank.adapters, {"a": 1.0}, "layers.0.up")
+    wanted = delta({"a": another}, {"a": 1.0}, "layers.0.up")
     assert_close(fused_delta(bank, "layers.0.up"), wanted)

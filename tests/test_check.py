@@ -103,6 +103,15 @@ def test_an_exported_mixture_can_be_an_adapter_of_a_bank(engine: Engine, tmp_pat
     assert (check.fits, check.rank) == (True, 6)
 
 
+def test_adapters_that_stay_on_disk_are_exported_like_those_in_memory(
+    engine: Engine, lively_adapters: Path, tmp_path: Path
+) -> None:
+    lazy = dlp_lora.load(lively_model(), tokenizer=byte_tokenizer(), adapters=lively_adapters, budget_mb=1e-6)
+    for found, name in ((engine, "held"), (lazy, "lazy")):
+        export_mixture(found.bank, {"math": 0.6, "poems": 0.4}, tmp_path / name)
+    assert (tmp_path / "lazy" / WEIGHTS_FILE).read_bytes() == (tmp_path / "held" / WEIGHTS_FILE).read_bytes()
+
+
 def test_exporting_replaces_what_was_there(engine: Engine, tmp_path: Path) -> None:
     export_mixture(engine.bank, {"math": 1.0, "units": 1.0}, tmp_path / "mixed")
     export_mixture(engine.bank, {"math": 1.0}, tmp_path / "mixed")

@@ -1,3 +1,4 @@
+import gc
 import json
 import shutil
 import warnings
@@ -83,6 +84,13 @@ def folder_of(path: Path) -> dict[str, bytes]:
     return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
 
+def held_bytes() -> int:
+    """Bytes of every tensor that lives, each storage once."""
+    gc.collect()
+    tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and not t.is_meta]
+    return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
+
+
 class TestLoad:
     def test_no_more_adapters_than_the_budget_holds_stay_in_memory(self, base: Path, lively_adapters: Path) -> None:
         whole = dlp_lora.load(base, adapters=lively_adapters)
@@ -95,6 +103,14 @@ class TestLoad:
         assert engine.bank.num_misses == len(NAMES)
         # Blocks of one adapter at a time: "poems" changes every layer, the others only two of them.
         assert held[0] == held[2] < held[1] < len(whole.bank.tensors())
+
+    def test_each_adapter_is_held_once_beside_the_buffers_for_what_is_fused(self, lively_adapters: Path) -> None:
+        model, tokenizer = lively_model(), byte_tokenizer()
+        before = held_bytes()
+        engine = dlp_lora.load(model, tokenizer=tokenizer, adapters=lively_adapters)
+        once = 4 * engine.bank.num_parameters
+        # Blocks, and buffers with room for all of them at once; the base weights were moved, not copied.
+        assert held_bytes() - before == 2 * once
 
     def test_a_path_is_the_model_and_tokenizer_in_it(self, base: Path, lively_adapters: Path) -> None:
         loaded = dlp_lora.load(str(base), adapters=str(lively_adapters), router=HashRouter(), segmenter=every_six)

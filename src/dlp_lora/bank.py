@@ -32,8 +32,9 @@ class AdapterBank:
     """N adapters for one base model, ready to be fused in any mixture.
 
     `layout` maps each linear layer of the base model to its (d_in, d_out), `siblings` lists those that read one
-    input; `fused.linear_layers` and `fused.siblings` read them. With a `budget_mb`, adapters that were read without
-    their weights stay on disk; what is fused is loaded, and the least recently used make room for it.
+    input; `fused.linear_layers` and `fused.siblings` read them. Each adapter is held once, as blocks; `adapters` says
+    their shapes. With a `budget_mb`, those that were read without their weights stay on disk; what is fused is loaded,
+    and the least recently used make room for it.
 
     Raises:
         AdapterError: if an adapter does not fit the layout, or two adapters have one name.
@@ -58,6 +59,7 @@ class AdapterBank:
         self._device = torch.device(device)
         self._blocks: dict[str, dict[Place, Block]] = {}  # the least recently used first
         self._ranks: dict[str, dict[Place, int]] = {}
+        self._on_disk: set[str] = set()  # their blocks may go, and are read again
         self._retired: dict[str, Adapter] = {}  # removed, but still fused for rows that run
         self.adapters: dict[str, Adapter] = {}
         self.groups = [
@@ -104,13 +106,15 @@ class AdapterBank:
         self._check(adapter)
         if adapter.name in self._retired:
             self._forget(adapter.name)
-        self.adapters[adapter.name] = adapter
+        self.adapters[adapter.name] = adapter.without_weights()
         self._ranks[adapter.name] = {
             place: max(adapter.modules[module].rank for module in layers.values())
             for place, layers in self._places(adapter).items()
         }
         if adapter.is_loaded:
             self._blocks[adapter.name] = self._make_blocks(adapter)
+        else:
+            self._on_disk.add(adapter.name)
         for g in {g for g, _ in self._ranks[adapter.name]}:
             group = self.groups[g]
             ranks = [
@@ -126,6 +130,7 @@ class AdapterBank:
         if name not in self.adapters:
             raise AdapterError(self._unknown(name))
         self._retired[name] = self.adapters.pop(name)
+        self._on_disk.discard(name)  # its files may go, too
         if name not in self._running:
             self._forget(name)
 
@@ -234,7 +239,7 @@ class AdapterBank:
         for name in list(self._blocks):
             if over <= 0:
                 return
-            if name not in names and name in self.adapters and not self.adapters[name].is_loaded:
+            if name in self._on_disk and name not in names:
                 del self._blocks[name]
                 over -= size[name]
 

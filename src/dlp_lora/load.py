@@ -1,7 +1,7 @@
 """Loading: paths or hub ids of a base model, adapters and a router in, or of a bundle; an engine out."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -153,16 +153,15 @@ def _bundle_path(model: Any, adapters: Adapters | None) -> Path | None:
     return None
 
 
-def _read_adapters(adapters: Adapters, *, weights: bool) -> list[Adapter]:
+def _read_adapters(adapters: Adapters, *, weights: bool) -> Iterator[Adapter]:
+    """One at a time: the bank holds them in a form of its own."""
     if not isinstance(adapters, Mapping):
         adapters = find_adapters(adapters)
     if not adapters:
         raise AdapterError("adapters= is empty; give at least one adapter")
     files = (CONFIG_FILE, WEIGHTS_FILE)
-    return [
-        read_adapter(local_folder(source, files=files, error=AdapterError), name, weights=weights)
-        for name, source in adapters.items()
-    ]
+    for name, source in adapters.items():
+        yield read_adapter(local_folder(source, files=files, error=AdapterError), name, weights=weights)
 
 
 def _check_base(adapter: Adapter, base: str, *, strict: bool) -> None:

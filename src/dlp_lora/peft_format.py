@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,14 @@ class Adapter:
     def is_loaded(self) -> bool:
         """Whether the weights are in memory, not only their shapes."""
         return not any(lora.a.is_meta for lora in self.modules.values())
+
+    def without_weights(self) -> "Adapter":
+        """The same adapter as `read_adapter(..., weights=False)` gives it."""
+        shapes = {
+            module: LoraWeights(a=lora.a.to("meta"), b=lora.b.to("meta"), scaling=lora.scaling)
+            for module, lora in self.modules.items()
+        }
+        return replace(self, modules=shapes)
 
     @property
     def base_model(self) -> str | None:

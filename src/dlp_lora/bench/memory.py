@@ -43,9 +43,7 @@ def memory_of(variant: Any, run: Callable[[], object], device: torch.device) -> 
     """Counts the memory of a model or an engine, its router and bank included, and of a run with it."""
     if isinstance(variant, Engine):
         router: list[nn.Module] = [variant.router] if isinstance(variant.router, nn.Module) else []
-        loras = [lora for adapter in variant.bank.adapters.values() for lora in adapter.modules.values()]
-        read = [tensor for lora in loras for tensor in (lora.a, lora.b) if not tensor.is_meta]
-        held = held_mb(variant.model, *router, tensors=[*variant.bank.tensors(), *read])
+        held = held_mb(variant.model, *router, tensors=variant.bank.tensors())
     else:
         held = held_mb(variant)
     return Memory(held, held + peak_mb(run, device))
