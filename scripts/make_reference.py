@@ -48,7 +48,8 @@ def python_reference() -> str:
 
 
 def _commands(group: Any, path: str) -> Iterator[str]:
-    for name, command in sorted(group.commands.items()):
+    for name in sorted(group.list_commands(None)):
+        command = group.get_command(None, name)
         if hasattr(command, "commands"):
             yield from _commands(command, f"{path} {name}")
             continue

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,11 @@ TASKS = ("days", "sums")
 
 def commands(command: Any = None, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     command = command or get_command(app)
-    children = getattr(command, "commands", {})
+    children = command.list_commands(None) if hasattr(command, "list_commands") else []
     if not children:
         yield path
-    for name, child in children.items():
-        yield from commands(child, (*path, name))
+    for name in children:
+        yield from commands(command.get_command(None, name), (*path, name))
 
 
 def run(*args: str | Path, stdin: str = "") -> Result:
@@ -79,6 +81,18 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_help_of_every_command_has_an_example(command: tuple[str, ...]) -> None:
     assert f"dlp-lora {' '.join(command)}" in " ".join(ok(*command, "--help").replace("│", " ").split())
     assert "Example" in ok(*command, "--help")
+
+
+HELPS = [(*command, "--help") for command in commands() if command[0] != "bench"]
+
+
+@pytest.mark.parametrize("args", [("--help",), ("tasks",), *HELPS], ids=" ".join)
+def test_help_needs_none_of_the_large_libraries(args: tuple[str, ...]) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "dlp_lora", *args]
+    found = subprocess.run(command, check=True, capture_output=True, text=True)
+    imported = {line.rsplit("|")[-1].strip().split(".")[0] for line in found.stderr.splitlines()}
+    assert "dlp_lora" in imported
+    assert not imported & {"torch", "transformers", "peft", "jaxtyping", "numpy"}
 
 
 def test_every_command_is_there() -> None:

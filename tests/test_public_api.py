@@ -1,3 +1,8 @@
+import subprocess
+import sys
+
+import pytest
+
 import dlp_lora
 from dlp_lora import FusionPolicy, Only, Router, Segmenter, SentenceSegmenter, Threshold, TopK, TopP, Uniform
 
@@ -11,6 +16,29 @@ DOCUMENTED = [
 
 def test_all_is_what_is_documented_in_order() -> None:
     assert dlp_lora.__all__ == DOCUMENTED == sorted(DOCUMENTED)
+
+
+def test_dir_lists_what_is_public() -> None:
+    assert set(DOCUMENTED) <= set(dir(dlp_lora))
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'dlp_lora' has no attribute 'Lora'"):
+        dlp_lora.Lora  # noqa: B018
+    with pytest.raises(ImportError, match="cannot import name 'Lora'"):
+        from dlp_lora import Lora  # noqa: F401
+
+
+@pytest.mark.parametrize(
+    "code", ["import dlp_lora", "from dlp_lora import DLPLoRAError, TopP, SentenceSegmenter", "import dlp_lora.policy"]
+)
+def test_what_needs_no_torch_does_not_import_it(code: str) -> None:
+    subprocess.run([sys.executable, "-c", f"{code}; import sys; assert 'torch' not in sys.modules"], check=True)
+
+
+def test_load_is_a_function_whatever_was_imported_before() -> None:
+    code = "import dlp_lora.loading; import dlp_lora; assert dlp_lora.load is dlp_lora.loading.load"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_every_public_name_can_be_imported_and_has_a_docstring_of_its_own() -> None:

@@ -17,7 +17,7 @@ from dlp_lora.engine import Engine
 from dlp_lora.environment import environment
 from dlp_lora.evals.metrics import contains
 from dlp_lora.folders import write_text
-from dlp_lora.load import load
+from dlp_lora.loading import load
 from dlp_lora.peft_format import content_hash
 from dlp_lora.policy import Mixture, TopP
 from dlp_lora.router import MiniMLP

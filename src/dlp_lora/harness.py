@@ -14,7 +14,7 @@ import torch
 
 from dlp_lora.engine import Engine
 from dlp_lora.errors import DLPLoRAError, RouterError
-from dlp_lora.load import load
+from dlp_lora.loading import load
 from dlp_lora.policy import Mixture, TopP
 from dlp_lora.router import Context
 from dlp_lora.text import PromptReader

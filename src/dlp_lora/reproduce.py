@@ -27,7 +27,7 @@ from dlp_lora.evals.record import compared, merged, serial_scores
 from dlp_lora.evals.scores import Table, scores, tabulate
 from dlp_lora.evals.serial import answer_serial, serial_methods, serial_prompts
 from dlp_lora.folders import write_text
-from dlp_lora.load import load
+from dlp_lora.loading import load
 from dlp_lora.peft_format import content_hash
 from dlp_lora.policy import Mixture, TopP
 from dlp_lora.router import MiniMLP

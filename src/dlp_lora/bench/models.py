@@ -15,7 +15,7 @@ from dlp_lora.bank import AdapterBank
 from dlp_lora.bench.case import Case
 from dlp_lora.engine import Engine
 from dlp_lora.fused import attach, linear_layers, siblings
-from dlp_lora.load import load
+from dlp_lora.loading import load
 from dlp_lora.peft_format import read_adapter
 from dlp_lora.policy import Switching, TopK
 from dlp_lora.router import EncoderRouter, MiniMLP, Router, TextEncoder

@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from typer.core import TyperGroup
+from typer.main import get_group
 
 from dlp_lora.errors import DLPLoRAError
 from dlp_lora.policy import PromptRouting
@@ -42,6 +43,20 @@ class _Commands(TyperGroup):
             raise typer.Exit(130) from None
 
 
+class _Benchmarks(TyperGroup):
+    """Finds its commands when they are asked for: their options come from code that imports torch."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        from dlp_lora.cli import bench_router  # noqa: F401  # and it, those of cli/bench.py
+
+        self.commands = get_group(bench).commands
+        return super().list_commands(ctx)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        self.list_commands(ctx)
+        return super().get_command(ctx, cmd_name)
+
+
 app = typer.Typer(
     cls=_Commands,
     no_args_is_help=True,
@@ -49,6 +64,12 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="Many LoRA adapters, one model, nobody picking: sentence-level dynamic LoRA fusion.",
 )
+bench = typer.Typer(
+    cls=_Benchmarks,
+    no_args_is_help=True,
+    help="Measure speed side by side with the base model and PEFT, and what a router gets right.",
+)
+app.add_typer(bench, name="bench")
 
 ModelOption = Annotated[
     str | None, typer.Option("--model", "-m", help="Base model: folder or hub id. [default: SmolLM2-135M-Instruct]")
@@ -78,7 +99,9 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     warnings.showwarning = lambda message, *_: stderr.print(f"[yellow]warning:[/] {_escape(str(message))}")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    _quiet_transformers()
+    # Set here and read by transformers, whose import is left to the commands that need it.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     _add_commands()
     app()
 
@@ -191,24 +214,6 @@ def _escape(text: str) -> str:
     return escape(text)
 
 
-def _quiet_transformers() -> None:
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-
-
 def _add_commands() -> None:
     # Each adds its commands to the app.
-    from dlp_lora.cli import (  # noqa: F401
-        adapters,
-        bench,
-        bench_router,
-        demo,
-        harness,
-        report,
-        reproduce,
-        run,
-        tasks,
-        train,
-    )
+    from dlp_lora.cli import adapters, demo, harness, report, reproduce, run, tasks, train  # noqa: F401

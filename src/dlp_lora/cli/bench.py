@@ -23,8 +23,8 @@ from dlp_lora.bench.train import TrainArgs, bench_train
 from dlp_lora.cli.app import (
     DataOption,
     ModelOption,
-    app,
     base_model,
+    bench,
     check_device,
     console,
     progress_bar,
@@ -33,11 +33,6 @@ from dlp_lora.cli.app import (
 from dlp_lora.cli.options import with_options
 from dlp_lora.folders import write_text
 from dlp_lora.tasks.hub import read_data
-
-bench = typer.Typer(
-    no_args_is_help=True, help="Measure speed side by side with the base model and PEFT, and what a router gets right."
-)
-app.add_typer(bench, name="bench")
 
 _VARIANT = {"variant": "name", "dtype": "dtype"}
 _DECODING = {**_VARIANT, "ms/token": "ms_per_token", "over base": "ratio", "tokens/s": "tokens_per_s"}

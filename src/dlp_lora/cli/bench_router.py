@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from dlp_lora.cli.app import DataOption, ModelOption, RouterOption, base_model, console, stderr
-from dlp_lora.cli.bench import bench, rounds_bar
+from dlp_lora.cli.app import DataOption, ModelOption, RouterOption, base_model, bench, console, stderr
+from dlp_lora.cli.bench import rounds_bar
 
 
 @bench.command("router")

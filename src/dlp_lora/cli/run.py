@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -24,7 +24,9 @@ from dlp_lora.cli.app import (
     stderr,
 )
 from dlp_lora.cli.options import with_options
-from dlp_lora.rows import Sentence
+
+if TYPE_CHECKING:
+    from dlp_lora import Sentence
 
 COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red", "bright_cyan", "bright_magenta", "bright_green")
 
@@ -117,7 +119,7 @@ def route(
     `echo '{"prompt": "Convert 3 km to metres."}' | dlp-lora route --router router/`
     """
     from dlp_lora.bundle import read_bundle
-    from dlp_lora.load import load_model, load_router
+    from dlp_lora.loading import load_model, load_router
     from dlp_lora.policy import TopP, choose, policy_from_dict
     from dlp_lora.router import router_type
 
@@ -158,7 +160,7 @@ def _context(record: dict[str, Any]) -> Any:
     return Context(turns[-1], given["answer"], history=history)
 
 
-def routing_table(trace: tuple[Sentence, ...], *, of: str = "sentence") -> Table:
+def routing_table(trace: tuple["Sentence", ...], *, of: str = "sentence") -> Table:
     """A table of sentences with the adapters they used."""
     table = Table(show_lines=False, pad_edge=False)
     table.add_column(of, overflow="fold")

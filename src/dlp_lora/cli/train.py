@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -22,7 +22,9 @@ from dlp_lora.cli.app import (
 )
 from dlp_lora.cli.options import with_options
 from dlp_lora.folders import check_replaceable
-from dlp_lora.training.adapters import PRESETS, AdapterTrainingArgs
+
+if TYPE_CHECKING:
+    from dlp_lora.training.adapters import AdapterTrainingArgs
 
 TasksOption = Annotated[str | None, typer.Option("--tasks", help="Comma-separated task names. [default: all]")]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")]
@@ -43,8 +45,10 @@ class AdapterOptions:
     prompt_format: Annotated[str | None, "auto, chat or plain."] = None
     seed: Annotated[int | None, "Seed of initialisation, order and dropout."] = None
 
-    def training_args(self) -> AdapterTrainingArgs:
+    def training_args(self) -> "AdapterTrainingArgs":
         """The preset with what was given in place of its own."""
+        from dlp_lora.training.adapters import PRESETS
+
         if self.preset not in PRESETS:
             raise ValueError(f"no preset {self.preset!r}; choose {' or '.join(PRESETS)}")
         given: dict[str, Any] = {name: value for name, value in vars(self).items() if value is not None}
@@ -237,7 +241,7 @@ def _router_from_descriptions(file: Path, out: Path, encoder: str | None, *, as_
 
 def _router_from_adapters(adapters: Path, out: Path, model: str | None, seed: int, *, as_json: bool) -> None:
     from dlp_lora.arrow import ArrowRouter
-    from dlp_lora.load import load_model
+    from dlp_lora.loading import load_model
     from dlp_lora.training.router import load_tokenizer
 
     name = base_model(model)

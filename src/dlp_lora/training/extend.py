@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dlp_lora.bundle import Bundle, read_bundle, write_bundle
 from dlp_lora.errors import BundleError, RouterError, TrainingError
-from dlp_lora.load import load_router
+from dlp_lora.loading import load_router
 from dlp_lora.router import Context, MiniMLP
 from dlp_lora.tasks.task import Task
 from dlp_lora.training.contexts import MIX

@@ -18,7 +18,7 @@ from dlp_lora.bench.router.samples import Question, Sample, questions, whole
 from dlp_lora.errors import TaskError
 from dlp_lora.evals.answers import data_hash
 from dlp_lora.folders import write_text
-from dlp_lora.load import load_router
+from dlp_lora.loading import load_router
 from dlp_lora.router import CONFIG_FILE, Router
 from dlp_lora.tasks.manifest import TaskInfo, kind_of
 from dlp_lora.tasks.task import Task
