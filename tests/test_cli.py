@@ -1,3 +1,4 @@
+import io
 import json
 import subprocess
 import sys
@@ -7,13 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import PeftModel
+from rich.console import Console
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 import dlp_lora
 from conftest import byte_tokenizer, lively_model, make_adapter
 from dlp_lora.cli.app import _add_commands, app
+from dlp_lora.cli.bench import COLUMNS, LABELS, cell, tables
 from dlp_lora.tasks import Example, Task, write_task
 
 _add_commands()  # as `main` does
@@ -447,6 +452,43 @@ def test_a_benchmark_shows_a_table_and_writes_its_record_and_picture(work: Path,
     assert (record["settings"]["r"], record["settings"]["rounds"]) == (2, 1)
     assert [row["name"] for row in record["rows"]][-2:] == ["dlp-lora, 3 of 4", "peft one adapter"]
     assert (tmp_path / "it.png").stat().st_size > 1000
+
+
+@st.composite
+def benchmark_records(draw: st.DrawFn, name: str) -> dict[str, Any]:
+    """Rows of any numbers for all columns of a benchmark, some of them with their spread."""
+    numbers = st.one_of(st.none(), st.integers(0, 10**9), st.floats(0, 1e6))
+    keys = [key for key in COLUMNS[name].values() if key not in LABELS]
+    rows = []
+    for _ in range(draw(st.integers(1, 3))):
+        values = {key: draw(numbers) for key in keys}
+        spreads = [key for key, value in values.items() if value is not None and draw(st.booleans())]
+        spread = {f"{key}_{end}": values[key] for key in spreads for end in ("min", "max")}
+        rows.append(
+            {**values, **spread, "name": "dlp-lora, another mixture a row", "dtype": "bfloat16", "task": "t" * 36}
+        )
+    return {"benchmark": name, "rows": rows}
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_no_number_of_a_benchmark_is_cut_at_80_columns(name: str, data: st.DataObject) -> None:
+    record = data.draw(benchmark_records(name))
+    shown = Console(width=80, file=io.StringIO())
+    shown.print(*tables(record, 80))
+    text = shown.file.getvalue()  # type: ignore[attr-defined]
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    for row in record["rows"]:
+        for key in set(COLUMNS[name].values()) - set(LABELS):
+            assert f" {cell(row, key)} " in text.replace("\n", " ")
+
+
+def test_all_columns_of_a_benchmark_are_in_one_table_where_there_is_room() -> None:
+    rows = [dict.fromkeys(COLUMNS["decode"].values(), 1.5) | {"name": "base", "dtype": "float32"}]
+    (table,) = tables({"benchmark": "decode", "rows": rows}, 200)
+    assert [column.header for column in table.columns] == list(COLUMNS["decode"])
 
 
 def test_the_suite_writes_a_record_of_each_benchmark(work: Path, tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from dlp_lora.bench.bank import BankArgs, bench_bank
@@ -34,6 +36,9 @@ from dlp_lora.cli.options import with_options
 from dlp_lora.folders import write_text
 from dlp_lora.tasks.hub import read_data
 
+LABELS = ("name", "dtype", "task")
+LABEL_WIDTH = 20  # longer ones are folded where the terminal is narrow
+GAP = 2  # between columns
 _VARIANT = {"variant": "name", "dtype": "dtype"}
 _DECODING = {**_VARIANT, "ms/token": "ms_per_token", "over base": "ratio", "tokens/s": "tokens_per_s"}
 _MEMORY = {"held, MB": "held_mb", "peak, MB": "peak_mb", "peak over base": "memory_ratio"}
@@ -234,18 +239,41 @@ def _show(record: dict[str, Any]) -> None:
     where = machine["cpu"] if settings["device"] == "cpu" else machine["gpu"]
     what = [f"{key} {settings[key]}" for key in ("batch", "length") if key in settings]
     title = ", ".join([record["benchmark"], record["model"], *what, f"{where} ({record['bandwidth_gb_s']} GB/s)"])
-    table = Table(title=title, title_justify="left")
-    for column, key in COLUMNS[record["benchmark"]].items():
-        table.add_column(column, justify="left" if key in ("name", "dtype", "task") else "right")
-    for row in record["rows"]:
-        table.add_row(*(_cell(row, key) for key in COLUMNS[record["benchmark"]].values()))
-    console.print(table)
+    console.print(title, style="italic", highlight=False, markup=False)
+    for table in tables(record, console.width):
+        console.print(table, "")
 
 
-def _cell(row: dict[str, Any], key: str) -> str:
+def tables(record: dict[str, Any], width: int) -> Iterator[Table]:
+    """Gives a record's columns in as many tables as the width asks for: labels are folded, numbers never cut."""
+    columns = COLUMNS[record["benchmark"]]
+    cells = {column: [cell(row, key) for row in record["rows"]] for column, key in columns.items()}
+    widths = {column: max(map(len, (*column.split(), *own))) for column, own in cells.items()}
+    labels = [column for column, key in columns.items() if key in LABELS]
+    room = width - sum(min(widths[column], LABEL_WIDTH) + GAP for column in labels)
+    parts: list[list[str]] = [[]]
+    for column in (column for column in columns if column not in labels):
+        if parts[-1] and sum(widths[c] + GAP for c in (*parts[-1], column)) > room:
+            parts.append([])
+        parts[-1].append(column)
+    for part in parts:
+        table = Table(box=SIMPLE_HEAD, padding=(0, GAP - 1, 0, 0), show_edge=False, pad_edge=False)
+        for column in labels:
+            table.add_column(column, overflow="fold")
+        for column in part:
+            table.add_column(column, justify="right", width=widths[column], overflow="fold")
+        for row in zip(*(cells[column] for column in (*labels, *part)), strict=True):
+            table.add_row(*map(escape, row))
+        yield table
+
+
+def cell(row: dict[str, Any], key: str) -> str:
+    """A number as a table shows it, with its spread if it has one."""
     value = row.get(key)
     if value is None:
         return "–"
     if f"{key}_min" in row:
         return f"{value:.3f} ({row[f'{key}_min']:.2f}-{row[f'{key}_max']:.2f})"
-    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    if isinstance(value, float):
+        return f"{value:,.4g}" if value < 1e4 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
