@@ -14,13 +14,13 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from conftest import byte_tokenizer, lively_model
-from dlp_lora import DLPLoRAError, Engine
+from dlp_lora import Context, DLPLoRAError, Engine, controller
 from dlp_lora.bench import models, train
-from dlp_lora.bench.agreement import Twin, check_paths
+from dlp_lora.bench.agreement import Twin, check_paths, check_sentences
 from dlp_lora.bench.bank import BankArgs, bench_bank
 from dlp_lora.bench.case import PROMPTS, BenchArgs, Case, read_prompts
 from dlp_lora.bench.decode import DecodeArgs, bench_decode
-from dlp_lora.bench.memory import bandwidth_gb_s, growth_mb, held_mb, peak_mb, read_mb
+from dlp_lora.bench.memory import Memory, bandwidth_gb_s, counted, growth_mb, held_mb, peak_mb, read_mb
 from dlp_lora.bench.peers import PEERS, PeersArgs, bench_peers
 from dlp_lora.bench.plot import plot
 from dlp_lora.bench.prefill import PrefillArgs, bench_prefill
@@ -163,6 +163,32 @@ def test_paths_of_bfloat16_are_told_apart_although_they_round_differently(model:
     assert {scale for m in one.modules() if isinstance(m, LoraLayer) for scale in m.scaling.values()} == {1.0}
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_figures_are_given_when_a_sentence_is_read_under_another_ones_mixture(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    case = replace(make_case(model, tmp_path, num_adapters=8), dtype=dtype)
+    engine, base, inputs = models.engine_with(case, selected=2), models.base_model(case), case.long_prompts(3, 256)
+    check_sentences(engine, base, inputs)
+
+    def shifted(*args: Any, **kwargs: Any) -> tuple[Any, torch.Tensor]:
+        mixtures, tokens = by_token(*args, **kwargs)
+        return mixtures, tokens.roll(20, dims=1)
+
+    by_token = controller._by_token
+    monkeypatch.setattr(controller, "_by_token", shifted)
+    with pytest.raises(DLPLoRAError, match=r"prompts routed by sentence differ from their sentences .* no figures"):
+        check_sentences(engine, base, inputs)
+
+
+def test_the_router_of_the_benchmarks_chooses_other_adapters_for_other_sentences() -> None:
+    router = models.mini_mlp([f"adapter_{i}" for i in range(26)], byte_tokenizer().backend_tokenizer)
+    sentences = [sentence for text in PROMPTS for sentence in text.split(". ")]
+    chosen = router.probabilities([Context(sentence) for sentence in sentences]).topk(3).indices
+    assert len({frozenset(row) for row in chosen.tolist()}) > len(sentences) / 3
+    assert len(set(chosen.flatten().tolist())) > 10
+
+
 def test_variants_take_turns_and_the_first_round_is_left_out() -> None:
     order: list[str] = []
 
@@ -179,6 +205,20 @@ def test_variants_take_turns_and_the_first_round_is_left_out() -> None:
     assert times.median("ours", "ms") == 9.0
     assert times.ratio("ours", "ms") == {"ratio": 1.5, "ratio_min": 1.5, "ratio_max": 1.5}
     assert times.spread("ours", "ms") == {"ms": 9.0, "ms_min": 6.0, "ms_max": 12.0}
+
+
+def test_memory_is_counted_in_the_round_that_warms_up() -> None:
+    rounds, memory = [], {}
+    layer = nn.Linear(2**18, 1, bias=False)  # 1 MB
+
+    def run(i: int) -> dict[str, float]:
+        rounds.append((i, torch.empty(2**18)))
+        return {"ms": 1.0}
+
+    times = interleave({"layer": counted("layer", layer, run, memory, CPU)}, rounds=2)
+    assert [i for i, _ in rounds] == [0, 1, 2]
+    assert times.each == {"layer": {"ms": [1.0, 1.0]}}
+    assert memory["layer"] == Memory(held_mb=1, peak_mb=2)
 
 
 def test_steps_take_turns_and_what_follows_the_last_is_no_step() -> None:
@@ -229,6 +269,7 @@ def test_batches_decode_and_prefill_with_all_variants(model: Path, record_of: Re
         "dlp-lora, routed, 2 of 4 a row",
         "dlp-lora, one mixture",
         "dlp-lora, another mixture a row",
+        "dlp-lora, routed, 2 of 4 a sentence",
         "peft one adapter",
         "peft another adapter a row",
     ]

@@ -2,14 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from peft.helpers import rescale_adapter_scale
 from torch import Tensor
 
 from dlp_lora.engine import Engine
 from dlp_lora.errors import DLPLoRAError
+from dlp_lora.policy import FusionPolicy, Mixture
+from dlp_lora.rows import Row, rows_of
 
 # In bfloat16, two paths of SmolLM2-135M that round differently are 3 % apart, as much as a small random adapter changes
 # the logits. So adapters are made louder until they change them by this share, and of that change, paths may differ by:
@@ -53,6 +57,48 @@ def check_paths(
                 f"{name} and the engine under the same mixture differ by {error:.1%} of the logits, "
                 f"which it changes by {change:.1%}; no figures are given"
             )
+
+
+@torch.no_grad()
+def check_sentences(engine: Engine, base: Any, inputs: Mapping[str, Tensor]) -> None:
+    """Compares prompts routed by sentence with their sentences read one after the other, each under its own mixture:
+    what `check_paths` compares with twins. The prompts are not padded.
+
+    Raises:
+        DLPLoRAError: if they differ.
+    """
+    expected, heard, policy = _logits(base, inputs), HEARD[base.dtype], engine.policy
+    for loudness in LOUDNESS:
+        aloud = partial(_choose, policy, loudness)
+        with engine.using(prompt_routing="sentences", policy=aloud):
+            output = engine.model(**inputs, use_cache=True, logits_to_keep=1)
+        found = output.logits.float()
+        if not _distance(expected, found) < heard:
+            break
+    rows = rows_of(output.past_key_values).rows  # type: ignore[union-attr]
+    apart = torch.cat([_sentence_by_sentence(engine, *each) for each in zip(inputs["input_ids"], rows, strict=True)])
+    error, change = _distance(found, apart), max(heard, _distance(expected, apart))
+    if not error <= TOLERANCE[base.dtype] * change:
+        raise DLPLoRAError(
+            f"prompts routed by sentence differ from their sentences one by one by {error:.1%} of the logits, "
+            f"which the adapters change by {change:.1%}; no figures are given"
+        )
+
+
+def _choose(policy: FusionPolicy, loudness: float, probabilities: Mapping[str, float]) -> Mixture:
+    return Mixture(_times(policy(probabilities), loudness))
+
+
+def _sentence_by_sentence(engine: Engine, ids: Int[Tensor, " seq"], row: Row) -> Float[Tensor, "1 1 vocab"]:
+    end = row.prompt_trace[-1].end if row.prompt_trace else 0
+    parts = [(s.start, s.end, s.mixture) for s in row.prompt_trace] + [(end, len(ids), row.mixture)]
+    output: Any = None
+    for start, end, mixture in parts:
+        cache = None if output is None else output.past_key_values
+        with engine.fixed(mixture):
+            output = engine.model(ids[None, start:end], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    logits: Tensor = output.logits
+    return logits.float()
 
 
 def _aloud(twin: Twin, inputs: Mapping[str, Tensor], base: Tensor, heard: float) -> tuple[float, Tensor]:

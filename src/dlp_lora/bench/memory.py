@@ -7,8 +7,9 @@ the bytes of tensors: those that a model holds, and the most that PyTorch's allo
 import gc
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from dlp_lora.bench.timing import synchronise
+from dlp_lora.bench.timing import Run, synchronise
 from dlp_lora.engine import Engine
 
 MB = 2**20
@@ -47,6 +48,18 @@ def memory_of(variant: Any, run: Callable[[], object], device: torch.device) -> 
     else:
         held = held_mb(variant)
     return Memory(held, held + peak_mb(run, device))
+
+
+def counted(name: str, variant: Any, run: Run, memory: dict[str, Memory], device: torch.device) -> Run:
+    """Gives a run that counts the variant's memory in the round that warms up, and notes it under the name."""
+
+    def measure(i: int) -> Mapping[str, float]:
+        if i > 0:
+            return run(i)
+        memory[name] = memory_of(variant, partial(run, i), device)
+        return {}
+
+    return measure
 
 
 def held_mb(*models: nn.Module, tensors: Iterable[Tensor] = ()) -> float:

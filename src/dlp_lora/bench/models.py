@@ -12,13 +12,13 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from dlp_lora.bank import AdapterBank
-from dlp_lora.bench.case import Case
+from dlp_lora.bench.case import PROMPTS, Case
 from dlp_lora.engine import Engine
 from dlp_lora.fused import attach, linear_layers, siblings
 from dlp_lora.loading import load
 from dlp_lora.peft_format import read_adapter
 from dlp_lora.policy import Switching, TopK
-from dlp_lora.router import EncoderRouter, MiniMLP, Router, TextEncoder
+from dlp_lora.router import Context, EncoderRouter, MiniMLP, Router, TextEncoder
 from dlp_lora.router.encoder import albert_config
 
 AGAIN = "base again"
@@ -42,9 +42,13 @@ def thawed(model: Any) -> Any:
 
 
 def mini_mlp(names: Sequence[str], tokenizer: Tokenizer) -> Router:
-    """The paper's plugin, with random weights."""
+    """The paper's plugin, with random weights that choose other adapters for another text."""
     torch.manual_seed(0)
-    return MiniMLP(names, tokenizer).eval()
+    router = MiniMLP(names, tokenizer).eval()
+    with torch.no_grad():
+        # Of random weights, the biases outweigh the text. Without what it says of any text, it goes by what differs.
+        router.head.bias.sub_(router(router.encode_all([Context(text) for text in PROMPTS])).mean(dim=0))
+    return router
 
 
 def albert(names: Sequence[str], tokenizer: Tokenizer) -> Router:

@@ -1,20 +1,22 @@
 """The prefill benchmark: time to read a prompt, over the plain base model, routing and fusing included."""
 
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 
-from dlp_lora.bench.agreement import Twin, check_paths
-from dlp_lora.bench.case import AdapterBenchArgs, Batch, Case, Dtypes, NumAdapters, Row, quiet, run_cases
-from dlp_lora.bench.memory import memory_of
+from dlp_lora.bench.agreement import Twin, check_paths, check_sentences
+from dlp_lora.bench.case import AdapterBenchArgs, Batch, Case, Dtypes, NumAdapters, Rounds, Row, quiet, run_cases
+from dlp_lora.bench.memory import Memory, counted
 from dlp_lora.bench.models import AGAIN, PEFT_ONE, base_model, engine_with, peft_many, peft_one, thawed
 from dlp_lora.bench.timing import BASE, OnRound, Run, interleave, synchronise
+from dlp_lora.engine import Engine
+from dlp_lora.router import MiniMLP
 
 PEFT_MIXED = "peft another adapter a row"
 CHECKED_LENGTH = 64  # tokens of the prompts on which paths are compared
@@ -24,6 +26,7 @@ CHECKED_LENGTH = 64  # tokens of the prompts on which paths are compared
 class PrefillArgs(AdapterBenchArgs):
     """What is measured."""
 
+    rounds: Rounds = 5
     num_adapters: NumAdapters = 26
     batch: Batch = 4
     length: Annotated[int, "Tokens of each prompt."] = 512
@@ -51,21 +54,30 @@ def bench_prefill(model: str | Path, args: PrefillArgs | None = None, *, on_roun
             PEFT_ONE: Twin(one, {names[0]: 1.0}),
             PEFT_MIXED: Twin(mixed, [{name: 1.0} for name in row_names], {"adapter_names": row_names}),
         }
-        check_paths(engine, base, case.long_prompts(args.batch, min(args.length, CHECKED_LENGTH)), twins)
+        checked = case.long_prompts(args.batch, min(args.length, CHECKED_LENGTH))
+        check_paths(engine, base, checked, twins)
+        check_sentences(engine, base, checked)
         variants: dict[str, tuple[Any, Run]] = {
             BASE: (base, _forward(base, inputs)),
             AGAIN: (base, _forward(base_model(case), inputs)),
-            f"dlp-lora, routed, {k} of {args.num_adapters} a row": (engine, _forward(engine.model, inputs)),
+            f"dlp-lora, routed, {k} of {args.num_adapters} a row": (
+                engine,
+                _forward(engine.model, inputs, under=partial(_routed, engine)),
+            ),
             "dlp-lora, one mixture": (engine, _forward(engine.model, inputs, under=partial(engine.fixed, mixture))),
             "dlp-lora, another mixture a row": (
                 engine,
                 _forward(engine.model, inputs, under=partial(engine.fixed, mixtures)),
             ),
+            f"dlp-lora, routed, {k} of {args.num_adapters} a sentence": (
+                engine,
+                _forward(engine.model, inputs, under=partial(_routed, engine, prompt_routing="sentences")),
+            ),
             PEFT_ONE: (one, _forward(one, inputs)),
             PEFT_MIXED: (mixed, _forward(mixed, {**inputs, "adapter_names": row_names})),
         }
-        memory = {name: memory_of(v, partial(run, 0), case.device) for name, (v, run) in variants.items()}
-        runs = {name: run for name, (_, run) in variants.items()}
+        memory: dict[str, Memory] = {}
+        runs = {name: counted(name, v, run, memory, case.device) for name, (v, run) in variants.items()}
         times = interleave(runs, rounds=args.rounds, scenario=case.scenario, on_round=case.on_round)
         return [
             {
@@ -87,6 +99,16 @@ def bench_prefill(model: str | Path, args: PrefillArgs | None = None, *, on_roun
         on_round=on_round,
         does_not_measure="decoding; all weights ask for gradients, as frozen ones make the head slow on CPUs",
     )
+
+
+@contextmanager
+def _routed(engine: Engine, **settings: Any) -> Iterator[None]:
+    """Every round reads the same prompts, but the router must not know them."""
+    router = cast(MiniMLP, engine.router)
+    router._bags.clear()
+    router._encode_piece.cache_clear()
+    with engine.using(**settings):
+        yield
 
 
 def _forward(model: Any, inputs: Mapping[str, Any], *, under: Any = nullcontext) -> Run:

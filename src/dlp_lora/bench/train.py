@@ -17,7 +17,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from dlp_lora.bench.case import BenchArgs, Rounds, Row, begin, quiet, record
-from dlp_lora.bench.memory import Memory, bandwidth_gb_s, memory_of
+from dlp_lora.bench.memory import Memory, bandwidth_gb_s, counted
 from dlp_lora.bench.timing import OnRound, Run, interleave, synchronise
 from dlp_lora.errors import DLPLoRAError, TaskError
 from dlp_lora.tasks.formats import encode_example
@@ -82,7 +82,10 @@ def _measure(
         theirs = partial(_train_with_trainer, plain, tokenizer, encoded, args.training, out[TRAINER])
         ours = partial(train_adapter, base, tokenizer, few, out[OURS], args.training, overwrite=True)
         memory: dict[str, Memory] = {}
-        runs = {TRAINER: _timed(theirs, TRAINER, plain, memory), OURS: _timed(ours, OURS, base, memory)}
+        runs = {
+            TRAINER: counted(TRAINER, plain, _timed(theirs, base.device), memory, base.device),
+            OURS: counted(OURS, base, _timed(ours, base.device), memory, base.device),
+        }
         times = interleave(runs, rounds=args.rounds, scenario=f"train, {task.name}", on_round=on_round)
         before = _loss(base, encoded)
         losses = {name: _loss(base, encoded, path) for name, path in out.items()}
@@ -128,16 +131,13 @@ def _short_enough(task: Task, tokenizer: PreTrainedTokenizerBase, args: TrainArg
     return replace(task, train=tuple(e for e, _ in kept)), [tokens for _, tokens in kept]
 
 
-def _timed(train: Callable[[], object], name: str, model: Any, memory: dict[str, Memory]) -> Run:
-    """Times one training a round; in the round that warms up, its memory is counted."""
+def _timed(train: Callable[[], object], device: torch.device) -> Run:
+    """Times one training a round."""
 
     def run(i: int) -> dict[str, float]:
-        if i == 0:
-            memory[name] = memory_of(model, train, model.device)
-            return {}
         start = time.perf_counter()
         train()
-        synchronise(model.device)
+        synchronise(device)
         return {"ms": (time.perf_counter() - start) * 1e3}
 
     return run
