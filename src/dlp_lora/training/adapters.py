@@ -1,7 +1,8 @@
 """Trains one LoRA on one task through PEFT and saves it as an ordinary PEFT folder.
 
 One plain loop. What makes it fast on a small machine: the loss and the language-model head on answer tokens only,
-batches of like lengths, and a bfloat16 base under float32 LoRA weights where the hardware multiplies bfloat16.
+batches of like lengths, a bfloat16 base under float32 LoRA weights where the hardware multiplies bfloat16, and passes
+through PEFT's layers and eager attention that copy little (`lora.py`, `attention.py`).
 """
 
 import hashlib
@@ -24,10 +25,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from dlp_lora.errors import ModelError, TaskError, TrainingError
 from dlp_lora.folders import recover_folder, replace_folder, write_text
+from dlp_lora.fused import siblings
 from dlp_lora.peft_format import CONFIG_FILE
 from dlp_lora.tasks.formats import PromptFormat, encode_example
 from dlp_lora.tasks.task import Task
+from dlp_lora.training.attention import lean_attention
 from dlp_lora.training.batches import answer_loss, bucketed, micro_batches
+from dlp_lora.training.lora import compute_together
 
 TRAINING_FILE = "training.json"
 LOSS_FILE = "loss.csv"
@@ -321,7 +325,8 @@ def _lora_on(model: PreTrainedModel, args: AdapterTrainingArgs) -> Iterator[Peft
     peft_model = None
     try:
         peft_model = _with_lora(model, args)
-        yield peft_model
+        with lean_attention(model):
+            yield peft_model
     finally:
         head.remove()
         if peft_model is not None:
@@ -345,14 +350,17 @@ def lora_config(args: AdapterTrainingArgs) -> LoraConfig:
 
 def _with_lora(model: PreTrainedModel, args: AdapterTrainingArgs) -> PeftModel:
     torch.manual_seed(args.seed)
+    together = siblings(model)
     try:
-        return cast(PeftModel, get_peft_model(model, lora_config(args)))
+        peft_model = cast(PeftModel, get_peft_model(model, lora_config(args)))
     except ValueError as error:
         linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
         raise TrainingError(
             f"{type(model).__name__} has no modules {list(args.target_modules)}; its linear layers are "
             f"{', '.join(linear)}: pass target_modules"
         ) from error
+    compute_together(model, together)
+    return peft_model
 
 
 def _finished(name: str, out: Path, identity: dict[str, Any]) -> TrainedAdapter:
