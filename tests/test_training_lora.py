@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import dlp_lora.training.adapters as adapters_module
-from conftest import ARCHITECTURES, USUAL_TARGETS, byte_tokenizer, lively_model
+from conftest import ARCHITECTURES, byte_tokenizer, lively_model
 from dlp_lora.peft_format import WEIGHTS_FILE
 from dlp_lora.tasks import Example, Task
 from dlp_lora.training.adapters import AdapterTrainingArgs, _backward, _lora_on, lora_config, train_adapter
-from dlp_lora.training.attention import lean_attention
+from dlp_lora.training.passes import lean_passes
 
 SIBLINGS = ("q_proj", "k_proj", "v_proj", "o_proj")
 BATCH = [(list(range(3, 3 + 5 * n)), list(range(n + 1))) for n in (4, 1, 3, 2)]  # of four lengths
@@ -131,21 +131,41 @@ def test_a_layer_with_a_hook_stays_with_peft() -> None:
     assert ours == ["q_proj", "v_proj", "o_proj"]
 
 
-# Attention
+# Attention and norms
 
 
-@pytest.mark.parametrize("architecture", USUAL_TARGETS)
-def test_eager_attention_is_replaced_for_a_while_where_it_is_the_plain_one(architecture: str) -> None:
+def norms(model: Any) -> list[nn.Module]:
+    return [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_plain_attention_and_norms_are_replaced_for_a_while(architecture: str) -> None:
     model = eager_model(architecture)
-    with lean_attention(model):
+    with lean_passes(model):
         assert (model.config._attn_implementation == "eager") == (architecture == "gpt2")
+        # Gemma's norm multiplies by one plus its weight.
+        assert all(("forward" in vars(norm)) == (architecture != "gemma") for norm in norms(model))
     assert model.config._attn_implementation == "eager"
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_give_what_those_of_transformers_give(dtype: torch.dtype) -> None:
+    model = eager_model(dtype=dtype)
+    norm, x = model.model.norm.requires_grad_(False), torch.randn(3, 5, 32, dtype=dtype, requires_grad=True)
+    nn.init.normal_(norm.weight)
+    grad = torch.randn(3, 5, 32, dtype=dtype)
+    y, dx = norm(x), torch.autograd.grad(norm(x), x, grad)[0]
+    with lean_passes(model):
+        assert torch.equal(norm(x), y)
+        found = torch.autograd.grad(norm(x), x, grad)[0]
+    assert (found - dx).norm() <= (1e-6 if dtype == torch.float32 else 1e-2) * dx.norm()
 
 
 def test_other_attention_is_left_alone() -> None:
     model = eager_model()
     model.set_attn_implementation("sdpa")
-    with lean_attention(model):
+    with lean_passes(model):
         assert model.config._attn_implementation == "sdpa"
 
 
@@ -156,7 +176,7 @@ def test_attention_with_dropout_is_that_of_transformers() -> None:
     ids = torch.arange(40).view(2, 20)
     torch.manual_seed(5)
     expected = model(input_ids=ids).logits
-    with lean_attention(model):
+    with lean_passes(model):
         torch.manual_seed(5)
         found = model(input_ids=ids).logits
     assert torch.equal(found, expected)

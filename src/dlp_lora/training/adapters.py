@@ -2,7 +2,7 @@
 
 One plain loop. What makes it fast on a small machine: the loss and the language-model head on answer tokens only,
 batches of like lengths, a bfloat16 base under float32 LoRA weights where the hardware multiplies bfloat16, and passes
-through PEFT's layers and eager attention that copy little (`lora.py`, `attention.py`).
+through PEFT's layers, attention and norms that copy little (`lora.py`, `passes.py`).
 """
 
 import hashlib
@@ -29,9 +29,9 @@ from dlp_lora.fused import siblings
 from dlp_lora.peft_format import CONFIG_FILE
 from dlp_lora.tasks.formats import PromptFormat, encode_example
 from dlp_lora.tasks.task import Task
-from dlp_lora.training.attention import lean_attention
 from dlp_lora.training.batches import answer_loss, bucketed, micro_batches
 from dlp_lora.training.lora import compute_together
+from dlp_lora.training.passes import lean_passes
 
 TRAINING_FILE = "training.json"
 LOSS_FILE = "loss.csv"
@@ -325,7 +325,7 @@ def _lora_on(model: PreTrainedModel, args: AdapterTrainingArgs) -> Iterator[Peft
     peft_model = None
     try:
         peft_model = _with_lora(model, args)
-        with lean_attention(model):
+        with lean_passes(model):
             yield peft_model
     finally:
         head.remove()

@@ -1,0 +1,118 @@
+"""Plain eager attention and RMSNorm in training: passes that copy little, instead of those that autograd puts together.
+
+They are for CPUs, where the backward pass of fused attention is slow in bfloat16.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward
+
+NAME = "dlp_lora_eager"
+
+
+@contextmanager
+def lean_passes(model: PreTrainedModel) -> Iterator[None]:
+    """Computes a model's eager attention and its norms, which must be frozen, by the functions here for a while.
+
+    Others than the plain ones, which transformers copies from architecture to architecture, are left as they are.
+    """
+    config: Any = model.config
+    own = getattr(sys.modules[type(model).__module__], "eager_attention_forward", None)
+    norms = [m for m in model.modules() if _is_same(type(m).forward, LlamaRMSNorm.forward) and "forward" not in vars(m)]
+    with ExitStack() as after:
+        if config._attn_implementation == "eager" and _is_same(own, eager_attention_forward):
+            AttentionInterface.register(NAME, _attend)
+            AttentionMaskInterface.register(NAME, eager_mask)
+            config._attn_implementation = NAME
+            after.callback(setattr, config, "_attn_implementation", "eager")
+        for norm in norms:
+            norm.forward = partial(_normalise, norm)  # type: ignore[method-assign]
+            after.callback(delattr, norm, "forward")
+        yield
+
+
+def _is_same(function: Any, plain: Callable[..., Any]) -> bool:
+    """Whether two functions have the same code."""
+    ours, theirs = plain.__code__, getattr(function, "__code__", None)  # type: ignore[attr-defined]
+    parts = ("co_code", "co_consts", "co_names", "co_varnames")
+    return theirs is not None and all(getattr(ours, part) == getattr(theirs, part) for part in parts)
+
+
+def _attend(
+    module: nn.Module,
+    query: Float[Tensor, "batch heads seq d_head"],
+    key: Float[Tensor, "batch kv_heads seq d_head"],
+    value: Float[Tensor, "batch kv_heads seq d_head"],
+    attention_mask: Float[Tensor, "#batch 1 seq seq"] | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Float[Tensor, "batch seq heads d_head"], Tensor | None]:
+    if dropout == 0:
+        return _Attention.apply(query, key, value, attention_mask, scaling), None
+    y, weights = eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
+    return y, weights
+
+
+class _Attention(torch.autograd.Function):
+    """`softmax(Q K^T scaling + mask) V`, the queries that share keys in one product."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+    ) -> Float[Tensor, "batch seq heads d_head"]:
+        batch, heads, seq, d_head = query.shape
+        q = (query * scaling).reshape(-1, heads // key.shape[1] * seq, d_head)  # (batch * kv_heads, ...)
+        k, v = (t.reshape(-1, seq, d_head) for t in (key, value))
+        scores = (q @ k.mT).view(batch, heads, seq, seq)
+        if mask is not None:
+            scores += mask
+        p = scores.softmax(-1).view(len(q), -1, seq)
+        ctx.save_for_backward(q, k, v, p)
+        ctx.scaling, ctx.shape = scaling, query.shape
+        return (p @ v).view(query.shape).transpose(1, 2).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Float[Tensor, "batch seq heads d_head"]) -> tuple[Tensor | None, ...]:
+        q, k, v, p = ctx.saved_tensors
+        batch, _, seq, d_head = ctx.shape
+        g = grad.transpose(1, 2).reshape(q.shape)
+        ds = torch.ops.aten._softmax_backward_data(g @ v.mT, p, -1, p.dtype)
+        dq = (ds @ k).mul_(ctx.scaling).view(ctx.shape)
+        dk, dv = ((t.mT @ u).view(batch, -1, seq, d_head) for t, u in ((ds, q), (p, g)))
+        return dq, dk, dv, None, None
+
+
+def _normalise(norm: Any, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+    y: Tensor = _RMSNorm.apply(x, norm.weight, norm.variance_epsilon)
+    return y
+
+
+class _RMSNorm(torch.autograd.Function):
+    """`weight * x / sqrt(mean(x^2) + eps)`, normalised in float32; the weight has no gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Float[Tensor, "*batch width"], weight: Float[Tensor, " width"], eps: float
+    ) -> Float[Tensor, "*batch width"]:
+        wide = x.float()
+        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        normed = (wide * scale).to(x.dtype)
+        ctx.save_for_backward(normed, scale, weight)
+        return weight * normed
+
+    @staticmethod
+    def backward(ctx: Any, grad: Float[Tensor, "*batch width"]) -> tuple[Tensor, None, None]:
+        normed, scale, weight = ctx.saved_tensors
+        g = grad * weight
+        along = (g * normed).mean(-1, keepdim=True)
+        return torch.addcmul(g, normed, along, value=-1).mul_(scale.to(g.dtype)), None, None
