@@ -193,7 +193,52 @@ def test_the_same_mixture_again_writes_nothing() -> None:
         bank.fuse([Mixture(dict(reversed(list(row.items())))) for row in rows])
         assert [(g._a._version, g._b[0]._version, id(g.active), id(g.gate)) for g in bank.groups] == versions
         bank.fuse([Mixture({"a": 0.4})])
-        assert all(g._a._version > version[0] for g, version in zip(bank.groups, versions, strict=True))
+        assert all(g._b[0]._version > version[1] for g, version in zip(bank.groups, versions, strict=True))
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_whatever_was_fused_before_rows_get_their_own_sums(data: st.DataObject) -> None:
+    adapters = data.draw(banks())
+    bank, by_name = AdapterBank(LAYOUT, adapters), {a.name: a for a in adapters}
+    for _ in range(data.draw(st.integers(1, 5))):
+        rows = data.draw(st.lists(mixtures(adapters), min_size=1, max_size=4))
+        bank.fuse(rows, goes_on=data.draw(st.booleans()))
+        for module in LAYOUT:
+            for i, row in enumerate(rows):
+                assert_close(fused_delta(bank, module, i), delta(by_name, row, module))
+
+
+def test_rows_that_go_on_copy_only_what_is_new() -> None:
+    bank = bank_of(2, 2, 2, 2, 2)
+    bank.fuse([Mixture({"a": 0.5, "b": 0.5}), Mixture({"c": 1}), Mixture({"d": 1})])
+
+    def copies(*rows: dict[str, float]) -> list[int]:
+        before = [group.num_copies for group in bank.groups]
+        bank.fuse([Mixture(row) for row in rows], goes_on=True)
+        return [group.num_copies - b for group, b in zip(bank.groups, before, strict=True)]
+
+    assert copies({"d": 0.5, "b": 0.5}, {"a": 1}, {"c": 1}) == [0, 0]
+    assert copies({"d": 1}, {"a": 1}, {"a": 1}) == [0, 0]  # b and c lie idle
+    assert copies({"d": 1}, {"e": 1}, {"a": 1}) == [1, 1]  # in the place of b
+    assert copies({"c": 1}, {"e": 1}, {"a": 1}) == [0, 0]
+
+
+def test_a_pass_that_does_not_go_on_is_the_same_to_the_last_bit_whatever_came_before() -> None:
+    rows = [Mixture({"a": 0.3, "d": 0.7}), Mixture({"c": 1}), Mixture({"b": 0.9})]
+    fresh, used = bank_of(3, 2, 5, 2), bank_of(3, 2, 5, 2)
+    fresh.fuse(rows)
+    used.fuse([Mixture({"d": 1}), Mixture({"b": 1})])
+    used.fuse(rows, goes_on=True)
+    used.fuse(rows)
+    for found, wanted in zip(used.groups, fresh.groups, strict=True):
+        assert found.gate is not None
+        assert wanted.gate is not None
+        assert torch.equal(found.gate, wanted.gate)
+        for own, others in zip(found.active or (), wanted.active or (), strict=True):
+            for pair, other in zip(own or (), others or (), strict=True):
+                assert torch.equal(pair.a, other.a)
+                assert torch.equal(pair.b, other.b)
 
 
 def test_buffers_start_with_room_for_the_whole_bank() -> None:

@@ -9,6 +9,7 @@ by token.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -73,12 +74,14 @@ class AdapterBank:
             for i, module in enumerate(modules)
         }
         self._fused: tuple[tuple[Mixture, ...], int | None] | None = None  # what the buffers hold, if that is known
+        self._union: list[str] = []  # the adapters that were fused last, in the order they lie in
         self._running: set[str] = set()  # the adapters of the last mixtures that were fused
         self._max_rank = 0  # of a compiled pass
         self.is_padded = False  # what is fused is for a compiled pass
         self.is_merged = False  # the base weights hold a mixture: nothing is fused beside it
         for adapter in adapters:
-            self.add(adapter)
+            self._add(adapter)
+        self._reserve()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -101,29 +104,8 @@ class AdapterBank:
 
     def add(self, adapter: Adapter) -> None:
         """Adds one adapter; mixtures may use it from the next `fuse` on."""
-        if adapter.name in self.adapters:
-            raise AdapterError(f"two adapters are named {adapter.name!r} (the second: {adapter.path}); rename one")
-        self._check(adapter)
-        if adapter.name in self._retired:
-            self._forget(adapter.name)
-        self.adapters[adapter.name] = adapter.without_weights()
-        self._ranks[adapter.name] = {
-            place: max(adapter.modules[module].rank for module in layers.values())
-            for place, layers in self._places(adapter).items()
-        }
-        if adapter.is_loaded:
-            self._blocks[adapter.name] = self._make_blocks(adapter)
-        else:
-            self._on_disk.add(adapter.name)
-        for g in {g for g, _ in self._ranks[adapter.name]}:
-            group = self.groups[g]
-            ranks = [
-                min(START_CAPACITY, sum(own.get((g, s), 0) for own in self._ranks.values()))
-                for s in range(len(group.modules))
-            ]
-            group.reserve(sum(ranks), ranks)
-        self.pad(self._max_rank)
-        self._fused = None  # making room may have emptied a buffer
+        self._add(adapter)
+        self._reserve()
 
     def remove(self, name: str) -> None:
         """Removes one adapter. Rows that run with it keep it until another mixture takes its place."""
@@ -154,11 +136,14 @@ class AdapterBank:
         mixtures: Sequence[Mixture],
         tokens: Int[Tensor, "batch seq"] | None = None,
         *,
+        goes_on: bool = False,
         padded: bool = False,
     ) -> None:
         """Fuses one mixture for the whole batch, or one a row, into every group's pairs.
 
         With `tokens`, `mixtures[tokens[b, t]]` is that of one token alone, and the next pass must be over just these.
+        Where rows differ and `goes_on` is set, adapters that were fused for the pass before keep their places, so that
+        only new ones are copied; otherwise what is computed does not hang on what was fused before, to the last bit.
         Where `padded`, for a compiled pass over as many rows as there are mixtures, if they fit in: then `is_padded`.
 
         Raises:
@@ -168,17 +153,21 @@ class AdapterBank:
             return
         rows = tuple(mixtures) if len(set(mixtures)) > 1 else tuple(mixtures[:1])
         tokens = None if len(rows) == 1 else tokens
+        goes_on = goes_on and len(rows) > 1 and not padded
         asked = (rows, len(mixtures) if padded else None)
-        if asked == self._fused and tokens is None:
-            return
         used = {name for row in rows for name in row}
         held = {**self.adapters, **self._retired}
         for name in used:
             if name not in held:
                 raise AdapterError(self._unknown(name))
         union = [name for name in held if name in used]
+        if asked == self._fused and tokens is None and (goes_on or union == self._union):
+            return
         self._load(union)
+        if goes_on:
+            union = _in_place([name for name in self._union if name in self._blocks], union)
         self._fused = None  # what breaks off half-way must be fused anew
+        self._union = union
         self.is_padded = padded and self._fits(union)
         for g, group in enumerate(self.groups):
             here = [[name for name in union if (g, s) in self._blocks[name]] for s in range(len(group.modules))]
@@ -200,6 +189,33 @@ class AdapterBank:
     def clear(self) -> None:
         """Fuses nothing: the base model."""
         self.fuse([Mixture()])
+
+    def _add(self, adapter: Adapter) -> None:
+        if adapter.name in self.adapters:
+            raise AdapterError(f"two adapters are named {adapter.name!r} (the second: {adapter.path}); rename one")
+        self._check(adapter)
+        if adapter.name in self._retired:
+            self._forget(adapter.name)
+        self.adapters[adapter.name] = adapter.without_weights()
+        self._ranks[adapter.name] = {
+            place: max(adapter.modules[module].rank for module in layers.values())
+            for place, layers in self._places(adapter).items()
+        }
+        if adapter.is_loaded:
+            self._blocks[adapter.name] = self._make_blocks(adapter)
+        else:
+            self._on_disk.add(adapter.name)
+
+    def _reserve(self) -> None:
+        """Makes room in the buffers."""
+        total: Counter[Place] = Counter()
+        for own in self._ranks.values():
+            total.update(own)
+        for g, group in enumerate(self.groups):
+            ranks = [min(START_CAPACITY, total[g, s]) for s in range(len(group.modules))]
+            group.reserve(sum(ranks), ranks)
+        self.pad(self._max_rank)
+        self._fused = None  # making room may have emptied a buffer
 
     def _gate(
         self,
@@ -288,6 +304,13 @@ class AdapterBank:
 
     def _unknown(self, name: str) -> str:
         return f"no adapter {name!r}; there are {', '.join(sorted(self.names)) or 'none'}"
+
+
+def _in_place(before: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Orders names so that those that were there before stay where they were. New ones take the places of others; what
+    is left of these lies idle."""
+    new = iter([name for name in names if name not in before])
+    return [name if name in names else next(new, name) for name in before] + list(new)
 
 
 def _alike(

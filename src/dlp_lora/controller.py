@@ -134,7 +134,7 @@ class Controller:
             # What is disabled is the base bit for bit, which a compiled pass is not.
             is_disabled = self.fixed is not None and not any(self.fixed)
             padded = self.is_compiled and num_tokens == 1 and not is_disabled and _is_static(kwargs)
-            self.bank.fuse([row.mixture for row in rows], padded=padded)
+            self.bank.fuse([row.mixture for row in rows], goes_on=num_tokens == 1, padded=padded)
         fuse_ms = (time.perf_counter() - start) * 1e3
         for row in rows:
             if row.decisions[-1].fuse_ms == 0.0:

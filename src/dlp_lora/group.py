@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import NamedTuple
+from weakref import ref
 
 import torch
 from jaxtyping import Float
@@ -81,6 +82,7 @@ class Group:
         self.projections: list[Projection] | None = None
         self.gate: Float[Tensor, "batch _ rank"] | None = None  # one for all tokens of a row, or one for each
         self.num_allocations = 0
+        self.num_copies = 0  # of an adapter's A into the buffer
         self.padded = (0,) * len(self.modules)
         self._gates: dict[int, Tensor] = {}  # by batch
         self._ends = tuple(accumulate(self.d_outs, initial=0))  # of the siblings' rows in a stacked weight
@@ -89,6 +91,8 @@ class Group:
         self._linears: list[list[nn.Linear]] | None = None  # [sibling][layer], once stacked
         self._weights: list[Float[Tensor, "rows d_in"]] = []  # of the layers, once stacked
         self._biases: list[Float[Tensor, " rows"] | None] = []
+        # By sibling and first row of B, what lies there: the block, the first row of its sibling's A, the weight in B.
+        self._laid: dict[tuple[int, int], tuple[ref[Block], int, float]] = {}
         self._views: dict[tuple[int, ...], tuple[list[list[LowRank] | None], list[Projection] | None]] = {}
 
     @property
@@ -126,6 +130,7 @@ class Group:
                 if parameter is not None:
                     parameter.data = parameter.data.clone()
         self._a = self._a.clone()
+        self._laid.clear()
         self._linears, self._weights, self._biases = None, [], []
         self._views.clear()
         self.clear()
@@ -135,6 +140,7 @@ class Group:
         for s, (b, needed) in enumerate(zip(self._b, ranks, strict=True)):
             if needed > b.shape[1]:
                 self._b[s] = b.new_zeros(b.shape[0], needed, b.shape[2])
+                self._laid.clear()
                 self._views.clear()
                 self.num_allocations += 1
         if rank > self.capacity:
@@ -169,14 +175,23 @@ class Group:
         if sum(ranks) > self.capacity or any(r > b.shape[1] for r, b in zip(ranks, self._b, strict=True)):
             grown = [r if r <= b.shape[1] else max(r, 2 * b.shape[1]) for r, b in zip(ranks, self._b, strict=True)]
             self.reserve(self.capacity if sum(ranks) <= self.capacity else max(sum(ranks), 2 * self.capacity), grown)
-        row = 0
-        for own, own_weights, b, rank in zip(blocks, weights, self._b, ranks, strict=True):
+        row, before = 0, self._laid
+        self._laid = {}  # of what breaks off half-way, nothing is known
+        laid: dict[tuple[int, int], tuple[ref[Block], int, float]] = {}
+        for s, (own, own_weights, b, rank) in enumerate(zip(blocks, weights, self._b, ranks, strict=True)):
             start = 0
             for block, weight in zip(own, own_weights, strict=True):
-                self._a[:, row + start : row + start + block.rank].copy_(block.a)
-                torch.mul(block.b, weight, out=b[:, start : start + block.rank])
+                old, old_row, old_weight = before.get((s, start), (None, None, None))
+                is_there = old is not None and old() is block
+                if not is_there or old_row != row:
+                    self._a[:, row + start : row + start + block.rank].copy_(block.a)
+                    self.num_copies += 1
+                if not is_there or old_weight != weight:
+                    torch.mul(block.b, weight, out=b[:, start : start + block.rank])
+                laid[s, start] = (ref(block), row, weight)
                 start += block.rank
             row += rank
+        self._laid = laid
         self.active, self.projections = self._view(ranks)
         if batch is None or gate is None:
             self.gate = None if gate is None else gate.to(self._a.dtype)
@@ -201,6 +216,7 @@ class Group:
         self.active = self.projections = self.gate = None
 
     def _lay(self, capacity: int) -> None:
+        self._laid.clear()
         if self._linears is None:
             self._a = self._a.new_zeros(self.num_layers, capacity, self.d_in)
             return

@@ -77,14 +77,12 @@ def load(
     model, tokenizer = load_model(model, tokenizer, dtype=dtype, device=device, **model_kwargs)
     bank = AdapterBank(
         linear_layers(model),
+        _read_adapters(adapters, model.config._name_or_path, weights=budget_mb is None, strict=strict),
         siblings=siblings(model),
         dtype=pair_dtype(model),
         device=model.device,
         budget_mb=budget_mb,
     )
-    for adapter in _read_adapters(adapters, weights=budget_mb is None):
-        _check_base(adapter, model.config._name_or_path, strict=strict)
-        bank.add(adapter)
     return Engine(
         model,
         tokenizer,
@@ -153,7 +151,7 @@ def _bundle_path(model: Any, adapters: Adapters | None) -> Path | None:
     return None
 
 
-def _read_adapters(adapters: Adapters, *, weights: bool) -> Iterator[Adapter]:
+def _read_adapters(adapters: Adapters, base: str, *, weights: bool, strict: bool) -> Iterator[Adapter]:
     """One at a time: the bank holds them in a form of its own."""
     if not isinstance(adapters, Mapping):
         adapters = find_adapters(adapters)
@@ -161,7 +159,9 @@ def _read_adapters(adapters: Adapters, *, weights: bool) -> Iterator[Adapter]:
         raise AdapterError("adapters= is empty; give at least one adapter")
     files = (CONFIG_FILE, WEIGHTS_FILE)
     for name, source in adapters.items():
-        yield read_adapter(local_folder(source, files=files, error=AdapterError), name, weights=weights)
+        found = read_adapter(local_folder(source, files=files, error=AdapterError), name, weights=weights)
+        _check_base(found, base, strict=strict)
+        yield found
 
 
 def _check_base(adapter: Adapter, base: str, *, strict: bool) -> None:
@@ -172,4 +172,4 @@ def _check_base(adapter: Adapter, base: str, *, strict: bool) -> None:
     message = f"{adapter.path} says it was trained on {adapter.base_model!r}, but the base model is {base!r}"
     if strict:
         raise AdapterError(f"{message}; load without strict=True if they are the same model")
-    warnings.warn(f"{message}; its shapes fit, so it is used", stacklevel=3)
+    warnings.warn(f"{message}; its shapes fit, so it is used", stacklevel=5)  # load's caller

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +108,10 @@ class Adapter:
 
     def without_weights(self) -> "Adapter":
         """The same adapter as `read_adapter(..., weights=False)` gives it."""
+        if not self.is_loaded:
+            return self
         shapes = {
-            module: LoraWeights(a=lora.a.to("meta"), b=lora.b.to("meta"), scaling=lora.scaling)
+            module: LoraWeights(a=_no_weights(*lora.a.shape), b=_no_weights(*lora.b.shape), scaling=lora.scaling)
             for module, lora in self.modules.items()
         }
         return replace(self, modules=shapes)
@@ -243,9 +246,15 @@ def _read_weights(path: Path, *, weights: bool) -> dict[str, Tensor]:
         if weights:
             return load_file(file)
         with safe_open(file, framework="pt") as header:
-            return {k: torch.empty(header.get_slice(k).get_shape(), device="meta") for k in header.keys()}  # noqa: SIM118
+            return {k: _no_weights(*header.get_slice(k).get_shape()) for k in header.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{file} is truncated or not a safetensors file ({error}); copy it again") from error
+
+
+@lru_cache
+def _no_weights(*shape: int) -> Tensor:
+    # Thousands of adapters have few shapes between them.
+    return torch.empty(shape, device="meta")
 
 
 def _modules(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, LoraWeights]:
@@ -288,4 +297,4 @@ def _lora(path: Path, config: Mapping[str, Any], module: str, pair: Mapping[str,
 
 def _for_module(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
     # PEFT's own rule: the first key that equals, or is a regular expression for, the end of the module path.
-    return pattern.get(get_pattern_key(list(pattern), module), default)
+    return pattern.get(get_pattern_key(list(pattern), module), default) if pattern else default
