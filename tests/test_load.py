@@ -87,7 +87,8 @@ def folder_of(path: Path) -> dict[str, bytes]:
 def held_bytes() -> int:
     """Bytes of every tensor that lives, each storage once."""
     gc.collect()
-    tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and not t.is_meta]
+    # Other kinds of tensors, as compilation leaves behind, have no storage.
+    tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter) and not t.is_meta]
     return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
 
 
