@@ -148,6 +148,13 @@ def test_scores_are_those_of_the_answers_on_record(whole: Whole) -> None:
         assert record["composites"]["composite-2"][method]["accuracy"] == pytest.approx(pool, abs=1e-5)
 
 
+def test_the_single_lora_differs_from_the_others_in_its_rank_alone(whole: Whole) -> None:
+    folder = whole[0].parent / "seed-0"
+    single, own = (json.loads((folder / p / "training.json").read_text()) for p in ("lora-r64", "adapters/sides"))
+    assert single["args"] == {**own["args"], "r": SMALL.single_r}
+    assert single["num_examples"] == sum(len(task.train) for task in tasks())
+
+
 def test_each_method_fused_what_it_says(whole: Whole) -> None:
     for row in outputs(whole[0]):
         mixture, method = row["mixture"], row["method"]

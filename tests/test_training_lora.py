@@ -16,7 +16,7 @@ from conftest import ARCHITECTURES, byte_tokenizer, lively_model
 from dlp_lora.peft_format import WEIGHTS_FILE
 from dlp_lora.tasks import Example, Task
 from dlp_lora.training.adapters import AdapterTrainingArgs, _backward, _lora_on, lora_config, train_adapter
-from dlp_lora.training.passes import lean_passes
+from dlp_lora.training.passes import NAME, lean_passes
 
 SIBLINGS = ("q_proj", "k_proj", "v_proj", "o_proj")
 BATCH = [(list(range(3, 3 + 5 * n)), list(range(n + 1))) for n in (4, 1, 3, 2)]  # of four lengths
@@ -167,6 +167,14 @@ def test_other_attention_is_left_alone() -> None:
     model.set_attn_implementation("sdpa")
     with lean_passes(model):
         assert model.config._attn_implementation == "sdpa"
+
+
+def test_adapters_are_trained_without_fused_attention_on_a_cpu() -> None:
+    model = eager_model()
+    model.set_attn_implementation("sdpa")
+    with _lora_on(model, QUICK):
+        assert model.config._attn_implementation == NAME
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_attention_with_dropout_is_that_of_transformers() -> None:

@@ -164,12 +164,8 @@ class _Seed:
         single = None
         if self.args.single_r:
             pool = Task(name=SINGLE, train=tuple(e for task in self.tasks for e in task.train), test=())
-            wide = replace(
-                self.args.training,
-                r=self.args.single_r,
-                lora_alpha=self.args.single_r * self.args.training.lora_alpha // self.args.training.r,
-            )
-            single = self._adapter(pool, wide, self.folder)
+            # The same lora_alpha: a step of Adam then changes the model about as much at any rank (LoRA, section 4.1).
+            single = self._adapter(pool, replace(self.args.training, r=self.args.single_r), self.folder)
         router = self._router()
         tables: dict[str, Table] = {}
         timings: dict[str, float] = {}

@@ -106,7 +106,7 @@ def eval_command(
     methods: Annotated[str, typer.Option(help="Methods, comma-separated.")] = "base,oracle,dlp",
     limit: LimitOption = None,
     prompt_format: FormatOption = None,
-    batch_size: Annotated[int, typer.Option(help="Questions at once.")] = 16,
+    batch_size: Annotated[int, typer.Option(help="Questions at once.")] = 32,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens an answer, at most.")] = 128,
     model: ModelOption = None,
     device: DeviceOption = None,

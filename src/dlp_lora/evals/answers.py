@@ -25,7 +25,7 @@ from dlp_lora.tasks.task import Example, Task
 class AnswerArgs:
     """How questions are answered; the same for every method."""
 
-    batch_size: int = 16
+    batch_size: int = 32
     max_new_tokens: int = 128  # and no more than the longest training answer of the task, rounded up to a power of two
     limit: int | None = None  # test questions a task
     prompt_format: PromptFormat = "auto"

@@ -113,7 +113,7 @@ class TrainedAdapter:
 def load_base(
     model: str | Path, *, dtype: torch.dtype | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a base model for training, in bfloat16 where the hardware multiplies it, with the fastest attention.
+    """Loads a base model for training, in bfloat16 where the hardware multiplies it.
 
     Raises:
         ModelError: if it cannot be loaded.
@@ -124,11 +124,7 @@ def load_base(
         dtype = torch.bfloat16 if native else torch.float32
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(model))
-        # The backward pass of fused attention in bfloat16 is slow on CPUs.
-        attention = "sdpa" if device == "cuda" else "eager"
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(model), dtype=dtype, attn_implementation=attention, use_safetensors=True
-        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(str(model), dtype=dtype, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise ModelError(f"the base model {str(model)!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     return loaded.to(device).eval(), tokenizer
@@ -325,7 +321,7 @@ def _lora_on(model: PreTrainedModel, args: AdapterTrainingArgs) -> Iterator[Peft
     peft_model = None
     try:
         peft_model = _with_lora(model, args)
-        with lean_passes(model):
+        with _eager_attention(model), lean_passes(model):
             yield peft_model
     finally:
         head.remove()
@@ -334,6 +330,20 @@ def _lora_on(model: PreTrainedModel, args: AdapterTrainingArgs) -> Iterator[Peft
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(required[name])
         model.train(was_training)
+
+
+@contextmanager
+def _eager_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Trains without fused attention on CPUs, where its backward pass is slow in bfloat16."""
+    config: Any = model.config
+    if model.device.type != "cpu" or config._attn_implementation != "sdpa":
+        yield
+        return
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation("sdpa")
 
 
 def lora_config(args: AdapterTrainingArgs) -> LoraConfig:
