@@ -1,6 +1,7 @@
 import gzip
 import json
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from dlp_lora.errors import RecordError, TrainingError
 from dlp_lora.evals.answers import AnswerArgs
 from dlp_lora.evals.metrics import exact_match
 from dlp_lora.recipe import read_recipe, recipes
-from dlp_lora.reproduce import Event, ReproduceArgs, reproduce, steps
+from dlp_lora.reproduce import LARGER, Event, ReproduceArgs, reproduce, steps
 from dlp_lora.tasks import Example, Task
 from dlp_lora.tasks.manifest import TaskInfo
 from dlp_lora.training.adapters import AdapterTrainingArgs
@@ -249,6 +250,22 @@ def test_seeds_are_averaged_and_kept_apart(model: Path, tmp_path: Path) -> None:
 
 def test_the_steps_are_those_that_report_progress(whole: Whole) -> None:
     assert {event.step for event in whole[1]} == set(steps(tasks(), SMALL))
+
+
+def test_a_larger_model_joins_a_finished_run_and_answers_without_adapters(
+    whole: Whole, model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / whole[0].parent.name
+    shutil.copytree(whole[0].parent, out)
+    events: list[Event] = []
+    record = read(reproduce(model, tasks(), out, SMALL, infos=INFOS, larger=model, on_event=events.append))
+    assert record["larger"]["model"] == "model"
+    assert record["larger"]["scores"] == record["scores"]["base"]  # the base itself was given
+    assert {event.step for event in events if event.done < event.total} == {LARGER}
+    assert {key: record[key] for key in ("scores", "serial")} == {
+        key: read(whole[0])[key] for key in ("scores", "serial")
+    }
+    assert read(whole[0])["larger"] is None
 
 
 # Recipes

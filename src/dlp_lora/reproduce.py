@@ -17,6 +17,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dlp_lora.bank import AdapterBank
 from dlp_lora.engine import Engine
 from dlp_lora.environment import environment
 from dlp_lora.errors import RecordError, TaskError
@@ -27,6 +28,7 @@ from dlp_lora.evals.record import compared, merged, serial_scores
 from dlp_lora.evals.scores import Table, scores, tabulate
 from dlp_lora.evals.serial import answer_serial, serial_methods, serial_prompts
 from dlp_lora.folders import write_text
+from dlp_lora.fused import linear_layers
 from dlp_lora.loading import load
 from dlp_lora.peft_format import content_hash
 from dlp_lora.policy import Mixture, TopP
@@ -38,6 +40,7 @@ from dlp_lora.training.adapters import AdapterTrainingArgs, Progress, load_base,
 from dlp_lora.training.router import RouterTrainingArgs, load_tokenizer, train_router
 
 RECORD_FILE = "record.json"
+LARGER = "larger"
 FORMAT = 1
 
 
@@ -90,9 +93,13 @@ def reproduce(
     args: ReproduceArgs | None = None,
     *,
     infos: dict[str, TaskInfo] | None = None,
+    larger: str | Path | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> Path:
     """Runs everything into the folder `out`, or goes on with it; gives the record's path.
+
+    Args:
+        larger: another model, which answers without adapters (Table 5); it may be given to a finished run, too.
 
     Raises:
         RecordError: if `out` holds a run with other settings.
@@ -108,12 +115,14 @@ def reproduce(
         "args": json.loads(json.dumps(asdict(args))),
     }
     _keep_settings(out, settings)
+    kinds = {task.name: kind_of(task, infos) for task in tasks}
+    plain = None if larger is None else _plain(larger, tasks, kinds, out / LARGER, args, on_event)
     base, tokenizer = load_base(model)
     runs = [
         _Seed(model, base, tokenizer, tasks, infos, out / f"seed-{seed}", seed, args, on_event) for seed in args.seeds
     ]
     records = [run.run() for run in runs]
-    record = {**settings, "name": out.name, "seeds": list(args.seeds), **merged(records, args.seeds)}
+    record = {**settings, "name": out.name, "seeds": list(args.seeds), **merged(records, args.seeds), "larger": plain}
     with gzip.open(out / "outputs.jsonl.gz", "wt", encoding="utf-8") as lines:
         for run in runs:
             lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in run.outputs())
@@ -135,6 +144,38 @@ def check_apart(tasks: Sequence[Task]) -> None:
                     f"test example {i} of {task.name} is also a training example of {learned[example.prompt.strip()]}; "
                     f"remove one of the two: a score on learned prompts says nothing"
                 )
+
+
+def _plain(
+    model: str | Path,
+    tasks: Sequence[Task],
+    kinds: dict[str, str],
+    folder: Path,
+    args: ReproduceArgs,
+    on_event: Callable[[Event], None],
+) -> dict[str, Any]:
+    """What a model without adapters answers."""
+    name = Path(str(model)).name
+    base, tokenizer = load_base(model)
+    engine = Engine(base, tokenizer, AdapterBank(linear_layers(base), device=base.device))
+    questions, left_out = batches(engine, tasks, args.answers)
+    rows = answer_all(
+        engine,
+        METHODS["base"],
+        questions,
+        args.answers,
+        folder / f"{name}.jsonl",
+        identity={"identity": "answers", "model": name, "data": data_hash(tasks)},
+        on_batch=lambda done, total: on_event(
+            Event(seed=args.seeds[0], step=LARGER, done=done, total=total, note=name)
+        ),
+    )
+    found = scores(tabulate(rows, {task.name: task for task in tasks}, kinds))
+    return {"model": name, "seconds": _seconds(rows), "left_out": left_out, "scores": found}
+
+
+def _seconds(rows: Sequence[dict[str, Any]]) -> float:
+    return round(sum(row["seconds"] for row in rows), 1)
 
 
 class _Seed:
@@ -196,7 +237,6 @@ class _Seed:
             "timings": timings,
             "peak_memory_mb": _peak_memory_mb(),
             "conversation": conversation,
-            "larger": None,
             "outputs": "outputs.jsonl.gz",
         }
 
@@ -272,7 +312,7 @@ class _Seed:
             known=self._known(engine),
             on_batch=lambda done, total: self._event(step, done, total),
         )
-        return tabulate(rows, self.by_name, self.kinds), round(sum(row["seconds"] for row in rows), 1)
+        return tabulate(rows, self.by_name, self.kinds), _seconds(rows)
 
     def _identity(self, engine: Engine) -> dict[str, Any]:
         return {

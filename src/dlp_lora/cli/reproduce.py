@@ -41,6 +41,7 @@ def reproduce_command(
     preset: Annotated[str | None, typer.Option(help="How adapters are trained: default or paper.")] = None,
     methods: Annotated[str | None, typer.Option(help="Methods, comma-separated, or all.")] = None,
     seeds: Annotated[str, typer.Option(help="Training seeds, comma-separated.")] = "0",
+    larger: Annotated[str | None, typer.Option(help="A larger model, to answer without adapters (Table 5).")] = None,
     single: Annotated[bool, typer.Option(help="Also train one LoRA of rank 64 on all tasks together.")] = True,
     serial: Annotated[str | None, typer.Option(help="Questions in one prompt, comma-separated; 0: none.")] = None,
     as_json: JsonOption = False,
@@ -52,7 +53,7 @@ def reproduce_command(
     """
     from dlp_lora.evals.methods import METHODS
     from dlp_lora.recipe import read_recipe
-    from dlp_lora.reproduce import Event, ReproduceArgs, reproduce, steps
+    from dlp_lora.reproduce import LARGER, Event, ReproduceArgs, reproduce, steps
     from dlp_lora.tasks.hub import read_data
     from dlp_lora.tasks.manifest import read_manifest
     from dlp_lora.training.adapters import PRESETS
@@ -75,12 +76,13 @@ def reproduce_command(
     infos = read_manifest(data)
     with progress_bar() as progress:
         names = steps([replace(t, train=t.train[:limit]) for t in found], args)
+        rows = [(args.seeds[0], LARGER)] if larger else []
+        rows += [(seed, step) for seed in args.seeds for step in names]
         bars = {
             (seed, step): progress.add_task(
                 step if len(args.seeds) == 1 else f"{seed}: {step}", total=None, note="", start=False
             )
-            for seed in args.seeds
-            for step in names
+            for seed, step in rows
         }
 
         def on_event(now: Event) -> None:
@@ -88,7 +90,7 @@ def reproduce_command(
             progress.start_task(bar)
             progress.update(bar, completed=now.done, total=now.total, note=now.note)
 
-        record = reproduce(base_model(model), found, out, args, infos=infos, on_event=on_event)
+        record = reproduce(base_model(model), found, out, args, infos=infos, larger=larger, on_event=on_event)
     result = json.loads(record.read_text())
     if as_json:
         print_json(result)
