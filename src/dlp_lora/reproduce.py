@@ -9,7 +9,7 @@ import json
 import random
 import resource
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -149,7 +149,7 @@ def check_apart(tasks: Sequence[Task]) -> None:
 def _plain(
     model: str | Path,
     tasks: Sequence[Task],
-    kinds: dict[str, str],
+    kinds: Mapping[str, str],
     folder: Path,
     args: ReproduceArgs,
     on_event: Callable[[Event], None],
@@ -175,7 +175,7 @@ def _plain(
 
 
 def _seconds(rows: Sequence[dict[str, Any]]) -> float:
-    return round(sum(row["seconds"] for row in rows), 1)
+    return round(sum(float(row["seconds"]) for row in rows), 1)
 
 
 class _Seed:
