@@ -132,3 +132,27 @@ def _product(b: Tensor, a: Tensor) -> Tensor:
         for row in range(b.shape[0]):
             product[row] += b[row, rank].double() * a[rank].double()
     return product
+
+
+def mahalanobis(features: Tensor, memory: Tensor, *, ridge: float) -> list[float]:
+    """Minus the log of the squared Mahalanobis distance of each row to the nearest adapter's mean (Lee et al. 2018).
+
+    `memory` is (adapters, texts, hidden). The shared covariance has `ridge` times the mean of its diagonal on top.
+    """
+    means = [[math.fsum(column) / len(own) for column in zip(*own, strict=True)] for own in memory.tolist()]
+    hidden = len(means[0])
+    covariance = [[0.0] * hidden for _ in range(hidden)]
+    texts = [(text, mean) for own, mean in zip(memory.tolist(), means, strict=True) for text in own]
+    for text, mean in texts:
+        for i in range(hidden):
+            for j in range(hidden):
+                covariance[i][j] += (text[i] - mean[i]) * (text[j] - mean[j]) / len(texts)
+    variance = sum(covariance[i][i] for i in range(hidden)) / hidden
+    for i in range(hidden):
+        covariance[i][i] += ridge * variance
+    matrix = torch.tensor(covariance, dtype=torch.float64)
+    scores = []
+    for row in features.tolist():
+        gaps = [torch.tensor([x - m for x, m in zip(row, mean, strict=True)], dtype=torch.float64) for mean in means]
+        scores.append(-math.log(min(float(gap @ torch.linalg.solve(matrix, gap)) for gap in gaps)))
+    return scores

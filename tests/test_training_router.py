@@ -229,6 +229,8 @@ def test_a_tokenizer_that_is_not_fast_is_refused(tmp_path: Path) -> None:
     [
         {"epochs": 0},
         {"dropout": 1.0},
+        {"label_smoothing": 1.0},
+        {"embedding_learning_rate": 0.0},
         {"held_out": -0.1},
         {"coverage": 0.0},
         {"memory": -1},

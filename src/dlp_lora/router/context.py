@@ -58,9 +58,9 @@ class Router(Protocol):
 class Calibration:
     """How sure a router may be; fitted on held-out texts.
 
-    Logits are divided by the temperature. Their free energy, `logsumexp(logits / temperature)`, says how well any
-    adapter fits: at `fit_threshold` it is as likely that none does, and `fit_slope` says how fast that turns. Without a
-    threshold one always fits.
+    Logits are divided by the temperature. A score says how well any adapter fits, the free energy of the logits unless
+    the router has a better one: at `fit_threshold` it is as likely that none does, and `fit_slope` says how fast that
+    turns. Without a threshold one always fits.
     """
 
     temperature: float = 1.0
@@ -76,12 +76,15 @@ class Calibration:
         """Says how surely a text belongs to any of the adapters (Liu et al. 2020, arXiv 2010.03759)."""
         return (logits.float().cpu() / self.temperature).logsumexp(dim=-1)
 
-    def probabilities(self, logits: Float[Tensor, "batch adapters"]) -> Float[Tensor, "batch adapters"]:
+    def probabilities(
+        self, logits: Float[Tensor, "batch adapters"], scores: Float[Tensor, " batch"] | None = None
+    ) -> Float[Tensor, "batch adapters"]:
         """Gives probabilities, on the CPU; a row leaves out that of "none of them"."""
         found = (logits.float().cpu() / self.temperature).softmax(dim=-1)
         if self.fit_threshold is None:
             return found
-        return found * torch.sigmoid(self.fit_slope * (self.energy(logits) - self.fit_threshold))[:, None]
+        scores = self.energy(logits) if scores is None else scores.float().cpu()
+        return found * torch.sigmoid(self.fit_slope * (scores - self.fit_threshold))[:, None]
 
 
 def check_labels(names: Sequence[str]) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ LEANS: Mapping[str, tuple[int, ...]] = {"history": (-1,), "prompt": (0, 1, -1), 
 NUM_BAGS = sum(map(len, LEANS.values()))
 PIECES = re.compile(r"\n|(?<=[.!?])[^\S\n]+(?=\S)")
 HISTORY_CHARS = 4_000  # what lies further back has faded
+RIDGE = 0.1  # of the features' mean variance, added to each
 CACHE_SIZE = 1024  # texts whose bags are kept: a prompt is read once, however many sentences its answer has
 
 
@@ -32,7 +33,7 @@ class MiniMLPConfig:
     """The size of a MiniMLP and how it reads text."""
 
     dim: int = 96
-    hidden: int = 256
+    hidden: int = 512
     half_life: float = 16.0  # tokens after which a token counts half in the bags that lean to one end
     history_half_life: float = 32.0
     max_chars: int = MAX_CHARS  # longer texts keep their end
@@ -50,8 +51,8 @@ class MiniMLP(nn.Module):
     beginning, its end; the answer's mean and its end. Each is a weighted mean of token embeddings, zero where
     the text is empty.
 
-    `memory` holds what the head saw of a few training texts of each adapter: with it, `add_tasks` of
-    `dlp_lora.training.extend` learns new adapters without the texts of the old ones.
+    `memory` holds what the head saw of a few training texts of each adapter. It tells texts of no adapter from others,
+    and `add_tasks` of `dlp_lora.training.extend` learns new adapters with it, without the texts of the old ones.
     """
 
     memory: Float[Tensor, "adapters texts hidden"]
@@ -85,6 +86,7 @@ class MiniMLP(nn.Module):
         self.register_buffer("memory", torch.zeros(len(names), 0, config.hidden))
         self._bags: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
         self._bags_of: tuple[int, int] = (0, 0)  # the state of the embeddings that they were made with
+        self._space_of: tuple[tuple[int, int], tuple[Tensor, Tensor]] | None = None  # and that of the memory
 
     @property
     def num_parameters(self) -> int:
@@ -117,12 +119,25 @@ class MiniMLP(nn.Module):
     @torch.no_grad()
     def probabilities(self, contexts: Sequence[Context]) -> Float[Tensor, "batch adapters"]:
         """Gives a probability per adapter, on the CPU."""
-        return self.calibration.probabilities(self._logits(contexts))
+        features = self._cached_features(contexts)
+        return self.calibration.probabilities(self.head(features), self.nearness(features))
 
     @torch.no_grad()
     def scores(self, contexts: Sequence[Context]) -> Float[Tensor, " batch"]:
         """Says how surely a text belongs to any of the adapters; higher is surer."""
-        return self.calibration.energy(self._logits(contexts))
+        return self.nearness(self._cached_features(contexts))
+
+    @torch.no_grad()
+    def nearness(self, features: Float[Tensor, "batch hidden"]) -> Float[Tensor, " batch"]:
+        """Says how near features lie to those that `memory` holds of the nearest adapter: minus the log of the squared
+        Mahalanobis distance to their mean, with one covariance for all (Lee et al. 2018, arXiv 1807.03888).
+
+        Without memory it is the free energy of the logits (Liu et al. 2020, arXiv 2010.03759).
+        """
+        if self.memory.shape[1] == 0:
+            return self.calibration.energy(self.head(features))
+        whiten, centres = self._space()
+        return -2 * torch.cdist(features.float() @ whiten, centres).amin(dim=1).clamp(min=1e-6).log().cpu()
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes the router to a folder: weights, settings, tokenizer; the folder is replaced as a whole."""
@@ -151,10 +166,23 @@ class MiniMLP(nn.Module):
             router.load_state_dict(saved.weights)
         return router.eval()
 
-    def _logits(self, contexts: Sequence[Context]) -> Float[Tensor, "batch adapters"]:
+    def _cached_features(self, contexts: Sequence[Context]) -> Float[Tensor, "batch hidden"]:
         bags = torch.cat([self._bag(part, text) for context in contexts for part, text in self._parts(context).items()])
-        logits: Tensor = self.head(self.layers(bags.view(len(contexts), -1)))
-        return logits
+        features: Tensor = self.layers(bags.view(len(contexts), -1))
+        return features
+
+    def _space(self) -> tuple[Float[Tensor, "hidden hidden"], Float[Tensor, "adapters hidden"]]:
+        """What turns features so that Euclidean distance is Mahalanobis', and the adapters' means in that space."""
+        state = _state(self.memory)
+        if self._space_of is None or self._space_of[0] != state:
+            memory = self.memory.double()
+            means = memory.mean(dim=1)
+            spread = (memory - means[:, None]).flatten(0, 1)
+            covariance = spread.T @ spread / len(spread)
+            covariance.diagonal().add_(RIDGE * covariance.diagonal().mean() + 1e-6)
+            whiten = torch.linalg.cholesky(torch.linalg.inv(covariance))
+            self._space_of = state, (whiten.float(), (means @ whiten).float())
+        return self._space_of[1]
 
     def _parts(self, context: Context) -> dict[str, str]:
         chars = self.config.max_chars
@@ -181,7 +209,7 @@ class MiniMLP(nn.Module):
     def _bag(self, part: str, text: str) -> Float[Tensor, "bags dim"]:
         """The bags of one part of a context, kept from one sentence to the next."""
         weight = self.embedding.weight
-        if self._bags_of != (state := (weight.data_ptr(), weight._version)):
+        if self._bags_of != (state := _state(weight)):
             self._bags.clear()
             self._bags_of = state
         if (part, text) in self._bags:
@@ -216,6 +244,11 @@ class MiniMLP(nn.Module):
             mode="sum",
             per_sample_weights=torch.cat(weights).to(weight),
         )
+
+
+def _state(tensor: Tensor) -> tuple[int, int]:
+    """What changes when a tensor is replaced or written to."""
+    return tensor.data_ptr(), tensor._version
 
 
 def _pieces(text: str) -> list[str]:

@@ -57,8 +57,7 @@ def add_tasks(router: MiniMLP, tasks: Sequence[Task], *, seed: int = 0) -> MiniM
     found = _with_rows(router, names, *rows, memory)
     if (threshold := router.calibration.fit_threshold) is not None:
         prompts = remember(router, [task.train for task in tasks], NUM_CONTEXTS, {"whole": 1.0}, rng)
-        energy = router.calibration.energy(found.head(prompts.flatten(0, 1)).detach())
-        least = min(threshold, energy.quantile(1 - COVERAGE).item())
+        least = min(threshold, found.nearness(prompts.flatten(0, 1)).quantile(1 - COVERAGE).item())
         found.calibration = replace(router.calibration, fit_threshold=least)
     return found
 

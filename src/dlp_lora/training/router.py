@@ -25,8 +25,9 @@ from dlp_lora.tasks.task import Example, Task
 from dlp_lora.training.contexts import GENERATION, KINDS, MIX, draw_contexts
 
 NUM_BINS = 15
+RATES = ("learning_rate", "embedding_learning_rate", "encoder_learning_rate")
 MEDIAN_FIT = 0.999
-MIN_ROOM = 1.0  # of free energy, between the median and none
+MIN_ROOM = 1.0  # of the score, between the median and none
 
 Kind = Literal["mini-mlp", "encoder"]
 TrainedRouter = MiniMLP | EncoderRouter
@@ -47,8 +48,10 @@ class RouterTrainingArgs:
     draws: int = 500  # contexts of each task, at least
     batch_size: int = 128
     learning_rate: float = 2e-3
+    embedding_learning_rate: float = 5e-3  # of a mini-MLP's token embeddings
     encoder_learning_rate: float = 5e-5  # of an encoder below its head
     dropout: float = 0.2  # share of a text's tokens that a step leaves out
+    label_smoothing: float = 0.1  # tasks of few examples are learned by heart without
     mix: Mapping[str, float] = field(default_factory=lambda: dict(MIX))  # how often each kind of context is drawn
     held_out: float = 0.1  # share of the training texts that fits the temperature and what fits none
     coverage: float = 0.98  # share of held-out contexts that some adapter is to fit
@@ -60,10 +63,10 @@ class RouterTrainingArgs:
             raise ValueError(f"RouterTrainingArgs.kind must be {' or '.join(get_args(Kind))}, got {self.kind!r}")
         if self.encoder is not None and self.kind != "encoder":
             raise ValueError(f"RouterTrainingArgs.encoder is for kind='encoder', got kind={self.kind!r}")
-        for name in ("epochs", "draws", "batch_size", "learning_rate", "encoder_learning_rate"):
+        for name in ("epochs", "draws", "batch_size", *RATES):
             if not getattr(self, name) > 0:
                 raise ValueError(f"RouterTrainingArgs.{name} must be positive, got {getattr(self, name)}")
-        for name in ("dropout", "held_out"):
+        for name in ("dropout", "label_smoothing", "held_out"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"RouterTrainingArgs.{name} must be in [0, 1), got {getattr(self, name)}")
         if not 0 < self.coverage <= 1:
@@ -142,9 +145,9 @@ def train_router(
     encoded = router.encode_all([sample.context for sample in samples])
     losses = _fit(router, encoded, [sample.label for sample in samples], args, rng, on_step)
     router.eval()
-    _calibrate(router, held_out or train, args, rng)
     if isinstance(router, MiniMLP):
         router.memory = remember(router, train, args.memory, args.mix, rng)
+    _calibrate(router, held_out or train, args, rng)
     seconds = time.perf_counter() - start
     return router, _report(router, tasks, seconds=seconds, losses=losses)
 
@@ -212,7 +215,8 @@ def _fit(
             group["lr"] = (1 - step / num_steps) * rate
         batch = range(step * args.batch_size, min((step + 1) * args.batch_size, len(encoded)))
         logits = router([_dropped(encoded[i], args.dropout, rng) for i in batch])
-        loss = F.cross_entropy(logits, torch.tensor([labels[i] for i in batch], device=logits.device))
+        target = torch.tensor([labels[i] for i in batch], device=logits.device)
+        loss = F.cross_entropy(logits, target, label_smoothing=args.label_smoothing)
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
@@ -237,7 +241,7 @@ def _router(
 def _optimizers(router: TrainedRouter, args: RouterTrainingArgs) -> list[torch.optim.Optimizer]:
     if isinstance(router, MiniMLP):
         return [
-            torch.optim.SparseAdam(router.embedding.parameters(), lr=args.learning_rate),
+            torch.optim.SparseAdam(router.embedding.parameters(), lr=args.embedding_learning_rate),
             torch.optim.AdamW(
                 [*router.layers.parameters(), *router.head.parameters()], lr=args.learning_rate, weight_decay=0.01
             ),
@@ -264,27 +268,33 @@ def _calibrate(
 ) -> None:
     mix = {kind: args.mix.get(kind, 0.0) for kind in GENERATION}
     samples = draw_contexts(tasks, 2, mix, rng)
-    logits = _logits(router, [sample.context for sample in samples])
+    contexts = [sample.context for sample in samples]
+    logits = _logits(router, contexts)
     temperature = _fit_temperature(logits, torch.tensor([sample.label for sample in samples]))
-    # Free energy tells texts of no task from texts between two tasks, which confidence takes for the same. Half of the
+    router.calibration = Calibration(temperature=temperature)
+    # Confidence takes texts of no task for texts between two tasks; the router's scores tell them apart. Half of the
     # held-out texts are to fit with a probability of at least MEDIAN_FIT; few and like texts say little about others.
-    energy = Calibration(temperature=temperature).energy(logits)
-    median = energy.median().item()
-    threshold = min(energy.quantile(1 - args.coverage).item(), median - MIN_ROOM)
+    scores = router.calibration.energy(logits)
+    if isinstance(router, MiniMLP):
+        scores = torch.cat([router.scores(part) for part in _parts(contexts)])
+    median = scores.median().item()
+    threshold = min(scores.quantile(1 - args.coverage).item(), median - MIN_ROOM)
     slope = math.log(MEDIAN_FIT / (1 - MEDIAN_FIT)) / (median - threshold)
     router.calibration = Calibration(temperature=temperature, fit_threshold=threshold, fit_slope=slope)
 
 
+def _parts(contexts: Sequence[Context]) -> list[Sequence[Context]]:
+    return [contexts[i : i + 256] for i in range(0, len(contexts), 256)]
+
+
 @torch.no_grad()
 def _logits(router: TrainedRouter, contexts: Sequence[Context]) -> Float[Tensor, "n adapters"]:
-    parts = [contexts[i : i + 256] for i in range(0, len(contexts), 256)]
-    return torch.cat([router(router.encode_all(part)).float().cpu() for part in parts])
+    return torch.cat([router(router.encode_all(part)).float().cpu() for part in _parts(contexts)])
 
 
 @torch.no_grad()
 def _features(router: MiniMLP, contexts: Sequence[Context]) -> Float[Tensor, "n hidden"]:
-    parts = [contexts[i : i + 256] for i in range(0, len(contexts), 256)]
-    return torch.cat([router.features(router.encode_all(part)) for part in parts])
+    return torch.cat([router.features(router.encode_all(part)) for part in _parts(contexts)])
 
 
 def _fit_temperature(logits: Float[Tensor, "n adapters"], labels: Int[Tensor, " n"]) -> float:
