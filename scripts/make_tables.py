@@ -101,7 +101,76 @@ def _demo() -> str:
     return _table(columns, [{"task": task, **own} for task, own in accuracy.items()] + [{"task": "mean", **mean}])
 
 
+METHODS = {"base": "base model", "lora-r64": "one LoRA, r 64", "oracle": "task's own LoRA", "dlp": "DLP-LoRA"}
+
+
+def _means() -> str:
+    """Means over the tasks of choice and over the others, with their intervals."""
+    record = _record("tasks26/record")
+    groups = {"accuracy": "mcq", "accuracy_loglik": "mcq", "bleu": "qa", "rouge1": "qa", "rougeL": "qa"}
+    sizes = {
+        kind: sum(task["kind"] == kind for task in record["data"]["tasks"].values()) for kind in set(groups.values())
+    }
+
+    def cell(metric: str) -> Cell:
+        def text(row: Mapping[str, Any]) -> str:
+            pool, scale = f"composite-{sizes[groups[metric]]}", 1 if metric == "bleu" else 100
+            value = record["composites"][pool][row["method"]][metric]
+            low, high = record["composite_intervals"][pool][row["method"]][metric]
+            return f"{scale * value:.1f} ({scale * low:.1f}-{scale * high:.1f})"
+
+        return text
+
+    columns: dict[str, Cell] = {
+        "method": lambda row: METHODS[row["method"]],
+        f"accuracy, {sizes['mcq']} tasks": cell("accuracy"),
+        "by likelihood": cell("accuracy_loglik"),
+        f"BLEU, {sizes['qa']} tasks": cell("bleu"),
+        "ROUGE-1": cell("rouge1"),
+        "ROUGE-L": cell("rougeL"),
+    }
+    return _table(columns, [{"method": name} for name in METHODS if name in record["scores"]])
+
+
+def _by_task() -> str:
+    """Accuracy, or ROUGE-L where there is no choice, of each task, beside what guessing gets right."""
+    record = _record("tasks26/record")
+
+    def cell(method: str) -> Cell:
+        def text(row: Mapping[str, Any]) -> str:
+            found = record["scores"][method][row["task"]]
+            return f"{100 * found.get('accuracy', found.get('rougeL')):.1f}"
+
+        return text
+
+    columns: dict[str, Cell] = {
+        "task": lambda row: row["task"],
+        "measure": lambda row: "accuracy" if row["kind"] == "mcq" else "ROUGE-L",
+        "chance": lambda row: f"{100 * row['chance']:.1f}" if row["chance"] is not None else "–",
+        "majority": lambda row: f"{100 * row['majority']:.1f}" if row["majority"] is not None else "–",
+        **{METHODS[method]: cell(method) for method in METHODS if method in record["scores"]},
+    }
+    tasks = sorted(record["data"]["tasks"].items(), key=lambda task: (task[1]["kind"], task[0]))
+    return _table(columns, [{"task": name, **about} for name, about in tasks], words=2)
+
+
+def _serial() -> str:
+    """Several questions in one prompt: the share that is answered right."""
+    record = _record("tasks26/record")["serial"]
+
+    def cell(n: str, key: str) -> Cell:
+        return lambda row: f"{100 * record[n][row['method']][key]:.1f}"
+
+    columns: dict[str, Cell] = {"method": lambda row: row["method"]}
+    for n in record:
+        columns |= {n: cell(n, "accuracy"), f"{n}, after the first": cell(n, "accuracy_later")}
+    return _table(columns, [{"method": method} for method in next(iter(record.values()))])
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "tasks26": _means,
+    "tasks26-by-task": _by_task,
+    "tasks26-serial": _serial,
     "demo": _demo,
     "router": partial(_targets, judged=False),
     "router-targets": partial(_targets, judged=True),

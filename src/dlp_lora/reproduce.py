@@ -345,11 +345,13 @@ class _Seed:
         for i, question in enumerate(flat):
             self._event("teacher-forced", i, len(flat))
             read, learned = encode_example(self.tokenizer, question.example, self.args.answers.prompt_format)
+            texts: dict[Mixture, str] = {}
             for name in names:
                 mixture = self._prompt_mixture(engine, name, question)
-                tokens = teacher_forced(engine, read, learned, mixture)
-                text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-                rows[name].append({"task": question.task, "index": question.index, "text": text})
+                if mixture not in texts:
+                    tokens = teacher_forced(engine, read, learned, mixture)
+                    texts[mixture] = self.tokenizer.decode(tokens, skip_special_tokens=True)
+                rows[name].append({"task": question.task, "index": question.index, "text": texts[mixture]})
         found = {name: scores(tabulate(own, self.by_name, self.kinds)) for name, own in rows.items()}
         write_text(file, json.dumps({"identity": identity, "scores": found}, indent=1) + "\n")
         self._event("teacher-forced", 1, 1)
