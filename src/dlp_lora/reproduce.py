@@ -350,7 +350,7 @@ class _Seed:
                 mixture = self._prompt_mixture(engine, name, question)
                 if mixture not in texts:
                     tokens = teacher_forced(engine, read, learned, mixture)
-                    texts[mixture] = self.tokenizer.decode(tokens, skip_special_tokens=True)
+                    texts[mixture] = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
                 rows[name].append({"task": question.task, "index": question.index, "text": texts[mixture]})
         found = {name: scores(tabulate(own, self.by_name, self.kinds)) for name, own in rows.items()}
         write_text(file, json.dumps({"identity": identity, "scores": found}, indent=1) + "\n")
