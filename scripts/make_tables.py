@@ -132,6 +132,27 @@ def _means() -> str:
     return _table(columns, [{"method": name} for name in METHODS if name in record["scores"]])
 
 
+def _differences() -> str:
+    """What DLP-LoRA's means differ by from those of other methods, in points of 100 (BLEU: of its own scale)."""
+    record = _record("tasks26/record")["differences"]
+
+    def cell(metric: str) -> Cell:
+        def text(row: Mapping[str, Any]) -> str:
+            (found,) = (own[metric] for own in record[row["pair"]].values() if metric in own)
+            value, (low, high) = found["value"], found["interval"]
+            scale = 1 if metric == "bleu" else 100
+            return f"{scale * value:+.2f} ({scale * low:+.2f} to {scale * high:+.2f})"
+
+        return text
+
+    titles = {"accuracy": "accuracy", "bleu": "BLEU", "rouge1": "ROUGE-1", "rougeL": "ROUGE-L"}
+    columns: dict[str, Cell] = {
+        "difference": lambda row: " − ".join(METHODS[name] for name in row["pair"].split(" - ")),
+        **{title: cell(metric) for metric, title in titles.items()},
+    }
+    return _table(columns, [{"pair": pair} for pair in record])
+
+
 def _by_task() -> str:
     """Accuracy, or ROUGE-L where there is no choice, of each task, beside what guessing gets right."""
     record = _record("tasks26/record")
@@ -169,6 +190,7 @@ def _serial() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "tasks26": _means,
+    "tasks26-differences": _differences,
     "tasks26-by-task": _by_task,
     "tasks26-serial": _serial,
     "demo": _demo,
