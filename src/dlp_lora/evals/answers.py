@@ -121,6 +121,11 @@ def read_answers(file: Path) -> list[dict[str, Any]]:
     return [row for row in _lines(file) if "identity" not in row] if file.is_file() else []
 
 
+def seconds_of(rows: Sequence[Mapping[str, Any]]) -> float:
+    """How long the answers took, all together."""
+    return round(sum(float(row["seconds"]) for row in rows), 1)
+
+
 def data_hash(tasks: Sequence[Task]) -> str:
     """A hash of the tasks' names and examples."""
     content = [(t.name, [e.to_json() for e in t.train], [e.to_json() for e in t.test]) for t in tasks]

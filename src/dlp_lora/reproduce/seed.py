@@ -1,184 +1,39 @@
-"""The paper's experiments as one run: a base model and task data in, adapters, router, answers and a record out.
+"""One pass through all steps with one training seed: adapters, router, answers, each kept on disk."""
 
-Every step is kept on disk and none is done twice: a run that was interrupted, at any moment, goes on to the same
-results. A run with other settings is refused, and the difference is named.
-"""
-
-import gzip
 import json
 import random
 import resource
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dlp_lora.bank import AdapterBank
 from dlp_lora.engine import Engine
 from dlp_lora.environment import environment
-from dlp_lora.errors import RecordError, TaskError
-from dlp_lora.evals.answers import AnswerArgs, Question, answer_all, batches, data_hash, read_answers
+from dlp_lora.evals.answers import Question, answer_all, batches, data_hash, read_answers, seconds_of
 from dlp_lora.evals.likelihood import teacher_forced
-from dlp_lora.evals.methods import MAIN, METHODS, SINGLE, Method, methods_named
-from dlp_lora.evals.record import compared, merged, serial_scores
+from dlp_lora.evals.methods import METHODS, SINGLE, Method
+from dlp_lora.evals.record import compared, serial_scores
 from dlp_lora.evals.scores import Table, scores, tabulate
 from dlp_lora.evals.serial import answer_serial, serial_methods, serial_prompts
 from dlp_lora.folders import write_text
-from dlp_lora.fused import linear_layers
 from dlp_lora.loading import load
 from dlp_lora.peft_format import content_hash
 from dlp_lora.policy import Mixture, TopP
+from dlp_lora.reproduce.args import Event, ReproduceArgs, methods_of
 from dlp_lora.router import MiniMLP
 from dlp_lora.tasks import Task
 from dlp_lora.tasks.formats import as_prompt, encode_example
 from dlp_lora.tasks.manifest import TaskInfo, kind_of
-from dlp_lora.training.adapters import AdapterTrainingArgs, Progress, load_base, train_adapter
-from dlp_lora.training.router import RouterTrainingArgs, load_tokenizer, train_router
-
-RECORD_FILE = "record.json"
-LARGER = "larger"
-FORMAT = 1
+from dlp_lora.training.adapters import AdapterTrainingArgs, Progress, train_adapter
+from dlp_lora.training.router import load_tokenizer, train_router
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReproduceArgs:
-    """What is run. `limit` takes so many training and test examples of each task."""
-
-    training: AdapterTrainingArgs = field(default_factory=AdapterTrainingArgs)
-    single_r: int = 64  # the rank of the one LoRA on all tasks; 0 leaves it out
-    router: RouterTrainingArgs = field(default_factory=RouterTrainingArgs)
-    answers: AnswerArgs = field(default_factory=AnswerArgs)
-    methods: tuple[str, ...] = MAIN
-    teacher_forced: bool = True
-    serial: tuple[int, ...] = (3, 5, 10)
-    serial_prompts: int = 50
-    limit: int | None = None
-    seeds: tuple[int, ...] = (0,)
-
-    def __post_init__(self) -> None:
-        methods_named(self.methods)
-        if any(n < 2 for n in self.serial):
-            raise ValueError(f"ReproduceArgs.serial asks at least 2 questions at once, got {self.serial}")
-        if not self.seeds:
-            raise ValueError("ReproduceArgs.seeds is empty; give at least one")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Event:
-    """What the run is doing: `done` of `total` in a step of a seed."""
-
-    seed: int
-    step: str
-    done: int
-    total: int
-    note: str = ""
-
-
-def steps(tasks: Sequence[Task], args: ReproduceArgs) -> list[str]:
-    """The steps of one seed, in order."""
-    single = [SINGLE] if args.single_r else []
-    named = [f"answers: {m.name}" for m in _methods(args)]
-    forced = ["teacher-forced"] if args.teacher_forced else []
-    return [*(t.name for t in tasks), *single, "router", *named, *forced, *(f"serial-{n}" for n in args.serial)]
-
-
-def reproduce(
-    model: str | Path,
-    tasks: Sequence[Task],
-    out: str | Path,
-    args: ReproduceArgs | None = None,
-    *,
-    infos: dict[str, TaskInfo] | None = None,
-    larger: str | Path | None = None,
-    on_event: Callable[[Event], None] = lambda event: None,
-) -> Path:
-    """Runs everything into the folder `out`, or goes on with it; gives the record's path.
-
-    Args:
-        larger: another model, which answers without adapters (Table 5); it may be given to a finished run, too.
-
-    Raises:
-        RecordError: if `out` holds a run with other settings.
-        TaskError: if a test example is also a training example.
-    """
-    args, out, infos = args or ReproduceArgs(), Path(out), infos or {}
-    check_apart(tasks)
-    tasks = [replace(t, train=t.train[: args.limit], test=t.test[: args.limit]) for t in tasks]
-    settings = {
-        "format": FORMAT,
-        "model": Path(str(model)).name,
-        "data": data_hash(tasks),
-        "args": json.loads(json.dumps(asdict(args))),
-    }
-    _keep_settings(out, settings)
-    kinds = {task.name: kind_of(task, infos) for task in tasks}
-    plain = None if larger is None else _plain(larger, tasks, kinds, out / LARGER, args, on_event)
-    base, tokenizer = load_base(model)
-    runs = [
-        _Seed(model, base, tokenizer, tasks, infos, out / f"seed-{seed}", seed, args, on_event) for seed in args.seeds
-    ]
-    records = [run.run() for run in runs]
-    record = {**settings, "name": out.name, "seeds": list(args.seeds), **merged(records, args.seeds), "larger": plain}
-    with gzip.open(out / "outputs.jsonl.gz", "wt", encoding="utf-8") as lines:
-        for run in runs:
-            lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in run.outputs())
-    write_text(out / RECORD_FILE, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    return out / RECORD_FILE
-
-
-def check_apart(tasks: Sequence[Task]) -> None:
-    """Checks that no test prompt was learned.
-
-    Raises:
-        TaskError: naming the first test example that is among the training examples of any task.
-    """
-    learned = {example.prompt.strip(): task.name for task in tasks for example in task.train}
-    for task in tasks:
-        for i, example in enumerate(task.test):
-            if example.prompt.strip() in learned:
-                raise TaskError(
-                    f"test example {i} of {task.name} is also a training example of {learned[example.prompt.strip()]}; "
-                    f"remove one of the two: a score on learned prompts says nothing"
-                )
-
-
-def _plain(
-    model: str | Path,
-    tasks: Sequence[Task],
-    kinds: Mapping[str, str],
-    folder: Path,
-    args: ReproduceArgs,
-    on_event: Callable[[Event], None],
-) -> dict[str, Any]:
-    """What a model without adapters answers."""
-    name = Path(str(model)).name
-    base, tokenizer = load_base(model)
-    engine = Engine(base, tokenizer, AdapterBank(linear_layers(base), device=base.device))
-    questions, left_out = batches(engine, tasks, args.answers)
-    rows = answer_all(
-        engine,
-        METHODS["base"],
-        questions,
-        args.answers,
-        folder / f"{name}.jsonl",
-        identity={"identity": "answers", "model": name, "data": data_hash(tasks)},
-        on_batch=lambda done, total: on_event(
-            Event(seed=args.seeds[0], step=LARGER, done=done, total=total, note=name)
-        ),
-    )
-    found = scores(tabulate(rows, {task.name: task for task in tasks}, kinds))
-    return {"model": name, "seconds": _seconds(rows), "left_out": left_out, "scores": found}
-
-
-def _seconds(rows: Sequence[dict[str, Any]]) -> float:
-    return round(sum(float(row["seconds"]) for row in rows), 1)
-
-
-class _Seed:
+class Seed:
     """One pass through all steps with one training seed."""
 
     def __init__(
@@ -215,7 +70,7 @@ class _Seed:
         with self._engine() as engine:
             engine.save_pretrained(self.folder / "bundle")
             questions, left_out = batches(engine, self.tasks, self.args.answers)
-            for method in _methods(self.args):
+            for method in methods_of(self.args):
                 if not method.adapter:
                     tables[method.name], timings[method.name] = self._answers(engine, method, questions)
             if self.args.teacher_forced:
@@ -312,7 +167,7 @@ class _Seed:
             known=self._known(engine),
             on_batch=lambda done, total: self._event(step, done, total),
         )
-        return tabulate(rows, self.by_name, self.kinds), _seconds(rows)
+        return tabulate(rows, self.by_name, self.kinds), seconds_of(rows)
 
     def _identity(self, engine: Engine) -> dict[str, Any]:
         return {
@@ -415,30 +270,6 @@ class _Seed:
             "majority": info.majority,
             "stand_in": info.stand_in,
         }
-
-
-def _methods(args: ReproduceArgs) -> list[Method]:
-    return [m for m in methods_named(args.methods) if m.name != SINGLE or args.single_r]
-
-
-def _keep_settings(out: Path, settings: dict[str, Any]) -> None:
-    file = out / "settings.json"
-    if not file.is_file():
-        out.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(settings, indent=1) + "\n")
-        return
-    before = json.loads(file.read_text())
-    changed = [f"{key} was {was!r} and is {now!r}" for key, was, now in _changes(before, settings)]
-    if changed:
-        raise RecordError(f"{out} holds a run with other settings: {'; '.join(changed)}; choose another --out")
-
-
-def _changes(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        for name in {**before, **now}:
-            yield from _changes(before.get(name), now.get(name), f"{key}.{name}".lstrip("."))
-    elif before != now:
-        yield key, before, now
 
 
 def _peak_memory_mb() -> int:

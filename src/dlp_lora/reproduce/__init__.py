@@ -1,0 +1,6 @@
+"""The paper's experiments: a base model and task data in; adapters, router, answers and a record out."""
+
+from dlp_lora.reproduce.args import LARGER, Event, ReproduceArgs, steps
+from dlp_lora.reproduce.run import check_apart, reproduce
+
+__all__ = ["LARGER", "Event", "ReproduceArgs", "check_apart", "reproduce", "steps"]

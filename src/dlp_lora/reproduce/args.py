@@ -1,0 +1,59 @@
+"""What a run is asked to do, and what it says it is doing."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from dlp_lora.evals.answers import AnswerArgs
+from dlp_lora.evals.methods import MAIN, SINGLE, Method, methods_named
+from dlp_lora.tasks import Task
+from dlp_lora.training.adapters import AdapterTrainingArgs
+from dlp_lora.training.router import RouterTrainingArgs
+
+LARGER = "larger"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReproduceArgs:
+    """What is run. `limit` takes so many training and test examples of each task."""
+
+    training: AdapterTrainingArgs = field(default_factory=AdapterTrainingArgs)
+    single_r: int = 64  # the rank of the one LoRA on all tasks; 0 leaves it out
+    router: RouterTrainingArgs = field(default_factory=RouterTrainingArgs)
+    answers: AnswerArgs = field(default_factory=AnswerArgs)
+    methods: tuple[str, ...] = MAIN
+    teacher_forced: bool = True
+    serial: tuple[int, ...] = (3, 5, 10)
+    serial_prompts: int = 50
+    limit: int | None = None
+    seeds: tuple[int, ...] = (0,)
+
+    def __post_init__(self) -> None:
+        methods_named(self.methods)
+        if any(n < 2 for n in self.serial):
+            raise ValueError(f"ReproduceArgs.serial asks at least 2 questions at once, got {self.serial}")
+        if not self.seeds:
+            raise ValueError("ReproduceArgs.seeds is empty; give at least one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """What the run is doing: `done` of `total` in a step of a seed."""
+
+    seed: int
+    step: str
+    done: int
+    total: int
+    note: str = ""
+
+
+def steps(tasks: Sequence[Task], args: ReproduceArgs) -> list[str]:
+    """The steps of one seed, in order."""
+    single = [SINGLE] if args.single_r else []
+    named = [f"answers: {m.name}" for m in methods_of(args)]
+    forced = ["teacher-forced"] if args.teacher_forced else []
+    return [*(t.name for t in tasks), *single, "router", *named, *forced, *(f"serial-{n}" for n in args.serial)]
+
+
+def methods_of(args: ReproduceArgs) -> list[Method]:
+    """The methods to compare; without the single LoRA where none is trained."""
+    return [m for m in methods_named(args.methods) if m.name != SINGLE or args.single_r]

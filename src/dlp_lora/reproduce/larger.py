@@ -1,0 +1,43 @@
+"""Another model without adapters, to compare with (Table 5)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dlp_lora.bank import AdapterBank
+from dlp_lora.engine import Engine
+from dlp_lora.evals.answers import answer_all, batches, data_hash, seconds_of
+from dlp_lora.evals.methods import METHODS
+from dlp_lora.evals.scores import scores, tabulate
+from dlp_lora.fused import linear_layers
+from dlp_lora.reproduce.args import LARGER, Event, ReproduceArgs
+from dlp_lora.tasks import Task
+from dlp_lora.training.adapters import load_base
+
+
+def answer_plainly(
+    model: str | Path,
+    tasks: Sequence[Task],
+    kinds: Mapping[str, str],
+    folder: Path,
+    args: ReproduceArgs,
+    on_event: Callable[[Event], None],
+) -> dict[str, Any]:
+    """What a model without adapters answers."""
+    name = Path(str(model)).name
+    base, tokenizer = load_base(model)
+    engine = Engine(base, tokenizer, AdapterBank(linear_layers(base), device=base.device))
+    questions, left_out = batches(engine, tasks, args.answers)
+    rows = answer_all(
+        engine,
+        METHODS["base"],
+        questions,
+        args.answers,
+        folder / f"{name}.jsonl",
+        identity={"identity": "answers", "model": name, "data": data_hash(tasks)},
+        on_batch=lambda done, total: on_event(
+            Event(seed=args.seeds[0], step=LARGER, done=done, total=total, note=name)
+        ),
+    )
+    found = scores(tabulate(rows, {task.name: task for task in tasks}, kinds))
+    return {"model": name, "seconds": seconds_of(rows), "left_out": left_out, "scores": found}
