@@ -174,24 +174,10 @@ def _by_task() -> str:
     return _table(columns, [{"task": name, **about} for name, about in tasks], words=2)
 
 
-def _serial() -> str:
-    """Several questions in one prompt: the share that is answered right."""
-    record = _record("tasks26/record")["serial"]
-
-    def cell(n: str, key: str) -> Cell:
-        return lambda row: f"{100 * record[n][row['method']][key]:.1f}"
-
-    columns: dict[str, Cell] = {"method": lambda row: row["method"]}
-    for n in record:
-        columns |= {n: cell(n, "accuracy"), f"{n}, after the first": cell(n, "accuracy_later")}
-    return _table(columns, [{"method": method} for method in next(iter(record.values()))])
-
-
 TABLES: dict[str, Callable[[], str]] = {
     "tasks26": _means,
     "tasks26-differences": _differences,
     "tasks26-by-task": _by_task,
-    "tasks26-serial": _serial,
     "demo": _demo,
     "router": partial(_targets, judged=False),
     "router-targets": partial(_targets, judged=True),

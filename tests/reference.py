@@ -135,7 +135,8 @@ def _product(b: Tensor, a: Tensor) -> Tensor:
 
 
 def mahalanobis(features: Tensor, memory: Tensor, *, ridge: float) -> list[float]:
-    """Minus the log of the squared Mahalanobis distance of each row to the nearest adapter's mean (Lee et al. 2018).
+    """Minus the log of each row's least squared Mahalanobis distance to an adapter's mean (Lee et al. 2018), which is
+    divided by the mean one of that adapter's own texts.
 
     `memory` is (adapters, texts, hidden). The shared covariance has `ridge` times the mean of its diagonal on top.
     """
@@ -151,8 +152,16 @@ def mahalanobis(features: Tensor, memory: Tensor, *, ridge: float) -> list[float
     for i in range(hidden):
         covariance[i][i] += ridge * variance
     matrix = torch.tensor(covariance, dtype=torch.float64)
-    scores = []
-    for row in features.tolist():
-        gaps = [torch.tensor([x - m for x, m in zip(row, mean, strict=True)], dtype=torch.float64) for mean in means]
-        scores.append(-math.log(min(float(gap @ torch.linalg.solve(matrix, gap)) for gap in gaps)))
-    return scores
+
+    def squared(row: list[float], mean: list[float]) -> float:
+        gap = torch.tensor([x - m for x, m in zip(row, mean, strict=True)], dtype=torch.float64)
+        return float(gap @ torch.linalg.solve(matrix, gap))
+
+    spreads = [
+        math.fsum(squared(text, mean) for text in own) / len(own)
+        for own, mean in zip(memory.tolist(), means, strict=True)
+    ]
+    return [
+        -math.log(min(squared(row, mean) / spread for mean, spread in zip(means, spreads, strict=True)))
+        for row in features.tolist()
+    ]

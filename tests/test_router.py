@@ -285,7 +285,7 @@ class TestMaking:
 
     def test_the_papers_size_is_about_five_million(self) -> None:
         mlp = MiniMLP([f"task{i}" for i in range(26)], words(49_152))
-        assert 4.5e6 < mlp.num_parameters < 6e6
+        assert 4.5e6 < mlp.num_parameters < 5.5e6
         assert sum(isinstance(layer, torch.nn.Linear) for layer in [*mlp.layers, mlp.head]) == 4
 
 

@@ -394,7 +394,6 @@ class TestEncoderRouter:
             encoder_learning_rate=2e-3,
             epochs=8,
             batch_size=16,
-            label_smoothing=0.0,
         )
         steps: list[float] = []
         router, report = train_router(tasks, BYTES, args, on_step=lambda step, num, loss: steps.append(loss))

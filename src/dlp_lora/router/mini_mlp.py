@@ -25,6 +25,7 @@ NUM_BAGS = sum(map(len, LEANS.values()))
 PIECES = re.compile(r"\n|(?<=[.!?])[^\S\n]+(?=\S)")
 HISTORY_CHARS = 4_000  # what lies further back has faded
 RIDGE = 0.1  # of the features' mean variance, added to each
+TINY = 1e-6  # where all texts of an adapter are one
 CACHE_SIZE = 1024  # texts whose bags are kept: a prompt is read once, however many sentences its answer has
 
 
@@ -33,7 +34,7 @@ class MiniMLPConfig:
     """The size of a MiniMLP and how it reads text."""
 
     dim: int = 96
-    hidden: int = 512
+    hidden: int = 480
     half_life: float = 16.0  # tokens after which a token counts half in the bags that lean to one end
     history_half_life: float = 32.0
     max_chars: int = MAX_CHARS  # longer texts keep their end
@@ -86,7 +87,7 @@ class MiniMLP(nn.Module):
         self.register_buffer("memory", torch.zeros(len(names), 0, config.hidden))
         self._bags: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
         self._bags_of: tuple[int, int] = (0, 0)  # the state of the embeddings that they were made with
-        self._space_of: tuple[tuple[int, int], tuple[Tensor, Tensor]] | None = None  # and that of the memory
+        self._space_of: tuple[tuple[int, int], tuple[Tensor, Tensor, Tensor]] | None = None  # and that of the memory
 
     @property
     def num_parameters(self) -> int:
@@ -130,14 +131,16 @@ class MiniMLP(nn.Module):
     @torch.no_grad()
     def nearness(self, features: Float[Tensor, "batch hidden"]) -> Float[Tensor, " batch"]:
         """Says how near features lie to those that `memory` holds of the nearest adapter: minus the log of the squared
-        Mahalanobis distance to their mean, with one covariance for all (Lee et al. 2018, arXiv 1807.03888).
+        Mahalanobis distance to their mean (Lee et al. 2018, arXiv 1807.03888), by one covariance for all, over what it
+        is for those features on average. So adapters of manifold texts reach further.
 
         Without memory it is the free energy of the logits (Liu et al. 2020, arXiv 2010.03759).
         """
         if self.memory.shape[1] == 0:
             return self.calibration.energy(self.head(features))
-        whiten, centres = self._space()
-        return -2 * torch.cdist(features.float() @ whiten, centres).amin(dim=1).clamp(min=1e-6).log().cpu()
+        whiten, centres, spreads = self._space()
+        distances = torch.cdist(features.float() @ whiten, centres).square() / spreads
+        return -distances.amin(dim=1).clamp(min=1e-12).log().cpu()
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes the router to a folder: weights, settings, tokenizer; the folder is replaced as a whole."""
@@ -171,17 +174,20 @@ class MiniMLP(nn.Module):
         features: Tensor = self.layers(bags.view(len(contexts), -1))
         return features
 
-    def _space(self) -> tuple[Float[Tensor, "hidden hidden"], Float[Tensor, "adapters hidden"]]:
-        """What turns features so that Euclidean distance is Mahalanobis', and the adapters' means in that space."""
+    def _space(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What turns features so that Euclidean distance is Mahalanobis' (hidden, hidden); in that space the adapters'
+        means (adapters, hidden), and the mean squared distances of their texts to them (adapters).
+        """
         state = _state(self.memory)
         if self._space_of is None or self._space_of[0] != state:
             memory = self.memory.double()
             means = memory.mean(dim=1)
-            spread = (memory - means[:, None]).flatten(0, 1)
-            covariance = spread.T @ spread / len(spread)
-            covariance.diagonal().add_(RIDGE * covariance.diagonal().mean() + 1e-6)
+            gaps = memory - means[:, None]
+            covariance = gaps.flatten(0, 1).T @ gaps.flatten(0, 1) / gaps[..., 0].numel()
+            covariance.diagonal().add_(RIDGE * covariance.diagonal().mean() + TINY)
             whiten = torch.linalg.cholesky(torch.linalg.inv(covariance))
-            self._space_of = state, (whiten.float(), (means @ whiten).float())
+            spreads = (gaps @ whiten).square().sum(dim=-1).mean(dim=-1) + TINY
+            self._space_of = state, (whiten.float(), (means @ whiten).float(), spreads.float())
         return self._space_of[1]
 
     def _parts(self, context: Context) -> dict[str, str]:

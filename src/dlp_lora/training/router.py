@@ -51,7 +51,7 @@ class RouterTrainingArgs:
     embedding_learning_rate: float = 5e-3  # of a mini-MLP's token embeddings
     encoder_learning_rate: float = 5e-5  # of an encoder below its head
     dropout: float = 0.2  # share of a text's tokens that a step leaves out
-    label_smoothing: float = 0.1  # tasks of few examples are learned by heart without
+    label_smoothing: float = 0.1  # of a mini-MLP, which learns tasks of few examples by heart without
     mix: Mapping[str, float] = field(default_factory=lambda: dict(MIX))  # how often each kind of context is drawn
     held_out: float = 0.1  # share of the training texts that fits the temperature and what fits none
     coverage: float = 0.98  # share of held-out contexts that some adapter is to fit
@@ -207,6 +207,8 @@ def _fit(
     optimizers = _optimizers(router, args)
     rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     num_steps = (len(encoded) + args.batch_size - 1) // args.batch_size
+    # An encoder tells texts of no adapter by its logits, which smoothing would make alike.
+    smoothing = args.label_smoothing if isinstance(router, MiniMLP) else 0.0
     losses: list[float] = []
     router.train()
     for step in range(num_steps):
@@ -216,7 +218,7 @@ def _fit(
         batch = range(step * args.batch_size, min((step + 1) * args.batch_size, len(encoded)))
         logits = router([_dropped(encoded[i], args.dropout, rng) for i in batch])
         target = torch.tensor([labels[i] for i in batch], device=logits.device)
-        loss = F.cross_entropy(logits, target, label_smoothing=args.label_smoothing)
+        loss = F.cross_entropy(logits, target, label_smoothing=smoothing)
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
@@ -276,7 +278,7 @@ def _calibrate(
     # held-out texts are to fit with a probability of at least MEDIAN_FIT; few and like texts say little about others.
     scores = router.calibration.energy(logits)
     if isinstance(router, MiniMLP):
-        scores = torch.cat([router.scores(part) for part in _parts(contexts)])
+        scores = router.nearness(_features(router, contexts))
     median = scores.median().item()
     threshold = min(scores.quantile(1 - args.coverage).item(), median - MIN_ROOM)
     slope = math.log(MEDIAN_FIT / (1 - MEDIAN_FIT)) / (median - threshold)
