@@ -16,13 +16,15 @@ from conftest import ARCHITECTURES, byte_tokenizer, lively_model
 from dlp_lora import TaskError
 from dlp_lora.errors import RecordError, TrainingError
 from dlp_lora.evals.answers import AnswerArgs
+from dlp_lora.evals.methods import METHODS as METHODS_BY_NAME
 from dlp_lora.evals.metrics import exact_match
 from dlp_lora.recipe import read_recipe, recipes
 from dlp_lora.reproduce import LARGER, Event, ReproduceArgs, reproduce, steps
+from dlp_lora.router import load_tokenizer, router_hash
 from dlp_lora.tasks import Example, Task
 from dlp_lora.tasks.manifest import TaskInfo
 from dlp_lora.training.adapters import AdapterTrainingArgs
-from dlp_lora.training.router import RouterTrainingArgs
+from dlp_lora.training.router import RouterTrainingArgs, train_router
 
 METHODS = (
     "base",
@@ -226,6 +228,25 @@ def test_another_setting_is_noticed_and_named(model: Path, whole: Whole) -> None
         reproduce(model, tasks(), whole[0].parent, other, infos=INFOS)
     with pytest.raises(RecordError, match="data was"):
         reproduce(model, tasks()[:2], whole[0].parent, SMALL, infos=INFOS)
+
+
+def test_answers_of_another_router_are_not_taken_for_those_of_this_one(
+    model: Path, whole: Whole, tmp_path: Path
+) -> None:
+    shutil.copytree(whole[0].parent, tmp_path / "run")
+    seed = tmp_path / "run" / "seed-0"
+    other = train_router(tasks(), load_tokenizer(str(model)), replace(SMALL.router, seed=1))[0]
+    other.save_pretrained(seed / "router")
+    (seed / "router" / "report.json").write_text((whole[0].parent / "seed-0" / "router" / "report.json").read_text())
+    with pytest.raises(RecordError, match=r"dlp.jsonl holds answers under other settings: routing.router was .*; remove"):
+        reproduce(model, tasks(), tmp_path / "run", SMALL, infos=INFOS)
+    routed = [name for name in METHODS if METHODS_BY_NAME[name].mixture is None]
+    for name in routed:
+        (seed / "answers" / f"{name}.jsonl").unlink()
+    reproduce(model, tasks(), tmp_path / "run", SMALL, infos=INFOS)
+    kept = [json.loads((seed / f"answers/{name}.jsonl").read_text().split("\n")[0]) for name in routed]
+    kept += [json.loads((seed / name).read_text()) for name in ("teacher_forced.json", "serial-2.json")]
+    assert {own["identity"]["routing"]["router"] for own in kept} == {router_hash(other)}
 
 
 def test_a_test_example_that_was_learned_is_an_error(model: Path, tmp_path: Path) -> None:

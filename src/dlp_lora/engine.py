@@ -132,6 +132,19 @@ class Engine:
         """When a sentence start may switch."""
         return self._controller.switching
 
+    def routing_settings(self) -> dict[str, Any]:
+        """What a bundle keeps of how the router is asked and obeyed, as JSON data.
+
+        Raises:
+            ValueError: if the policy is not one of this package's, which alone can be saved by name.
+        """
+        return {
+            "policy": policy_to_dict(self.policy),
+            "switching": asdict(self.switching),
+            "kv_policy": self.kv_policy,
+            "prompt_routing": self.prompt_routing,
+        }
+
     @property
     def eos_ids(self) -> frozenset[int]:
         """The tokens that end an answer."""
@@ -310,10 +323,7 @@ class Engine:
             base_model=self.model.config._name_or_path,
             adapters={name: adapter.path for name, adapter in self.bank.adapters.items()},
             router=self.router,
-            policy=policy_to_dict(self.policy),
-            switching=asdict(self.switching),
-            kv_policy=self.kv_policy,
-            prompt_routing=self.prompt_routing,
+            **self.routing_settings(),
         )
 
     def push_to_hub(self, repo_id: str, *, private: bool = True) -> str:

@@ -122,7 +122,7 @@ def eval_command(
     import tempfile
 
     from dlp_lora.environment import environment
-    from dlp_lora.evals.answers import AnswerArgs, answer_all, batches, data_hash
+    from dlp_lora.evals.answers import AnswerArgs, answer_all, batches, data_hash, identity_of
     from dlp_lora.evals.methods import methods_named
     from dlp_lora.evals.scores import intervals, pooled, scores, tabulate
     from dlp_lora.folders import write_text
@@ -156,7 +156,7 @@ def eval_command(
                 questions,
                 settings,
                 (out or Path(scratch)) / f"{method.name}.jsonl",
-                identity={"identity": "answers", "bundle": str(bundle), "data": data_hash(found)},
+                identity=identity_of(engine, found, method),
                 on_batch=lambda done, total, bar=bar: progress.update(bar, completed=done, total=total),  # type: ignore[misc]
             )
             tables[method.name] = tabulate(rows, by_name, kinds)

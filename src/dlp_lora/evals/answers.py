@@ -16,7 +16,9 @@ from dlp_lora.engine import Engine
 from dlp_lora.errors import RecordError, TaskError
 from dlp_lora.evals.likelihood import choice_likelihoods
 from dlp_lora.evals.methods import Key, Method
+from dlp_lora.peft_format import content_hash
 from dlp_lora.policy import Mixture
+from dlp_lora.router import router_hash
 from dlp_lora.tasks.formats import PromptFormat, as_prompt, encode_example
 from dlp_lora.tasks.task import Example, Task
 
@@ -81,6 +83,19 @@ def batches(engine: Engine, tasks: Sequence[Task], args: AnswerArgs) -> tuple[li
     return [questions[i : i + size] for i in range(0, len(questions), size)], left_out
 
 
+def identity_of(engine: Engine, tasks: Sequence[Task], method: Method) -> dict[str, Any]:
+    """What answers depend on beside their arguments; what was kept under another is not used."""
+    found: dict[str, Any] = {
+        "model": Path(engine.model.config._name_or_path).name,
+        "adapters": {name: content_hash(adapter.path) for name, adapter in engine.bank.adapters.items()},
+        "data": data_hash(tasks),
+    }
+    if method.mixture is None and engine.router is not None:
+        with method.on(engine, ()):
+            found["routing"] = {"router": router_hash(engine.router), **engine.routing_settings()}
+    return found
+
+
 def answer_all(
     engine: Engine,
     method: Method,
@@ -99,7 +114,7 @@ def answer_all(
     Raises:
         RecordError: if the file was begun with other settings.
     """
-    data = json.loads(json.dumps({"method": method.name, **identity, "args": asdict(args)}))
+    data = json.loads(json.dumps({"method": method.name, "identity": "answers", **identity, "args": asdict(args)}))
     rows = _resume(file, data, pooled)
     num_done = len(rows)
     done = 0
@@ -119,6 +134,14 @@ def answer_all(
 def read_answers(file: Path) -> list[dict[str, Any]]:
     """Reads the answers that a file holds, a torn last line left out."""
     return [row for row in _lines(file) if "identity" not in row] if file.is_file() else []
+
+
+def differences(before: Any, now: Any, key: str = "") -> str:
+    """Says in which settings two records of them differ."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        found = (differences(before.get(k), now.get(k), f"{key}.{k}".lstrip(".")) for k in {**before, **now})
+        return "; ".join(filter(None, found))
+    return "" if before == now else f"{key} was {before!r} and is {now!r}"
 
 
 def seconds_of(rows: Sequence[Mapping[str, Any]]) -> float:
@@ -187,7 +210,7 @@ def _resume(file: Path, identity: dict[str, Any], pooled: Sequence[Sequence[Ques
     if lines:
         if lines[0].get("identity") != identity:
             raise RecordError(
-                f"{file} holds answers under other settings: {_difference(lines[0].get('identity') or {}, identity)}; "
+                f"{file} holds answers under other settings: {differences(lines[0].get('identity') or {}, identity)}; "
                 f"remove it, or write somewhere else"
             )
         rows = lines[1:]
@@ -202,11 +225,6 @@ def _resume(file: Path, identity: dict[str, Any], pooled: Sequence[Sequence[Ques
     aside.write_text(text, encoding="utf-8")
     aside.replace(file)
     return rows
-
-
-def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    keys = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
-    return ", ".join(f"{key} was {found.get(key)!r} and is {wanted.get(key)!r}" for key in keys)
 
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:

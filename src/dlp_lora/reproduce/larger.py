@@ -34,7 +34,7 @@ def answer_plainly(
         questions,
         args.answers,
         folder / f"{name}.jsonl",
-        identity={"identity": "answers", "model": name, "data": data_hash(tasks)},
+        identity={"model": name, "data": data_hash(tasks)},
         on_batch=lambda done, total: on_event(
             Event(seed=args.seeds[0], step=LARGER, done=done, total=total, note=name)
         ),

@@ -6,13 +6,13 @@ results. A run with other settings is refused, and the difference is named.
 
 import gzip
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from dlp_lora.errors import RecordError, TaskError
-from dlp_lora.evals.answers import data_hash
+from dlp_lora.evals.answers import data_hash, differences
 from dlp_lora.evals.record import merged
 from dlp_lora.folders import write_text
 from dlp_lora.reproduce.args import LARGER, Event, ReproduceArgs
@@ -93,14 +93,5 @@ def _keep_settings(out: Path, settings: dict[str, Any]) -> None:
         write_text(file, json.dumps(settings, indent=1) + "\n")
         return
     before = json.loads(file.read_text())
-    changed = [f"{key} was {was!r} and is {now!r}" for key, was, now in _changes(before, settings)]
-    if changed:
-        raise RecordError(f"{out} holds a run with other settings: {'; '.join(changed)}; choose another --out")
-
-
-def _changes(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        for name in {**before, **now}:
-            yield from _changes(before.get(name), now.get(name), f"{key}.{name}".lstrip("."))
-    elif before != now:
-        yield key, before, now
+    if changed := differences(before, settings):
+        raise RecordError(f"{out} holds a run with other settings: {changed}; choose another --out")

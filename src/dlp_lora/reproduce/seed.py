@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dlp_lora.engine import Engine
 from dlp_lora.environment import environment
-from dlp_lora.evals.answers import Question, answer_all, batches, data_hash, read_answers, seconds_of
+from dlp_lora.evals.answers import Question, answer_all, batches, data_hash, identity_of, read_answers, seconds_of
 from dlp_lora.evals.likelihood import teacher_forced
 from dlp_lora.evals.methods import METHODS, SINGLE, Method
 from dlp_lora.evals.record import compared, serial_scores
@@ -22,7 +22,6 @@ from dlp_lora.evals.scores import Table, scores, tabulate
 from dlp_lora.evals.serial import answer_serial, serial_methods, serial_prompts
 from dlp_lora.folders import write_text
 from dlp_lora.loading import load
-from dlp_lora.peft_format import content_hash
 from dlp_lora.policy import Mixture, TopP
 from dlp_lora.reproduce.args import Event, ReproduceArgs, methods_of
 from dlp_lora.router import MiniMLP
@@ -163,18 +162,11 @@ class Seed:
             questions,
             self.args.answers,
             self.folder / "answers" / f"{method.name}.jsonl",
-            identity=self._identity(engine),
+            identity=identity_of(engine, self.tasks, method),
             known=self._known(engine),
             on_batch=lambda done, total: self._event(step, done, total),
         )
         return tabulate(rows, self.by_name, self.kinds), seconds_of(rows)
-
-    def _identity(self, engine: Engine) -> dict[str, Any]:
-        return {
-            "identity": "answers",
-            "adapters": {name: content_hash(adapter.path) for name, adapter in engine.bank.adapters.items()},
-            "data": data_hash(self.tasks),
-        }
 
     def _known(self, engine: Engine) -> dict[tuple[str, int, Mixture], list[float]]:
         if SINGLE in engine.bank.names:
@@ -190,7 +182,7 @@ class Seed:
     def _teacher_forced(self, engine: Engine, questions: Sequence[Sequence[Question]]) -> dict[str, Any]:
         """The paper's measure: the likeliest tokens along the gold answer, scored as if they were an answer."""
         file = self.folder / "teacher_forced.json"
-        identity = self._identity(engine)
+        identity = identity_of(engine, self.tasks, METHODS["dlp"])
         if file.is_file() and (kept := json.loads(file.read_text()))["identity"] == identity:
             self._event("teacher-forced", 1, 1)
             return dict(kept["scores"])
@@ -223,7 +215,7 @@ class Seed:
         tasks = [task for task in self.tasks if self.kinds[task.name] == "mcq"]
         if len(tasks) < n:
             return {}
-        identity = {**self._identity(engine), "num_prompts": self.args.serial_prompts}
+        identity = {**identity_of(engine, self.tasks, METHODS["dlp"]), "num_prompts": self.args.serial_prompts}
         kept = json.loads(file.read_text()) if file.is_file() else {}
         found: dict[str, Any] = kept["methods"] if kept.get("identity") == identity else {}
         prompts = serial_prompts(tasks, n, self.args.serial_prompts, seed=self.seed)

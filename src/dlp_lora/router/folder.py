@@ -1,6 +1,8 @@
 """Router folders: names, settings, weights and tokenizer, written whole or not at all and read back to the last bit."""
 
+import hashlib
 import json
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from dlp_lora.errors import RouterError
 from dlp_lora.folders import recover_folder, replace_folder
+from dlp_lora.router.context import Router
 
 CONFIG_FILE = "router_config.json"
 WEIGHTS_FILE = "router.safetensors"
@@ -40,6 +43,16 @@ def write_router(path: str | Path, saved: SavedRouter) -> None:
         saved.tokenizer.save(str(folder / TOKENIZER_FILE))
         config = {"format": FORMAT, "type": saved.type, "names": saved.names, **saved.settings}
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def router_hash(router: Router) -> str:
+    """The SHA-256 of what a router saves: equal hashes are equal routers."""
+    digest = hashlib.sha256()
+    with tempfile.TemporaryDirectory() as scratch:
+        router.save_pretrained(Path(scratch) / "router")
+        for file in sorted((Path(scratch) / "router").iterdir()):
+            digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def router_type(path: str | Path) -> str:
