@@ -134,11 +134,12 @@ def _product(b: Tensor, a: Tensor) -> Tensor:
     return product
 
 
-def mahalanobis(features: Tensor, memory: Tensor, *, ridge: float) -> list[float]:
+def mahalanobis(features: Tensor, memory: Tensor, *, ridge: float, directions: int) -> list[float]:
     """Minus the log of each row's least squared Mahalanobis distance to an adapter's mean (Lee et al. 2018), which is
     divided by the mean one of that adapter's own texts.
 
-    `memory` is (adapters, texts, hidden). The shared covariance has `ridge` times the mean of its diagonal on top.
+    `memory` is (adapters, texts, hidden). The shared covariance has `ridge` times the mean of its diagonal on top, and
+    only the `directions` of largest variance count.
     """
     means = [[math.fsum(column) / len(own) for column in zip(*own, strict=True)] for own in memory.tolist()]
     hidden = len(means[0])
@@ -149,13 +150,12 @@ def mahalanobis(features: Tensor, memory: Tensor, *, ridge: float) -> list[float
             for j in range(hidden):
                 covariance[i][j] += (text[i] - mean[i]) * (text[j] - mean[j]) / len(texts)
     variance = sum(covariance[i][i] for i in range(hidden)) / hidden
-    for i in range(hidden):
-        covariance[i][i] += ridge * variance
-    matrix = torch.tensor(covariance, dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(torch.tensor(covariance, dtype=torch.float64))
+    axes = sorted(zip(values.tolist(), vectors.T.tolist(), strict=True), reverse=True)[:directions]
 
     def squared(row: list[float], mean: list[float]) -> float:
-        gap = torch.tensor([x - m for x, m in zip(row, mean, strict=True)], dtype=torch.float64)
-        return float(gap @ torch.linalg.solve(matrix, gap))
+        along = [math.fsum(a * (x - m) for a, x, m in zip(axis, row, mean, strict=True)) for _, axis in axes]
+        return math.fsum(d * d / (value + ridge * variance) for d, (value, _) in zip(along, axes, strict=True))
 
     spreads = [
         math.fsum(squared(text, mean) for text in own) / len(own)

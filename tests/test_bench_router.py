@@ -22,7 +22,7 @@ from dlp_lora.bench.router import SCENARIOS, RouterBenchArgs, Setting, Trained, 
 from dlp_lora.bench.router import measures as m
 from dlp_lora.bench.router.ceiling import ceiling, shared
 from dlp_lora.bench.router.disguises import DISGUISES, disguised
-from dlp_lora.bench.router.samples import Question, Sample
+from dlp_lora.bench.router.samples import SMALL_TALK, Question, Sample
 from dlp_lora.bench.router.synthetic import ACTIONS, KINDS, MAX_TASKS, synthetic_tasks
 from dlp_lora.bench.router.targets import TARGETS, Target, judged
 from dlp_lora.cli.app import _add_commands, app
@@ -505,7 +505,12 @@ def test_every_scenario_is_in_the_record(record: Path) -> None:
     assert list(found["scenarios"]["skew"]) == ["1", "0.2", "seconds"]
     assert list(found["scenarios"]["synthetic"]) == ["5", "seconds"]
     assert set(found["scenarios"]["ceilings"]) >= {"whole", "first sentence", "random sentence", "serial 4"}
-    assert set(found["scenarios"]["robustness"]) == {"as it is", *DISGUISES, "seconds"}
+    assert set(found["scenarios"]["robustness"]) == {
+        "as it is",
+        *DISGUISES,
+        *(f"after {name}" for name in SMALL_TALK),
+        "seconds",
+    }
     assert found["data"]["extra"] == ["foxes", "herons"]
 
 

@@ -1,6 +1,7 @@
 """Adapters that join a trained router, and leave it."""
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,6 +68,14 @@ class TestAdding:
         assert found.memory.shape[:2] == (4, 16)
         assert min(right(found, name) for name in found.names) >= 0.9
 
+    def test_what_joined_reaches_as_far_as_its_own_prompts_and_lets_in_no_other_text(self, router: MiniMLP) -> None:
+        found = add_tasks(router, [task("codes", 32)])
+        assert found.calibration == router.calibration
+        own, other = ([Context(example.prompt) for example in task(name).test] for name in ("codes", "units"))
+        assert (found.probabilities(own).sum(dim=1) > 0.5).float().mean() > 0.9
+        before, after = (own.probabilities(other).sum(dim=1).mean().item() for own in (router, found))
+        assert after < before + 0.1
+
     def test_one_example_is_enough_to_join(self, router: MiniMLP) -> None:
         assert add_tasks(router, [task("codes", 1)]).names[-1] == "codes"
 
@@ -111,7 +120,7 @@ class TestBundles:
     @pytest.fixture
     def bundle(self, router: MiniMLP, lively_adapters: Path, tmp_path: Path) -> Path:
         named = MiniMLP(["math", "poems"], router.tokenizer, router.config)
-        named.memory = torch.zeros_like(router.memory)
+        named.memory, named.near = torch.zeros_like(router.memory), deepcopy(router.near)
         named.load_state_dict(router.state_dict())
         model = lively_model()
         model.save_pretrained(tmp_path / "base")

@@ -2,6 +2,7 @@ import json
 import math
 import string
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from conftest import byte_tokenizer
 from dlp_lora import Context, MiniMLP, Router, RouterError
 from dlp_lora.router import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, Calibration, Encoded, MiniMLPConfig
-from dlp_lora.router.mini_mlp import RIDGE
+from dlp_lora.router.nearness import RIDGE, Nearness
 from reference import mahalanobis
 
 NAMES = ("math", "poems", "units")
@@ -66,20 +67,21 @@ def words(vocab: int) -> Tokenizer:
 
 class TestProbabilities:
     @pytest.mark.parametrize("odd", ODD)
-    def test_any_text_gets_finite_probabilities_that_sum_to_one(self, odd: str) -> None:
+    def test_any_text_gets_finite_probabilities_that_sum_to_one_if_it_says_anything(self, odd: str) -> None:
         text = ODD[odd]
         found = router().probabilities([Context(text), Context("Why?", text), Context(text, text, text)])
         assert found.shape == (3, 3)
         assert torch.isfinite(found).all()
         assert (found >= 0).all()
-        torch.testing.assert_close(found.sum(dim=1), torch.ones(3))
+        says = float(any(map(str.isalnum, text)))
+        torch.testing.assert_close(found.sum(dim=1), torch.tensor([says, 1.0, says]))
 
     @given(st.text(max_size=50), st.text(max_size=50))
     @settings(deadline=None, max_examples=50)
     def test_any_strings_get_finite_probabilities(self, prompt: str, answer: str) -> None:
         found = router().probabilities([Context(prompt, answer)])
         assert torch.isfinite(found).all()
-        assert found.sum().item() == pytest.approx(1, abs=1e-5)
+        assert found.sum().item() == pytest.approx(float(any(map(str.isalnum, prompt + answer))), abs=1e-5)
 
     def test_a_batch_is_its_rows_alone(self) -> None:
         mlp = router()
@@ -111,34 +113,57 @@ class TestProbabilities:
 
     def test_what_fits_none_takes_its_share_of_each_row(self) -> None:
         mlp = router(calibration=Calibration(temperature=2.0, fit_threshold=0.5, fit_slope=3.0))
-        rows = (mlp([mlp.encode(context) for context in CONTEXTS]).detach() / 2).tolist()
-        for row, found, score in zip(rows, mlp.probabilities(CONTEXTS), mlp.scores(CONTEXTS).tolist(), strict=True):
-            total = sum(map(math.exp, row))
-            fits = 1 / (1 + math.exp(-3 * (math.log(total) - 0.5)))
-            assert found.tolist() == pytest.approx([fits * math.exp(z) / total for z in row], abs=1e-5)
-            assert score == pytest.approx(math.log(total), abs=1e-5)
+        contexts = [replace(context, history="") for context in CONTEXTS]
+        rows = mlp([mlp.encode(context) for context in contexts]).tolist()
+        for row, found, score in zip(rows, mlp.probabilities(contexts), mlp.scores(contexts).tolist(), strict=True):
+            energy = math.log(sum(map(math.exp, row)))
+            fits = 1 / (1 + math.exp(-3 * (energy - 0.5)))
+            halved = [math.exp(z / 2) for z in row]
+            assert found.tolist() == pytest.approx([fits * own / sum(halved) for own in halved], abs=1e-5)
+            assert score == pytest.approx(energy, abs=1e-5)
 
-    def test_with_texts_in_memory_the_nearest_adapter_says_what_fits(self) -> None:
+    @pytest.mark.parametrize("directions", [4, 100])
+    def test_with_texts_in_memory_the_nearest_adapter_says_what_fits(
+        self, directions: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("dlp_lora.router.nearness.DIRECTIONS", directions)
         mlp = router(calibration=Calibration(temperature=2.0, fit_threshold=-4.0, fit_slope=0.7))
-        mlp.memory = torch.randn(len(NAMES), 5, 24)
-        features = mlp.features([mlp.encode(context) for context in CONTEXTS]).detach()
-        expected = mahalanobis(features, mlp.memory, ridge=RIDGE)
-        assert mlp.scores(CONTEXTS).tolist() == pytest.approx(expected, abs=1e-3)
-        shares = (mlp.head(features) / 2).softmax(dim=-1).detach().tolist()
-        for row, found, score in zip(shares, mlp.probabilities(CONTEXTS), expected, strict=True):
+        memory = torch.randn(len(NAMES), 5, 24)
+        mlp.near = Nearness.of(memory)
+        contexts = [replace(context, history="") for context in CONTEXTS]
+        features = mlp.features([mlp.encode(context) for context in contexts]).detach()
+        logits = mlp.head(features).detach()
+        near = mahalanobis(features, memory, ridge=RIDGE, directions=directions)
+        expected = [math.log(sum(map(math.exp, row))) + own for row, own in zip(logits.tolist(), near, strict=True)]
+        assert mlp.scores(contexts).tolist() == pytest.approx(expected, abs=1e-3)
+        shares = (logits / 2).softmax(dim=-1).tolist()
+        for row, found, score in zip(shares, mlp.probabilities(contexts), expected, strict=True):
             fits = 1 / (1 + math.exp(-0.7 * (score + 4)))
             assert found.tolist() == pytest.approx([fits * share for share in row], abs=1e-3)
 
-    def test_a_changed_memory_changes_what_fits(self) -> None:
+    def test_a_history_makes_no_stranger_of_a_prompt(self) -> None:
         mlp = router()
-        mlp.memory = torch.randn(len(NAMES), 5, 24)
-        before = mlp.scores(CONTEXTS)
-        mlp.memory.mul_(3.0)
-        assert (mlp.scores(CONTEXTS) - before).abs().min() > 1e-3
+        mlp.near = Nearness.of(torch.randn(len(NAMES), 5, 24))
+        alone, after = mlp.scores([Context("Why?", "So."), Context("Why?", "So.", history="Hello!")]).tolist()
+        both = mlp.features(mlp.encode_all([Context("Why?", "So.", history="Hello!")])).detach()
+        assert after == pytest.approx(max(alone, mlp.fit(both, mlp.head(both)).item()), abs=1e-5)
+        assert after >= alone
 
-    def test_memory_of_one_text_each_still_gives_finite_scores(self) -> None:
+    @given(st.lists(st.sampled_from([*CONTEXTS, *map(Context, ODD.values())]), min_size=1, max_size=8))
+    def test_a_context_scores_alone_as_in_a_batch(self, contexts: list[Context]) -> None:
         mlp = router()
-        mlp.memory = torch.randn(len(NAMES), 1, 24)
+        mlp.near = Nearness.of(torch.randn(len(NAMES), 5, 24))
+        alone = torch.cat([mlp.scores([context]) for context in contexts])
+        torch.testing.assert_close(mlp.scores(contexts), alone)
+
+    @pytest.mark.parametrize("text", ["", "...!!!---", "\x00\x01\x1b[!", " \n\t", "🙂 — …"])
+    def test_what_says_nothing_fits_no_adapter(self, text: str) -> None:
+        assert router().probabilities([Context(text)]).sum() == 0
+        assert router().probabilities([Context(text, history="Why?")]).sum() > 0
+
+    def test_nearness_of_one_text_each_is_finite(self) -> None:
+        mlp = router()
+        mlp.near = Nearness.of(torch.randn(len(NAMES), 1, 24))
         assert mlp.scores([Context(text) for text in ODD.values()]).isfinite().all()
 
     @pytest.mark.parametrize("field", ["temperature", "fit_slope"])
@@ -150,7 +175,7 @@ class TestProbabilities:
         mlp = router(half_life=2.0)
         inputs: list[torch.Tensor] = []
         mlp.layers.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-        mlp.probabilities([Context("abc", "", "")])
+        mlp([mlp.encode(Context("abc", "", ""))])
         a, b, c = mlp.embedding.weight[BYTES.encode("abc").ids]
         h = 0.5**0.5
         total = 1 + h + h * h
@@ -162,7 +187,7 @@ class TestProbabilities:
         mlp = router(history_half_life=1.0)
         inputs: list[torch.Tensor] = []
         mlp.layers.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-        mlp.probabilities([Context("", history="ab")])
+        mlp([mlp.encode(Context("", history="ab"))])
         a, b = mlp.embedding.weight[BYTES.encode("ab").ids]
         torch.testing.assert_close(inputs[0][0], torch.cat([(a + 2 * b) / 3, torch.zeros(5 * 16)]))
 
@@ -170,9 +195,11 @@ class TestProbabilities:
         as_history, as_prompt = router().probabilities([Context("", history="Why?"), Context("Why?")])
         assert (as_history - as_prompt).abs().max() > 1e-3
 
-    def test_bags_kept_from_earlier_sentences_change_nothing(self) -> None:
+    def test_what_is_kept_from_earlier_sentences_changes_nothing(self) -> None:
         mlp = router()
         first = mlp.probabilities(CONTEXTS)
+        logits = mlp(mlp.encode_all(CONTEXTS)).detach()
+        torch.testing.assert_close(first, logits.softmax(dim=-1))
         assert torch.equal(mlp.probabilities(CONTEXTS), first)
         assert torch.equal(router().probabilities(CONTEXTS[::-1]).flip(0), first)
 
@@ -183,12 +210,13 @@ class TestProbabilities:
             mlp.embedding.weight.mul_(2)
         assert not torch.equal(mlp.probabilities(CONTEXTS), before)
 
-    def test_no_more_bags_are_kept_than_said(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_no_more_texts_are_kept_than_said(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("dlp_lora.router.mini_mlp.CACHE_SIZE", 5)
         mlp = router()
         for i in range(20):
             mlp.probabilities([Context(f"Why {i}?")])
         assert len(mlp._bags) == 5
+        assert len(mlp.probabilities([Context(f"Why {i}?") for i in range(20)])) == 20
 
     def test_probabilities_carry_no_gradient_but_logits_do(self) -> None:
         mlp = router()
@@ -263,7 +291,6 @@ class TestEncoding:
         assert prompt_ids(mlp, "Why is it?") == BYTES.encode("why is it?").ids
         assert backend.padding  # the caller's own is left as it was
         mlp.save_pretrained(tmp_path / "router")
-        backend.save(str(tmp_path / "router" / TOKENIZER_FILE))
         assert prompt_ids(MiniMLP.from_pretrained(tmp_path / "router"), "Why is it?") == BYTES.encode("why is it?").ids
 
     def test_tokens_may_have_gaps_between_their_ids(self, tmp_path: Path) -> None:
@@ -354,12 +381,12 @@ class TestSaving:
             (damage(TOKENIZER_FILE, None), "cannot be read|is damaged"),
             (truncate, "is damaged .*copy it again or train it anew"),
             (damage(WEIGHTS_FILE, b""), "is damaged .*copy it again or train it anew"),
-            (damage(CONFIG_FILE, b'{"format": 2, "na'), "is damaged .*copy it again or train it anew"),
+            (damage(CONFIG_FILE, b'{"format": 3, "na'), "is damaged .*copy it again or train it anew"),
             (damage(CONFIG_FILE, b"[1, 2]"), "is damaged .*copy it again or train it anew"),
             (damage(CONFIG_FILE, b"\xff\xfe"), "is damaged .*copy it again or train it anew"),
-            (damage(TOKENIZER_FILE, b"{}"), rf"{TOKENIZER_FILE} cannot be read .*copy it again"),
-            (damage(TOKENIZER_FILE, b'{"version": "1.0", "mod'), rf"{TOKENIZER_FILE} cannot be read .*copy it again"),
-            (rewrite(format=3), "was written by a later version; upgrade dlp-lora"),
+            (damage(TOKENIZER_FILE, b"{}"), "is not the tokenizer that the router was trained with; copy the router"),
+            (rewrite(tokenizer=None), "is damaged .*tokenizer"),
+            (rewrite(format=4), "was written by a later version; upgrade dlp-lora"),
             (rewrite(type="oracle"), "was written by a later version; upgrade dlp-lora"),
             (rewrite(type="encoder"), "holds a router of type 'encoder', not 'mini-mlp'; read it with load_router"),
             (rewrite(format=None), "is damaged .*format"),

@@ -256,6 +256,19 @@ def test_nearly_all_texts_of_its_tasks_fit_and_texts_of_no_task_fit_less(trained
     assert strange.mean() < fits.mean()
 
 
+@pytest.mark.parametrize(
+    "history", ["Hi!\nHello! What may I do for you?", "You are a chatbot.", "What is green?\nGrass."]
+)
+def test_what_was_said_before_makes_no_stranger_of_a_prompt(
+    trained: tuple[MiniMLP, RouterReport], history: str
+) -> None:
+    prompts = [example.prompt for make in (sums, days, tales) for example in map(make, range(1000, 1020))]
+    alone = trained[0].probabilities([Context(prompt) for prompt in prompts])
+    after = trained[0].probabilities([Context(prompt, history=history) for prompt in prompts])
+    assert ((after.sum(dim=1) > 0.5) >= (alone.sum(dim=1) > 0.5)).all()
+    assert (after.argmax(dim=1) == alone.argmax(dim=1)).float().mean() > 0.9
+
+
 def test_a_router_remembers_contexts_of_each_task(trained: tuple[MiniMLP, RouterReport]) -> None:
     router, _ = trained
     assert router.memory.shape == (3, 8, router.config.hidden)

@@ -87,6 +87,13 @@ class Calibration:
         return found * torch.sigmoid(self.fit_slope * (scores - self.fit_threshold))[:, None]
 
 
+def speaks(contexts: Sequence[Context]) -> Float[Tensor, " batch"]:
+    """1 where a context holds a letter or a digit, 0 where it says nothing, so that no adapter fits."""
+    return torch.tensor(
+        [float(any(map(str.isalnum, f"{c.prompt}{c.answer}{c.sentence}{c.history}"))) for c in contexts]
+    )
+
+
 def check_labels(names: Sequence[str]) -> tuple[str, ...]:
     """Gives the adapter names of a router as a tuple.
 

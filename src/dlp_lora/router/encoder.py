@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AlbertConfig, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from dlp_lora.errors import RouterError
-from dlp_lora.router.context import Calibration, Context, Encoded, check_labels
+from dlp_lora.router.context import Calibration, Context, Encoded, check_labels, speaks
 from dlp_lora.router.folder import SavedRouter, reading_router, write_router
 from dlp_lora.router.tokenizer import MAX_CHARS, load_tokenizer, plain_tokenizer, vocab_size
 
@@ -156,9 +156,16 @@ class EncoderRouter(nn.Module):
     @torch.no_grad()
     def probabilities(self, contexts: Sequence[Context]) -> Float[Tensor, "batch adapters"]:
         """Gives a probability per adapter, on the CPU."""
+        return self.calibration.probabilities(self._logits(contexts)) * speaks(contexts)[:, None]
+
+    @torch.no_grad()
+    def scores(self, contexts: Sequence[Context]) -> Float[Tensor, " batch"]:
+        """Says how surely a text belongs to any of the adapters; higher is surer."""
+        return self.calibration.energy(self._logits(contexts))
+
+    def _logits(self, contexts: Sequence[Context]) -> Float[Tensor, "batch adapters"]:
         # One by one: beside longer rows, padding would shift the last digits.
-        logits = torch.cat([self([encoded]) for encoded in self.encode_all(contexts)])
-        return self.calibration.probabilities(logits)
+        return torch.cat([self([encoded]) for encoded in self.encode_all(contexts)])
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes the router to a folder, the encoder with it; the folder is replaced as a whole."""

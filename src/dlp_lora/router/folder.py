@@ -21,7 +21,7 @@ from dlp_lora.router.context import Router
 CONFIG_FILE = "router_config.json"
 WEIGHTS_FILE = "router.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
-FORMAT = 2
+FORMAT = 3
 TYPES = ("mini-mlp", "encoder", "prototypes", "arrow")
 
 
@@ -41,7 +41,8 @@ def write_router(path: str | Path, saved: SavedRouter) -> None:
     with replace_folder(path, marker=CONFIG_FILE) as folder:
         save_file({name: tensor.contiguous() for name, tensor in saved.weights.items()}, folder / WEIGHTS_FILE)
         saved.tokenizer.save(str(folder / TOKENIZER_FILE))
-        config = {"format": FORMAT, "type": saved.type, "names": saved.names, **saved.settings}
+        tokenizer = _hash(folder / TOKENIZER_FILE)
+        config = {"format": FORMAT, "type": saved.type, "names": saved.names, "tokenizer": tokenizer, **saved.settings}
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -77,6 +78,10 @@ def reading_router(path: str | Path, type: str) -> Iterator[SavedRouter]:
         config = _read_config(path)
         if (found := config.pop("type")) != type:
             raise RouterError(f"{path} holds a router of type {found!r}, not {type!r}; read it with load_router")
+        if config.pop("tokenizer") != _hash(path / TOKENIZER_FILE):
+            raise RouterError(
+                f"{path}/{TOKENIZER_FILE} is not the tokenizer that the router was trained with; copy the router again"
+            )
         yield SavedRouter(
             type=type,
             names=tuple(config.pop("names")),
@@ -96,6 +101,10 @@ def _read_config(path: Path) -> dict[str, Any]:
     if format > FORMAT or config["type"] not in TYPES:
         raise RouterError(f"{path} was written by a later version; upgrade dlp-lora")
     return config
+
+
+def _hash(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 @contextmanager

@@ -5,7 +5,7 @@ them embeddings.
 import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,8 +15,9 @@ from jaxtyping import Float
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from dlp_lora.router.context import Calibration, Context, Encoded, check_labels
+from dlp_lora.router.context import Calibration, Context, Encoded, check_labels, speaks
 from dlp_lora.router.folder import SavedRouter, reading_router, write_router
+from dlp_lora.router.nearness import Nearness
 from dlp_lora.router.tokenizer import MAX_CHARS, plain_tokenizer, vocab_size
 
 # What a text is summed up in: its mean (0), its beginning (1), its end (-1). What was said before fades with distance.
@@ -24,8 +25,6 @@ LEANS: Mapping[str, tuple[int, ...]] = {"history": (-1,), "prompt": (0, 1, -1), 
 NUM_BAGS = sum(map(len, LEANS.values()))
 PIECES = re.compile(r"\n|(?<=[.!?])[^\S\n]+(?=\S)")
 HISTORY_CHARS = 4_000  # what lies further back has faded
-RIDGE = 0.1  # of the features' mean variance, added to each
-TINY = 1e-6  # where all texts of an adapter are one
 CACHE_SIZE = 1024  # texts whose bags are kept: a prompt is read once, however many sentences its answer has
 
 
@@ -34,7 +33,7 @@ class MiniMLPConfig:
     """The size of a MiniMLP and how it reads text."""
 
     dim: int = 96
-    hidden: int = 480
+    hidden: int = 384
     half_life: float = 16.0  # tokens after which a token counts half in the bags that lean to one end
     history_half_life: float = 32.0
     max_chars: int = MAX_CHARS  # longer texts keep their end
@@ -52,8 +51,8 @@ class MiniMLP(nn.Module):
     beginning, its end; the answer's mean and its end. Each is a weighted mean of token embeddings, zero where
     the text is empty.
 
-    `memory` holds what the head saw of a few training texts of each adapter. It tells texts of no adapter from others,
-    and `add_tasks` of `dlp_lora.training.extend` learns new adapters with it, without the texts of the old ones.
+    `memory` holds what the head saw of a few training texts of each adapter: `add_tasks` of `dlp_lora.training.extend`
+    learns new adapters with it, without the texts of the old ones. `near` tells texts of no adapter from others.
     """
 
     memory: Float[Tensor, "adapters texts hidden"]
@@ -85,9 +84,9 @@ class MiniMLP(nn.Module):
         )
         self.head = nn.Linear(config.hidden, len(names))
         self.register_buffer("memory", torch.zeros(len(names), 0, config.hidden))
+        self.near: Nearness | None = None
         self._bags: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
         self._bags_of: tuple[int, int] = (0, 0)  # the state of the embeddings that they were made with
-        self._space_of: tuple[tuple[int, int], tuple[Tensor, Tensor, Tensor]] | None = None  # and that of the memory
 
     @property
     def num_parameters(self) -> int:
@@ -117,30 +116,30 @@ class MiniMLP(nn.Module):
         logits: Tensor = self.head(self.features(contexts))
         return logits
 
+    def fit(
+        self, features: Float[Tensor, "batch hidden"], logits: Float[Tensor, "batch adapters"]
+    ) -> Float[Tensor, " batch"]:
+        """Says how well any adapter fits what the head saw, on the CPU."""
+        energy = logits.float().logsumexp(dim=-1).cpu()
+        return energy if self.near is None else energy + self.near(features)
+
     @torch.no_grad()
     def probabilities(self, contexts: Sequence[Context]) -> Float[Tensor, "batch adapters"]:
         """Gives a probability per adapter, on the CPU."""
         features = self._cached_features(contexts)
-        return self.calibration.probabilities(self.head(features), self.nearness(features))
+        logits = self.head(features)
+        found = self.calibration.probabilities(logits, self._scores(contexts, features, logits))
+        return found * speaks(contexts)[:, None]
 
     @torch.no_grad()
     def scores(self, contexts: Sequence[Context]) -> Float[Tensor, " batch"]:
-        """Says how surely a text belongs to any of the adapters; higher is surer."""
-        return self.nearness(self._cached_features(contexts))
+        """Says how surely a text belongs to any of the adapters, by itself or after its history; higher is surer.
 
-    @torch.no_grad()
-    def nearness(self, features: Float[Tensor, "batch hidden"]) -> Float[Tensor, " batch"]:
-        """Says how near features lie to those that `memory` holds of the nearest adapter: minus the log of the squared
-        Mahalanobis distance to their mean (Lee et al. 2018, arXiv 1807.03888), by one covariance for all, over what it
-        is for those features on average. So adapters of manifold texts reach further.
-
-        Without memory it is the free energy of the logits (Liu et al. 2020, arXiv 2010.03759).
+        It is the free energy of the logits (Liu et al. 2020, arXiv 2010.03759), and where there is `near`, its sum
+        with that: texts that are short or disguised keep their energy, foreign ones their distance.
         """
-        if self.memory.shape[1] == 0:
-            return self.calibration.energy(self.head(features))
-        whiten, centres, spreads = self._space()
-        distances = torch.cdist(features.float() @ whiten, centres).square() / spreads
-        return -distances.amin(dim=1).clamp(min=1e-12).log().cpu()
+        features = self._cached_features(contexts)
+        return self._scores(contexts, features, self.head(features))
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes the router to a folder: weights, settings, tokenizer; the folder is replaced as a whole."""
@@ -166,29 +165,29 @@ class MiniMLP(nn.Module):
             size, calibration = MiniMLPConfig(**saved.settings["size"]), Calibration(**saved.settings["calibration"])
             router = cls(saved.names, saved.tokenizer, size, calibration=calibration)
             router.memory = torch.zeros_like(saved.weights["memory"])
+            if "near.whiten" in saved.weights:
+                router.near = Nearness(*(saved.weights[f"near.{name}"] for name in ("whiten", "centres", "spreads")))
             router.load_state_dict(saved.weights)
         return router.eval()
 
     def _cached_features(self, contexts: Sequence[Context]) -> Float[Tensor, "batch hidden"]:
-        bags = torch.cat([self._bag(part, text) for context in contexts for part, text in self._parts(context).items()])
+        bags = self._cached_bags([part for context in contexts for part in self._parts(context).items()])
         features: Tensor = self.layers(bags.view(len(contexts), -1))
         return features
 
-    def _space(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What turns features so that Euclidean distance is Mahalanobis' (hidden, hidden); in that space the adapters'
-        means (adapters, hidden), and the mean squared distances of their texts to them (adapters).
-        """
-        state = _state(self.memory)
-        if self._space_of is None or self._space_of[0] != state:
-            memory = self.memory.double()
-            means = memory.mean(dim=1)
-            gaps = memory - means[:, None]
-            covariance = gaps.flatten(0, 1).T @ gaps.flatten(0, 1) / gaps[..., 0].numel()
-            covariance.diagonal().add_(RIDGE * covariance.diagonal().mean() + TINY)
-            whiten = torch.linalg.cholesky(torch.linalg.inv(covariance))
-            spreads = (gaps @ whiten).square().sum(dim=-1).mean(dim=-1) + TINY
-            self._space_of = state, (whiten.float(), (means @ whiten).float(), spreads.float())
-        return self._space_of[1]
+    def _scores(
+        self,
+        contexts: Sequence[Context],
+        features: Float[Tensor, "batch hidden"],
+        logits: Float[Tensor, "batch adapters"],
+    ) -> Float[Tensor, " batch"]:
+        found = self.fit(features, logits)
+        # A history that no adapter knows makes no stranger of a prompt that one does.
+        after = [i for i, c in enumerate(contexts) if c.history.strip() and (c.prompt + c.answer + c.sentence).strip()]
+        if after:
+            features = self._cached_features([replace(contexts[i], history="") for i in after])
+            found[after] = torch.maximum(found[after], self.fit(features, self.head(features)))
+        return found
 
     def _parts(self, context: Context) -> dict[str, str]:
         chars = self.config.max_chars
@@ -212,20 +211,21 @@ class MiniMLP(nn.Module):
             ids += piece
         return ids
 
-    def _bag(self, part: str, text: str) -> Float[Tensor, "bags dim"]:
-        """The bags of one part of a context, kept from one sentence to the next."""
-        weight = self.embedding.weight
-        if self._bags_of != (state := _state(weight)):
+    def _cached_bags(self, parts: Sequence[tuple[str, str]]) -> Float[Tensor, "bags dim"]:
+        """The bags of parts of contexts, kept from one sentence to the next."""
+        if self._bags_of != (state := _state(self.embedding.weight)):
             self._bags.clear()
             self._bags_of = state
-        if (part, text) in self._bags:
-            self._bags.move_to_end((part, text))
-            return self._bags[part, text]
-        bags = self._sum([(part, self._encode(text))])
-        self._bags[part, text] = bags
-        if len(self._bags) > CACHE_SIZE:
+        new = [part for part in dict.fromkeys(parts) if part not in self._bags]
+        if new:
+            bags = self._sum([(name, self._encode(text)) for name, text in new])
+            self._bags.update(zip(new, bags.split([len(LEANS[name]) for name, _ in new]), strict=True))
+        for part in parts:
+            self._bags.move_to_end(part)
+        found = torch.cat([self._bags[part] for part in parts])
+        while len(self._bags) > CACHE_SIZE:
             self._bags.popitem(last=False)
-        return bags
+        return found
 
     def _sum(self, texts: Sequence[tuple[str, Sequence[int]]]) -> Float[Tensor, "bags dim"]:
         ids: list[int] = []

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dlp_lora.errors import RouterError
-from dlp_lora.router.context import Context, check_labels
+from dlp_lora.router.context import Context, check_labels, speaks
 from dlp_lora.router.encoder import TextEncoder
 from dlp_lora.router.folder import SavedRouter, reading_router, write_router
 
@@ -98,8 +98,7 @@ class PrototypeRouter(nn.Module):
         # One by one: beside longer texts padding would shift the last digits, which the temperature multiplies.
         cosines = torch.cat([embed(self.encoder, [text]) @ self.prototypes.T for text in texts])
         scores = _nearest(cosines, self.owners, len(self.names))
-        blank = torch.tensor([not text for text in texts], device=scores.device)
-        return (scores.masked_fill(blank[:, None], 0.0) / self.temperature).softmax(dim=-1).cpu()
+        return (scores / self.temperature).softmax(dim=-1).cpu() * speaks(contexts)[:, None]
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes the router to a folder, the encoder with it; the folder is replaced as a whole."""

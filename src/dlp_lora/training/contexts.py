@@ -20,6 +20,26 @@ CUTS = (3, 6, 9, 12, 18, 24, 36, 48)  # words that are left of a prompt
 TYPOS = (0.03, 0.1)  # share of letters
 SPLIT_SHARE = 0.5  # examples whose prompts are cut into sentences, which takes time
 
+SMALL_TALK = (
+    "Hello",
+    "Hi, how are you?\nI'm well, thank you. What can I do for you?",
+    "Good morning!\nGood morning! How may I help?",
+    "Hey there\nHey! What would you like to know?",
+    "Thank you so much!\nMy pleasure. Is there anything else?",
+    "Great, that is what I needed.\nGlad to hear it.",
+    "Are you there?\nYes, I am here.",
+    "Can you help me with something?\nOf course. What is it about?",
+    "Who made you?\nI am a language model.",
+    "You are an assistant who answers briefly and honestly.",
+    "You are a polite and careful assistant. Answer the user's questions as well as you can.",
+    "Answer in one sentence.\nHi\nHello! What is your question?",
+    "I have a question for you.",
+    "ok",
+    "No, that is wrong.\nI am sorry. Let me try again.",
+    "Let us talk about something else.\nGladly. What about?",
+)
+"""What people and models say before it comes to anything, with system prompts: it speaks for no task."""
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -94,11 +114,13 @@ class _Draw:
 
     def answer(self, label: int, example: Example) -> Context:
         """A sentence that opens in the middle of the answer."""
+        history = self._history(label) if self.rng.random() < 0.3 else ""
         sentences = self.sentences(example.answer)
         if len(sentences) < 2:
-            return Context(example.prompt, example.answer[: self.rng.randrange(len(example.answer) + 1)])
+            given = example.answer[: self.rng.randrange(len(example.answer) + 1)]
+            return Context(example.prompt, given, history=history)
         i = self.rng.randrange(1, len(sentences))
-        return Context(example.prompt, "".join(sentences[:i]), first_word(sentences[i]))
+        return Context(example.prompt, "".join(sentences[:i]), first_word(sentences[i]), history)
 
     def serial(self, label: int, example: Example) -> Context:
         """Two questions in one prompt, this one the first, or the second with the first answered."""
@@ -122,6 +144,8 @@ class _Draw:
         return self.sentences(self.rng.choice(some).prompt)
 
     def _history(self, label: int) -> str:
+        if self.rng.random() < 0.2:
+            return self.rng.choice(SMALL_TALK)
         if self.rng.random() < 0.15:  # a conversation that stays with its task
             same = self.rng.choice(self.tasks[label])
             return f"{same.prompt}\n{same.answer}"[-HISTORY_CHARS:]

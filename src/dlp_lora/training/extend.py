@@ -19,6 +19,7 @@ from dlp_lora.bundle import Bundle, read_bundle, write_bundle
 from dlp_lora.errors import BundleError, RouterError, TrainingError
 from dlp_lora.loading import load_router
 from dlp_lora.router import Context, MiniMLP
+from dlp_lora.router.nearness import Nearness
 from dlp_lora.tasks.task import Task
 from dlp_lora.training.contexts import MIX
 from dlp_lora.training.router import remember
@@ -54,12 +55,13 @@ def add_tasks(router: MiniMLP, tasks: Sequence[Task], *, seed: int = 0) -> MiniM
     memory = torch.cat([router.memory, seen[:, : router.memory.shape[1]]])
     names = [*router.names, *(task.name for task in tasks)]
     rows = torch.cat([router.head.weight, weight]), torch.cat([router.head.bias, bias])
-    found = _with_rows(router, names, *rows, memory)
-    if (threshold := router.calibration.fit_threshold) is not None:
+    near = router.near
+    if near is not None:
+        # Each new adapter reaches as far as its own prompts do; to lower the threshold would let in more for all.
         prompts = remember(router, [task.train for task in tasks], NUM_CONTEXTS, {"whole": 1.0}, rng)
-        least = min(threshold, found.nearness(prompts.flatten(0, 1)).quantile(1 - COVERAGE).item())
-        found.calibration = replace(router.calibration, fit_threshold=least)
-    return found
+        energy = (prompts @ rows[0].T + rows[1]).logsumexp(dim=-1)
+        near = near.joined(prompts, (router.calibration.fit_threshold or 0.0) - energy, coverage=COVERAGE)
+    return _with_rows(router, names, *rows, memory, near)
 
 
 def remove_tasks(router: MiniMLP, names: Sequence[str]) -> MiniMLP:
@@ -72,7 +74,8 @@ def remove_tasks(router: MiniMLP, names: Sequence[str]) -> MiniMLP:
         raise RouterError(f"the router does not know {unknown[0]!r}; it knows {', '.join(router.names)}")
     kept = [i for i, name in enumerate(router.names) if name not in names]
     left = [router.names[i] for i in kept]
-    return _with_rows(router, left, router.head.weight[kept], router.head.bias[kept], router.memory[kept])
+    near = None if router.near is None else router.near.only(kept)
+    return _with_rows(router, left, router.head.weight[kept], router.head.bias[kept], router.memory[kept], near)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,9 +186,13 @@ def _fit_rows(
     return weight.detach(), bias.detach()
 
 
-def _with_rows(router: MiniMLP, names: Sequence[str], weight: Tensor, bias: Tensor, memory: Tensor) -> MiniMLP:
+def _with_rows(
+    router: MiniMLP, names: Sequence[str], weight: Tensor, bias: Tensor, memory: Tensor, near: Nearness | None
+) -> MiniMLP:
     other = MiniMLP(names, router.tokenizer, router.config, calibration=router.calibration)
     rows = {"head.weight": weight, "head.bias": bias, "memory": memory}
+    kept = {name: tensor for name, tensor in router.state_dict().items() if not name.startswith("near.")}
     other.memory = torch.zeros_like(memory)
-    other.load_state_dict({**router.state_dict(), **rows})
+    other.load_state_dict({**kept, **rows})
+    other.near = near
     return other.eval()

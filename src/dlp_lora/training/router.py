@@ -21,6 +21,7 @@ from dlp_lora.errors import TrainingError
 from dlp_lora.router import Calibration, Context, Encoded, EncoderRouter, MiniMLP, MiniMLPConfig, TextEncoder
 from dlp_lora.router import load_tokenizer as load_tokenizer  # for those who train
 from dlp_lora.router.encoder import albert_config
+from dlp_lora.router.nearness import Nearness
 from dlp_lora.tasks.task import Example, Task
 from dlp_lora.training.contexts import GENERATION, KINDS, MIX, draw_contexts
 
@@ -54,7 +55,7 @@ class RouterTrainingArgs:
     label_smoothing: float = 0.1  # of a mini-MLP, which learns tasks of few examples by heart without
     mix: Mapping[str, float] = field(default_factory=lambda: dict(MIX))  # how often each kind of context is drawn
     held_out: float = 0.1  # share of the training texts that fits the temperature and what fits none
-    coverage: float = 0.98  # share of held-out contexts that some adapter is to fit
+    coverage: float = 0.99  # share of held-out contexts that some adapter is to fit
     memory: int = 64  # contexts of each task that a mini-MLP keeps the features of, for tasks added later
     seed: int = 0
 
@@ -147,6 +148,7 @@ def train_router(
     router.eval()
     if isinstance(router, MiniMLP):
         router.memory = remember(router, train, args.memory, args.mix, rng)
+        router.near = Nearness.of(router.memory) if args.memory else None
     _calibrate(router, held_out or train, args, rng)
     seconds = time.perf_counter() - start
     return router, _report(router, tasks, seconds=seconds, losses=losses)
@@ -276,9 +278,7 @@ def _calibrate(
     router.calibration = Calibration(temperature=temperature)
     # Confidence takes texts of no task for texts between two tasks; the router's scores tell them apart. Half of the
     # held-out texts are to fit with a probability of at least MEDIAN_FIT; few and like texts say little about others.
-    scores = router.calibration.energy(logits)
-    if isinstance(router, MiniMLP):
-        scores = router.nearness(_features(router, contexts))
+    scores = torch.cat([router.scores(part) for part in _parts(contexts)])
     median = scores.median().item()
     threshold = min(scores.quantile(1 - args.coverage).item(), median - MIN_ROOM)
     slope = math.log(MEDIAN_FIT / (1 - MEDIAN_FIT)) / (median - threshold)
@@ -301,7 +301,7 @@ def _features(router: MiniMLP, contexts: Sequence[Context]) -> Float[Tensor, "n 
 
 def _fit_temperature(logits: Float[Tensor, "n adapters"], labels: Int[Tensor, " n"]) -> float:
     # Where all held-out texts are told apart, the likelihood alone would sharpen without end.
-    candidates = torch.logspace(-0.3, 1, 101)
+    candidates = torch.logspace(-1, 1, 201)
     losses = torch.stack([F.cross_entropy(logits / t, labels) for t in candidates])
     return float(candidates[losses.argmin()])
 

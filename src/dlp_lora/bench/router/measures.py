@@ -74,7 +74,10 @@ def accuracy(right: Bool[np.ndarray, " n"], groups: Int[np.ndarray, " n"] | None
 
 
 def summary(reading: Reading) -> dict[str, Any]:
-    """Accuracy with its interval, by task, and how well the confidence fits."""
+    """Accuracy with its interval, by task, and how well the confidence fits. `routed` is the share of samples of which
+    the router says that some adapter fits; `right_and_routed` those of them that went to the right one.
+    """
+    routed = reading.fits > 0.5
     own = {
         reading.names[label]: rounded(reading.right[reading.labels == label].mean())
         for label in np.unique(reading.labels).tolist()
@@ -82,6 +85,8 @@ def summary(reading: Reading) -> dict[str, Any]:
     return {
         **accuracy(reading.right),
         "mean_over_tasks": rounded(np.mean(list(own.values()))),
+        "routed": rounded(routed.mean()),
+        "right_and_routed": rounded((reading.right & routed).mean()),
         "by_task": own,
         "ece": rounded(calibration_error(reading.confidence, reading.right)),
     }

@@ -18,6 +18,16 @@ from dlp_lora.tasks.task import Example, Task
 BETWEEN_QUESTIONS = "\n\n"
 MIN_WORDS = 6  # of a sentence that is cut in half
 
+# What is said in a chat before a question, in other words than those that routers are trained with.
+SMALL_TALK = {
+    "a greeting": "Hi there!\nHello! How can I help you today?",
+    "thanks": "Thanks!\nYou're welcome.",
+    "a system prompt": "You are a helpful assistant.",
+    "a system prompt and a greeting": "You are a helpful assistant.\nHi there!\nHello! How can I help you today?",
+    "another question": "What is the capital of France?\nParis.",
+    "a complaint": "That's not what I meant.\nI apologise for the confusion. Could you tell me more?",
+}
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -114,6 +124,11 @@ def conversations(asked: Sequence[Question], n: int, *, answers: bool, seed: int
         turns = [turn for e in earlier for turn in ((e.prompt, e.answer) if answers else (e.prompt,))]
         samples.append(Sample(Context(q.example.prompt, history="\n".join(turns)), q.task))
     return samples
+
+
+def after(asked: Sequence[Question], history: str) -> list[Sample]:
+    """The whole prompts after something that was said before."""
+    return [Sample(Context(q.example.prompt, history=history), q.task) for q in asked]
 
 
 def serial(asked: Sequence[Question], n: int, *, seed: int) -> list[Walk]:

@@ -29,7 +29,7 @@ from dlp_lora.bench.router.measures import (
     rounded,
     summary,
 )
-from dlp_lora.bench.router.samples import Question, Walk, has_changed
+from dlp_lora.bench.router.samples import SMALL_TALK, Question, Walk, has_changed
 from dlp_lora.bench.router.setting import Setting
 from dlp_lora.policy import Switching
 from dlp_lora.router import Context, Router
@@ -151,12 +151,14 @@ def outside_of(router: Router, inside: Reading, found: Reading, asked: Sequence[
 
 
 def robustness(setting: Setting) -> dict[str, Any]:
-    """The whole prompts as other people would write them, wrapped in other text, or after misleading text."""
+    """The whole prompts as other people would write them, wrapped in other text, after misleading text or a chat."""
     if setting.num_tasks < 2:
         return skipped("misleading texts need a second task")
     found = {"as it is": {**summary(setting.whole), "lost": 0.0}}
-    for name, disguise in DISGUISES.items():
-        reading = setting.read(disguised(setting.asked, disguise, seed=setting.args.seed))
+    asked = {name: disguised(setting.asked, own, seed=setting.args.seed) for name, own in DISGUISES.items()}
+    asked |= {f"after {name}": samples.after(setting.asked, text) for name, text in SMALL_TALK.items()}
+    for name, own in asked.items():
+        reading = setting.read(own)
         lost = rounded(setting.whole.right.mean() - reading.right.mean())
         found[name] = {**summary(reading), "lost": lost}
     return found

@@ -60,6 +60,13 @@ TARGETS = (
     Target(name="5 questions in one prompt, per sentence", bound=0.95, at=("serial", "5")),
     Target(name="Extra tasks: AUROC", bound=0.97, at=("outside", "auroc"), unit=""),
     Target(name="Extra tasks: false routes", bound=0.1, at=("outside", "false_routes"), at_least=False),
+    Target(
+        name="Extra tasks: false routes at the router's own threshold",
+        bound=0.1,
+        at=("outside", "own_threshold", "false_routes"),
+        at_least=False,
+    ),
+    Target(name="Whole prompts routed there", bound=0.95, at=("outside", "own_threshold", "coverage")),
     Target(name="Tasks left out: AUROC", bound=0.97, at=("left_out", "auroc"), unit=""),
     Target(name="Tasks left out: false routes", bound=0.1, at=("left_out", "false_routes"), at_least=False),
     Target(name="Calibration error", bound=0.01, at=("prompts", "whole", "ece"), at_least=False),

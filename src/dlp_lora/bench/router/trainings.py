@@ -185,7 +185,7 @@ def _extended(
     num_tries = min(setting.args.tries, len(base.added)) if num_added == 1 else 1
     drawn = rng.sample(base.added, num_tries * num_added)
     tries = [drawn[i : i + num_added] for i in range(0, len(drawn), num_added)]
-    new, old, seconds = [], [], []
+    new, old, seconds, false = [], [], [], []
     for i, tasks in enumerate(tries):
         setting.on_step(f"extension {base.name}", i, len(tries))
         start = time.perf_counter()
@@ -194,6 +194,9 @@ def _extended(
         asked = samples.questions(tasks, limit=setting.args.per_task)
         new.append(setting.read(samples.whole(asked), router).right)
         old.append(setting.read(samples.whole(base.asked), router).right)
+        if foreign := samples.whole([q for q in setting.asked_outside if q.task not in router.names]):
+            readings = [setting.read(foreign, own) for own in (base.router, router)]
+            false.append([(reading.fits > 0.5).mean() for reading in readings])
     return {
         "base": base.name,
         "added": num_added,
@@ -203,6 +206,8 @@ def _extended(
         "old": accuracy(np.concatenate(old)),
         "lost": rounded(before.mean() - np.mean([own.mean() for own in old])),
         "add_seconds": rounded(np.mean(seconds)),
+        # Of extra tasks that the router knows neither before nor after.
+        "false_routes": [rounded(share) for share in np.mean(false, axis=0)] if false else None,
     }
 
 

@@ -48,13 +48,23 @@ def accuracies(title: str, found: Found, *, what: str = "") -> Table:
             name,
             _accuracy(own),
             _cell(own.get("mean_over_tasks"), digits=2),
+            _cell(own.get("routed")),
+            _cell(own.get("right_and_routed")),
             _cell(own.get("ece"), digits=2),
             plain(own["num"], digits=0),
         )
         for name, own in found.items()
         if isinstance(own, dict) and "accuracy" in own and "interval" in own
     ]
-    return _table(title, (what, "Accuracy, %", "Mean over tasks, %", "Calibration error, %", "Samples"), rows)
+    columns = (
+        "Accuracy, %",
+        "Mean over tasks, %",
+        "Routed, %",
+        "Right and routed, %",
+        "Calibration error, %",
+        "Samples",
+    )
+    return _table(title, (what, *columns), rows, notes=(_ROUTED,))
 
 
 def by_task(record: Found) -> Table:
@@ -78,7 +88,7 @@ def conversation_tables(record: Found) -> Iterator[Table]:
     """Accuracy on the newest question, for each length of a conversation."""
     for kind, found in scenario_of(record, "conversations").items():
         if isinstance(found, dict):
-            yield accuracies(f"The newest question, {kind} before it", found, what="Questions")
+            yield accuracies(f"The newest question, {kind} before it", found)
 
 
 def serial(record: Found) -> Table:
@@ -162,8 +172,18 @@ def _outside_cells(own: Found) -> tuple[Cell | None, ...]:
 
 def robustness(record: Found) -> Table:
     """Accuracy on disguised prompts."""
-    rows = [(name, _accuracy(own), _cell(own["lost"], digits=2)) for name, own in parts_of(record, "robustness")]
-    return _table("Whole prompts in disguise", ("", "Accuracy, %", "Lost, points"), rows)
+    rows = [
+        (
+            name,
+            _accuracy(own),
+            _cell(own["lost"], digits=2),
+            _cell(own.get("routed")),
+            _cell(own.get("right_and_routed")),
+        )
+        for name, own in parts_of(record, "robustness")
+    ]
+    columns = ("", "Accuracy, %", "Lost, points", "Routed, %", "Right and routed, %")
+    return _table("Whole prompts in disguise", columns, rows, notes=(_ROUTED,))
 
 
 def scale(record: Found, scenario: str) -> Table:
@@ -192,12 +212,17 @@ def added(record: Found) -> Table:
             _accuracy(row["new"]),
             _accuracy(row["old"]),
             _cell(row["lost"], digits=2),
+            *(_cell(share) for share in row.get("false_routes") or (None, None)),
             plain(row["add_seconds"], digits=2),
         )
         for row in scenario_of(record, "extension").get("add", ())
     ]
-    columns = ("Router", "Tasks added", "Examples of each", "New, %", "Old, %", "Lost on the old, points", "Seconds")
-    note = "Router: trained without some of the data's tasks, which are added; or on all of them, and extra ones are."
+    scores = ("New, %", "Old, %", "Lost on the old, points", "False routes before, %", "After, %", "Seconds")
+    columns = ("Router", "Tasks added", "Examples of each", *scores)
+    note = (
+        "Router: trained without some of the data's tasks, which are added; or on all of them, and extra ones are. "
+        "False routes: extra tasks that it knows neither before nor after, at its own threshold."
+    )
     return _table("Tasks added to a trained router", columns, rows, num_labels=3, notes=(note,))
 
 
@@ -311,4 +336,5 @@ def _table(
 
 
 _INTERVALS = "In brackets: 95 % bootstrap intervals; those of serial prompts draw whole prompts."
+_ROUTED = "Routed: the router says that some adapter fits; the others go to the base model."
 _DELAY = "Delay: sentences of the new task before the first that is routed to it, on average; 0 is at once."
