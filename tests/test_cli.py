@@ -204,12 +204,30 @@ def test_routing_one_prompt_is_what_the_engine_does_first(work: Path) -> None:
 def test_a_bundle_keeps_its_policy(work: Path, tmp_path: Path) -> None:
     ok(
         *("bundle", "--model", work / "model", "-a", work / "adapters", "-r", work / "router", "-o", tmp_path / "b"),
-        *("--p", "0.9", "--min-confidence", "1", "--weighting", "paper"),
+        *("--p", "0.9", "--min-confidence", "1", "--weighting", "paper", "--unsure", "keep", "--margin", "0.3"),
+        *("--min-tokens", "5", "--kv-policy", "recompute", "--prompt-routing", "sentences"),
     )
-    assert dlp_lora.load(tmp_path / "b").policy == dlp_lora.TopP(0.9, min_confidence=1.0, weighting="paper")
-    (found,) = json_lines(ok("route", "Hello", "--bundle", tmp_path / "b"))
-    assert found["abstained"] is True
-    assert found["mixture"] == {}
+    engine = dlp_lora.load(tmp_path / "b")
+    assert engine.policy == dlp_lora.TopP(0.9, min_confidence=1.0, weighting="paper")
+    assert engine.switching == dlp_lora.Switching(min_tokens=5, margin=0.3, unsure="keep")
+    assert (engine.kv_policy, engine.prompt_routing) == ("recompute", "sentences")
+    for more in ((), ("--p", "0.5")):  # another p changes nothing else
+        (found,) = json_lines(ok("route", "What is 18 plus 1?", "--bundle", tmp_path / "b", *more))
+        assert found["abstained"] is True
+        assert found["mixture"] == {}
+
+
+def test_a_bundle_of_an_unknown_setting_is_not_made(work: Path, tmp_path: Path) -> None:
+    parts = ("--model", work / "model", "-a", work / "adapters", "-o", tmp_path / "b")
+    assert "kv_policy must be 'keep' or 'recompute'" in run("bundle", *parts, "--kv-policy", "forget").stderr
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_last_message_of_the_assistant_is_the_answer_so_far(work: Path) -> None:
+    chat = [{"role": "user", "content": "What is 18 plus 1?"}, {"role": "assistant", "content": "The sum is 19. "}]
+    lines: list[dict[str, Any]] = [{"messages": chat}, {"prompt": chat[0]["content"], "answer": chat[1]["content"]}]
+    one, other = json_lines(ok("route", "--router", work / "router", stdin="\n".join(map(json.dumps, lines))))
+    assert one == other
 
 
 def test_checking_adapters_that_fit_ends_well(work: Path) -> None:

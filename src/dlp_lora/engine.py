@@ -78,7 +78,7 @@ class Engine:
         kv_policy: KVPolicy = "keep",
         prompt_routing: PromptRouting = "whole",
     ) -> None:
-        _check_choices(kv_policy=kv_policy, prompt_routing=prompt_routing)
+        check_choices(kv_policy=kv_policy, prompt_routing=prompt_routing)
         if router is not None:
             check_names(router.names, bank.names)
         self.model = model
@@ -274,7 +274,7 @@ class Engine:
         unknown = set(settings) - set(SETTINGS)
         if unknown:
             raise ValueError(f"engine.using takes {', '.join(SETTINGS)}, not {', '.join(unknown)}")
-        _check_choices(**{name: settings[name] for name in CHOICES if name in settings})
+        check_choices(**{name: settings[name] for name in CHOICES if name in settings})
         if settings.get("router") is not None:
             check_names(settings["router"].names, self.bank.names)
         before = {name: getattr(self._controller, name) for name in settings}
@@ -389,7 +389,12 @@ def _own_call(model: PreTrainedModel, _: Any) -> Callable[..., Any]:
     return model.__call__
 
 
-def _check_choices(**settings: str) -> None:
+def check_choices(**settings: str) -> None:
+    """Checks that settings are among CHOICES.
+
+    Raises:
+        ValueError: naming the first that is not.
+    """
     for name, value in settings.items():
         if value not in CHOICES[name]:
             raise ValueError(f"{name} must be {' or '.join(map(repr, CHOICES[name]))}, got {value!r}")

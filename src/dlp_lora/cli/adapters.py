@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -37,6 +37,10 @@ def bundle(
     unsure: Annotated[
         str, typer.Option(help="Below it, in the middle of an answer: base or keep (the mixture).")
     ] = "base",
+    min_tokens: Annotated[int | None, typer.Option(help="Tokens before a sentence may switch again.")] = None,
+    margin: Annotated[float | None, typer.Option(help="By how much another adapter must be likelier.")] = None,
+    kv_policy: Annotated[str, typer.Option(help="What a switch does to the KV cache: keep or recompute.")] = "keep",
+    prompt_routing: Annotated[str, typer.Option(help="Prompts as a whole, or by sentences (Eq. 6).")] = "whole",
 ) -> None:
     """Put adapters, router and policy into one folder that `load` and every command take.
 
@@ -45,11 +49,14 @@ def bundle(
     from dlp_lora import Switching, TopP, load_router
     from dlp_lora.bundle import BUNDLE_FILE, write_bundle
     from dlp_lora.check import check_adapters, model_layout
-    from dlp_lora.engine import check_names
+    from dlp_lora.engine import check_choices, check_names
     from dlp_lora.errors import AdapterError
     from dlp_lora.policy import policy_to_dict
 
     check_replaceable(out, BUNDLE_FILE)
+    check_choices(kv_policy=kv_policy, prompt_routing=prompt_routing)
+    given: dict[str, Any] = {"unsure": unsure, "min_tokens": min_tokens, "margin": margin}
+    switching = {key: value for key, value in given.items() if value is not None}
     base = base_model(model)
     checks = check_adapters(model_layout(base), adapters)
     if refused := [check for check in checks if not check.fits]:
@@ -63,9 +70,9 @@ def bundle(
         adapters={check.name: check.path for check in checks},
         router=found,
         policy=policy_to_dict(TopP(p, weighting=weighting, min_confidence=min_confidence)),  # type: ignore[arg-type]
-        switching=asdict(Switching(unsure=unsure)),  # type: ignore[arg-type]
-        kv_policy="keep",
-        prompt_routing="whole",
+        switching=asdict(Switching(**switching)),
+        kv_policy=kv_policy,
+        prompt_routing=prompt_routing,
     )
     stderr.print(f"wrote {out}: {len(checks)} adapters, {'a router' if found else 'no router'}, base {escape(base)}")
 

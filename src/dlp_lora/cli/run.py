@@ -1,6 +1,7 @@
 """Commands that answer: generate, chat, route."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -114,9 +115,9 @@ def route(
     """Say which adapters a prompt would use, without loading a language model (but for a router made from adapters).
 
     Reads lines `{"prompt": ...}` or `{"messages": [...]}`, optionally with `"history"`, what was said before the
-    prompt, and `"answer"`, what was answered so far. Prints one line each with `probs` (among the
-    adapters), `mixture`, `confidence`, `fits` (the probability that any of them does) and `abstained`. Example:
-    `echo '{"prompt": "Convert 3 km to metres."}' | dlp-lora route --router router/`
+    prompt, and `"answer"`, what was answered so far (or a last message of the assistant). Prints one line each with
+    `probs` (among the adapters), `mixture`, `confidence`, `fits` (the probability that any of them does) and
+    `abstained`. Example: `echo '{"prompt": "Convert 3 km to metres."}' | dlp-lora route --router router/`
     """
     from dlp_lora.bundle import read_bundle
     from dlp_lora.loading import load_model, load_router
@@ -130,7 +131,8 @@ def route(
         parts = read_bundle(bundle)
         if parts.router is None:
             raise ValueError(f"{bundle} has no router; train one with train-router")
-        router, policy = parts.router, policy if p is not None else policy_from_dict(parts.policy)
+        router, kept = parts.router, policy_from_dict(parts.policy)
+        policy = kept if p is None else replace(kept, p=p) if isinstance(kept, TopP) else policy
         model = model or parts.base_model or None
     router = router or Path()
     base = load_model(base_model(model))[0] if router_type(router) == "arrow" else None
@@ -152,8 +154,10 @@ def route(
 def _context(record: dict[str, Any]) -> Any:
     from dlp_lora.router import Context
 
-    turns = [message["content"] for message in record.get("messages", ())] or [record["prompt"]]
-    given = {key: record.get(key, "") for key in ("history", "answer")}
+    messages = list(record.get("messages", ()))
+    begun = messages.pop()["content"] if len(messages) > 1 and messages[-1].get("role") == "assistant" else ""
+    turns = [message["content"] for message in messages] or [record["prompt"]]
+    given = {"history": record.get("history", ""), "answer": record.get("answer", begun)}
     if not all(isinstance(text, str) for text in given.values()):
         raise ValueError(f"history and answer must be strings, got {given}")
     history = "\n".join(filter(None, [given["history"], *turns[:-1]]))
@@ -168,6 +172,8 @@ def routing_table(trace: tuple["Sentence", ...], *, of: str = "sentence") -> Tab
     table.add_column("route + fuse", justify="right", style="dim")
     for sentence in trace:
         used = ", ".join(f"{name} {weight:.0%}" for name, weight in sentence.mixture.items()) or "base model"
+        if sentence.abstained:
+            used += " (none fits)"
         cost = f"{sentence.route_ms + sentence.fuse_ms:.1f} ms"
         table.add_row(escape(sentence.text.strip()), escape(used), cost)
     return table

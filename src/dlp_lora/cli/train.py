@@ -122,6 +122,9 @@ def train_router_command(
     tokenizer: Annotated[str | None, typer.Option(help="Tokenizer: folder or hub id. [default: the model's]")] = None,
     model: ModelOption = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the texts.")] = None,
+    coverage: Annotated[
+        float | None, typer.Option(help="Share of the tasks' own texts that some adapter is to fit. [default: 0.99]")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of initialisation, order and augmentation.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -145,7 +148,13 @@ def train_router_command(
     elif data is not None:
         from dlp_lora.training.router import RouterTrainingArgs
 
-        given: dict[str, Any] = {"kind": router_kind, "encoder": encoder, "epochs": epochs, "seed": seed}
+        given: dict[str, Any] = {
+            "kind": router_kind,
+            "encoder": encoder,
+            "epochs": epochs,
+            "coverage": coverage,
+            "seed": seed,
+        }
         args = RouterTrainingArgs(**{key: value for key, value in given.items() if value is not None})
         _train_router(
             data, tasks.split(",") if tasks else None, out, tokenizer or encoder, model, args, as_json=as_json

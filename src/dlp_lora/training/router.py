@@ -28,7 +28,7 @@ from dlp_lora.training.contexts import GENERATION, KINDS, MIX, draw_contexts
 NUM_BINS = 15
 RATES = ("learning_rate", "embedding_learning_rate", "encoder_learning_rate")
 MEDIAN_FIT = 0.999
-MIN_ROOM = 1.0  # of the score, between the median and none
+MIN_ROOM = 2.0  # of the score, between the median and none
 
 Kind = Literal["mini-mlp", "encoder"]
 TrainedRouter = MiniMLP | EncoderRouter
