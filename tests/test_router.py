@@ -1,7 +1,8 @@
 import json
 import math
+import random
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -12,11 +13,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import DynamicCache
 
-from conftest import byte_tokenizer
+import dlp_lora
+from conftest import byte_tokenizer, lively_model
 from dlp_lora import Context, MiniMLP, Router, RouterError
+from dlp_lora.cli.run import _context
 from dlp_lora.router import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, Calibration, Encoded, MiniMLPConfig
 from dlp_lora.router.nearness import RIDGE, Nearness
+from dlp_lora.tasks import Example
+from dlp_lora.training.contexts import draw_contexts
 from reference import mahalanobis
 
 NAMES = ("math", "poems", "units")
@@ -234,6 +241,31 @@ class TestEncoding:
         mlp = router()
         logits = mlp([mlp.encode(context) for context in CONTEXTS])
         torch.testing.assert_close(logits.softmax(dim=-1).detach(), mlp.probabilities(CONTEXTS), rtol=0, atol=1e-6)
+
+    def test_training_the_command_and_decoding_give_the_router_the_same_text(self, lively_adapters: Path) -> None:
+        example = Example(prompt="And  BACK?", answer="As far. Y")  # its second sentence is one token
+        drawn = draw_contexts([[example], [example]], 200, {"whole": 1, "answer": 1}, random.Random(0))
+        learned = {sample.context for sample in drawn if not sample.context.history}
+        asked = [{"role": "user", "content": example.prompt}, {"role": "assistant", "content": "As far. Y"}]
+        routed = [_context({"messages": asked[:1]}), _context({"messages": asked})]
+
+        class Listening(MiniMLP):
+            def probabilities(self, contexts: Sequence[Context]) -> Tensor:
+                heard.extend(contexts)
+                return super().probabilities(contexts)
+
+        heard: list[Context] = []
+        mlp = Listening(NAMES, BYTES, MiniMLPConfig(dim=16, hidden=24)).eval()
+        engine = dlp_lora.load(lively_model(), tokenizer=byte_tokenizer(), adapters=lively_adapters, router=mlp)
+        template = engine.tokenizer.apply_chat_template(asked[:1], tokenize=False, add_generation_prompt=True)
+        cache = DynamicCache(config=engine.model.config)
+        for text in (template, *"As far. Y"):
+            ids = torch.tensor([engine.tokenizer(text, add_special_tokens=False)["input_ids"]])
+            engine.model(ids, past_key_values=cache)
+        assert len(heard) == 2
+        for decoded, said in zip(heard, routed, strict=True):
+            assert mlp.encode(decoded) == mlp.encode(said)
+            assert mlp.encode(decoded) in mlp.encode_all(sorted(learned, key=repr))
 
     @given(st.lists(st.text(alphabet="ab\n ?é", max_size=20), min_size=4, max_size=4))
     @settings(deadline=None, max_examples=50)
