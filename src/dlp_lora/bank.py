@@ -9,6 +9,7 @@ by token.
 """
 
 import re
+import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -37,6 +38,9 @@ class AdapterBank:
     their shapes. With a `budget_mb`, those that were read without their weights stay on disk; what is fused is loaded,
     and the least recently used make room for it.
 
+    `lock` is held while adapters are added or removed, and by a forward pass from its fusing to its end: what one
+    thread adds never moves what another one computes with.
+
     Raises:
         AdapterError: if an adapter does not fit the layout, or two adapters have one name.
     """
@@ -55,6 +59,7 @@ class AdapterBank:
             raise ValueError(f"budget_mb must be positive, got {budget_mb}")
         self.budget_mb = budget_mb
         self.num_misses = 0  # adapters that had to be loaded to be fused
+        self.lock = threading.RLock()
         self._layout = dict(layout)
         self._dtype = dtype
         self._device = torch.device(device)
@@ -104,17 +109,19 @@ class AdapterBank:
 
     def add(self, adapter: Adapter) -> None:
         """Adds one adapter; mixtures may use it from the next `fuse` on."""
-        self._add(adapter)
-        self._reserve()
+        with self.lock:
+            self._add(adapter)
+            self._reserve()
 
     def remove(self, name: str) -> None:
         """Removes one adapter. Rows that run with it keep it until another mixture takes its place."""
-        if name not in self.adapters:
-            raise AdapterError(self._unknown(name))
-        self._retired[name] = self.adapters.pop(name)
-        self._on_disk.discard(name)  # its files may go, too
-        if name not in self._running:
-            self._forget(name)
+        with self.lock:
+            if name not in self.adapters:
+                raise AdapterError(self._unknown(name))
+            self._retired[name] = self.adapters.pop(name)
+            self._on_disk.discard(name)  # its files may go, too
+            if name not in self._running:
+                self._forget(name)
 
     def touched(self) -> list[Group]:
         """The groups in which at least one adapter changes a module."""

@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import wraps
 from pathlib import Path
 from types import MethodType
 from typing import Any, cast, get_args
@@ -63,6 +62,9 @@ class Engine:
     """A model with many adapters that picks among them by itself, sentence by sentence.
 
     Make one with `dlp_lora.load`. `detach` gives the plain model back.
+
+    Several threads may generate at once with one engine: their forward passes take turns. Its settings (`using`,
+    `fixed`, `disabled`, `merged`) hold for all of them, and with a `seed` only one may sample at a time.
     """
 
     def __init__(
@@ -101,7 +103,7 @@ class Engine:
         self._overridden = {name: vars(model).get(name) for name in ("forward", "get_compiled_call")}
         # `generate` over a static cache on a GPU would compile the controller, too.
         vars(model)["get_compiled_call"] = MethodType(_own_call, model)
-        self._handles = self._controller.install(model)
+        self._controller.install(model)
 
     @property
     def router(self) -> Router | None:
@@ -148,7 +150,7 @@ class Engine:
     @property
     def eos_ids(self) -> frozenset[int]:
         """The tokens that end an answer."""
-        return self._controller.eos_ids
+        return self._controller.calls.eos_ids
 
     def generate(
         self,
@@ -300,17 +302,9 @@ class Engine:
         """
         if max_rank < 1:
             raise ValueError(f"max_rank must be at least 1, got {max_rank}")
-        self._restore("forward")
-        self.bank.pad(max_rank)
-        plain = self.model.forward
-        compiled = torch.compile(plain, **{"dynamic": False, **kwargs})
-
-        @wraps(plain)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return (compiled if self.bank.is_padded else plain)(*args, **kwargs)
-
-        vars(self.model)["forward"] = forward
-        self._controller.is_compiled = True
+        with self.bank.lock:
+            self.bank.pad(max_rank)
+            self._controller.compile(**{"dynamic": False, **kwargs})
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes a bundle: adapters, router, policy, and the base model's name. A bundle there is replaced at the end.
@@ -338,37 +332,33 @@ class Engine:
 
     def detach(self) -> PreTrainedModel:
         """Takes the adapters off and gives the base model back, bit for bit as it was."""
-        for handle in self._handles:
-            handle.remove()
-        for name in self._overridden:
-            self._restore(name)
-        detach(self.model)
+        with self.bank.lock:
+            for name, before in self._overridden.items():
+                vars(self.model).pop(name, None)
+                if before is not None:
+                    vars(self.model)[name] = before
+            detach(self.model)
         return self.model
-
-    def _restore(self, name: str) -> None:
-        vars(self.model).pop(name, None)
-        if self._overridden[name] is not None:
-            vars(self.model)[name] = self._overridden[name]
 
     @contextmanager
     def _ending(self, kwargs: Mapping[str, Any]) -> Iterator[None]:
         """Tells the controller at which tokens `generate` ends a row, and with which it pads it, in this call."""
-        controller, configs = self._controller, (kwargs.get("generation_config"), self.model.generation_config)
-        before = controller.eos_ids, controller.pad_ids
+        calls, configs = self._controller.calls, (kwargs.get("generation_config"), self.model.generation_config)
+        before = calls.eos_ids, calls.pad_ids
         eos, pad = (
             next((i for i in (kwargs.get(name), *(getattr(c, name, None) for c in configs)) if i is not None), None)
             for name in ("eos_token_id", "pad_token_id")
         )
-        controller.eos_ids, controller.pad_ids = _ids(eos), _ids(pad)
+        calls.eos_ids, calls.pad_ids = _ids(eos), _ids(pad)
         try:
             yield
         finally:
-            controller.eos_ids, controller.pad_ids = before
+            calls.eos_ids, calls.pad_ids = before
 
     def _trim(self, tokens: list[int]) -> list[int]:
-        end = next((i + 1 for i, token in enumerate(tokens) if token in self._controller.eos_ids), None)
+        end = next((i + 1 for i, token in enumerate(tokens) if token in self._controller.calls.eos_ids), None)
         if end is None:  # padding alone may follow a stop string
-            padding = self._controller.pad_ids & set(self.tokenizer.all_special_ids)
+            padding = self._controller.calls.pad_ids & set(self.tokenizer.all_special_ids)
             end = next((i + 1 for i in reversed(range(len(tokens))) if tokens[i] not in padding), 0)
         return tokens[:end]
 

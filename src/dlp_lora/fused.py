@@ -230,30 +230,40 @@ def merged(model: nn.Module, bank: AdapterBank, mixture: Mixture) -> Iterator[No
     Raises:
         ModelError: if a layer has no weight of its own to add to.
     """
-    bank.fuse([mixture])
-    found: list[tuple[FusedLinear, LowRank]] = []
+    pristine: list[tuple[FusedLinear, Tensor]] = []
+    try:
+        with bank.lock:
+            bank.fuse([mixture])
+            found = list(_fused_pairs(model))
+            _check_mergeable(model, [module for module, _ in found])
+            for module, (a, b, _) in found:
+                pristine.append((module, module.weight.detach().clone()))
+                delta = a.detach().float() @ b.detach().float()  # (d_in, d_out)
+                delta = delta if isinstance(module.base_layer, Conv1D) else delta.T
+                module.weight.data.copy_(module.weight.data.float() + delta)
+            bank.clear()
+            bank.is_merged = True
+        yield
+    finally:
+        with bank.lock:
+            bank.is_merged = False
+            for module, weight in pristine:
+                module.weight.data.copy_(weight)
+
+
+def _fused_pairs(model: nn.Module) -> Iterator[tuple[FusedLinear, LowRank]]:
     for module in (module for module in model.modules() if isinstance(module, FusedLinear)):
         pairs = module.group.active and module.group.active[module.sibling]
         if pairs:
-            found.append((module, pairs[module.layer]))
+            yield module, pairs[module.layer]
+
+
+def _check_mergeable(model: nn.Module, modules: Sequence[FusedLinear]) -> None:
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    for module, _ in found:
+    for module in modules:
         if not module.weight.is_floating_point() or uses[id(module.weight)] != 1:
             name = module.group.modules[module.sibling][module.layer]
             raise ModelError(f"{name} is quantised or shares its weight with another layer; use fixed() instead")
-    pristine = [(module.weight.data, module.weight.detach().clone()) for module, _ in found]
-    try:
-        for module, (a, b, _) in found:
-            delta = a.detach().float() @ b.detach().float()  # (d_in, d_out)
-            delta = delta if isinstance(module.base_layer, Conv1D) else delta.T
-            module.weight.data.copy_(module.weight.data.float() + delta)
-        bank.clear()
-        bank.is_merged = True
-        yield
-    finally:
-        bank.is_merged = False
-        for (module, _), (_, weight) in zip(found, pristine, strict=True):
-            module.weight.data.copy_(weight)
 
 
 def _are_alike(layers: Sequence[nn.Module]) -> bool:
