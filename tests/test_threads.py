@@ -1,6 +1,9 @@
 """Several threads at one engine: passes take turns, and adapters come and go between them."""
 
+import copy
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -12,8 +15,9 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from conftest import make_adapter, tiny_model
-from dlp_lora import Engine
+import reference
+from conftest import EveryK, lively_model, make_adapter, tiny_model
+from dlp_lora import AdapterError, Context, Engine, RouterError, TopP
 from dlp_lora.peft_format import read_adapter
 from dlp_lora.streaming import Piece
 
@@ -133,6 +137,94 @@ def test_each_call_ends_at_its_own_tokens(make_engine: MakeEngine) -> None:
     alone = [call() for call in calls]
     assert {len(g.tokens) for g in alone} != {24}
     assert [g.tokens for g in together(*calls)] == [g.tokens for g in alone]
+
+
+def test_rows_keep_a_removed_adapter_while_two_caches_take_turns(make_engine: MakeEngine) -> None:
+    def turns(engine: Engine, *, remove: bool) -> tuple[Tensor, Tensor]:
+        with engine.fixed({"math": 1.0}), torch.no_grad():
+            one = engine.model(IDS, use_cache=True).past_key_values
+        with engine.fixed({"units": 1.0}), torch.no_grad():
+            other = engine.model(IDS, use_cache=True).past_key_values
+        if remove:
+            engine.remove_adapter("math")
+        with engine.using(segmenter=lambda: EveryK(99)), torch.no_grad():
+            logits = [engine.model(IDS[:, :1], past_key_values=c).logits for c in (one, other, one, copy.deepcopy(one))]
+        return torch.cat(logits[:3]), logits[3]
+
+    engine = make_engine()
+    wanted, found = turns(make_engine(), remove=False), turns(engine, remove=True)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+    assert engine.bank.names == ("poems", "units")
+    engine.generate("Why?", **GREEDY)  # the caches are gone, and with them the adapter
+    assert set(engine.bank._blocks) == {"poems", "units"}
+
+
+def test_an_adapter_comes_back_once_no_row_runs_with_its_old_self(
+    make_engine: MakeEngine, lively_adapters: Path
+) -> None:
+    engine = make_engine()
+    with engine.fixed({"math": 1.0}), torch.no_grad():
+        cache = engine.model(IDS, use_cache=True).past_key_values
+    engine.remove_adapter("math")
+    with pytest.raises(AdapterError, match="rows still run with the removed adapter 'math'"):
+        engine.add_adapter(lively_adapters / "units", "math")
+    del cache
+    assert engine.add_adapter(lively_adapters / "units", "math") == "math"
+    with engine.fixed({"math": 1.0}):
+        found = engine.generate("Why?", **GREEDY)
+    with engine.fixed({"units": 1.0}):
+        assert engine.generate("Why?", **GREEDY).tokens == found.tokens
+
+
+def test_a_cache_is_freed_with_its_last_reference(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    with torch.no_grad():
+        cache = engine.model(IDS, use_cache=True).past_key_values
+    cache = copy.deepcopy(cache)
+    cache.reorder_cache(torch.tensor([1, 0, 1]))
+    gc.disable()
+    try:
+        known = weakref.ref(cache)
+        del cache
+        assert known() is None
+    finally:
+        gc.enable()
+
+
+def test_an_adapter_of_modules_that_none_had_is_added_while_rows_run(make_engine: MakeEngine, tmp_path: Path) -> None:
+    late = make_adapter(lively_model(), tmp_path / "late", seed=9, scale=0.3, target_modules=["q_proj", "lm_head"])
+    engine, quiet = make_engine(), make_engine()
+    texts = [quiet.generate(PROMPTS[0], **GREEDY).text]
+    stream = engine.stream(PROMPTS[0], **GREEDY)
+    pieces = [next(stream)]
+    assert engine.add_adapter(late) == "late"
+    assert "".join([*pieces, *stream]) == texts[0]
+    with engine.fixed({"late": 0.7, "math": 0.3}):
+        found = engine.model(IDS).logits
+    folders = {"late": late, "math": engine.bank.adapters["math"].path}
+    wanted = reference.with_mixture(lively_model(), {"late": 0.7, "math": 0.3}, folders)(IDS).logits
+    torch.testing.assert_close(found.double(), wanted.double(), rtol=1e-3, atol=1e-3)
+    with pytest.raises(RouterError, match="the router does not know the adapters late"):
+        engine.save_pretrained(tmp_path / "bundle")
+    with engine.merged({"math": 1.0}), pytest.raises(ValueError, match=r"leave engine\.merged\(\) first"):
+        engine.add_adapter(late, "again")
+
+
+def test_what_the_router_gives_a_removed_adapter_is_the_probability_that_none_fits(make_engine: MakeEngine) -> None:
+    engine = make_engine(policy=TopP())
+    probabilities = dict(
+        zip(engine.router.names, engine.router.probabilities([Context("Why?")])[0].tolist(), strict=True)
+    )
+    for name in sorted(probabilities, key=probabilities.__getitem__):
+        engine.remove_adapter(name)
+        del probabilities[name]
+        told, mixture = engine.route("Why?")
+        assert set(told) == set(probabilities)
+        assert bool(mixture) == (sum(probabilities.values()) > 0.5)
+        assert engine.generate("Why?", **GREEDY).tokens
+    with pytest.raises(AdapterError, match="no adapter 'math'; there are none"):
+        engine.remove_adapter("math")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
@@ -26,7 +26,7 @@ from dlp_lora.bank import AdapterBank
 from dlp_lora.errors import PromptError, RouterError
 from dlp_lora.policy import FusionPolicy, KVPolicy, Mixture, PromptRouting, Switching, choose
 from dlp_lora.router import Context, Router
-from dlp_lora.rows import CachedRows, Decision, Row, Sentence, bind, rows_of
+from dlp_lora.rows import Alive, CachedRows, Decision, LatestRows, Row, Sentence, adapters_of, bind, rows_of
 from dlp_lora.sentences import Segmenter
 from dlp_lora.text import Detokenizer, Passage, PromptReader
 
@@ -37,7 +37,15 @@ class Calls(threading.local):
     def __init__(self, eos_ids: frozenset[int], pad_ids: frozenset[int]) -> None:
         self.eos_ids = eos_ids
         self.pad_ids = pad_ids
-        self.latest: CachedRows | None = None
+        self.latest: LatestRows | None = None
+
+
+class Pass(NamedTuple):
+    """What a forward pass is given, and the rows that it is over, if they are known."""
+
+    rows: CachedRows | None
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 class Controller:
@@ -69,9 +77,11 @@ class Controller:
         self._compiled: Callable[..., Any] | None = None  # runs decoding steps over a static cache
         self.fixed: tuple[Mixture, ...] | None = None
         self._read_prompt = PromptReader(tokenizer)
+        self._alive = Alive()
+        bank.in_use = self._in_use
 
     @property
-    def latest(self) -> CachedRows | None:
+    def latest(self) -> LatestRows | None:
         """The rows of this thread's last forward pass."""
         return self.calls.latest
 
@@ -83,10 +93,12 @@ class Controller:
         @wraps(plain)
         def forward(*args: Any, **kwargs: Any) -> Any:
             with self.bank.lock:
-                args, kwargs = self._before(args, kwargs)
+                rows, args, kwargs = self._before(args, kwargs)
                 run = plain if self._compiled is None or not self.bank.is_padded else self._compiled
                 output = run(*args, **kwargs)
-                self._after(output)
+                cache = getattr(output, "past_key_values", None)
+                if rows is not None and isinstance(cache, Cache) and rows_of(cache) is None:
+                    bind(cache, rows)
             return output
 
         vars(model)["forward"] = forward
@@ -97,7 +109,7 @@ class Controller:
 
     @torch.inference_mode(False)  # what is fused here outlives the call, and may be asked for gradients in the next
     @torch.no_grad()
-    def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Pass":
         self.calls.latest = None  # of what cannot be routed, nothing is left behind
         ids = args[0] if args else kwargs.get("input_ids")
         if ids is None:
@@ -106,41 +118,40 @@ class Controller:
                     "routing reads token ids, but got inputs_embeds; pass input_ids or use engine.fixed()"
                 )
             self.bank.fuse(self._fixed_for(kwargs["inputs_embeds"].shape[0]))
-            return args, kwargs
+            return Pass(None, args, kwargs)
         cache = kwargs.get("past_key_values")
         known = rows_of(cache)
         length = int(cache.get_seq_length()) if cache is not None else 0
         mask = kwargs.get("attention_mask")
         switched = False
         if known is None or length == 0:
-            latest = CachedRows(self._prompt_rows(ids, mask), ids)
+            rows = CachedRows(self._prompt_rows(ids, mask), ids, self._alive)
         elif ids.shape[1] == 1 and known.ids.shape[1] == length:
             known.ids = torch.cat([known.ids, ids], dim=1)
-            latest = known
+            rows = known
             is_fixed_anew = self._fix(known.rows)
             switched = self._step(known.rows, ids[:, 0].tolist()) or is_fixed_anew
         else:
             # A cropped cache, or several tokens at once (the next turn of a chat, a chunk of a long prompt).
             whole = torch.cat([known.ids[:, :length], ids], dim=1)
-            latest = CachedRows(self._prompt_rows(whole, mask), whole)
+            rows = CachedRows(self._prompt_rows(whole, mask), whole, self._alive)
             switched = any(
                 # What the cached tokens are sentences of has changed with the text.
                 bool(row.prompt_trace) or row.mixture != before.mixture
-                for row, before in zip(latest.rows, known.rows, strict=True)
+                for row, before in zip(rows.rows, known.rows, strict=True)
             )
-        self.calls.latest = latest
+        self.calls.latest = LatestRows(rows.rows, rows.ids)
         if cache is not None:
-            bind(cache, latest)
+            bind(cache, rows)
         if switched and self.kv_policy == "recompute":
-            self._fuse(latest, kwargs, num_tokens=latest.ids.shape[1])
-            return self._recompute(latest.ids, kwargs, num_logits=ids.shape[1])
-        self._fuse(latest, kwargs, num_tokens=ids.shape[1])
-        return args, kwargs
+            self._fuse(rows, kwargs, num_tokens=rows.ids.shape[1])
+            return Pass(rows, (), self._recompute(rows.ids, kwargs, num_logits=ids.shape[1]))
+        self._fuse(rows, kwargs, num_tokens=ids.shape[1])
+        return Pass(rows, args, kwargs)
 
-    def _after(self, output: Any) -> None:
-        cache = getattr(output, "past_key_values", None)
-        if self.latest is not None and isinstance(cache, Cache) and rows_of(cache) is None:
-            bind(cache, self.latest)
+    def _in_use(self) -> set[str]:
+        """Names the adapters that no pass to come may find gone."""
+        return adapters_of(self._alive) | {name for mixture in self.fixed or () for name in mixture}
 
     def replay(self, inputs: Mapping[str, Tensor], answers: Sequence[Sequence[int]]) -> list[Row]:
         """Routes given answers without the model: what it decided, as decisions follow from the tokens alone."""
@@ -259,6 +270,8 @@ class Controller:
     def choose(self, contexts: Sequence[Context]) -> list[tuple[dict[str, float], Mixture]]:
         """Asks the router; gives a probability for each adapter name, and the mixture that follows, of each context.
 
+        What it gives an adapter that the bank no longer holds is the probability that none fits.
+
         Raises:
             RouterError: if there is no router.
         """
@@ -266,7 +279,9 @@ class Controller:
             raise RouterError("this engine has no router; choose a mixture with engine.fixed() or engine.disabled()")
         with self.bank.lock:  # a router may run the base model
             rows = self.router.probabilities(contexts).tolist()
-        return [choose(self.policy, dict(zip(self.router.names, row, strict=True))) for row in rows]
+            held = self.bank.adapters
+            named = [zip(self.router.names, row, strict=True) for row in rows]
+            return [choose(self.policy, {name: p for name, p in row if name in held}) for row in named]
 
     def _decide(self, contexts: Sequence[Context], positions: Sequence[tuple[int, int]]) -> list[Decision]:
         start = time.perf_counter()
@@ -296,9 +311,7 @@ class Controller:
             )
         return [mixture for mixture in self.fixed for _ in range(batch // len(self.fixed))]
 
-    def _recompute(
-        self, ids: Tensor, kwargs: dict[str, Any], *, num_logits: int
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _recompute(self, ids: Tensor, kwargs: dict[str, Any], *, num_logits: int) -> dict[str, Any]:
         """Turns a decoding step into a pass over all tokens so far, into an emptied cache."""
         kwargs = {k: v for k, v in kwargs.items() if k not in ("input_ids", "position_ids", "cache_position")}
         cache, mask = kwargs["past_key_values"], kwargs.get("attention_mask")
@@ -313,7 +326,7 @@ class Controller:
         if mask is not None:
             kwargs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
         # The caller expects logits for the tokens that it gave.
-        return (), {"logits_to_keep": num_logits, **kwargs, "input_ids": ids}
+        return {"logits_to_keep": num_logits, **kwargs, "input_ids": ids}
 
 
 def _is_static(kwargs: Mapping[str, Any]) -> bool:

@@ -24,11 +24,13 @@ from dlp_lora.bank import AdapterBank
 from dlp_lora.bundle import write_bundle
 from dlp_lora.controller import Controller
 from dlp_lora.errors import AdapterError, RouterError
-from dlp_lora.fused import attach, detach, merged
+from dlp_lora.fused import attach, check_base_copies, detach, merged
+from dlp_lora.hub import local_folder
+from dlp_lora.peft_format import FILES, check_base_name, read_adapter
 from dlp_lora.policy import FusionPolicy, KVPolicy, Mixture, PromptRouting, Switching, TopP, policy_to_dict
 from dlp_lora.prompts import Message, as_batch, encode_prompts
 from dlp_lora.router import Context, Router
-from dlp_lora.rows import CachedRows, Row, Sentence
+from dlp_lora.rows import LatestRows, Row, Sentence
 from dlp_lora.sentences import Segmenter, SentenceSegmenter
 from dlp_lora.streaming import Abandoned, Piece, PieceStreamer
 
@@ -134,6 +136,40 @@ class Engine:
         """When a sentence start may switch."""
         return self._controller.switching
 
+    @torch.inference_mode(False)  # what is made here outlives the call
+    def add_adapter(self, path: str | Path, name: str | None = None) -> str:
+        """Adds a PEFT adapter from a folder or hub id, also while answers are generated; gives its name.
+
+        Rows that run are not disturbed. `fixed` may use the adapter from the next pass on; the router gives it nothing
+        until one that knows it is used.
+
+        Raises:
+            AdapterError: if it cannot be read or does not fit the base, its name is taken, or rows still run with
+                a removed adapter of its name.
+        """
+        folder = local_folder(path, files=FILES, error=AdapterError)
+        adapter = read_adapter(folder, name, weights=self.bank.budget_mb is None)
+        check_base_name(adapter, self.model.config._name_or_path, stacklevel=4)
+        with self.bank.lock:
+            if self.bank.is_merged:
+                raise ValueError("the base weights hold a mixture; leave engine.merged() first")
+            self.bank.check(adapter)
+            check_base_copies(self.model, adapter)
+            self.bank.add(adapter)
+            attach(self.model, self.bank)
+        return adapter.name
+
+    def remove_adapter(self, name: str) -> None:
+        """Removes an adapter, also while answers are generated.
+
+        Rows that run with it keep it until they end or switch, and its weights stay in memory as long. What the router
+        gives it is the probability that no adapter fits.
+
+        Raises:
+            AdapterError: if there is none of this name.
+        """
+        self.bank.remove(name)
+
     def routing_settings(self) -> dict[str, Any]:
         """What a bundle keeps of how the router is asked and obeyed, as JSON data.
 
@@ -179,7 +215,7 @@ class Engine:
                 output = cast(Any, self.model).generate(**inputs, **kwargs)
             length = inputs["input_ids"].shape[1]
             answers = [self._trim(tokens) for tokens in output[:, length:].tolist()]
-            known = cast(CachedRows, self._controller.latest)
+            known = cast(LatestRows, self._controller.latest)
             read = known.ids[:, length:].tolist()
             rows = known.rows
             # Beams end in other rows than they began in, and a row stopped without eos has read padding.
@@ -310,8 +346,11 @@ class Engine:
         """Writes a bundle: adapters, router, policy, and the base model's name. A bundle there is replaced at the end.
 
         Raises:
+            RouterError: if adapters were added or removed that the router does not know, or still knows.
             ValueError: if the policy is not one of this package's, which alone can be saved by name.
         """
+        if self.router is not None:
+            check_names(self.router.names, self.bank.names)
         write_bundle(
             path,
             base_model=self.model.config._name_or_path,

@@ -195,7 +195,8 @@ def attach(model: nn.Module, bank: AdapterBank, *, stack: bool = True) -> None:
         AdapterError: if an adapter was trained on a base whose weights differ from the model's, where it tells.
     """
     for adapter in bank.adapters.values():
-        _check_base_copies(model, adapter)
+        check_base_copies(model, adapter)
+    bank.clear()
     touched = bank.touched()
     for group in bank.groups:
         layers = [[model.get_submodule(name) for name in names] for names in group.modules]
@@ -273,7 +274,12 @@ def _are_alike(layers: Sequence[nn.Module]) -> bool:
     return len(kinds) == 1 and len({id(w) for w in weights}) == len(weights) and not any(w.is_meta for w in weights)
 
 
-def _check_base_copies(model: nn.Module, adapter: Adapter) -> None:
+def check_base_copies(model: nn.Module, adapter: Adapter) -> None:
+    """Checks base weights that an adapter brings along.
+
+    Raises:
+        AdapterError: if they differ from the model's.
+    """
     for name, copy in read_base_copies(adapter).items():
         module, _, parameter = name.rpartition(".")
         weight = getattr(model.get_submodule(module), parameter)
