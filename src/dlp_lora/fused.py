@@ -56,7 +56,7 @@ class FusedLinear(nn.Module):
         self.outputs = outputs
         self._plain = is_plain(base_layer)
 
-    def forward(self, x: Float[Tensor, "batch seq d_in"]) -> Float[Tensor, "batch seq d_out"]:
+    def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
         active = self.group.active
         if active is None:
             return self._base(x)
@@ -75,7 +75,7 @@ class FusedLinear(nn.Module):
         y = self._base(x)
         h = x.to(pair.a.dtype) @ pair.a  # (batch, seq, rank)
         if self.group.gate is not None:
-            h = h * self._gate(x)[..., pair.rows]
+            weigh(h, self.group.gate[..., pair.rows])
         return add_product(y.view(-1, y.shape[-1]), h.view(-1, h.shape[-1]), pair.b).view(y.shape)
 
     def _take(self, x: Tensor) -> Tensor:
@@ -93,23 +93,13 @@ class FusedLinear(nn.Module):
         y = linear(x.reshape(-1, x.shape[-1]), weight, bias)
         outs = y.split(sizes, dim=1)  # the siblings' base projections, then their low-rank activations
         if len(sizes) > num:
-            wide = y.to(_dtype_for(y, self.group.dtype))
-            wides = outs if wide is y else wide.split(sizes, dim=1)
-            lows = wides[num:] if self.group.gate is None else self._gated(wide, sizes, num, x)
-            outs = [
-                out if b is None else torch.addmm(own, low, b.to(own.dtype)).to(y.dtype)
-                for out, own, low, b in zip(outs, wides, lows, bs, strict=False)
-            ]
-        return [out.view(*shape, -1) for out in outs]
-
-    def _gated(self, y: Tensor, sizes: Sequence[int], num: int, x: Tensor) -> Sequence[Tensor]:
-        low = y[:, sum(sizes[:num]) :]
-        weighed = (low.view(*x.shape[:-1], -1) * self._gate(x)).view(low.shape)
-        return torch.split(weighed, list(sizes[num:]), dim=1)
-
-    def _gate(self, x: Tensor) -> Tensor:
-        # The head of a model may be given the last tokens alone.
-        return self.group.gate[:, -x.shape[1] :]  # type: ignore[index]
+            low = y[:, sum(sizes[:num]) :].to(_dtype_for(y, self.group.dtype))
+            if self.group.gate is not None:
+                weigh(low, self.group.gate)
+            for out, own, b in zip(outs, low.split(sizes[num:], dim=1), bs, strict=False):
+                if b is not None:
+                    add_product_(out, own, b)
+        return [out.view(*shape, -1) for out in outs[:num]]
 
     @property
     def weight(self) -> Tensor:
@@ -138,6 +128,21 @@ def add_product(
     """`y + h B`, in y's dtype."""
     dtype = _dtype_for(y, b.dtype)
     return torch.addmm(y.to(dtype), h.to(dtype), b.to(dtype)).to(y.dtype)
+
+
+def add_product_(y: Float[Tensor, "rows d_out"], h: Float[Tensor, "rows rank"], b: Float[Tensor, "rank d_out"]) -> None:
+    """As `add_product`, in place and with h in the dtype to compute in: the wide base projections are not copied."""
+    if h.dtype == y.dtype:
+        y.addmm_(h, b.to(y.dtype))
+    else:
+        y.add_(h @ b)
+
+
+def weigh(h: Float[Tensor, "*rows rank"], gate: Float[Tensor, "batch _ rank"]) -> None:
+    """Weighs low-rank activations in place, row by row or token by token."""
+    # Some models give a layer the tokens of all rows as one list, and their head the last tokens of each row alone.
+    tokens = h.view(gate.shape[0], -1, h.shape[-1])
+    tokens.mul_(gate[:, -tokens.shape[1] :])
 
 
 def _dtype_for(y: Float[Tensor, "rows d_out"], dtype: torch.dtype) -> torch.dtype:

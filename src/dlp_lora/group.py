@@ -16,7 +16,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-
 MAX_VIEWS = 32  # of the ranks that mixtures have; a compiled pass keeps its own
 
 
