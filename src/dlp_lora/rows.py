@@ -196,7 +196,7 @@ class Followed:
 
 
 @cache
-def _followed(kind: type[Cache]) -> type[Cache]:
+def _followed(kind: type) -> type:
     return type(kind.__name__, (Followed, kind), {})
 
 
