@@ -172,7 +172,8 @@ def bind(cache: Cache, rows: CachedRows) -> None:
     """Ties rows to a cache, so that whatever reorders the cache reorders them."""
     if not isinstance(cache, Followed):
         # Methods of the instance would refer to it, and its memory would stay until the next garbage collection.
-        cache.__class__ = _followed(type(cache))
+        kind: Any = type(cache)
+        cache.__class__ = _followed(kind)
     setattr(cache, ROWS, rows)
 
 
