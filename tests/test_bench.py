@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from conftest import byte_tokenizer, lively_model
-from dlp_lora import Context, DLPLoRAError, Engine, controller
+from dlp_lora import Context, DLPLoRAError, Engine, Mixture, controller
 from dlp_lora.bench import models, train
 from dlp_lora.bench.agreement import Twin, check_paths, check_sentences
 from dlp_lora.bench.bank import BankArgs, bench_bank
@@ -163,6 +163,23 @@ def test_paths_of_bfloat16_are_told_apart_although_they_round_differently(model:
     assert {scale for m in one.modules() if isinstance(m, LoraLayer) for scale in m.scaling.values()} == {1.0}
 
 
+def test_no_figures_are_given_when_a_step_on_the_cache_differs(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make_case(model, tmp_path)
+    engine, base, mixed = models.engine_with(case, selected=1), models.base_model(case), models.peft_many(case, 3)
+    twin = Twin(mixed, [{name: 1.0} for name in case.names], {"adapter_names": list(case.names)})
+    check_paths(engine, base, case.prompts(3)[0], {"peft": twin})
+    fuse = engine.bank.fuse
+
+    def turned(mixtures: list[Mixture], *args: Any, goes_on: bool = False, **kwargs: Any) -> None:
+        fuse(mixtures[::-1] if goes_on else mixtures, *args, goes_on=goes_on, **kwargs)
+
+    monkeypatch.setattr(engine.bank, "fuse", turned)
+    with pytest.raises(DLPLoRAError, match="peft and the engine under the same mixture differ by"):
+        check_paths(engine, base, case.prompts(3)[0], {"peft": twin})
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_figures_are_given_when_a_sentence_is_read_under_another_ones_mixture(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
@@ -262,6 +279,7 @@ def test_the_stacked_base_computes_what_the_base_does(model: Path, tmp_path: Pat
 def test_batches_decode_and_prefill_with_all_variants(model: Path, record_of: RecordOf) -> None:
     record = bench_decode(model, replace(SMALL, batch=3, target_modules=("all-linear",), rounds=1))
     assert record["settings"]["batch"] == 3
+    assert [row["name"] for row in record["rows"]][-2:] == ["peft one adapter", "peft another adapter a row"]
     rows = record_of("prefill")["rows"]
     assert [row["name"] for row in rows] == [
         "base",

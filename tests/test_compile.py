@@ -17,7 +17,6 @@ from transformers import CompileConfig, StaticCache
 import dlp_lora
 from conftest import USUAL_TARGETS, EveryK, HashRouter, byte_tokenizer, lively_model, make_adapter, tiny_model
 from dlp_lora import Engine, Switching, TopK, TopP
-from dlp_lora.peft_format import read_adapter
 
 TOKENIZER = byte_tokenizer()
 PROMPTS = ["Tell me a tale", "Why?", "How far is it to the moon"]
@@ -179,12 +178,23 @@ def test_disabled_is_the_base_bit_for_bit(engine: Engine) -> None:
     assert torch.equal(torch.stack(found.logits), torch.stack(wanted.logits))
 
 
-def test_adapters_come_and_go(engine: Engine, plain: Engine, lively_adapters: Path) -> None:
+def test_adapters_come_and_go_within_one_graph(lively_adapters: Path, plain: Engine, counter: CompileCounter) -> None:
+    torch._dynamo.reset()
+    engine = load(lively_adapters)
+    engine.compile(max_rank=16, backend=counter, fullgraph=True)
     steps(engine, MIXTURES)
-    engine.bank.add(read_adapter(lively_adapters / "units", "twin"))
-    found = steps(engine, [{"twin": 0.5, "math": 0.5}, *MIXTURES])
-    engine.bank.remove("twin")
-    torch.testing.assert_close(found, steps(plain, [{"units": 0.5, "math": 0.5}, *MIXTURES]), rtol=1e-4, atol=1e-4)
+    before = buffers(engine)
+    with no_new_graph(counter):
+        for i in range(12):  # more ranks than the buffers began with
+            engine.add_adapter(lively_adapters / "units", f"twin{i}")
+            found = steps(engine, [{f"twin{i}": 0.5, "math": 0.5}, *MIXTURES])
+        for i in range(12):
+            engine.remove_adapter(f"twin{i}")
+        again = steps(engine, MIXTURES)
+    assert buffers(engine) == before
+    wanted = steps(plain, [{"units": 0.5, "math": 0.5}, *MIXTURES])
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(again, steps(plain, MIXTURES), rtol=1e-4, atol=1e-4)
 
 
 def test_a_mixture_wider_than_max_rank_runs_uncompiled(lively_adapters: Path, plain: Engine) -> None:

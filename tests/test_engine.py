@@ -25,6 +25,7 @@ from dlp_lora import Context, Engine, FusionPolicy, Generation, Mixture, PromptE
 from dlp_lora.bank import AdapterBank
 from dlp_lora.fused import attach, linear_layers
 from dlp_lora.peft_format import find_adapters, read_adapter
+from dlp_lora.rows import rows_of
 
 MakeEngine = Callable[..., Engine]
 TOKENIZER = byte_tokenizer()
@@ -625,6 +626,14 @@ class TestOrdinaryModel:
             engine.model(inputs_embeds=embeddings)
         with engine.fixed({"math": 1.0}):
             assert torch.equal(engine.model(inputs_embeds=embeddings).logits, engine.model(ids).logits)
+
+    def test_a_cache_begun_with_embeddings_has_no_rows_of_the_pass_before(self, make_engine: MakeEngine) -> None:
+        engine = make_engine()
+        engine.model(**left_padded(PROMPTS[0]))
+        embeddings = engine.model.get_input_embeddings()(left_padded(PROMPTS[1])["input_ids"])
+        with engine.fixed({"math": 1.0}):
+            cache = engine.model(inputs_embeds=embeddings, use_cache=True).past_key_values
+        assert rows_of(cache) is None
 
 
 class TestSettings:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
 
 import dlp_lora.bank as bank_module
 import reference
@@ -356,7 +356,7 @@ def test_siblings_are_computed_in_one_product(llama: PreTrainedModel, tmp_path: 
         bank.fuse([Mixture({"it": 1.0})])
         with torch.profiler.profile() as profile:
             logits(llama)
-    products = sum(e.count for e in profile.key_averages() if e.key in ("aten::addmm", "aten::mm"))
+    products = sum(e.count for e in profile.key_averages() if e.key in ("aten::addmm", "aten::addmm_", "aten::mm"))
     # Two layers of q, k, v, o, gate, up and down, the head, and a second product for q and for v.
     counts = {
         "siblings stacked": 2 * 4 + 1 + 2 * 2,
@@ -531,6 +531,28 @@ def test_a_product_is_that_of_float64_rounded(num_rows: int, dtype: torch.dtype,
         summed = add_product(found, h, b)
         assert summed.dtype == dtype
         torch.testing.assert_close(summed.double(), found.double() + h.double() @ b.double(), rtol=close, atol=close)
+
+
+def test_a_layer_that_is_given_all_rows_tokens_as_one_list_is_gated(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = OPTConfig(vocab_size=260, word_embed_proj_dim=32, max_position_embeddings=64, **sizes)
+    model = OPTForCausalLM(config).eval()
+    targets = ["q_proj", "fc1", "fc2"]
+    folders = {
+        name: make_adapter(model, tmp_path / name, seed=i, scale=0.3, target_modules=targets, r=i)
+        for i, name in enumerate("abc", 1)
+    }
+    mixtures: list[dict[str, float]] = [{"a": 1.0}, {"b": 0.5, "c": -0.5}, {}]
+    rows = [logits(reference.with_mixture(model, m, folders), IDS[i : i + 1])[0] for i, m in enumerate(mixtures)]
+    ends = torch.stack([row[:3] for row in rows])
+    with fused(model, folders) as bank:
+        bank.fuse([Mixture(m) for m in mixtures])
+        assert error(logits(model), torch.stack(rows)) < 1e-5
+        # The same for the first tokens, others behind them.
+        tokens = torch.tensor([[i] * 3 + [(i + 1) % 3] * 5 for i in range(3)])
+        bank.fuse([Mixture(m) for m in mixtures], tokens)
+        assert error(logits(model)[:, :3], ends) < 1e-5
 
 
 def test_siblings_that_no_adapter_changes_are_one_product_while_something_is_fused(

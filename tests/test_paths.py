@@ -1,7 +1,7 @@
 """Every way to compute a mixture gives the guarantees of all the others."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ from conftest import byte_tokenizer, make_adapter, tiny_model
 from dlp_lora import Engine, Mixture
 from dlp_lora.bank import AdapterBank
 from dlp_lora.errors import ModelError
-from dlp_lora.fused import attach, linear_layers, pair_dtype
-from dlp_lora.peft_format import find_adapters, read_adapter
+from dlp_lora.fused import FEW_ROWS, attach, detach, linear_layers, pair_dtype, siblings
+from dlp_lora.peft_format import Adapter, LoraWeights, find_adapters, read_adapter
 
 IDS = torch.arange(3, 27).reshape(3, 8) * 7 % 256
 OTHER = {"all": -0.7, "usual": 0.6}
@@ -179,6 +179,17 @@ def test_a_mixture_is_the_weighted_sum_of_the_deltas(
     assert error(forward(engine, mixture), wanted) < tolerance(dtype)
 
 
+def test_many_rows_are_computed_as_few(
+    engine: Engine, forward: Callable[..., Tensor], dtype: torch.dtype, folder: Path
+) -> None:
+    ids = torch.arange(3, 75).reshape(3, 24) * 7 % 256
+    ids = ids[:, :15] if engine._controller._compiled is not None else ids  # as long as its cache
+    assert ids.numel() > FEW_ROWS
+    mixture = MIXTURES[2]
+    wanted = logits(reference.with_mixture(base(dtype), mixture, find_adapters(folder)), ids)
+    assert error(forward(engine, mixture, ids), wanted) < tolerance(dtype)
+
+
 def test_disabled_is_the_base_bit_for_bit(engine: Engine, forward: Callable[..., Tensor], dtype: torch.dtype) -> None:
     plain = logits(tiny_model(dtype=dtype))
     for mixture in MIXTURES:
@@ -219,6 +230,45 @@ def test_what_is_paged_is_no_longer_in_memory(folder: Path) -> None:
         fixed(engine, mixture, IDS)
         assert set(engine.bank._blocks) == set(mixture)
     assert engine.bank.num_misses == 2 + 1 + 2 + 0  # what the next mixture needs stays
+
+
+def test_a_quantised_base_is_called_and_the_pair_added(folder: Path) -> None:
+    quantization = pytest.importorskip("torch.ao.quantization")
+    if "fbgemm" not in torch.backends.quantized.supported_engines:
+        pytest.skip("this build of torch has no kernels for int8")
+    model = quantization.quantize_dynamic(tiny_model(), {torch.nn.Linear}, dtype=torch.qint8)
+    unfused, mixtures = copy.deepcopy(model), [MIXTURES[2], {}, MIXTURES[3]]
+    adapters = {name: read_adapter(source, name) for name, source in find_adapters(folder).items()}
+    bank = AdapterBank(linear_layers(model), adapters.values(), siblings=siblings(model))
+    attach(model, bank)
+    assert not any(group.is_stacked for group in bank.groups)
+    for ids in (IDS, IDS.repeat(1, 3)):
+        wanted = torch.cat([logits(unmerged(unfused, adapters, m), ids[i : i + 1]) for i, m in enumerate(mixtures)])
+        bank.fuse([Mixture(m) for m in mixtures])
+        found = torch.cat([logits(model, ids)])
+        # Each batch has a scale of its own for its activations, so rows are compared as coarsely.
+        assert error(found, wanted) < 3e-2
+        bank.fuse([Mixture(mixtures[0])])
+        assert error(logits(model, ids), logits(unmerged(unfused, adapters, mixtures[0]), ids)) < 1e-5
+    detach(model)
+    assert torch.equal(logits(model), logits(unfused))
+
+
+def unmerged(model: PreTrainedModel, adapters: Mapping[str, Adapter], mixture: Mapping[str, float]) -> PreTrainedModel:
+    """A model to whose layers' outputs the adapters' are added one by one."""
+    changed = copy.deepcopy(model)
+
+    def adding(loras: Sequence[tuple[float, LoraWeights]]) -> Callable[[Any, tuple[Tensor, ...], Tensor], Tensor]:
+        def add(_: Any, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+            return y + sum(weight * lora.scaling * (args[0] @ lora.a.T @ lora.b.T) for weight, lora in loras)
+
+        return add
+
+    for name, module in changed.named_modules():
+        loras = [(w, adapters[a].modules[name]) for a, w in mixture.items() if name in adapters[a].modules]
+        if loras:
+            module.register_forward_hook(adding(loras))
+    return changed
 
 
 class TestMerged:

@@ -11,9 +11,16 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import EveryK, byte_tokenizer
 from dlp_lora.sentences import SentenceSegmenter
-from dlp_lora.text import Detokenizer, PromptReader, decode
+from dlp_lora.text import Detokenizer, PromptReader, decode, decoder
 
 SPECIALS = ["<unk>", "<s>", "</s>"]
+
+
+def added_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte tokenizer with added tokens that are no bytes: of other characters, of spaces, of bytes' own names."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([AddedToken("  ", special=False), "é你", "Ġa", AddedToken("<|x y|>", special=True)])
+    return tokenizer
 
 
 def fallback_tokenizer(*, kind: str = "llama-2", chat_template: str | None = None) -> PreTrainedTokenizerFast:
@@ -49,6 +56,23 @@ _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTE_LETTERS = {byte: chr(byte) for byte in _PRINTABLE} | {
     byte: chr(256 + i) for i, byte in enumerate(sorted(set(range(256)) - set(_PRINTABLE)))
 }
+ADDED = added_tokenizer()
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(st.integers(0, 330), max_size=24))
+@example([259, 260, 261, 262, 263, 330, 256])
+def test_a_decoder_gives_what_the_tokenizer_gives(tokens: list[int]) -> None:
+    for tokenizer in (*TOKENIZERS.values(), ADDED):
+        assert decoder(tokenizer)(tokens) == decode(tokenizer, tokens, skip_special_tokens=False)
+
+
+@settings(deadline=None)
+@given(TEXTS)
+def test_a_decoder_gives_text_back_as_the_tokenizer_does(text: str) -> None:
+    for tokenizer in (*TOKENIZERS.values(), ADDED):
+        tokens = tokenizer(text + "  é你Ġa<|x y|>")["input_ids"]
+        assert decoder(tokenizer)(tokens) == decode(tokenizer, tokens, skip_special_tokens=False)
 
 
 def pieces_of(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int]) -> list[str]:

@@ -8,9 +8,11 @@ adapters and a gate of shape (batch, 1, rank) or (batch, seq, rank) weighs the l
 by token.
 """
 
+import gc
 import re
+import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +39,10 @@ class AdapterBank:
     their shapes. With a `budget_mb`, those that were read without their weights stay on disk; what is fused is loaded,
     and the least recently used make room for it.
 
+    `lock` is held while adapters are added or removed, and by a forward pass from its fusing to its end: what one
+    thread adds never moves what another one computes with. `in_use` names the adapters that rows still run with,
+    removed or not; the controller of an engine says it.
+
     Raises:
         AdapterError: if an adapter does not fit the layout, or two adapters have one name.
     """
@@ -55,13 +61,15 @@ class AdapterBank:
             raise ValueError(f"budget_mb must be positive, got {budget_mb}")
         self.budget_mb = budget_mb
         self.num_misses = 0  # adapters that had to be loaded to be fused
+        self.lock = threading.RLock()
         self._layout = dict(layout)
         self._dtype = dtype
         self._device = torch.device(device)
         self._blocks: dict[str, dict[Place, Block]] = {}  # the least recently used first
         self._ranks: dict[str, dict[Place, int]] = {}
         self._on_disk: set[str] = set()  # their blocks may go, and are read again
-        self._retired: dict[str, Adapter] = {}  # removed, but still fused for rows that run
+        self._retired: dict[str, Adapter] = {}  # removed, but still in use
+        self.in_use: Callable[[], set[str]] = set
         self.adapters: dict[str, Adapter] = {}
         self.groups = [
             Group(modules, d_in, d_outs, dtype=dtype, device=self._device)
@@ -75,7 +83,7 @@ class AdapterBank:
         }
         self._fused: tuple[tuple[Mixture, ...], int | None] | None = None  # what the buffers hold, if that is known
         self._union: list[str] = []  # the adapters that were fused last, in the order they lie in
-        self._running: set[str] = set()  # the adapters of the last mixtures that were fused
+        self._is_in_order = True  # which is that of the bank
         self._max_rank = 0  # of a compiled pass
         self.is_padded = False  # what is fused is for a compiled pass
         self.is_merged = False  # the base weights hold a mixture: nothing is fused beside it
@@ -103,18 +111,28 @@ class AdapterBank:
         return [*blocks, *buffers]
 
     def add(self, adapter: Adapter) -> None:
-        """Adds one adapter; mixtures may use it from the next `fuse` on."""
-        self._add(adapter)
-        self._reserve()
+        """Adds one adapter; mixtures may use it from the next `fuse` on. Buffers stay where they are.
+
+        Raises:
+            AdapterError: if it does not fit the layout, its name is taken, or rows still run with a removed adapter of
+                its name.
+        """
+        with self.lock:
+            self._add(adapter)
+            self.pad(self._max_rank)  # modules that no adapter changed before
 
     def remove(self, name: str) -> None:
-        """Removes one adapter. Rows that run with it keep it until another mixture takes its place."""
-        if name not in self.adapters:
-            raise AdapterError(self._unknown(name))
-        self._retired[name] = self.adapters.pop(name)
-        self._on_disk.discard(name)  # its files may go, too
-        if name not in self._running:
-            self._forget(name)
+        """Removes one adapter. Rows that run with it keep it, and its memory is theirs until they end or switch."""
+        with self.lock:
+            if name not in self.adapters:
+                raise AdapterError(self._unknown(name))
+            if name in self.in_use():
+                self._load([name])  # its files may go, too
+            self._retired[name] = self.adapters.pop(name)
+            self._on_disk.discard(name)
+            self._drop_retired()
+            if name in self._union:
+                self._fused = None
 
     def touched(self) -> list[Group]:
         """The groups in which at least one adapter changes a module."""
@@ -128,7 +146,8 @@ class AdapterBank:
             return
         places = {place for own in self._ranks.values() for place in own}
         for g, group in enumerate(self.groups):
-            group.pad([max_rank if (g, s) in places else 0 for s in range(len(group.modules))])
+            # What was padded once stays so: a graph counts on it.
+            group.pad([max_rank if (g, s) in places or rank else 0 for s, rank in enumerate(group.padded)])
         self._fused = None
 
     def fuse(
@@ -155,17 +174,19 @@ class AdapterBank:
         tokens = None if len(rows) == 1 else tokens
         goes_on = goes_on and len(rows) > 1 and not padded
         asked = (rows, len(mixtures) if padded else None)
+        if asked == self._fused and tokens is None and (goes_on or self._is_in_order):
+            return
+        self._drop_retired()
         used = {name for row in rows for name in row}
         held = {**self.adapters, **self._retired}
         for name in used:
             if name not in held:
                 raise AdapterError(self._unknown(name))
-        union = [name for name in held if name in used]
-        if asked == self._fused and tokens is None and (goes_on or union == self._union):
-            return
+        union = in_order = [name for name in held if name in used]
         self._load(union)
         if goes_on:
-            union = _in_place([name for name in self._union if name in self._blocks], union)
+            union = self._in_place(union)
+        self._is_in_order = union == in_order
         self._fused = None  # what breaks off half-way must be fused anew
         self._union = union
         self.is_padded = padded and self._fits(union)
@@ -182,9 +203,7 @@ class AdapterBank:
                 gate = gate[:, None] if tokens is None else gate[tokens.to(self._device)]
                 ones = [[1.0] * len(names) for names in here]
                 group.write(blocks, ones, gate, batch=len(mixtures) if self.is_padded else None)
-        self._fused, self._running = asked if tokens is None else None, used
-        for name in set(self._retired) - used:
-            self._forget(name)
+        self._fused = asked if tokens is None else None
 
     def clear(self) -> None:
         """Fuses nothing: the base model."""
@@ -193,9 +212,16 @@ class AdapterBank:
     def _add(self, adapter: Adapter) -> None:
         if adapter.name in self.adapters:
             raise AdapterError(f"two adapters are named {adapter.name!r} (the second: {adapter.path}); rename one")
-        self._check(adapter)
+        self.check(adapter)
+        self._drop_retired()
         if adapter.name in self._retired:
-            self._forget(adapter.name)
+            gc.collect()  # their KV cache may be gone but for a cycle
+            self._drop_retired()
+        if adapter.name in self._retired:
+            raise AdapterError(
+                f"rows still run with the removed adapter {adapter.name!r}; let them end and drop their KV caches, or "
+                f"add {adapter.path} under another name"
+            )
         self.adapters[adapter.name] = adapter.without_weights()
         self._ranks[adapter.name] = {
             place: max(adapter.modules[module].rank for module in layers.values())
@@ -214,8 +240,6 @@ class AdapterBank:
         for g, group in enumerate(self.groups):
             ranks = [min(START_CAPACITY, total[g, s]) for s in range(len(group.modules))]
             group.reserve(sum(ranks), ranks)
-        self.pad(self._max_rank)
-        self._fused = None  # making room may have emptied a buffer
 
     def _gate(
         self,
@@ -245,7 +269,7 @@ class AdapterBank:
                 self._blocks[name] = self._blocks.pop(name)
                 continue
             found = read_adapter({**self.adapters, **self._retired}[name].path, name)
-            self._check(found)
+            self.check(found)
             self._blocks[name] = self._make_blocks(found)
             self.num_misses += 1
         if self.budget_mb is None:
@@ -270,9 +294,25 @@ class AdapterBank:
             places.setdefault(place, {})[layer] = module
         return places
 
-    def _forget(self, name: str) -> None:
-        del self._retired[name], self._ranks[name]
-        self._blocks.pop(name, None)
+    def _drop_retired(self) -> None:
+        """Frees the removed adapters that no row runs with any more."""
+        if not self._retired:
+            return
+        for name in set(self._retired) - self.in_use():
+            del self._retired[name], self._ranks[name]
+            self._blocks.pop(name, None)
+            if name in self._union:
+                self._fused = None
+
+    def _in_place(self, names: Sequence[str]) -> list[str]:
+        """Orders names so that those that were fused before stay where they were. New ones take the places of others;
+        what is left of these lies idle, unless it would be more than a quarter of the rank."""
+        before = [name for name in self._union if name in self._blocks]
+        new = iter([name for name in names if name not in before])
+        order = [name if name in names else next(new, name) for name in before] + list(new)
+        rank = {name: sum(self._ranks[name].values()) for name in order}
+        idle = sum(rank[name] for name in order if name not in names)
+        return order if 4 * idle <= sum(rank.values()) else list(names)
 
     def _block(self, adapter: Adapter, place: Place, layers: Mapping[int, str]) -> Block:
         group, s = self.groups[place[0]], place[1]
@@ -285,7 +325,12 @@ class AdapterBank:
             b[layer, : lora.rank] = lora.b.float().T * lora.scaling
         return Block(a, b)
 
-    def _check(self, adapter: Adapter) -> None:
+    def check(self, adapter: Adapter) -> None:
+        """Checks that an adapter fits the layout.
+
+        Raises:
+            AdapterError: if it does not.
+        """
         unknown = [module for module in adapter.modules if module not in self._layout]
         if unknown:
             matched = len(adapter.modules) - len(unknown)
@@ -304,13 +349,6 @@ class AdapterBank:
 
     def _unknown(self, name: str) -> str:
         return f"no adapter {name!r}; there are {', '.join(sorted(self.names)) or 'none'}"
-
-
-def _in_place(before: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Orders names so that those that were there before stay where they were. New ones take the places of others; what
-    is left of these lies idle."""
-    new = iter([name for name in names if name not in before])
-    return [name if name in names else next(new, name) for name in before] + list(new)
 
 
 def _alike(

@@ -6,11 +6,16 @@ on a cache is a decoding step: where the token opens a new sentence, the router 
 the pass that encodes the token already runs under the new mixture.
 
 What is known of each row lives on the KV cache object (`dlp_lora.rows`).
+
+Several threads may run the model at once: their passes take turns. A pass holds the bank's lock from before it is
+routed until it has ended, and what it leaves behind belongs to its thread.
 """
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from functools import wraps
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
@@ -21,13 +26,30 @@ from dlp_lora.bank import AdapterBank
 from dlp_lora.errors import PromptError, RouterError
 from dlp_lora.policy import FusionPolicy, KVPolicy, Mixture, PromptRouting, Switching, choose
 from dlp_lora.router import Context, Router
-from dlp_lora.rows import CachedRows, Decision, Row, Sentence, bind, rows_of
+from dlp_lora.rows import Alive, CachedRows, Decision, LatestRows, Row, Sentence, adapters_of, bind, rows_of
 from dlp_lora.sentences import Segmenter
 from dlp_lora.text import Detokenizer, Passage, PromptReader
 
 
+class Calls(threading.local):
+    """What belongs to one thread: the rows of its last forward pass, and the tokens at which its `generate` ends."""
+
+    def __init__(self, eos_ids: frozenset[int], pad_ids: frozenset[int]) -> None:
+        self.eos_ids = eos_ids
+        self.pad_ids = pad_ids
+        self.latest: LatestRows | None = None
+
+
+class Pass(NamedTuple):
+    """What a forward pass is given, and the rows that it is over, if they are known."""
+
+    rows: CachedRows | None
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
 class Controller:
-    """Routes the rows of a model's forward passes; installed by the engine as a pair of forward hooks."""
+    """Routes the rows of a model's forward passes; installed by the engine around the model's `forward`."""
 
     def __init__(
         self,
@@ -51,23 +73,44 @@ class Controller:
         self.switching = switching
         self.kv_policy = kv_policy
         self.prompt_routing = prompt_routing
-        self.eos_ids = eos_ids
-        self.pad_ids = pad_ids
-        self.is_compiled = False  # decoding steps over a static cache run compiled
+        self.calls = Calls(eos_ids, pad_ids)
+        self._compiled: Callable[..., Any] | None = None  # runs decoding steps over a static cache
         self.fixed: tuple[Mixture, ...] | None = None
-        self.latest: CachedRows | None = None  # the rows of the last forward pass
         self._read_prompt = PromptReader(tokenizer)
+        self._alive = Alive()
+        bank.in_use = self._in_use
 
-    def install(self, model: torch.nn.Module) -> list[Any]:
-        """Hooks the controller into a model; returns the handles that remove it."""
-        return [
-            model.register_forward_pre_hook(self._before, with_kwargs=True),
-            model.register_forward_hook(self._after, with_kwargs=True),
-        ]
+    @property
+    def latest(self) -> LatestRows | None:
+        """The rows of this thread's last forward pass."""
+        return self.calls.latest
+
+    def install(self, model: torch.nn.Module) -> None:
+        """Puts the controller around a model's `forward`."""
+        plain = self._plain = model.forward
+
+        # No pair of hooks: an interrupt between them would leave the lock with a thread that is done.
+        @wraps(plain)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with self.bank.lock:
+                rows, args, kwargs = self._before(args, kwargs)
+                run = plain if self._compiled is None or not self.bank.is_padded else self._compiled
+                output = run(*args, **kwargs)
+                cache = getattr(output, "past_key_values", None)
+                if rows is not None and isinstance(cache, Cache) and rows_of(cache) is None:
+                    bind(cache, rows)
+            return output
+
+        vars(model)["forward"] = forward
+
+    def compile(self, **kwargs: Any) -> None:
+        """Has `torch.compile` compile what runs for the decoding steps whose fusing is padded."""
+        self._compiled = torch.compile(self._plain, **kwargs)
 
     @torch.inference_mode(False)  # what is fused here outlives the call, and may be asked for gradients in the next
     @torch.no_grad()
-    def _before(self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Pass":
+        self.calls.latest = None  # of what cannot be routed, nothing is left behind
         ids = args[0] if args else kwargs.get("input_ids")
         if ids is None:
             if self.fixed is None:
@@ -75,40 +118,40 @@ class Controller:
                     "routing reads token ids, but got inputs_embeds; pass input_ids or use engine.fixed()"
                 )
             self.bank.fuse(self._fixed_for(kwargs["inputs_embeds"].shape[0]))
-            return None
+            return Pass(None, args, kwargs)
         cache = kwargs.get("past_key_values")
         known = rows_of(cache)
         length = int(cache.get_seq_length()) if cache is not None else 0
         mask = kwargs.get("attention_mask")
         switched = False
         if known is None or length == 0:
-            self.latest = CachedRows(self._prompt_rows(ids, mask), ids)
+            rows = CachedRows(self._prompt_rows(ids, mask), ids, self._alive)
         elif ids.shape[1] == 1 and known.ids.shape[1] == length:
             known.ids = torch.cat([known.ids, ids], dim=1)
-            self.latest = known
+            rows = known
             is_fixed_anew = self._fix(known.rows)
             switched = self._step(known.rows, ids[:, 0].tolist()) or is_fixed_anew
         else:
             # A cropped cache, or several tokens at once (the next turn of a chat, a chunk of a long prompt).
             whole = torch.cat([known.ids[:, :length], ids], dim=1)
-            self.latest = CachedRows(self._prompt_rows(whole, mask), whole)
+            rows = CachedRows(self._prompt_rows(whole, mask), whole, self._alive)
             switched = any(
                 # What the cached tokens are sentences of has changed with the text.
                 bool(row.prompt_trace) or row.mixture != before.mixture
-                for row, before in zip(self.latest.rows, known.rows, strict=True)
+                for row, before in zip(rows.rows, known.rows, strict=True)
             )
+        self.calls.latest = LatestRows(rows.rows, rows.ids)
         if cache is not None:
-            bind(cache, self.latest)
+            bind(cache, rows)
         if switched and self.kv_policy == "recompute":
-            self._fuse(self.latest, kwargs, num_tokens=self.latest.ids.shape[1])
-            return self._recompute(self.latest.ids, kwargs, num_logits=ids.shape[1])
-        self._fuse(self.latest, kwargs, num_tokens=ids.shape[1])
-        return None
+            self._fuse(rows, kwargs, num_tokens=rows.ids.shape[1])
+            return Pass(rows, (), self._recompute(rows.ids, kwargs, num_logits=ids.shape[1]))
+        self._fuse(rows, kwargs, num_tokens=ids.shape[1])
+        return Pass(rows, args, kwargs)
 
-    def _after(self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        cache = getattr(output, "past_key_values", None)
-        if self.latest is not None and isinstance(cache, Cache) and rows_of(cache) is None:
-            bind(cache, self.latest)
+    def _in_use(self) -> set[str]:
+        """Names the adapters that no pass to come may find gone."""
+        return adapters_of(self._alive) | {name for mixture in self.fixed or () for name in mixture}
 
     def replay(self, inputs: Mapping[str, Tensor], answers: Sequence[Sequence[int]]) -> list[Row]:
         """Routes given answers without the model: what it decided, as decisions follow from the tokens alone."""
@@ -133,7 +176,7 @@ class Controller:
         else:
             # What is disabled is the base bit for bit, which a compiled pass is not.
             is_disabled = self.fixed is not None and not any(self.fixed)
-            padded = self.is_compiled and num_tokens == 1 and not is_disabled and _is_static(kwargs)
+            padded = self._compiled is not None and num_tokens == 1 and not is_disabled and _is_static(kwargs)
             self.bank.fuse([row.mixture for row in rows], goes_on=num_tokens == 1, padded=padded)
         fuse_ms = (time.perf_counter() - start) * 1e3
         for row in rows:
@@ -203,9 +246,9 @@ class Controller:
         """Adds one token a row; routes the rows where it opens a sentence. True if a mixture changed."""
         opening: list[tuple[Row, int]] = []
         for row, token in zip(rows, tokens, strict=True):
-            if row.ended and (token in self.pad_ids or token in self.eos_ids):
+            if row.ended and (token in self.calls.pad_ids or token in self.calls.eos_ids):
                 continue  # padding behind a finished row
-            row.ended = token in self.eos_ids
+            row.ended = token in self.calls.eos_ids
             offsets = row.push(token)
             if offsets and row.num_tokens - 1 - row.decisions[-1].start >= self.switching.min_tokens:
                 opening.append((row, offsets[-1]))
@@ -227,13 +270,18 @@ class Controller:
     def choose(self, contexts: Sequence[Context]) -> list[tuple[dict[str, float], Mixture]]:
         """Asks the router; gives a probability for each adapter name, and the mixture that follows, of each context.
 
+        What it gives an adapter that the bank no longer holds is the probability that none fits.
+
         Raises:
             RouterError: if there is no router.
         """
         if self.router is None:
             raise RouterError("this engine has no router; choose a mixture with engine.fixed() or engine.disabled()")
-        rows = self.router.probabilities(contexts).tolist()
-        return [choose(self.policy, dict(zip(self.router.names, row, strict=True))) for row in rows]
+        with self.bank.lock:  # a router may run the base model
+            rows = self.router.probabilities(contexts).tolist()
+            held = self.bank.adapters
+            named = [zip(self.router.names, row, strict=True) for row in rows]
+            return [choose(self.policy, {name: p for name, p in row if name in held}) for row in named]
 
     def _decide(self, contexts: Sequence[Context], positions: Sequence[tuple[int, int]]) -> list[Decision]:
         start = time.perf_counter()
@@ -263,7 +311,7 @@ class Controller:
             )
         return [mixture for mixture in self.fixed for _ in range(batch // len(self.fixed))]
 
-    def _recompute(self, ids: Tensor, kwargs: dict[str, Any], *, num_logits: int) -> Any:
+    def _recompute(self, ids: Tensor, kwargs: dict[str, Any], *, num_logits: int) -> dict[str, Any]:
         """Turns a decoding step into a pass over all tokens so far, into an emptied cache."""
         kwargs = {k: v for k, v in kwargs.items() if k not in ("input_ids", "position_ids", "cache_position")}
         cache, mask = kwargs["past_key_values"], kwargs.get("attention_mask")
@@ -278,7 +326,7 @@ class Controller:
         if mask is not None:
             kwargs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
         # The caller expects logits for the tokens that it gave.
-        return (), {"logits_to_keep": num_logits, **kwargs, "input_ids": ids}
+        return {"logits_to_keep": num_logits, **kwargs, "input_ids": ids}
 
 
 def _is_static(kwargs: Mapping[str, Any]) -> bool:

@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import wraps
 from pathlib import Path
 from types import MethodType
 from typing import Any, cast, get_args
@@ -25,11 +24,13 @@ from dlp_lora.bank import AdapterBank
 from dlp_lora.bundle import write_bundle
 from dlp_lora.controller import Controller
 from dlp_lora.errors import AdapterError, RouterError
-from dlp_lora.fused import attach, detach, merged
+from dlp_lora.fused import attach, check_base_copies, detach, merged
+from dlp_lora.hub import local_folder
+from dlp_lora.peft_format import FILES, check_base_name, read_adapter
 from dlp_lora.policy import FusionPolicy, KVPolicy, Mixture, PromptRouting, Switching, TopP, policy_to_dict
 from dlp_lora.prompts import Message, as_batch, encode_prompts
 from dlp_lora.router import Context, Router
-from dlp_lora.rows import CachedRows, Row, Sentence
+from dlp_lora.rows import LatestRows, Row, Sentence
 from dlp_lora.sentences import Segmenter, SentenceSegmenter
 from dlp_lora.streaming import Abandoned, Piece, PieceStreamer
 
@@ -63,6 +64,9 @@ class Engine:
     """A model with many adapters that picks among them by itself, sentence by sentence.
 
     Make one with `dlp_lora.load`. `detach` gives the plain model back.
+
+    Several threads may generate at once with one engine: their forward passes take turns. Its settings (`using`,
+    `fixed`, `disabled`, `merged`) hold for all of them, and with a `seed` only one may sample at a time.
     """
 
     def __init__(
@@ -101,7 +105,7 @@ class Engine:
         self._overridden = {name: vars(model).get(name) for name in ("forward", "get_compiled_call")}
         # `generate` over a static cache on a GPU would compile the controller, too.
         vars(model)["get_compiled_call"] = MethodType(_own_call, model)
-        self._handles = self._controller.install(model)
+        self._controller.install(model)
 
     @property
     def router(self) -> Router | None:
@@ -132,6 +136,40 @@ class Engine:
         """When a sentence start may switch."""
         return self._controller.switching
 
+    @torch.inference_mode(False)  # what is made here outlives the call
+    def add_adapter(self, path: str | Path, name: str | None = None) -> str:
+        """Adds a PEFT adapter from a folder or hub id, also while answers are generated; gives its name.
+
+        Rows that run are not disturbed. `fixed` may use the adapter from the next pass on; the router gives it nothing
+        until one that knows it is used.
+
+        Raises:
+            AdapterError: if it cannot be read or does not fit the base, its name is taken, or rows still run with
+                a removed adapter of its name.
+        """
+        folder = local_folder(path, files=FILES, error=AdapterError)
+        adapter = read_adapter(folder, name, weights=self.bank.budget_mb is None)
+        check_base_name(adapter, self.model.config._name_or_path, stacklevel=4)
+        with self.bank.lock:
+            if self.bank.is_merged:
+                raise ValueError("the base weights hold a mixture; leave engine.merged() first")
+            self.bank.check(adapter)
+            check_base_copies(self.model, adapter)
+            self.bank.add(adapter)
+            attach(self.model, self.bank)
+        return adapter.name
+
+    def remove_adapter(self, name: str) -> None:
+        """Removes an adapter, also while answers are generated.
+
+        Rows that run with it keep it until they end or switch, and its weights stay in memory as long. What the router
+        gives it is the probability that no adapter fits.
+
+        Raises:
+            AdapterError: if there is none of this name.
+        """
+        self.bank.remove(name)
+
     def routing_settings(self) -> dict[str, Any]:
         """What a bundle keeps of how the router is asked and obeyed, as JSON data.
 
@@ -148,7 +186,7 @@ class Engine:
     @property
     def eos_ids(self) -> frozenset[int]:
         """The tokens that end an answer."""
-        return self._controller.eos_ids
+        return self._controller.calls.eos_ids
 
     def generate(
         self,
@@ -177,7 +215,7 @@ class Engine:
                 output = cast(Any, self.model).generate(**inputs, **kwargs)
             length = inputs["input_ids"].shape[1]
             answers = [self._trim(tokens) for tokens in output[:, length:].tolist()]
-            known = cast(CachedRows, self._controller.latest)
+            known = cast(LatestRows, self._controller.latest)
             read = known.ids[:, length:].tolist()
             rows = known.rows
             # Beams end in other rows than they began in, and a row stopped without eos has read padding.
@@ -300,24 +338,19 @@ class Engine:
         """
         if max_rank < 1:
             raise ValueError(f"max_rank must be at least 1, got {max_rank}")
-        self._restore("forward")
-        self.bank.pad(max_rank)
-        plain = self.model.forward
-        compiled = torch.compile(plain, **{"dynamic": False, **kwargs})
-
-        @wraps(plain)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return (compiled if self.bank.is_padded else plain)(*args, **kwargs)
-
-        vars(self.model)["forward"] = forward
-        self._controller.is_compiled = True
+        with self.bank.lock:
+            self.bank.pad(max_rank)
+            self._controller.compile(**{"dynamic": False, **kwargs})
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes a bundle: adapters, router, policy, and the base model's name. A bundle there is replaced at the end.
 
         Raises:
+            RouterError: if adapters were added or removed that the router does not know, or still knows.
             ValueError: if the policy is not one of this package's, which alone can be saved by name.
         """
+        if self.router is not None:
+            check_names(self.router.names, self.bank.names)
         write_bundle(
             path,
             base_model=self.model.config._name_or_path,
@@ -338,37 +371,33 @@ class Engine:
 
     def detach(self) -> PreTrainedModel:
         """Takes the adapters off and gives the base model back, bit for bit as it was."""
-        for handle in self._handles:
-            handle.remove()
-        for name in self._overridden:
-            self._restore(name)
-        detach(self.model)
+        with self.bank.lock:
+            for name, before in self._overridden.items():
+                vars(self.model).pop(name, None)
+                if before is not None:
+                    vars(self.model)[name] = before
+            detach(self.model)
         return self.model
-
-    def _restore(self, name: str) -> None:
-        vars(self.model).pop(name, None)
-        if self._overridden[name] is not None:
-            vars(self.model)[name] = self._overridden[name]
 
     @contextmanager
     def _ending(self, kwargs: Mapping[str, Any]) -> Iterator[None]:
         """Tells the controller at which tokens `generate` ends a row, and with which it pads it, in this call."""
-        controller, configs = self._controller, (kwargs.get("generation_config"), self.model.generation_config)
-        before = controller.eos_ids, controller.pad_ids
+        calls, configs = self._controller.calls, (kwargs.get("generation_config"), self.model.generation_config)
+        before = calls.eos_ids, calls.pad_ids
         eos, pad = (
             next((i for i in (kwargs.get(name), *(getattr(c, name, None) for c in configs)) if i is not None), None)
             for name in ("eos_token_id", "pad_token_id")
         )
-        controller.eos_ids, controller.pad_ids = _ids(eos), _ids(pad)
+        calls.eos_ids, calls.pad_ids = _ids(eos), _ids(pad)
         try:
             yield
         finally:
-            controller.eos_ids, controller.pad_ids = before
+            calls.eos_ids, calls.pad_ids = before
 
     def _trim(self, tokens: list[int]) -> list[int]:
-        end = next((i + 1 for i, token in enumerate(tokens) if token in self._controller.eos_ids), None)
+        end = next((i + 1 for i, token in enumerate(tokens) if token in self._controller.calls.eos_ids), None)
         if end is None:  # padding alone may follow a stop string
-            padding = self._controller.pad_ids & set(self.tokenizer.all_special_ids)
+            padding = self._controller.calls.pad_ids & set(self.tokenizer.all_special_ids)
             end = next((i + 1 for i in reversed(range(len(tokens))) if tokens[i] not in padding), 0)
         return tokens[:end]
 

@@ -56,7 +56,7 @@ class FusedLinear(nn.Module):
         self.outputs = outputs
         self._plain = is_plain(base_layer)
 
-    def forward(self, x: Float[Tensor, "batch seq d_in"]) -> Float[Tensor, "batch seq d_out"]:
+    def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
         active = self.group.active
         if active is None:
             return self._base(x)
@@ -75,7 +75,7 @@ class FusedLinear(nn.Module):
         y = self._base(x)
         h = x.to(pair.a.dtype) @ pair.a  # (batch, seq, rank)
         if self.group.gate is not None:
-            h = h * self._gate(x)[..., pair.rows]
+            weigh(h, self.group.gate[..., pair.rows])
         return add_product(y.view(-1, y.shape[-1]), h.view(-1, h.shape[-1]), pair.b).view(y.shape)
 
     def _take(self, x: Tensor) -> Tensor:
@@ -93,23 +93,13 @@ class FusedLinear(nn.Module):
         y = linear(x.reshape(-1, x.shape[-1]), weight, bias)
         outs = y.split(sizes, dim=1)  # the siblings' base projections, then their low-rank activations
         if len(sizes) > num:
-            wide = y.to(_dtype_for(y, self.group.dtype))
-            wides = outs if wide is y else wide.split(sizes, dim=1)
-            lows = wides[num:] if self.group.gate is None else self._gated(wide, sizes, num, x)
-            outs = [
-                out if b is None else torch.addmm(own, low, b.to(own.dtype)).to(y.dtype)
-                for out, own, low, b in zip(outs, wides, lows, bs, strict=False)
-            ]
-        return [out.view(*shape, -1) for out in outs]
-
-    def _gated(self, y: Tensor, sizes: Sequence[int], num: int, x: Tensor) -> Sequence[Tensor]:
-        low = y[:, sum(sizes[:num]) :]
-        weighed = (low.view(*x.shape[:-1], -1) * self._gate(x)).view(low.shape)
-        return torch.split(weighed, list(sizes[num:]), dim=1)
-
-    def _gate(self, x: Tensor) -> Tensor:
-        # The head of a model may be given the last tokens alone.
-        return self.group.gate[:, -x.shape[1] :]  # type: ignore[index]
+            low = y[:, sum(sizes[:num]) :].to(_dtype_for(y, self.group.dtype))
+            if self.group.gate is not None:
+                weigh(low, self.group.gate)
+            for out, own, b in zip(outs, low.split(sizes[num:], dim=1), bs, strict=False):
+                if b is not None:
+                    add_product_(out, own, b)
+        return [out.view(*shape, -1) for out in outs[:num]]
 
     @property
     def weight(self) -> Tensor:
@@ -138,6 +128,21 @@ def add_product(
     """`y + h B`, in y's dtype."""
     dtype = _dtype_for(y, b.dtype)
     return torch.addmm(y.to(dtype), h.to(dtype), b.to(dtype)).to(y.dtype)
+
+
+def add_product_(y: Float[Tensor, "rows d_out"], h: Float[Tensor, "rows rank"], b: Float[Tensor, "rank d_out"]) -> None:
+    """As `add_product`, in place and with h in the dtype to compute in: the wide base projections are not copied."""
+    if h.dtype == y.dtype:
+        y.addmm_(h, b.to(y.dtype))
+    else:
+        y.add_(h @ b)
+
+
+def weigh(h: Float[Tensor, "*rows rank"], gate: Float[Tensor, "batch _ rank"]) -> None:
+    """Weighs low-rank activations in place, row by row or token by token."""
+    # Some models give a layer the tokens of all rows as one list, and their head the last tokens of each row alone.
+    tokens = h.view(gate.shape[0], -1, h.shape[-1])
+    tokens.mul_(gate[:, -tokens.shape[1] :])
 
 
 def _dtype_for(y: Float[Tensor, "rows d_out"], dtype: torch.dtype) -> torch.dtype:
@@ -195,7 +200,8 @@ def attach(model: nn.Module, bank: AdapterBank, *, stack: bool = True) -> None:
         AdapterError: if an adapter was trained on a base whose weights differ from the model's, where it tells.
     """
     for adapter in bank.adapters.values():
-        _check_base_copies(model, adapter)
+        check_base_copies(model, adapter)
+    bank.clear()
     touched = bank.touched()
     for group in bank.groups:
         layers = [[model.get_submodule(name) for name in names] for names in group.modules]
@@ -230,30 +236,40 @@ def merged(model: nn.Module, bank: AdapterBank, mixture: Mixture) -> Iterator[No
     Raises:
         ModelError: if a layer has no weight of its own to add to.
     """
-    bank.fuse([mixture])
-    found: list[tuple[FusedLinear, LowRank]] = []
+    pristine: list[tuple[FusedLinear, Tensor]] = []
+    try:
+        with bank.lock:
+            bank.fuse([mixture])
+            found = list(_fused_pairs(model))
+            _check_mergeable(model, [module for module, _ in found])
+            for module, (a, b, _) in found:
+                pristine.append((module, module.weight.detach().clone()))
+                delta = a.detach().float() @ b.detach().float()  # (d_in, d_out)
+                delta = delta if isinstance(module.base_layer, Conv1D) else delta.T
+                module.weight.data.copy_(module.weight.data.float() + delta)
+            bank.clear()
+            bank.is_merged = True
+        yield
+    finally:
+        with bank.lock:
+            bank.is_merged = False
+            for module, weight in pristine:
+                module.weight.data.copy_(weight)
+
+
+def _fused_pairs(model: nn.Module) -> Iterator[tuple[FusedLinear, LowRank]]:
     for module in (module for module in model.modules() if isinstance(module, FusedLinear)):
         pairs = module.group.active and module.group.active[module.sibling]
         if pairs:
-            found.append((module, pairs[module.layer]))
+            yield module, pairs[module.layer]
+
+
+def _check_mergeable(model: nn.Module, modules: Sequence[FusedLinear]) -> None:
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    for module, _ in found:
+    for module in modules:
         if not module.weight.is_floating_point() or uses[id(module.weight)] != 1:
             name = module.group.modules[module.sibling][module.layer]
             raise ModelError(f"{name} is quantised or shares its weight with another layer; use fixed() instead")
-    pristine = [(module.weight.data, module.weight.detach().clone()) for module, _ in found]
-    try:
-        for module, (a, b, _) in found:
-            delta = a.detach().float() @ b.detach().float()  # (d_in, d_out)
-            delta = delta if isinstance(module.base_layer, Conv1D) else delta.T
-            module.weight.data.copy_(module.weight.data.float() + delta)
-        bank.clear()
-        bank.is_merged = True
-        yield
-    finally:
-        bank.is_merged = False
-        for (module, _), (_, weight) in zip(found, pristine, strict=True):
-            module.weight.data.copy_(weight)
 
 
 def _are_alike(layers: Sequence[nn.Module]) -> bool:
@@ -263,7 +279,12 @@ def _are_alike(layers: Sequence[nn.Module]) -> bool:
     return len(kinds) == 1 and len({id(w) for w in weights}) == len(weights) and not any(w.is_meta for w in weights)
 
 
-def _check_base_copies(model: nn.Module, adapter: Adapter) -> None:
+def check_base_copies(model: nn.Module, adapter: Adapter) -> None:
+    """Checks base weights that an adapter brings along.
+
+    Raises:
+        AdapterError: if they differ from the model's.
+    """
     for name, copy in read_base_copies(adapter).items():
         module, _, parameter = name.rpartition(".")
         weight = getattr(model.get_submodule(module), parameter)

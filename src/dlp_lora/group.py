@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+MAX_VIEWS = 32  # of the ranks that mixtures have; a compiled pass keeps its own
+
 
 @dataclass(frozen=True)
 class Block:
@@ -93,6 +95,7 @@ class Group:
         self._biases: list[Float[Tensor, " rows"] | None] = []
         # By sibling and first row of B, what lies there: the block, the first row of its sibling's A, the weight in B.
         self._laid: dict[tuple[int, int], tuple[ref[Block], int, float]] = {}
+        # By the siblings' ranks, the least recently used first.
         self._views: dict[tuple[int, ...], tuple[list[list[LowRank] | None], list[Projection] | None]] = {}
 
     @property
@@ -247,9 +250,11 @@ class Group:
         parameter.data = place
 
     def _view(self, ranks: tuple[int, ...]) -> tuple[list[list[LowRank] | None], list[Projection] | None]:
-        if ranks not in self._views:
-            self._views[ranks] = self._make_views(ranks)
-        return self._views[ranks]
+        found = self._views.pop(ranks, None) or self._make_views(ranks)
+        self._views[ranks] = found
+        if len(self._views) > MAX_VIEWS:
+            del self._views[next(known for known in self._views if known != self.padded)]
+        return found
 
     def _make_views(self, ranks: tuple[int, ...]) -> tuple[list[list[LowRank] | None], list[Projection] | None]:
         layers = range(self.num_layers)

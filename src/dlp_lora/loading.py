@@ -1,6 +1,5 @@
 """Loading: paths or hub ids of a base model, adapters and a router in, or of a bundle; an engine out."""
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +14,8 @@ from dlp_lora.engine import Engine
 from dlp_lora.errors import AdapterError, BundleError, ModelError
 from dlp_lora.fused import linear_layers, pair_dtype, siblings
 from dlp_lora.hub import local_folder
-from dlp_lora.peft_format import CONFIG_FILE, WEIGHTS_FILE, Adapter, find_adapters, read_adapter
+from dlp_lora.peft_format import FILES as ADAPTER_FILES
+from dlp_lora.peft_format import Adapter, check_base_name, find_adapters, read_adapter
 from dlp_lora.policy import FusionPolicy, KVPolicy, PromptRouting, Switching, policy_from_dict
 from dlp_lora.router import EncoderRouter, MiniMLP, PrototypeRouter, Router, router_type
 from dlp_lora.sentences import Segmenter, SentenceSegmenter
@@ -157,19 +157,7 @@ def _read_adapters(adapters: Adapters, base: str, *, weights: bool, strict: bool
         adapters = find_adapters(adapters)
     if not adapters:
         raise AdapterError("adapters= is empty; give at least one adapter")
-    files = (CONFIG_FILE, WEIGHTS_FILE)
     for name, source in adapters.items():
-        found = read_adapter(local_folder(source, files=files, error=AdapterError), name, weights=weights)
-        _check_base(found, base, strict=strict)
+        found = read_adapter(local_folder(source, files=ADAPTER_FILES, error=AdapterError), name, weights=weights)
+        check_base_name(found, base, strict=strict, stacklevel=4)  # load's caller
         yield found
-
-
-def _check_base(adapter: Adapter, base: str, *, strict: bool) -> None:
-    # "owner/Model", "./Model" and ".cache/Model/" are one model: only the last part of the name says which.
-    told, found = (Path(str(name or "").rstrip("/")).name.lower() for name in (adapter.base_model, base))
-    if not told or not found or told == found:
-        return
-    message = f"{adapter.path} says it was trained on {adapter.base_model!r}, but the base model is {base!r}"
-    if strict:
-        raise AdapterError(f"{message}; load without strict=True if they are the same model")
-    warnings.warn(f"{message}; its shapes fit, so it is used", stacklevel=5)  # load's caller

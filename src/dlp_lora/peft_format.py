@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -25,6 +26,7 @@ from dlp_lora.errors import AdapterError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+FILES = (CONFIG_FILE, WEIGHTS_FILE)
 
 # Settings that change nothing in W + scaling * B A once the weights are trained, whatever their value.
 _NEUTRAL = frozenset(
@@ -159,6 +161,22 @@ def read_base_copies(adapter: Adapter) -> dict[str, Tensor]:
         return {}
     with safe_open(adapter.path / WEIGHTS_FILE, framework="pt") as file:
         return {name: file.get_tensor(key) for name, key in adapter.base_copies.items()}
+
+
+def check_base_name(adapter: Adapter, base: str, *, strict: bool = False, stacklevel: int = 1) -> None:
+    """Warns of an adapter that says it was trained on a model of another name than `base`.
+
+    Raises:
+        AdapterError: instead, where `strict`.
+    """
+    # "owner/Model", "./Model" and ".cache/Model/" are one model: only the last part of the name says which.
+    told, found = (Path(str(name or "").rstrip("/")).name.lower() for name in (adapter.base_model, base))
+    if not told or not found or told == found:
+        return
+    message = f"{adapter.path} says it was trained on {adapter.base_model!r}, but the base model is {base!r}"
+    if strict:
+        raise AdapterError(f"{message}; load without strict=True if they are the same model")
+    warnings.warn(f"{message}; its shapes fit, so it is used", stacklevel=1 + stacklevel)
 
 
 def write_adapter(

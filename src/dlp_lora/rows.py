@@ -4,10 +4,11 @@ A row follows its cache wherever that goes: reordered by beam search, copied, cr
 the next token. Its trace is what a person sees of it: a Sentence each.
 """
 
-import types
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -126,15 +127,39 @@ class Row:
         ]
 
 
-@dataclass
+@dataclass(eq=False)
 class CachedRows:
     """The rows behind one KV cache, and every token in it, padding included."""
 
     rows: list[Row]
     ids: Tensor  # (batch, seq)
+    alive: "Alive"
+
+    def __post_init__(self) -> None:
+        self.alive[id(self)] = self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CachedRows":
-        return CachedRows([row.copy() for row in self.rows], self.ids.clone())
+        return CachedRows([row.copy() for row in self.rows], self.ids.clone(), self.alive)
+
+
+Alive = WeakValueDictionary[int, CachedRows]
+"""The rows of every KV cache that is still there."""
+
+
+@dataclass(frozen=True)
+class LatestRows:
+    """The rows of a forward pass and every token so far, whether or not its KV cache is still there."""
+
+    rows: list[Row]
+    ids: Tensor  # (batch, seq)
+
+
+def adapters_of(alive: Alive) -> set[str]:
+    """Names the adapters that rows run with: those of their mixtures, and of the sentences of their prompts."""
+    caches = [cached for found in alive.valuerefs() if (cached := found()) is not None]
+    rows = [row for cached in caches for row in cached.rows]
+    mixtures = [mixture for row in rows for mixture in (row.mixture, *(s.mixture for s in row.prompt_trace))]
+    return {name for mixture in mixtures for name in mixture}
 
 
 def rows_of(cache: Cache | None) -> CachedRows | None:
@@ -145,32 +170,39 @@ def rows_of(cache: Cache | None) -> CachedRows | None:
 
 def bind(cache: Cache, rows: CachedRows) -> None:
     """Ties rows to a cache, so that whatever reorders the cache reorders them."""
-    if not hasattr(cache, ROWS):
-        for follow in (reorder_cache, batch_select_indices, batch_repeat_interleave):
-            setattr(cache, follow.__name__, types.MethodType(follow, cache))
+    if not isinstance(cache, Followed):
+        # Methods of the instance would refer to it, and its memory would stay until the next garbage collection.
+        kind: Any = type(cache)
+        cache.__class__ = _followed(kind)
     setattr(cache, ROWS, rows)
 
 
-def reorder_cache(cache: Any, beam_idx: Tensor) -> None:
-    """Reorders a bound cache and its rows, as beam search does."""
-    type(cache).reorder_cache(cache, beam_idx)
-    _select(cache, beam_idx)
+class Followed:
+    """A KV cache whose rows follow it."""
+
+    def reorder_cache(self: Any, beam_idx: Tensor) -> None:
+        """Reorders the cache and its rows, as beam search does."""
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        _select(self, beam_idx)
+
+    def batch_select_indices(self: Any, indices: Tensor) -> None:
+        """Selects rows of the cache."""
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        _select(self, indices)
+
+    def batch_repeat_interleave(self: Any, repeats: int) -> None:
+        """Repeats each row of the cache."""
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        _select(self, torch.arange(len(getattr(self, ROWS).rows)).repeat_interleave(repeats))
 
 
-def batch_select_indices(cache: Any, indices: Tensor) -> None:
-    """Selects rows of a bound cache."""
-    type(cache).batch_select_indices(cache, indices)
-    _select(cache, indices)
-
-
-def batch_repeat_interleave(cache: Any, repeats: int) -> None:
-    """Repeats each row of a bound cache."""
-    type(cache).batch_repeat_interleave(cache, repeats)
-    _select(cache, torch.arange(len(getattr(cache, ROWS).rows)).repeat_interleave(repeats))
+@cache
+def _followed(kind: type) -> type:
+    return type(kind.__name__, (Followed, kind), {})
 
 
 def _select(cache: Any, indices: Tensor) -> None:
     known: CachedRows = getattr(cache, ROWS)
     order = indices.tolist()
     if order != list(range(len(known.rows))):
-        setattr(cache, ROWS, CachedRows([known.rows[i].copy() for i in order], known.ids[indices]))
+        setattr(cache, ROWS, CachedRows([known.rows[i].copy() for i in order], known.ids[indices], known.alive))

@@ -10,7 +10,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from dlp_lora.controller import Controller
 from dlp_lora.policy import Mixture
-from dlp_lora.rows import CachedRows, Row
+from dlp_lora.rows import LatestRows, Row
 
 
 class Piece(str):
@@ -46,11 +46,11 @@ class PieceStreamer(BaseStreamer):
         if self._tokens is None:
             self._tokens = []  # the first call brings the prompt
             return
-        self._tell(cast(CachedRows, self._controller.latest).rows[0])
+        self._tell(cast(LatestRows, self._controller.latest).rows[0])
         self._tokens.append(int(value))
 
     def end(self) -> None:
-        row = cast(CachedRows, self._controller.latest).rows[0].copy()
+        row = cast(LatestRows, self._controller.latest).rows[0].copy()
         row.finish(self._tokens or [])
         self._tell(row)
 

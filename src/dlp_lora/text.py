@@ -4,9 +4,12 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
+from tokenizers import decoders
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from dlp_lora.sentences import Segmenter
 
@@ -17,13 +20,16 @@ PATIENCE = 16  # tokens after which broken bytes are taken for broken
 class Detokenizer:
     """Decodes a growing list of tokens piece by piece, holding back characters whose bytes are still to come.
 
+    `read` decodes a few tokens; without it, the tokenizer does, and leaves special tokens out.
     The pieces concatenate to what decoding all tokens at once gives. Only the last few tokens are decoded again
     at each step, so a step costs the same however long the text is.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, read: Callable[[Sequence[int]], str] | None = None
+    ) -> None:
         self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
+        self._decode = read or partial(decode, tokenizer)
         self._window: list[int] = []  # the tokens since the last but one piece
         self._read = 0  # how many of them are in a piece already
 
@@ -47,7 +53,7 @@ class Detokenizer:
 
     def copy(self) -> "Detokenizer":
         """Returns an independent copy."""
-        other = Detokenizer(self._tokenizer, skip_special_tokens=self._skip)
+        other = Detokenizer(self._tokenizer, read=self._decode)
         other._window, other._read = list(self._window), self._read
         return other
 
@@ -63,9 +69,6 @@ class Detokenizer:
 
     def _rest(self) -> str:
         return self._decode(self._window)[len(self._decode(self._window[: self._read])) :]
-
-    def _decode(self, tokens: Sequence[int]) -> str:
-        return decode(self._tokenizer, tokens, skip_special_tokens=self._skip)
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ class PromptReader:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
+        self._decode = decoder(tokenizer)
         self._openings, self._glue = _chat_glue(tokenizer)
         specials = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, specials)) or "(?!)")
@@ -142,7 +146,7 @@ class PromptReader:
 
     def _aligned(self, tokens: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
         """The whole text, and where in it the characters of a token, or of a few tokens together, begin."""
-        detokenizer = Detokenizer(self._tokenizer, skip_special_tokens=False)
+        detokenizer = Detokenizer(self._tokenizer, read=self._decode)
         text, first, tiles = "", 0, []
         for i, token in enumerate(tokens):
             piece = detokenizer.push(token) or (detokenizer.flush() if i == len(tokens) - 1 else "")
@@ -168,6 +172,31 @@ class PromptReader:
                 turns.append(len(read))
             end = match.end()
         return read + text[end:], [*places, *range(end, len(text))], turns
+
+
+def decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[int]], str]:
+    """Makes what decodes tokens as they are, special ones included, a few at a time.
+
+    Where tokens are bytes, it joins those of each, which it keeps, in about half of the tokenizer's own time.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not isinstance(backend.decoder, decoders.ByteLevel):
+        return partial(decode, tokenizer, skip_special_tokens=False)
+    values = {character: value for value, character in bytes_to_unicode().items()}
+    known: dict[int, bytes] = {}
+
+    def bytes_of(token: int) -> bytes:
+        text = str(backend.id_to_token(token) or "")
+        # A token that was added stands for its own text.
+        return bytes(values[c] for c in text) if all(c in values for c in text) else text.encode()
+
+    def read(tokens: Sequence[int]) -> str:
+        for token in tokens:
+            if token not in known:
+                known[token] = bytes_of(token)
+        return b"".join([known[token] for token in tokens]).decode("utf-8", "replace")
+
+    return read
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:

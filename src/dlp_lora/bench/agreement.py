@@ -35,8 +35,8 @@ class Twin:
 def check_paths(
     engine: Engine, base: Any, inputs: Mapping[str, Tensor], twins: Mapping[str, Twin] | None = None
 ) -> None:
-    """Compares the last tokens' logits: disabled, the engine gives the base's to the bit; fused, its twins' but for
-    rounding.
+    """Compares the logits of the prompts' last tokens and of a decoding step behind them: disabled, the engine gives
+    the base's to the bit; fused, its twins' but for rounding.
 
     Raises:
         DLPLoRAError: if they differ.
@@ -67,7 +67,7 @@ def check_sentences(engine: Engine, base: Any, inputs: Mapping[str, Tensor]) -> 
     Raises:
         DLPLoRAError: if they differ.
     """
-    expected, heard, policy = _logits(base, inputs), HEARD[base.dtype], engine.policy
+    expected, heard, policy = _logits(base, inputs)[:, :1], HEARD[base.dtype], engine.policy
     for loudness in LOUDNESS:
         aloud = partial(_choose, policy, loudness)
         with engine.using(prompt_routing="sentences", policy=aloud):
@@ -124,6 +124,10 @@ def _distance(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-def _logits(model: Any, inputs: Mapping[str, Any]) -> Tensor:
-    logits: Tensor = model(**inputs, logits_to_keep=1).logits
-    return logits.float()
+def _logits(model: Any, inputs: Mapping[str, Any]) -> Float[Tensor, "batch 2 vocab"]:
+    """Those of the last token of each prompt, and of one more behind it on the cache."""
+    read = model(**inputs, use_cache=True, logits_to_keep=1)
+    ids, mask = inputs["input_ids"][:, -1:], inputs.get("attention_mask")
+    masks = {} if mask is None else {"attention_mask": torch.cat([mask, torch.ones_like(ids)], dim=1)}
+    more = {**inputs, **masks, "input_ids": ids, "past_key_values": read.past_key_values}
+    return torch.cat([read.logits, model(**more, use_cache=True).logits], dim=1).float()

@@ -11,7 +11,17 @@ from typing import Any
 from dlp_lora.bench.agreement import Twin, check_paths
 from dlp_lora.bench.case import Batch, Case, Dtypes, NewTokens, NumAdapters, Row, quiet, run_cases
 from dlp_lora.bench.decoding import DecodingArgs, decoding_rows
-from dlp_lora.bench.models import AGAIN, PEFT_ONE, STACKED, base_model, engine_with, peft_one, stacked_base
+from dlp_lora.bench.models import (
+    AGAIN,
+    PEFT_MIXED,
+    PEFT_ONE,
+    STACKED,
+    base_model,
+    engine_with,
+    peft_many,
+    peft_one,
+    stacked_base,
+)
 from dlp_lora.bench.timing import BASE, OnRound
 
 
@@ -38,6 +48,12 @@ def bench_decode(model: str | Path, args: DecodeArgs | None = None, *, on_round:
         engine = engine_with(case, selected=args.selected)
         prompts = case.prompts(args.batch)
         twins = {STACKED: Twin(stacked, {}), PEFT_ONE: Twin(one, {case.names[0]: 1.0})}
+        given: dict[str, dict[str, Any]] = {}
+        if args.batch > 1:
+            num_rows = min(args.batch, len(case.names))
+            names = [case.names[i % num_rows] for i in range(args.batch)]
+            mixed, given[PEFT_MIXED] = peft_many(case, num_rows), {"adapter_names": names}
+            twins[PEFT_MIXED] = Twin(mixed, [{name: 1.0} for name in names], given[PEFT_MIXED])
         check_paths(engine, base, prompts[0], twins)
         variants = {
             BASE: base,
@@ -45,8 +61,9 @@ def bench_decode(model: str | Path, args: DecodeArgs | None = None, *, on_round:
             STACKED: stacked,
             f"dlp-lora, {args.selected} of {args.num_adapters}": engine,
             PEFT_ONE: one,
+            **({PEFT_MIXED: mixed} if given else {}),
         }
-        rows = decoding_rows(case, variants, prompts, new_tokens=args.new_tokens, rounds=args.rounds)
+        rows = decoding_rows(case, variants, prompts, new_tokens=args.new_tokens, rounds=args.rounds, given=given)
         return list(rows.values())
 
     return run_cases(

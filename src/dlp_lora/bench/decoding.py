@@ -28,14 +28,22 @@ class DecodingArgs(AdapterBenchArgs):
 
 
 def decoding_rows(
-    case: Case, variants: Mapping[str, Any], prompts: Sequence[Mapping[str, Tensor]], *, new_tokens: int, rounds: int
+    case: Case,
+    variants: Mapping[str, Any],
+    prompts: Sequence[Mapping[str, Tensor]],
+    *,
+    new_tokens: int,
+    rounds: int,
+    given: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Row]:
     """Gives a row a variant, a model or an engine; one is named BASE, and what the others take is also told over it.
 
+    `given` is what a variant's `generate` is given besides.
     `bandwidth_share` is the speed at which the base's weights are read for each step, over the machine's own.
     """
     models = {name: thawed(v.model if isinstance(v, Engine) else v) for name, v in variants.items()}
-    runs = {name: generation(model, prompts, new_tokens) for name, model in models.items()}
+    inputs = {name: [{**prompt, **(given or {}).get(name, {})} for prompt in prompts] for name in models}
+    runs = {name: generation(model, inputs[name], new_tokens) for name, model in models.items()}
     memory = {name: memory_of(variants[name], partial(run, 0, lambda: None), case.device) for name, run in runs.items()}
     times = interleave_steps(runs, rounds=rounds, scenario=case.scenario, on_round=case.on_round)
     batch, read_gb = prompts[0]["input_ids"].shape[0], read_mb(models[BASE]) * MB / 1e9
@@ -57,7 +65,7 @@ def decoding_rows(
     return rows
 
 
-def generation(model: Any, prompts: Sequence[Mapping[str, Tensor]], new_tokens: int) -> Stepwise:
+def generation(model: Any, prompts: Sequence[Mapping[str, Any]], new_tokens: int) -> Stepwise:
     """Generates, a token a step; the first step reads the prompt."""
 
     @torch.no_grad()

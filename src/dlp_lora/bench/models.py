@@ -24,6 +24,7 @@ from dlp_lora.router.encoder import albert_config
 AGAIN = "base again"
 STACKED = "base, stacked"
 PEFT_ONE = "peft one adapter"
+PEFT_MIXED = "peft another adapter a row"
 
 MakeRouter = Callable[[Sequence[str], Tokenizer], Router]
 """Makes a router of random weights for adapters of these names."""

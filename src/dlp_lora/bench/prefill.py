@@ -13,12 +13,11 @@ import torch
 from dlp_lora.bench.agreement import Twin, check_paths, check_sentences
 from dlp_lora.bench.case import AdapterBenchArgs, Batch, Case, Dtypes, NumAdapters, Rounds, Row, quiet, run_cases
 from dlp_lora.bench.memory import Memory, counted
-from dlp_lora.bench.models import AGAIN, PEFT_ONE, base_model, engine_with, peft_many, peft_one, thawed
+from dlp_lora.bench.models import AGAIN, PEFT_MIXED, PEFT_ONE, base_model, engine_with, peft_many, peft_one, thawed
 from dlp_lora.bench.timing import BASE, OnRound, Run, interleave, synchronise
 from dlp_lora.engine import Engine
 from dlp_lora.router import MiniMLP
 
-PEFT_MIXED = "peft another adapter a row"
 CHECKED_LENGTH = 64  # tokens of the prompts on which paths are compared
 
 
