@@ -238,7 +238,9 @@ def test_answers_of_another_router_are_not_taken_for_those_of_this_one(
     other = train_router(tasks(), load_tokenizer(str(model)), replace(SMALL.router, seed=1))[0]
     other.save_pretrained(seed / "router")
     (seed / "router" / "report.json").write_text((whole[0].parent / "seed-0" / "router" / "report.json").read_text())
-    with pytest.raises(RecordError, match=r"dlp.jsonl holds answers under other settings: routing.router was .*; remove"):
+    with pytest.raises(
+        RecordError, match=r"dlp.jsonl holds answers under other settings: routing.router was .*; remove"
+    ):
         reproduce(model, tasks(), tmp_path / "run", SMALL, infos=INFOS)
     routed = [name for name in METHODS if METHODS_BY_NAME[name].mixture is None]
     for name in routed:
