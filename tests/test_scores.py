@@ -1,8 +1,10 @@
+from typing import Any
+
 import numpy as np
 import pytest
 
 from dlp_lora.evals.metrics import bleu, rouge
-from dlp_lora.evals.record import compared, composites_of
+from dlp_lora.evals.record import compared, composites_of, without_choices
 from dlp_lora.evals.scores import Table, Values, difference, intervals, pooled, scores, tabulate
 from dlp_lora.tasks import Example, Task
 
@@ -29,8 +31,20 @@ def test_a_choice_task_is_scored_by_equality_and_by_the_likeliest_choice() -> No
     ]
     found = tabulate(reversed(rows), {"t": task}, {"t": "mcq"})
     assert scores(found) == {"t": {"accuracy": 0.5, "accuracy_loglik": 0.5}}
-    del rows[2]["likelihoods"]
+    for row in rows:
+        del row["likelihoods"]
     assert scores(tabulate(rows, {"t": task}, {"t": "mcq"})) == {"t": {"accuracy": 0.5}}
+
+
+def test_a_question_without_choices_is_counted_and_costs_the_others_nothing() -> None:
+    chosen, free = Example(prompt="?", answer="a", choices=("a", "b")), Example(prompt="!", answer="a")
+    task = Task(name="t", train=(), test=(chosen, free, chosen))
+    rows: list[dict[str, Any]] = [{"task": "t", "index": i, "text": "a"} for i in range(3)]
+    rows[0]["likelihoods"], rows[2]["likelihoods"] = [-1.0, -2.0], [-2.0, -1.0]
+    assert scores(tabulate(rows, {"t": task}, {"t": "mcq"}))["t"] == {"accuracy": 1.0, "accuracy_loglik": 0.5}
+    tasks = [task, Task(name="all", train=(), test=(chosen,)), Task(name="none", train=(), test=(free,))]
+    assert without_choices(tasks, dict.fromkeys(("t", "all", "none"), "mcq")) == {"t": 1}
+    assert without_choices(tasks, dict.fromkeys(("t", "all", "none"), "qa")) == {}
 
 
 def test_a_free_task_is_scored_as_the_libraries_score_the_whole_of_it() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 from dlp_lora.evals.methods import SINGLE
 from dlp_lora.evals.metrics import bootstrap
 from dlp_lora.evals.scores import Table, difference, intervals, pooled, scores
+from dlp_lora.tasks.task import Task
 
 
 def compared(tables: Mapping[str, Table], kinds: Mapping[str, str]) -> dict[str, Any]:
@@ -35,6 +36,12 @@ def composites_of(tables: Mapping[str, Table], kinds: Mapping[str, str]) -> dict
     by_kind = {kind: [name for name in answered if kinds[name] == kind] for kind in ("mcq", "qa")}
     are_alike = len(by_kind["mcq"]) == len(by_kind["qa"])
     return {f"composite-{len(own)}" + are_alike * f"-{kind}": own for kind, own in by_kind.items() if own}
+
+
+def without_choices(tasks: Sequence[Task], kinds: Mapping[str, str]) -> dict[str, int]:
+    """How many test questions are left out of accuracy by likelihood, by task: those without choices beside others."""
+    counts = {t.name: sum(not e.choices for e in t.test) for t in tasks if kinds[t.name] == "mcq"}
+    return {t.name: n for t in tasks if 0 < (n := counts.get(t.name, 0)) < len(t.test)}
 
 
 def merged(records: Sequence[dict[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:

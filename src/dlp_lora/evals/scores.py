@@ -93,13 +93,13 @@ def _values(rows: Sequence[Mapping[str, Any]], task: Task, kind: str) -> dict[st
     texts = [row["text"].strip() for row in rows]
     if kind == "mcq":
         found = {"accuracy": _means([exact_match(t, e.accepted) for t, e in zip(texts, examples, strict=True)])}
-        if all("likelihoods" in row for row in rows):
-            found["accuracy_loglik"] = _means(
-                [
-                    (e.choices or ())[int(np.argmax(row["likelihoods"]))] in e.accepted
-                    for row, e in zip(rows, examples, strict=True)
-                ]
-            )
+        likely = [
+            (e.choices or ())[int(np.argmax(row["likelihoods"]))] in e.accepted
+            for row, e in zip(rows, examples, strict=True)
+            if "likelihoods" in row
+        ]
+        if likely:  # of the questions that have choices; a record counts the others
+            found["accuracy_loglik"] = _means(likely)
         return found
     references = [e.accepted for e in examples]
     rouge = rouge_each(texts, references)
