@@ -30,7 +30,7 @@ choice_rows = filled.flatmap(
         {
             "prompt": filled,
             "answer": st.just(answer),
-            "choices": st.lists(st.text(), max_size=3).map(lambda others: (answer, *others)),
+            "choices": st.lists(filled, max_size=3).map(lambda others: (answer, *others)),
         }
     )
 )
