@@ -114,8 +114,9 @@ def _means() -> str:
 
     def cell(metric: str) -> Cell:
         def text(row: Mapping[str, Any]) -> str:
-            pool, scale = f"composite-{sizes[groups[metric]]}", 1 if metric == "bleu" else 100
-            value = record["composites"][pool][row["method"]][metric]
+            pools, scale = record["composites"], 1 if metric == "bleu" else 100
+            (pool,) = (name for name in pools if metric in pools[name][row["method"]])
+            value = pools[pool][row["method"]][metric]
             low, high = record["composite_intervals"][pool][row["method"]][metric]
             return f"{scale * value:.1f} ({scale * low:.1f}-{scale * high:.1f})"
 

@@ -165,3 +165,23 @@ def mahalanobis(features: Tensor, memory: Tensor, *, ridge: float, directions: i
         -math.log(min(squared(row, mean) / spread for mean, spread in zip(means, spreads, strict=True)))
         for row in features.tolist()
     ]
+
+
+def mean_log_likelihood(model: PreTrainedModel, read: Sequence[int], choice: Sequence[int]) -> float:
+    """The mean over a choice's tokens of the log-probability of each after all before it, one forward pass each."""
+    total = 0.0
+    for i, token in enumerate(choice):
+        with torch.no_grad():
+            logits = model(torch.tensor([[*read, *choice[:i]]]), use_cache=False).logits[0, -1].double()
+        total += float(logits.log_softmax(-1)[token])
+    return total / len(choice)
+
+
+def likeliest_after_each_beginning(model: PreTrainedModel, read: Sequence[int], gold: Sequence[int]) -> list[int]:
+    """The likeliest next token after the prompt and each beginning of the gold answer, one forward pass each."""
+    found = []
+    for i in range(len(gold)):
+        with torch.no_grad():
+            logits = model(torch.tensor([[*read, *gold[:i]]]), use_cache=False).logits[0, -1]
+        found.append(int(logits.argmax()))
+    return found

@@ -412,6 +412,29 @@ def test_the_interval_of_a_mean_is_that_of_a_bootstrap_over_all_examples() -> No
     assert found.interval == pytest.approx(expected.interval, abs=0.3)
 
 
+def test_pools_of_one_size_are_told_apart_by_their_kind() -> None:
+    data = full()
+    for by_task in data["scores"].values():
+        del by_task["sums"]
+    pools = {"composite-2-mcq": ("accuracy", 0.75), "composite-2-qa": ("bleu", 16.25)}
+    data["composites"] = {name: {"dlp": {metric: value}} for name, (metric, value) in pools.items()}
+    data["composite_intervals"] = {
+        name: {"dlp": {metric: [0.9 * value, 1.1 * value]}} for name, (metric, value) in pools.items()
+    }
+    found = record(data)
+    assert found.mean("dlp", MCQ[:2], "accuracy") == found.composite("composite-2-mcq", "dlp", "accuracy")
+    assert found.mean("dlp", QA, "bleu") == found.composite("composite-2-qa", "dlp", "bleu")
+    assert [row[2] for row in tables.composite_table(found).rows if row[1] == "DLP-LoRA"][:2] == ["2-mcq", "2-qa"]
+
+
+def test_a_task_without_scores_empties_no_average() -> None:
+    data = full()
+    for by_task in data["scores"].values():
+        del by_task["sums"]
+    table = tables.accuracy_table(record(data))
+    assert record(data).mean("dlp", MCQ[:2], "accuracy") in [c.measure for c in table.rows[-1] if isinstance(c, Cell)]
+
+
 def test_a_mean_that_is_a_composite_has_its_recorded_interval() -> None:
     found = record(full()).mean("dlp", MCQ, "accuracy")
     assert found is not None

@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 import dlp_lora
 from conftest import ARCHITECTURES, byte_tokenizer, lively_model
 from dlp_lora import TaskError
-from dlp_lora.errors import RecordError, TrainingError
+from dlp_lora.errors import DLPLoRAError, RecordError, TrainingError
 from dlp_lora.evals.answers import AnswerArgs
 from dlp_lora.evals.methods import METHODS as METHODS_BY_NAME
 from dlp_lora.evals.metrics import exact_match
+from dlp_lora.evals.serial import SerialPrompt, generate_serial, serial_methods
 from dlp_lora.recipe import read_recipe, recipes
 from dlp_lora.reproduce import LARGER, Event, ReproduceArgs, reproduce, steps
 from dlp_lora.router import load_tokenizer, router_hash
@@ -125,7 +126,8 @@ def test_the_record_holds_every_method_task_and_metric(whole: Whole) -> None:
         }
     assert set(record["composites"]) == {"composite-2", "composite-1"}
     assert set(record["differences"]) == {"dlp - oracle", "dlp - base", "dlp - lora-r64"}
-    assert set(record["teacher_forced"]) == {"base", "oracle", "dlp"}
+    assert set(record["teacher_forced"]) == {"base", "oracle", "dlp", "lora-r64"}
+    assert record["metrics"]["bleu"].startswith("nrefs:var|case:mixed|eff:no|tok:13a|smooth:exp|version:")
     assert set(record["serial"]["serial-2"]) >= {"base", "oracle", "dlp", "prompt-only", "recompute"}
     assert record["data"]["tasks"]["colours"]["chance"] == 0.5
     assert sum(n for row in record["router"]["confusion"].values() for n in row.values()) == 7
@@ -133,7 +135,7 @@ def test_the_record_holds_every_method_task_and_metric(whole: Whole) -> None:
 
 def test_scores_are_those_of_the_answers_on_record(whole: Whole) -> None:
     record, by_name = read(whole[0]), {task.name: task for task in tasks()}
-    rows = outputs(whole[0])
+    rows = [row for row in outputs(whole[0]) if row["part"] == "answers"]
     assert len(rows) == 7 * len(METHODS)
     for method in METHODS:
         for task in ("colours", "sides"):
@@ -160,6 +162,8 @@ def test_the_single_lora_differs_from_the_others_in_its_rank_alone(whole: Whole)
 
 def test_each_method_fused_what_it_says(whole: Whole) -> None:
     for row in outputs(whole[0]):
+        if row["part"] != "answers":
+            continue
         mixture, method = row["mixture"], row["method"]
         if method == "base":
             assert mixture == {}
@@ -176,7 +180,7 @@ def test_each_method_fused_what_it_says(whole: Whole) -> None:
 
 
 def test_answers_are_those_that_the_bundle_gives(model: Path, whole: Whole) -> None:
-    rows = {(r["method"], r["task"], r["index"]): r["text"] for r in outputs(whole[0])}
+    rows = {(r["method"], r["task"], r["index"]): r["text"] for r in outputs(whole[0]) if r["part"] == "answers"}
     engine = dlp_lora.load(whole[0].parent / "seed-0" / "bundle", base_model=model, dtype="bfloat16")
     prompt = tasks()[0].test[0].prompt
     assert engine.generate(prompt, max_new_tokens=4, do_sample=False).text == rows["dlp", "colours", 0]
@@ -205,7 +209,8 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_results(
         try:
             reproduce(model, tasks(), out, SMALL, infos=INFOS, on_event=kill_at(rng.randrange(1, len(whole[1]))))
         except KilledError:
-            for file in out.rglob("answers/*.jsonl"):  # a kill may cut a line short
+            for file in (*out.rglob("answers/*.jsonl"), *out.rglob("teacher_forced/*.jsonl")):
+                # A kill may cut a line short.
                 text = file.read_text(encoding="utf-8")
                 file.write_text(text[: len(text) - rng.randrange(min(40, len(text)))], encoding="utf-8")
     record = reproduce(model, tasks(), out, SMALL, infos=INFOS)
@@ -245,7 +250,8 @@ def test_answers_of_another_router_are_not_taken_for_those_of_this_one(
         (seed / "answers" / f"{name}.jsonl").unlink()
     reproduce(model, tasks(), tmp_path / "run", SMALL, infos=INFOS)
     kept = [json.loads((seed / f"answers/{name}.jsonl").read_text().split("\n")[0]) for name in routed]
-    kept += [json.loads((seed / name).read_text()) for name in ("teacher_forced.json", "serial-2.json")]
+    kept.append(json.loads((seed / "teacher_forced/dlp.jsonl").read_text().split("\n")[0]))
+    kept.append(json.loads((seed / "serial-2.json").read_text()))
     assert {own["identity"]["routing"]["router"] for own in kept} == {router_hash(other)}
 
 
@@ -287,6 +293,117 @@ def test_a_larger_model_joins_a_finished_run_and_answers_without_adapters(
         key: read(whole[0])[key] for key in ("scores", "serial")
     }
     assert read(whole[0])["larger"] is None
+
+
+def test_outputs_hold_the_runs_own_answers_serial_and_teacher_forced_ones_too(
+    model: Path, whole: Whole, tmp_path: Path
+) -> None:
+    out = tmp_path / whole[0].parent.name
+    shutil.copytree(whole[0].parent, out)
+    shutil.copy(out / "seed-0/answers/top1.jsonl", out / "seed-0/answers/p0.3.jsonl")  # of no method of this run
+    rows = outputs(reproduce(model, tasks(), out, SMALL, infos=INFOS, larger=model))
+    assert {row["method"] for row in rows if row["part"] == "answers"} == set(METHODS)
+    forced = [row for row in rows if row["part"] == "teacher-forced"]
+    assert {row["method"] for row in forced} == {"base", "oracle", "dlp", "lora-r64"}
+    assert len(forced) == 4 * 7
+    record = read(out / "record.json")
+    for method in ("base", "lora-r64"):
+        by_index = {row["index"]: row for row in forced if row["method"] == method and row["task"] == "colours"}
+        right = [exact_match(by_index[i]["text"], e.accepted) for i, e in enumerate(tasks()[0].test)]
+        assert record["teacher_forced"][method]["colours"]["accuracy"] == pytest.approx(np.mean(right), abs=1e-5)
+    serial = [row for row in rows if row["part"] == "serial-2" and row["method"] == "dlp"]
+    assert record["serial"]["serial-2"]["dlp"]["accuracy"] == np.mean([row["right"] for row in serial])
+    assert len([row for row in rows if row["part"] == LARGER and row["model"] == "model"]) == 7
+    assert read(reproduce(model, tasks(), out, SMALL, infos=INFOS))["larger"] == record["larger"]  # kept, once given
+
+
+def test_the_conversation_is_decoded_as_serial_prompts_are(model: Path, whole: Whole) -> None:
+    said = read(whole[0])["conversation"]
+    engine = dlp_lora.load(whole[0].parent / "seed-0" / "bundle", base_model=model, dtype="bfloat16")
+    examples = {e.prompt: (task.name, e) for task in tasks() for e in task.test}
+    asked = [examples[prompt] for prompt in said["prompt"].split("\n\n")]
+    prompt = SerialPrompt(tasks=tuple(name for name, _ in asked), examples=tuple(e for _, e in asked))
+    method = next(m for m in serial_methods(engine.bank.names, [prompt]) if m.name == "dlp")
+    (answer,) = generate_serial(engine, method, [prompt], max_new_tokens=48, prompt_format="plain")
+    assert said["text"] == answer.text
+
+
+SLIGHT = replace(SMALL, methods=("base",), single_r=0, serial=(), limit=2)
+
+
+def test_a_run_grows_into_the_one_that_was_asked_for_at_once(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    grown, whole = tmp_path / "a" / "run", tmp_path / "b" / "run"
+    reproduce(model, tasks(), grown, SLIGHT, infos=INFOS)
+    assert not (grown / "seed-0" / "lora-r64").exists()
+    reproduce(model, tasks(), grown, replace(SLIGHT, methods=("dlp",), serial=(2,)), infos=INFOS)
+    reproduce(model, tasks(), grown, replace(SLIGHT, seeds=(1,)), infos=INFOS)
+    args = replace(SLIGHT, methods=("base", "dlp"), serial=(2,), seeds=(0, 1))
+    reproduce(model, tasks(), whole, args, infos=INFOS)
+    assert read(grown / "record.json") == read(whole / "record.json")
+    assert outputs(grown / "record.json") == outputs(whole / "record.json")
+
+
+def test_the_single_lora_is_trained_for_its_method_only() -> None:
+    assert "lora-r64" in steps(tasks(), SMALL)
+    assert "lora-r64" not in steps(tasks(), replace(SMALL, methods=("base", "dlp")))
+
+
+def test_another_model_of_the_same_name_is_refused_and_a_run_without_its_hash_goes_on(
+    model: Path, whole: Whole, tmp_path: Path
+) -> None:
+    out = tmp_path / whole[0].parent.name
+    shutil.copytree(whole[0].parent, out)
+    other = save(lively_model(seed=1), tmp_path / "model")
+    with pytest.raises(RecordError, match=r"model_hash was '[0-9a-f]{16}' and is '[0-9a-f]{16}'"):
+        reproduce(other, tasks(), out, SMALL, infos=INFOS)
+    settings = json.loads((out / "settings.json").read_text())
+    known = settings.pop("model_hash")
+    (out / "settings.json").write_text(json.dumps(settings))
+    assert read(reproduce(model, tasks(), out, SMALL, infos=INFOS)) == read(whole[0])
+    assert json.loads((out / "settings.json").read_text())["model_hash"] == known
+
+
+@pytest.mark.parametrize("what", ["one task", "no test", "no model", "too long"])
+def test_what_cannot_work_is_said_before_anything_is_written(model: Path, tmp_path: Path, what: str) -> None:
+    long = tuple(replace(e, prompt=e.prompt + "?" * 510) for e in tasks()[1].train)
+    found = {
+        "one task": tasks()[:1],
+        "no test": [replace(t, test=()) for t in tasks()],
+        "too long": [tasks()[0], replace(tasks()[1], train=long)],
+    }.get(what, tasks())
+    message = {
+        "one task": "at least two task folders",
+        "no test": "no task has a test question",
+        "no model": "no-model",
+        "too long": "sides has no example of at most 512 tokens",
+    }[what]
+    with pytest.raises(DLPLoRAError, match=message):
+        reproduce(tmp_path / "no-model" if what == "no model" else model, found, tmp_path / "run", SMALL, infos=INFOS)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_longer_than_the_context_is_counted_and_stops_nothing(tmp_path: Path) -> None:
+    short = lively_model()
+    short.config.max_position_embeddings = 64
+    colours, sides, story = tasks()
+    long = Example(prompt="Which colour is " + "very " * 20 + "red?", answer="red", choices=("red", "blue"))
+    colours = replace(colours, train=(*colours.train, replace(long, answer="blue")), test=(*colours.test, long))
+    colours = replace(colours, train=(*colours.train[:-1], replace(long, prompt=long.prompt + " Say.")))
+    untested = replace(sides, name="untested", test=())
+    args = replace(SLIGHT, limit=None, methods=("base", "dlp"), serial=(2,), serial_prompts=6)
+    record = read(
+        reproduce(
+            save(short, tmp_path / "model"), [colours, sides, story, untested], tmp_path / "run", args, infos=INFOS
+        )
+    )
+    assert record["left_out"] == {"colours": 1}
+    assert record["training"]["adapters"]["colours"]["num_left_out"] == 1
+    assert record["serial_left_out"] == {"serial-2": 6}  # 48 tokens to write after two questions
+    assert record["conversation"] is None
+    assert "untested" not in record["scores"]["dlp"]
+    assert set(record["composites"]) == {"composite-2", "composite-1"}
 
 
 # Recipes
@@ -335,3 +452,14 @@ def test_a_recipe_file_may_set_anything_and_what_it_means_nothing_by_is_named(tm
         read_recipe(file)
     with pytest.raises(TrainingError, match="no recipe nothing; give a TOML file, or one of llama2-13b"):
         read_recipe("nothing")
+
+
+def test_a_preset_that_is_given_wins_where_it_sets_something(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('model = "m"\nlimit = 7\nseeds = [3]\n[training]\nr = 4\nlearning_rate = 1e-3\nmax_length = 99\n')
+    args = read_recipe(file, preset="paper")[1]
+    assert (args.training.learning_rate, args.training.batch_size) == (5e-5, 1)  # as the preset sets them
+    assert (args.training.r, args.training.max_length, args.limit, args.seeds) == (4, 99, 7, (3,))
+    file.write_text('model = "m"\npreset = "paper"\n[training]\nr = 4\n')
+    args = read_recipe(file, preset="default")[1]
+    assert (args.training.learning_rate, args.training.r) == (AdapterTrainingArgs().learning_rate, 4)

@@ -1,7 +1,10 @@
+from typing import Any
+
 import numpy as np
 import pytest
 
 from dlp_lora.evals.metrics import bleu, rouge
+from dlp_lora.evals.record import compared, composites_of, without_choices
 from dlp_lora.evals.scores import Table, Values, difference, intervals, pooled, scores, tabulate
 from dlp_lora.tasks import Example, Task
 
@@ -28,8 +31,20 @@ def test_a_choice_task_is_scored_by_equality_and_by_the_likeliest_choice() -> No
     ]
     found = tabulate(reversed(rows), {"t": task}, {"t": "mcq"})
     assert scores(found) == {"t": {"accuracy": 0.5, "accuracy_loglik": 0.5}}
-    del rows[2]["likelihoods"]
+    for row in rows:
+        del row["likelihoods"]
     assert scores(tabulate(rows, {"t": task}, {"t": "mcq"})) == {"t": {"accuracy": 0.5}}
+
+
+def test_a_question_without_choices_is_counted_and_costs_the_others_nothing() -> None:
+    chosen, free = Example(prompt="?", answer="a", choices=("a", "b")), Example(prompt="!", answer="a")
+    task = Task(name="t", train=(), test=(chosen, free, chosen))
+    rows: list[dict[str, Any]] = [{"task": "t", "index": i, "text": "a"} for i in range(3)]
+    rows[0]["likelihoods"], rows[2]["likelihoods"] = [-1.0, -2.0], [-2.0, -1.0]
+    assert scores(tabulate(rows, {"t": task}, {"t": "mcq"}))["t"] == {"accuracy": 1.0, "accuracy_loglik": 0.5}
+    tasks = [task, Task(name="all", train=(), test=(chosen,)), Task(name="none", train=(), test=(free,))]
+    assert without_choices(tasks, dict.fromkeys(("t", "all", "none"), "mcq")) == {"t": 1}
+    assert without_choices(tasks, dict.fromkeys(("t", "all", "none"), "qa")) == {}
 
 
 def test_a_free_task_is_scored_as_the_libraries_score_the_whole_of_it() -> None:
@@ -47,7 +62,35 @@ def test_a_pool_is_the_mean_over_its_tasks_whatever_their_sizes() -> None:
     means, spread = pooled(found, ["a", "b"])
     assert means == {"accuracy": 0.5}
     assert spread == {"accuracy": (0.5, 0.5)}  # drawn anew within each task
-    assert pooled(found, ["a", "missing"]) == ({}, {})
+
+
+def test_a_task_without_answers_is_left_out_of_its_pool() -> None:
+    found = table(a=[1.0] * 2, b=[0.0] * 8)
+    assert pooled(found, ["a", "missing", "b"]) == pooled(found, ["a", "b"])
+    assert pooled(found, ["missing"]) == ({}, {})
+    other = table(a=[0.0] * 2, b=[0.0] * 8)
+    assert difference(found, other, ["a", "missing", "b"])["accuracy"]["value"] == 0.5
+
+
+def test_a_pool_of_choice_and_a_free_one_of_the_same_size_are_both_kept() -> None:
+    kinds = {"a": "mcq", "b": "mcq", "c": "qa", "d": "qa", "untested": "qa"}
+    tables = {name: table(a=[score], b=[score], c=[0.5], d=[0.5]) for name, score in (("dlp", 1.0), ("oracle", 0.0))}
+    found = compared(tables, kinds)
+    for key in ("composites", "composite_intervals"):
+        assert set(found[key]) == {"composite-2-mcq", "composite-2-qa"}
+    assert found["composites"]["composite-2-mcq"] == {"dlp": {"accuracy": 1.0}, "oracle": {"accuracy": 0.0}}
+    assert {name: own["accuracy"]["value"] for name, own in found["differences"]["dlp - oracle"].items()} == {
+        "composite-2-mcq": 1.0,
+        "composite-2-qa": 0.0,
+    }
+
+
+def test_a_pool_is_called_after_its_size_where_that_says_which_it_is() -> None:
+    tables = {"dlp": table(a=[1.0], b=[1.0], c=[0.5])}
+    assert composites_of(tables, {"a": "mcq", "b": "mcq", "c": "qa"}) == {
+        "composite-2": ["a", "b"],
+        "composite-1": ["c"],
+    }
 
 
 def test_an_interval_holds_the_score_and_narrows_with_more_questions() -> None:

@@ -4,7 +4,7 @@ import torch
 import dlp_lora
 from conftest import byte_tokenizer, lively_model
 from dlp_lora import Engine, Mixture, TaskError
-from dlp_lora.evals.serial import LineBreaks, answer_serial, serial_methods, serial_prompts
+from dlp_lora.evals.serial import LineBreaks, answer_serial, fitting, serial_methods, serial_prompts
 from dlp_lora.sentences import LineSegmenter, split
 from dlp_lora.tasks import Example, Task
 
@@ -64,3 +64,21 @@ def test_the_method_that_is_told_the_tasks_gives_each_line_its_own_adapter(engin
     answered = [row for row in rows if row["text"]]
     assert answered
     assert all(row["routed"] for row in answered)
+
+
+def test_prompts_that_leave_no_room_for_the_answers_are_left_out(engine: Engine) -> None:
+    prompts = serial_prompts(TASKS, 2, 5)
+    lengths = [len(prompt.text.encode()) for prompt in prompts]
+    context = engine.model.config.max_position_embeddings
+    room = context - sorted(lengths)[2]
+    found = fitting(engine, prompts, max_new_tokens=room, prompt_format="plain")
+    assert found == [p for p, length in zip(prompts, lengths, strict=True) if length <= sorted(lengths)[2]]
+    assert fitting(engine, prompts, max_new_tokens=room - 100, prompt_format="plain") == prompts
+    assert fitting(engine, prompts, max_new_tokens=context, prompt_format="plain") == []
+
+
+def test_a_task_without_test_questions_is_not_asked_about() -> None:
+    tasks = [*TASKS, Task(name="untested", train=(), test=())]
+    assert serial_prompts(tasks, 2, 20) == serial_prompts(TASKS, 2, 20)
+    with pytest.raises(TaskError, match="serial-4 asks questions of 4 tasks, but there are 3"):
+        serial_prompts(tasks, 4, 1)

@@ -30,7 +30,7 @@ choice_rows = filled.flatmap(
         {
             "prompt": filled,
             "answer": st.just(answer),
-            "choices": st.lists(st.text(), max_size=3).map(lambda others: (answer, *others)),
+            "choices": st.lists(filled, max_size=3).map(lambda others: (answer, *others)),
         }
     )
 )
@@ -171,6 +171,10 @@ LINE_ERRORS = {
         r"'complete' is the number 0, expected true or false",
     ),
     "empty prompt": ('{"prompt": " ", "answer": "y"}', r"'prompt' is empty; expected text"),
+    "empty choice": (
+        '{"prompt": "x", "answer": "y", "choices": ["y", ""]}',
+        r"one of the choices \['y', ''\] is empty; fill it in or remove it",
+    ),
     "empty answer": ('{"prompt": "x", "answer": ""}', r"'answer' is empty; expected text"),
     "answer off the choices": (
         '{"prompt": "x", "answer": "Yes", "choices": ["yes", "no"]}',
@@ -251,8 +255,10 @@ def test_a_file_that_may_not_be_read_is_refused(tmp_path):
         read_task(folder)
 
 
-def test_a_prompt_in_train_and_test_is_refused_with_both_places(tmp_path):
-    folder = make_folder(tmp_path / "t", train=[SUM, DAY], test=[DAY | {"answer": "The day is unknown."}])
+@pytest.mark.parametrize("write", [str, lambda prompt: prompt.replace(" ", "  ") + "\n"], ids=("same", "spaced"))
+def test_a_prompt_in_train_and_test_is_refused_with_both_places(tmp_path, write):
+    asked_again = DAY | {"prompt": write(DAY["prompt"]), "answer": "The day is unknown."}
+    folder = make_folder(tmp_path / "t", train=[SUM, DAY], test=[asked_again])
     with pytest.raises(TaskError, match=r"test\.jsonl:1: the prompt is also in .*train\.jsonl:2 \(1 such"):
         read_task(folder)
 

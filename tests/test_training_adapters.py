@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 import dlp_lora
 import dlp_lora.training.adapters as adapters_module
-from conftest import ARCHITECTURES, byte_tokenizer, lively_model, tiny_model
+from conftest import ARCHITECTURES, USUAL_TARGETS, byte_tokenizer, lively_model, tiny_model
 from dlp_lora import ModelError, TaskError, TrainingError
 from dlp_lora.peft_format import WEIGHTS_FILE
 from dlp_lora.tasks import Example, Task
@@ -263,6 +263,19 @@ def test_examples_that_are_too_long_are_left_out_and_counted(tmp_path: Path) -> 
     # "q" * i + ":" and " yes" and the end are i + 6 tokens.
     trained = train(tmp_path / "toy", replace(QUICK, max_length=16))
     assert (trained.num_examples, trained.num_left_out) == (10, 4)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_examples_beyond_the_models_context_are_left_out_and_counted(tmp_path: Path, architecture: str) -> None:
+    model = lively_model(architecture)
+    task = Task(name="toy", train=(*toy().train, Example(prompt="q" * 510 + ":", answer="yes")), test=())
+    args = replace(QUICK, target_modules=tuple(USUAL_TARGETS[architecture]), epochs=0.1)
+    trained = train_adapter(model, TOKENIZER, task, tmp_path / "toy", args)
+    assert (trained.num_examples, trained.num_left_out) == (14, 1)
+    with pytest.raises(
+        TaskError, match="toy has no example of at most 512 tokens; that is the model's context: shorten"
+    ):
+        train_adapter(model, TOKENIZER, replace(task, train=task.train[-1:]), tmp_path / "other", args)
 
 
 def test_a_task_of_too_long_examples_is_refused(tmp_path: Path) -> None:

@@ -1,14 +1,19 @@
 """What a measurement was made on: hardware and versions, for the record."""
 
+import hashlib
 import os
 import platform
-from importlib.metadata import version
+from collections.abc import Iterator
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
-PACKAGES = ("dlp-lora", "torch", "transformers", "peft", "tokenizers")
+PACKAGES = ("dlp-lora", "torch", "transformers", "peft", "tokenizers", "numpy", "sacrebleu", "rouge-score")
+NUM_SAMPLES = 64  # of each parameter
 
 
 def environment() -> dict[str, Any]:
@@ -19,8 +24,30 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        **{name: version(name) for name in PACKAGES},
+        **dict(_versions()),
     }
+
+
+def model_hash(model: PreTrainedModel) -> str:
+    """A hash of values out of every parameter: the same for the same weights, whatever float they were loaded in.
+
+    Of a model with adapters attached, it is that of the model below them.
+    """
+    found = hashlib.sha256()
+    parameters = {name.replace(".base_layer.", "."): parameter for name, parameter in model.named_parameters()}
+    for name, parameter in sorted(parameters.items()):
+        values = parameter.detach().reshape(-1)
+        sample = values[:: max(1, values.numel() // NUM_SAMPLES)].cpu()
+        sample = sample.to(torch.bfloat16).view(torch.int16) if sample.is_floating_point() else sample
+        found.update(f"{name} {list(parameter.shape)} {sample.tolist()}".encode())
+    return found.hexdigest()[:16]
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    """The packages that are installed: those of an extra need not be."""
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            yield name, version(name)
 
 
 def _cpu() -> str:

@@ -1,5 +1,6 @@
 """Prompts as people give them, strings and chats, in; padded token ids out."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,11 @@ def as_batch(prompts: Any) -> tuple[list[str | Sequence[Message]], bool]:
     return prompts, False
 
 
+def context_of(model: PreTrainedModel) -> int:
+    """How many tokens the model reads, prompt and answer together; without end where its settings name no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+
 def encode_prompts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -42,12 +48,12 @@ def encode_prompts(
         PromptError: if a prompt is empty, or leaves no room for `num_new` tokens in the model's context.
     """
     rows = [_tokens(tokenizer, prompt) for prompt in prompts]
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = context_of(model)
     for i, row in enumerate(rows):
         which = f"prompt {i}" if len(rows) > 1 else "the prompt"
         if not row:
             raise PromptError(f"{which} is empty; give at least one token of text")
-        if limit is not None and len(row) + num_new > limit:
+        if len(row) + num_new > limit:
             raise PromptError(
                 f"{which} has {len(row)} tokens, and {num_new} new ones do not fit: the model's context is {limit}; "
                 f"shorten the prompt or lower max_new_tokens"

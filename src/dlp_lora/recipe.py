@@ -20,8 +20,12 @@ def recipes() -> list[str]:
     return sorted(file.name.removesuffix(".toml") for file in _folder().iterdir() if file.name.endswith(".toml"))
 
 
-def read_recipe(name: str | Path, args: ReproduceArgs | None = None) -> tuple[str, ReproduceArgs]:
+def read_recipe(
+    name: str | Path, args: ReproduceArgs | None = None, *, preset: str | None = None
+) -> tuple[str, ReproduceArgs]:
     """Reads a recipe by its name or path; gives the model and the settings, on top of `args`.
+
+    What a `preset` sets wins over the recipe; what it leaves at the default stays as the recipe has it.
 
     Raises:
         TrainingError: if there is no such recipe, or a key of it means nothing.
@@ -30,7 +34,9 @@ def read_recipe(name: str | Path, args: ReproduceArgs | None = None) -> tuple[st
     try:
         recipe = tomllib.loads(text)
         model = recipe.pop("model")
-        return model, _settings(args or ReproduceArgs(), recipe, str(name))
+        recipe["preset"] = preset or recipe.get("preset")
+        found = _settings(args or ReproduceArgs(), recipe)
+        return model, found if preset is None else with_preset(found, preset)
     except tomllib.TOMLDecodeError as error:
         raise TrainingError(f"recipe {name}: not TOML ({error}); correct it") from error
     except KeyError as error:
@@ -39,12 +45,22 @@ def read_recipe(name: str | Path, args: ReproduceArgs | None = None) -> tuple[st
         raise TrainingError(f"recipe {name}: {error}") from error
 
 
-def _settings(args: ReproduceArgs, recipe: dict[str, Any], name: str) -> ReproduceArgs:
-    preset = recipe.pop("preset", None)
+def with_preset(args: ReproduceArgs, preset: str) -> ReproduceArgs:
+    """The settings with what a preset of adapter training sets.
+
+    Raises:
+        ValueError: if there is no such preset.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"no preset {preset!r}; choose {' or '.join(PRESETS)}")
+    default, own = vars(PRESETS["default"]), vars(PRESETS[preset])
+    return replace(args, training=replace(args.training, **{k: v for k, v in own.items() if v != default[k]}))
+
+
+def _settings(args: ReproduceArgs, recipe: dict[str, Any]) -> ReproduceArgs:
+    preset = recipe.pop("preset")
     if preset is not None:
-        if preset not in PRESETS:
-            raise ValueError(f"no preset {preset!r}; choose {' or '.join(PRESETS)}")
-        args = replace(args, training=PRESETS[preset])
+        args = with_preset(replace(args, training=PRESETS["default"]), preset)
     changes: dict[str, Any] = {}
     for key, value in recipe.items():
         if key in SECTIONS:

@@ -39,6 +39,19 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+def whole_numbers(option: str, text: str) -> tuple[int, ...]:
+    """The numbers that an option was given, with commas between them."""
+    try:
+        return tuple(map(int, words(text)))
+    except ValueError as error:
+        raise ValueError(f"--{option} takes whole numbers with commas between them, got {text!r}") from error
+
+
+def words(text: str) -> tuple[str, ...]:
+    """What stands between the commas, without the spaces around it."""
+    return tuple(part.strip() for part in text.split(","))
+
+
 def _options(group: Any) -> dict[str, inspect.Parameter]:
     hints, options = get_type_hints(group, include_extras=True), {}
     for field in fields(group):
@@ -60,11 +73,9 @@ def _parsed(group: Any, name: str, value: Any) -> Any:
     kind = get_type_hints(group)[name]
     if get_origin(kind) is not tuple:
         return value
-    try:
-        return tuple(get_args(kind)[0](part.strip()) for part in value.split(","))
-    except ValueError as error:
-        option = name.replace("_", "-")
-        raise ValueError(f"--{option} takes whole numbers with commas between them, got {value!r}") from error
+    if get_args(kind)[0] is int:
+        return whole_numbers(name.replace("_", "-"), value)
+    return words(value)
 
 
 def _is_optional(parameter: inspect.Parameter) -> bool:

@@ -1,7 +1,7 @@
 """Commands that evaluate: eval, reproduce."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,9 +24,10 @@ from dlp_lora.cli.app import (
     progress_bar,
     stderr,
 )
+from dlp_lora.cli.options import whole_numbers, words
 
 TasksOption = Annotated[str | None, typer.Option("--tasks", help="Task names or composite-n, comma-separated.")]
-LimitOption = Annotated[int | None, typer.Option("--limit", help="Use so many examples of each task.")]
+LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Use so many examples of each task.")]
 FormatOption = Annotated[str | None, typer.Option("--prompt-format", help="auto, chat or plain.")]
 
 
@@ -40,7 +41,7 @@ def reproduce_command(
     limit: LimitOption = None,
     preset: Annotated[str | None, typer.Option(help="How adapters are trained: default or paper.")] = None,
     methods: Annotated[str | None, typer.Option(help="Methods, comma-separated, or all.")] = None,
-    seeds: Annotated[str, typer.Option(help="Training seeds, comma-separated.")] = "0",
+    seeds: Annotated[str | None, typer.Option(help="Training seeds, comma-separated. [default: 0]")] = None,
     larger: Annotated[str | None, typer.Option(help="A larger model, to answer without adapters (Table 5).")] = None,
     single: Annotated[bool, typer.Option(help="Also train one LoRA of rank 64 on all tasks together.")] = True,
     serial: Annotated[str | None, typer.Option(help="Questions in one prompt, comma-separated; 0: none.")] = None,
@@ -48,34 +49,34 @@ def reproduce_command(
 ) -> None:
     """Train adapters and router on the tasks, evaluate all methods and write the record and report.
 
-    Interrupted, the same command goes on where it stopped. Example:
+    Interrupted, the same command goes on where it stopped. With other methods, seeds or --serial it adds them to the
+    run; what is not given comes from the recipe. Example:
     `dlp-lora reproduce --data data/ --out runs/first --limit 20 --tasks gsm8k,winowhy`
     """
     from dlp_lora.evals.methods import METHODS
-    from dlp_lora.recipe import read_recipe
-    from dlp_lora.reproduce import LARGER, Event, ReproduceArgs, reproduce, steps
+    from dlp_lora.recipe import read_recipe, with_preset
+    from dlp_lora.reproduce import LARGER, Event, ReproduceArgs, grown, reproduce, steps
     from dlp_lora.tasks.hub import read_data
     from dlp_lora.tasks.manifest import read_manifest
-    from dlp_lora.training.adapters import PRESETS
 
     args = ReproduceArgs()
     if recipe is not None:
-        named, args = read_recipe(recipe)
+        named, args = read_recipe(recipe, preset=preset)
         model = model or (None if named == "default" else named)
-    if preset is not None:
-        if preset not in PRESETS:
-            raise ValueError(f"no preset {preset!r}; choose {' or '.join(PRESETS)}")
-        args = replace(args, training=PRESETS[preset])
-    if methods is not None:
-        args = replace(args, methods=tuple(METHODS) if methods == "all" else tuple(methods.split(",")))
-    if serial is not None:
-        args = replace(args, serial=tuple(n for n in map(int, serial.split(",")) if n))
-    args = replace(args, limit=limit, seeds=tuple(map(int, seeds.split(","))))
-    args = args if single else replace(args, single_r=0)
+    elif preset is not None:
+        args = with_preset(args, preset)
+    given: dict[str, Any] = {
+        "methods": None if methods is None else tuple(METHODS) if methods == "all" else words(methods),
+        "serial": None if serial is None else tuple(n for n in whole_numbers("serial", serial) if n),
+        "seeds": None if seeds is None else whole_numbers("seeds", seeds),
+        "limit": limit,
+        "single_r": None if single else 0,
+    }
+    args = grown(out, replace(args, **{name: value for name, value in given.items() if value is not None}))
     found = read_data(data, names=_names(tasks))
     infos = read_manifest(data)
     with progress_bar() as progress:
-        names = steps([replace(t, train=t.train[:limit]) for t in found], args)
+        names = steps(found, args)
         rows = [(args.seeds[0], LARGER)] if larger else []
         rows += [(seed, step) for seed in args.seeds for step in names]
         bars = {
@@ -92,12 +93,13 @@ def reproduce_command(
 
         record = reproduce(base_model(model), found, out, args, infos=infos, larger=larger, on_event=on_event)
     result = json.loads(record.read_text())
+    _say_left_out(result["left_out"], result["scores"], list(result["data"]["tasks"]))
+    stderr.print(f"wrote {record}; {_report(out)}")
     if as_json:
         print_json(result)
         return
     for name, own in result["composites"].items():
         console.print(_table(name, own, result["composite_intervals"][name]))
-    stderr.print(f"wrote {record}; `dlp-lora report {out}` writes the tables and pictures")
 
 
 @app.command("eval")
@@ -124,12 +126,15 @@ def eval_command(
     from dlp_lora.environment import environment
     from dlp_lora.evals.answers import AnswerArgs, answer_all, batches, data_hash, identity_of
     from dlp_lora.evals.methods import methods_named
+    from dlp_lora.evals.record import composites_of
     from dlp_lora.evals.scores import intervals, pooled, scores, tabulate
     from dlp_lora.folders import write_text
     from dlp_lora.tasks.hub import read_data
     from dlp_lora.tasks.manifest import kind_of, read_manifest
 
-    chosen = methods_named(methods.split(","))
+    if json_file is not None and not json_file.parent.is_dir():
+        raise ValueError(f"--json: no folder {json_file.parent}; make it first, or write somewhere else")
+    chosen = methods_named(words(methods))
     args: Any = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "limit": limit}
     if prompt_format is not None:
         args["prompt_format"] = prompt_format
@@ -144,7 +149,7 @@ def eval_command(
     if unknown and any(m.name == "oracle" for m in chosen):
         raise ValueError(f"the bundle has no adapter for {', '.join(unknown)}; choose other tasks or leave oracle out")
     by_name, kinds = {t.name: t for t in found}, {t.name: kind_of(t, infos) for t in found}
-    questions, left_out = batches(engine, found, settings)
+    questions, left_out = batches(engine.model, engine.tokenizer, found, settings)
     record: dict[str, Any] = {"environment": environment(), "data": {"hash": data_hash(found)}, "left_out": left_out}
     tables = {}
     with tempfile.TemporaryDirectory() as scratch, progress_bar() as progress:
@@ -162,17 +167,10 @@ def eval_command(
             tables[method.name] = tabulate(rows, by_name, kinds)
     record["scores"] = {name: scores(table) for name, table in tables.items()}
     record["intervals"] = {name: intervals(table) for name, table in tables.items()}
-    for kind in ("mcq", "qa"):
-        own = [name for name in by_name if kinds[name] == kind]
-        if own:
-            means = {name: pooled(table, own) for name, table in tables.items()}
-            console.print(
-                _table(
-                    f"{len(own)} {kind} tasks", {n: m[0] for n, m in means.items()}, {n: m[1] for n, m in means.items()}
-                )
-            )
-    if left_out:
-        stderr.print(f"left out, as they do not fit the context: {escape(str(left_out))}")
+    for title, own in composites_of(tables, kinds).items():
+        means = {name: pooled(table, own) for name, table in tables.items()}
+        console.print(_table(title, {n: m[0] for n, m in means.items()}, {n: m[1] for n, m in means.items()}))
+    _say_left_out(left_out, record["scores"], list(by_name))
     if json_file is not None:
         write_text(json_file, json.dumps(record, indent=1) + "\n")
         stderr.print(f"wrote {json_file}")
@@ -182,6 +180,24 @@ def _names(tasks: str | None) -> list[str] | None:
     from dlp_lora.tasks.catalog import expand_composites
 
     return list(expand_composites(tasks)) if tasks else None
+
+
+def _say_left_out(left_out: Mapping[str, int], scores: Mapping[str, Any], tasks: Sequence[str]) -> None:
+    if left_out:
+        stderr.print(f"questions left out, as they do not fit the context: {escape(str(dict(left_out)))}")
+    if unscored := [task for task in tasks if not any(task in own for own in scores.values())]:
+        stderr.print(f"not scored, for want of test questions: {escape(', '.join(unscored))}")
+
+
+def _report(out: Path) -> str:
+    """Writes the report beside the record, where it can be drawn; says what became of it."""
+    from importlib.util import find_spec
+
+    if find_spec("matplotlib") is None:
+        return f'the report needs matplotlib: run `pip install "dlp-lora[report]"`, then `dlp-lora report {out}`'
+    from dlp_lora.report import write_report
+
+    return f"the report is {write_report(out).html}"
 
 
 def _table(title: str, means: Mapping[str, Mapping[str, float]], spread: Mapping[str, Mapping[str, Any]]) -> Table:

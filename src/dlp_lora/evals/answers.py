@@ -7,17 +7,22 @@ on disk batch by batch: an interrupted run goes on where it was, in the very sam
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dlp_lora.engine import Engine
-from dlp_lora.errors import RecordError, TaskError
+from dlp_lora.environment import model_hash
+from dlp_lora.errors import TaskError
+from dlp_lora.evals.kept import keep_rows
 from dlp_lora.evals.likelihood import choice_likelihoods
 from dlp_lora.evals.methods import Key, Method
 from dlp_lora.peft_format import content_hash
 from dlp_lora.policy import Mixture
+from dlp_lora.prompts import context_of
 from dlp_lora.router import router_hash
 from dlp_lora.tasks.formats import PromptFormat, as_prompt, encode_example
 from dlp_lora.tasks.task import Example, Task
@@ -37,6 +42,9 @@ class AnswerArgs:
         for name in ("batch_size", "max_new_tokens"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"AnswerArgs.{name} must be positive, got {getattr(self, name)}")
+        if self.prompt_format not in get_args(PromptFormat):
+            known = ", ".join(get_args(PromptFormat))
+            raise ValueError(f"AnswerArgs.prompt_format must be one of {known}, got {self.prompt_format!r}")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"AnswerArgs.limit must be at least 1, got {self.limit}")
 
@@ -51,6 +59,8 @@ class Question:
     read: tuple[int, ...]
     choices: tuple[tuple[int, ...], ...]
     max_new_tokens: int
+    num_tokens: int
+    """The most that the model reads at once: the prompt with room for an answer, a choice or the gold answer."""
 
     @property
     def key(self) -> Key:
@@ -58,35 +68,39 @@ class Question:
         return self.task, self.index
 
 
-def batches(engine: Engine, tasks: Sequence[Task], args: AnswerArgs) -> tuple[list[list[Question]], dict[str, int]]:
+def batches(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], args: AnswerArgs
+) -> tuple[list[list[Question]], dict[str, int]]:
     """Pools the tasks' test questions into batches of like lengths; also counts what does not fit the context.
 
     Raises:
         TaskError: if no question is left.
     """
-    context = getattr(engine.model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+    if not any(task.test for task in tasks):
+        raise TaskError("no task has a test question; add a test.jsonl to score one")
+    context = context_of(model)
     questions: list[Question] = []
     left_out: dict[str, int] = {}
     for task in tasks:
-        longest = max(len(encode_example(engine.tokenizer, e, args.prompt_format)[1]) for e in task.train or task.test)
+        longest = max(len(encode_example(tokenizer, e, args.prompt_format)[1]) for e in task.train or task.test)
         room = min(args.max_new_tokens, 2 ** (longest - 1).bit_length())
         for i, example in enumerate(task.test[: args.limit]):
-            question = _question(engine, task.name, i, example, room, args.prompt_format)
-            if len(question.read) + room > context:
+            question = _question(tokenizer, task.name, i, example, room, args.prompt_format)
+            if question.num_tokens > context:
                 left_out[task.name] = left_out.get(task.name, 0) + 1
             else:
                 questions.append(question)
     if not questions:
         raise TaskError("no test question fits the model's context; give other tasks or a model of a longer context")
     questions.sort(key=lambda q: (q.max_new_tokens, len(q.read), q.key))
-    size = args.batch_size
-    return [questions[i : i + size] for i in range(0, len(questions), size)], left_out
+    return _batched(questions, args.batch_size, context), left_out
 
 
 def identity_of(engine: Engine, tasks: Sequence[Task], method: Method) -> dict[str, Any]:
     """What answers depend on beside their arguments; what was kept under another is not used."""
     found: dict[str, Any] = {
         "model": Path(engine.model.config._name_or_path).name,
+        "model_hash": model_hash(engine.model),
         "adapters": {name: content_hash(adapter.path) for name, adapter in engine.bank.adapters.items()},
         "data": data_hash(tasks),
     }
@@ -114,34 +128,13 @@ def answer_all(
     Raises:
         RecordError: if the file was begun with other settings.
     """
-    data = json.loads(json.dumps({"method": method.name, "identity": "answers", **identity, "args": asdict(args)}))
-    rows = _resume(file, data, pooled)
-    num_done = len(rows)
-    done = 0
-    for batch in pooled:
-        done += len(batch)
-        if done <= num_done:
-            continue
-        on_batch(done - len(batch), sum(map(len, pooled)))
-        found = _answer(engine, method, batch, args, known or {})
-        with file.open("a", encoding="utf-8") as lines:
-            lines.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found))
-        rows += found
-    on_batch(done, done)
-    return rows
-
-
-def read_answers(file: Path) -> list[dict[str, Any]]:
-    """Reads the answers that a file holds, a torn last line left out."""
-    return [row for row in _lines(file) if "identity" not in row] if file.is_file() else []
-
-
-def differences(before: Any, now: Any, key: str = "") -> str:
-    """Says in which settings two records of them differ."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        found = (differences(before.get(k), now.get(k), f"{key}.{k}".lstrip(".")) for k in {**before, **now})
-        return "; ".join(filter(None, found))
-    return "" if before == now else f"{key} was {before!r} and is {now!r}"
+    return keep_rows(
+        file,
+        {"method": method.name, "identity": "answers", **identity, "args": asdict(args)},
+        pooled,
+        lambda batch: _answer(engine, method, batch, args, known or {}),
+        on_batch=on_batch,
+    )
 
 
 def seconds_of(rows: Sequence[Mapping[str, Any]]) -> float:
@@ -156,15 +149,41 @@ def data_hash(tasks: Sequence[Task]) -> str:
 
 
 def _question(
-    engine: Engine, task: str, index: int, example: Example, room: int, prompt_format: PromptFormat
+    tokenizer: PreTrainedTokenizerBase,
+    task: str,
+    index: int,
+    example: Example,
+    room: int,
+    prompt_format: PromptFormat,
 ) -> Question:
     def tokens(answer: str) -> tuple[list[int], list[int]]:
         whole = Example(prompt=example.prompt, answer=answer, complete=False)
-        return encode_example(engine.tokenizer, whole, prompt_format)
+        return encode_example(tokenizer, whole, prompt_format)
 
     choices = tuple(tuple(tokens(choice)[1]) for choice in example.choices or ())
     read = tuple(tokens(example.answer)[0])
-    return Question(task=task, index=index, example=example, read=read, choices=choices, max_new_tokens=room)
+    gold = sum(map(len, encode_example(tokenizer, example, prompt_format)))
+    return Question(
+        task=task,
+        index=index,
+        example=example,
+        read=read,
+        choices=choices,
+        max_new_tokens=room,
+        num_tokens=max(gold, *(len(read) + n for n in (room, *map(len, choices)))),
+    )
+
+
+def _batched(questions: Sequence[Question], size: int, context: int) -> list[list[Question]]:
+    """Cuts the questions into batches of `size`, and where the longest prompt leaves no room for the longest answer."""
+    found: list[list[Question]] = []
+    for question in questions:
+        batch = [*found[-1], question] if found else []
+        if 0 < len(batch) <= size and max(len(q.read) for q in batch) + max(q.max_new_tokens for q in batch) <= context:
+            found[-1].append(question)
+        else:
+            found.append([question])
+    return found
 
 
 def _answer(
@@ -199,37 +218,3 @@ def _answer(
             row["likelihoods"] = likelihoods
         rows.append(row)
     return rows
-
-
-def _resume(file: Path, identity: dict[str, Any], pooled: Sequence[Sequence[Question]]) -> list[dict[str, Any]]:
-    """Reads whole batches of an earlier run and cuts off what follows them."""
-    if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-    lines = list(_lines(file)) if file.is_file() else []
-    rows: list[dict[str, Any]] = []
-    if lines:
-        if lines[0].get("identity") != identity:
-            raise RecordError(
-                f"{file} holds answers under other settings: {differences(lines[0].get('identity') or {}, identity)}; "
-                f"remove it, or write somewhere else"
-            )
-        rows = lines[1:]
-    whole = 0
-    for batch in pooled:
-        if whole + len(batch) > len(rows):
-            break
-        whole += len(batch)
-    rows = rows[:whole]
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [{"identity": identity}, *rows])
-    aside = file.with_name(f".{file.name}.partial")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(file)
-    return rows
-
-
-def _lines(file: Path) -> Iterator[dict[str, Any]]:
-    for line in file.read_text(encoding="utf-8").split("\n")[:-1]:  # splitlines() would cut at U+2028, too
-        try:
-            yield json.loads(line)
-        except ValueError:
-            return  # a line that a kill cut short

@@ -72,6 +72,11 @@ def bleu(answers: Sequence[str], references: Sequence[Sequence[str]]) -> BleuSco
     return BleuScore(score=score, signature=str(metric.get_signature()))
 
 
+def bleu_signature() -> str:
+    """sacrebleu's signature of `bleu_of`, for a record: each answer has references of its own number."""
+    return bleu(["a", "b"], [["a"], ["b", "c"]]).signature
+
+
 def bleu_statistics(answers: Sequence[str], references: Sequence[Sequence[str]]) -> Int[np.ndarray, "answers 10"]:
     """What each answer contributes to corpus BLEU: its length, the closest reference's, n-grams matched, n-grams.
 

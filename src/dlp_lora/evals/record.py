@@ -8,15 +8,12 @@ import numpy as np
 from dlp_lora.evals.methods import SINGLE
 from dlp_lora.evals.metrics import bootstrap
 from dlp_lora.evals.scores import Table, difference, intervals, pooled, scores
+from dlp_lora.tasks.task import Task
 
 
 def compared(tables: Mapping[str, Table], kinds: Mapping[str, str]) -> dict[str, Any]:
     """Scores and intervals of each method, of the pools of choice and of free tasks, and what dlp differs by."""
-    groups = {
-        f"composite-{len(names)}": names
-        for kind in ("mcq", "qa")
-        if (names := [name for name in kinds if kinds[name] == kind])
-    }
+    groups = composites_of(tables, kinds)
     means = {g: {m: pooled(table, names) for m, table in tables.items()} for g, names in groups.items()}
     pairs = [("dlp", other) for other in ("oracle", "base", SINGLE) if {"dlp", other} <= tables.keys()]
     return {
@@ -28,6 +25,23 @@ def compared(tables: Mapping[str, Table], kinds: Mapping[str, str]) -> dict[str,
             f"{a} - {b}": {g: difference(tables[a], tables[b], names) for g, names in groups.items()} for a, b in pairs
         },
     }
+
+
+def composites_of(tables: Mapping[str, Table], kinds: Mapping[str, str]) -> dict[str, list[str]]:
+    """The tasks that are pooled: those of choice and the free ones that every method has answers to.
+
+    A pool is called after its size, and after its kind too where both are of one size.
+    """
+    answered = [name for name in kinds if all(name in table for table in tables.values())]
+    by_kind = {kind: [name for name in answered if kinds[name] == kind] for kind in ("mcq", "qa")}
+    are_alike = len(by_kind["mcq"]) == len(by_kind["qa"])
+    return {f"composite-{len(own)}" + are_alike * f"-{kind}": own for kind, own in by_kind.items() if own}
+
+
+def without_choices(tasks: Sequence[Task], kinds: Mapping[str, str]) -> dict[str, int]:
+    """How many test questions are left out of accuracy by likelihood, by task: those without choices beside others."""
+    counts = {t.name: sum(not e.choices for e in t.test) for t in tasks if kinds[t.name] == "mcq"}
+    return {t.name: n for t in tasks if 0 < (n := counts.get(t.name, 0)) < len(t.test)}
 
 
 def merged(records: Sequence[dict[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:

@@ -65,7 +65,10 @@ def intervals(table: Table) -> dict[str, dict[str, Interval]]:
 
 
 def pooled(table: Table, names: Sequence[str]) -> tuple[dict[str, float], dict[str, Interval]]:
-    """The metrics that all of the named tasks have, as means over the tasks, with their intervals."""
+    """The metrics that all of the named tasks have, as means over the tasks, with their intervals.
+
+    A task without answers is left out, and so is one that the table does not have.
+    """
     values = _pools(table, names)
     means = {metric: round(float(np.mean([v.score for v in own])), 5) for metric, own in values.items()}
     return means, {metric: _interval(_resample(own)) for metric, own in values.items()}
@@ -73,6 +76,7 @@ def pooled(table: Table, names: Sequence[str]) -> tuple[dict[str, float], dict[s
 
 def difference(ours: Table, theirs: Table, names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """The pooled metrics of one method less another's, on the same questions."""
+    names = [name for name in names if name in ours and name in theirs]
     a, b = _pools(ours, names), _pools(theirs, names)
     return {
         metric: {
@@ -89,13 +93,13 @@ def _values(rows: Sequence[Mapping[str, Any]], task: Task, kind: str) -> dict[st
     texts = [row["text"].strip() for row in rows]
     if kind == "mcq":
         found = {"accuracy": _means([exact_match(t, e.accepted) for t, e in zip(texts, examples, strict=True)])}
-        if all("likelihoods" in row for row in rows):
-            found["accuracy_loglik"] = _means(
-                [
-                    (e.choices or ())[int(np.argmax(row["likelihoods"]))] in e.accepted
-                    for row, e in zip(rows, examples, strict=True)
-                ]
-            )
+        likely = [
+            (e.choices or ())[int(np.argmax(row["likelihoods"]))] in e.accepted
+            for row, e in zip(rows, examples, strict=True)
+            if "likelihoods" in row
+        ]
+        if likely:  # of the questions that have choices; a record counts the others
+            found["accuracy_loglik"] = _means(likely)
         return found
     references = [e.accepted for e in examples]
     rouge = rouge_each(texts, references)
@@ -112,7 +116,7 @@ def _means(each: Sequence[float]) -> Values:
 
 def _pools(table: Table, names: Sequence[str]) -> dict[str, list[Values]]:
     own = [table[name] for name in names if name in table]
-    if len(own) < len(names) or not own:
+    if not own:
         return {}
     return {metric: [values[metric] for values in own] for metric in own[0] if all(metric in v for v in own)}
 

@@ -16,13 +16,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from dlp_lora.engine import Engine
+from dlp_lora.engine import Engine, Generation
 from dlp_lora.errors import TaskError
 from dlp_lora.evals.metrics import exact_match
 from dlp_lora.policy import Mixture, Switching
+from dlp_lora.prompts import context_of
 from dlp_lora.router import Context
 from dlp_lora.sentences import LineSegmenter
-from dlp_lora.tasks.formats import PromptFormat, as_prompt
+from dlp_lora.tasks.formats import PromptFormat, as_prompt, encode_example
 from dlp_lora.tasks.task import Example, Task
 
 SEPARATOR = "\n\n"
@@ -54,8 +55,9 @@ def serial_prompts(tasks: Sequence[Task], n: int, num_prompts: int, *, seed: int
     """Draws prompts of `n` test questions, each of another task.
 
     Raises:
-        TaskError: with fewer than `n` tasks.
+        TaskError: with fewer than `n` tasks that have any.
     """
+    tasks = [task for task in tasks if task.test]
     if len(tasks) < n:
         raise TaskError(f"serial-{n} asks questions of {n} tasks, but there are {len(tasks)}")
     rng = random.Random(f"serial {n} {seed}")
@@ -64,6 +66,18 @@ def serial_prompts(tasks: Sequence[Task], n: int, num_prompts: int, *, seed: int
         SerialPrompt(tasks=tuple(t.name for t in some), examples=tuple(rng.choice(t.test) for t in some))
         for some in drawn
     ]
+
+
+def fitting(
+    engine: Engine, prompts: Sequence[SerialPrompt], *, max_new_tokens: int, prompt_format: PromptFormat = "auto"
+) -> list[SerialPrompt]:
+    """The prompts that leave room for the answers in the model's context."""
+
+    def num_tokens(prompt: SerialPrompt) -> int:
+        example = Example(prompt=prompt.text, answer=prompt.examples[0].answer)
+        return len(encode_example(engine.tokenizer, example, prompt_format)[0])
+
+    return [prompt for prompt in prompts if num_tokens(prompt) + max_new_tokens <= context_of(engine.model)]
 
 
 def serial_methods(names: Sequence[str], prompts: Sequence[SerialPrompt]) -> list[SerialMethod]:
@@ -96,19 +110,31 @@ def answer_serial(
     for start in range(0, len(prompts), batch_size):
         on_batch(start, len(prompts))
         batch = prompts[start : start + batch_size]
-        asked: list[Any] = [as_prompt(engine.tokenizer, p.text, prompt_format) for p in batch]
-        n = len(batch[0].tasks)
-        chosen = engine.fixed(method.mixture) if method.mixture is not None else engine.using(**method.settings)
-        with chosen:
-            answers = engine.generate(
-                asked,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                logits_processor=LogitsProcessorList([LineBreaks(engine, n)]),
-            )
+        answers = generate_serial(engine, method, batch, max_new_tokens=max_new_tokens, prompt_format=prompt_format)
         for prompt, answer in zip(batch, answers, strict=True):
             rows += _scored(prompt, answer.text, [next(iter(s.mixture), None) for s in answer.trace])
     return rows
+
+
+def generate_serial(
+    engine: Engine,
+    method: SerialMethod,
+    prompts: Sequence[SerialPrompt],
+    *,
+    max_new_tokens: int,
+    prompt_format: PromptFormat = "auto",
+) -> list[Generation]:
+    """Answers one batch of serial prompts, of as many questions each."""
+    asked: list[Any] = [as_prompt(engine.tokenizer, p.text, prompt_format) for p in prompts]
+    chosen = engine.fixed(method.mixture) if method.mixture is not None else engine.using(**method.settings)
+    with chosen:
+        answers: list[Generation] = engine.generate(
+            asked,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            logits_processor=LogitsProcessorList([LineBreaks(engine, len(prompts[0].tasks))]),
+        )
+    return answers
 
 
 class LineBreaks(LogitsProcessor):

@@ -124,7 +124,7 @@ def _in_short(record: Record) -> Bullets | None:
 
 def _averages(record: Record) -> Iterator[str]:
     for kind, metric in (("mcq", "accuracy"), ("qa", "bleu"), ("qa", "rougeL")):
-        tasks = [task.name for task in record.tasks_of(kind)]
+        tasks = [task.name for task in record.scored(record.tasks_of(kind))]
         means = {method: cell(record.mean(method, tasks, metric)) for method in main_methods(record)}
         if said := [f"{label(method)} {shown(mean)}" for method, mean in means.items() if mean]:
             yield f"{METRICS[metric]}, mean over {len(tasks)} tasks, of 100: {', '.join(said)}."

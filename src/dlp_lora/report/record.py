@@ -155,6 +155,11 @@ class Record:
         """The seeds of the run."""
         return tuple(int(seed) for seed in self.at("seeds") or ())
 
+    def scored(self, tasks: Iterable[RecordedTask]) -> tuple[RecordedTask, ...]:
+        """Those of the tasks that some method has a score on: one without test questions has none."""
+        by_method = [by_task or {} for by_task in (self.at("scores") or {}).values()]
+        return tuple(task for task in tasks if any(by_task.get(task.name) for by_task in by_method))
+
     def measure(self, method: str, task: str, metric: str) -> Measure | None:
         """A method's score on a task, in its bootstrap interval, widened to the extremes of the seeds."""
         value = self.at("scores", method, task, metric)
@@ -172,9 +177,10 @@ class Record:
             return None
         value = fmean(measure.value for measure in measures)
         # Where it is a composite's score, it has that composite's interval.
-        composite = self.composite(f"composite-{len(names)}", method, metric)
-        if composite and composite.interval and math.isclose(composite.value, value, abs_tol=0.01):
-            return composite
+        for name in self.at("composites") or ():
+            composite = self.composite(name, method, metric) if size_of(name) == len(names) else None
+            if composite and composite.interval and math.isclose(composite.value, value, abs_tol=0.01):
+                return composite
         if self.at("intervals", method):
             return mean(measures)
         spread = _extremes(self.seed_means(method, names, metric))
@@ -241,6 +247,12 @@ def mean(measures: Sequence[Measure]) -> Measure:
 def points(metric: str) -> float:
     """What turns a metric's recorded number into points of 100; sacrebleu gives points already."""
     return 1.0 if metric == "bleu" else 100.0
+
+
+def size_of(composite: str) -> int | None:
+    """How many tasks a composite pools, by its name: "composite-17", or "composite-3-mcq" beside "composite-3-qa"."""
+    size = composite.removeprefix("composite-").partition("-")[0]
+    return int(size) if size.isdecimal() else None
 
 
 def label(method: str) -> str:

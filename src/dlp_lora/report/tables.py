@@ -37,7 +37,8 @@ def accuracy_table(record: Record, *, metric: str = "accuracy") -> Table:
         )
         for task in tasks
     ]
-    scored = [t for t in record.tasks_of("mcq") if beside or any(record.measure(m, t.name, metric) for m in methods)]
+    answered = record.scored(record.tasks_of("mcq"))
+    scored = [t for t in answered if beside or any(record.measure(m, t.name, metric) for m in methods)]
     average = (
         "Avg.",
         *(plain(_mean_of([getattr(task, line) for task in scored])) for line in ("chance", "majority")),
@@ -80,7 +81,7 @@ def qa_table(record: Record) -> Table:
         (
             "Avg.",
             METRICS[metric],
-            *_average_cells(record, methods, tasks, metric),
+            *_average_cells(record, methods, record.scored(tasks), metric),
             *_paper_cells(paper.TABLE_2_AVERAGE[metric]),
         )
         for metric in QA_METRICS

@@ -2,5 +2,6 @@
 
 from dlp_lora.reproduce.args import LARGER, Event, ReproduceArgs, steps
 from dlp_lora.reproduce.run import check_apart, reproduce
+from dlp_lora.reproduce.settings import grown
 
-__all__ = ["LARGER", "Event", "ReproduceArgs", "check_apart", "reproduce", "steps"]
+__all__ = ["LARGER", "Event", "ReproduceArgs", "check_apart", "grown", "reproduce", "steps"]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from dlp_lora.evals.answers import AnswerArgs
-from dlp_lora.evals.methods import MAIN, SINGLE, Method, methods_named
+from dlp_lora.evals.methods import MAIN, METHODS, SINGLE, Method, methods_named
 from dlp_lora.tasks import Task
 from dlp_lora.training.adapters import AdapterTrainingArgs
 from dlp_lora.training.router import RouterTrainingArgs
@@ -17,7 +17,7 @@ class ReproduceArgs:
     """What is run. `limit` takes so many training and test examples of each task."""
 
     training: AdapterTrainingArgs = field(default_factory=AdapterTrainingArgs)
-    single_r: int = 64  # the rank of the one LoRA on all tasks; 0 leaves it out
+    single_r: int = 64  # the rank of the one LoRA on all tasks, trained for the method lora-r64; 0 leaves both out
     router: RouterTrainingArgs = field(default_factory=RouterTrainingArgs)
     answers: AnswerArgs = field(default_factory=AnswerArgs)
     methods: tuple[str, ...] = MAIN
@@ -31,6 +31,8 @@ class ReproduceArgs:
         methods_named(self.methods)
         if any(n < 2 for n in self.serial):
             raise ValueError(f"ReproduceArgs.serial asks at least 2 questions at once, got {self.serial}")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"ReproduceArgs.limit must be at least 1, got {self.limit}")
         if not self.seeds:
             raise ValueError("ReproduceArgs.seeds is empty; give at least one")
 
@@ -48,9 +50,10 @@ class Event:
 
 def steps(tasks: Sequence[Task], args: ReproduceArgs) -> list[str]:
     """The steps of one seed, in order."""
-    single = [SINGLE] if args.single_r else []
-    named = [f"answers: {m.name}" for m in methods_of(args)]
-    forced = ["teacher-forced"] if args.teacher_forced else []
+    methods = methods_of(args)
+    single = [SINGLE] if METHODS[SINGLE] in methods else []
+    named = [f"answers: {m.name}" for m in methods]
+    forced = [f"teacher-forced: {m.name}" for m in methods if args.teacher_forced and m.name in MAIN]
     return [*(t.name for t in tasks), *single, "router", *named, *forced, *(f"serial-{n}" for n in args.serial)]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from dlp_lora.bank import AdapterBank
 from dlp_lora.engine import Engine
+from dlp_lora.environment import model_hash
 from dlp_lora.evals.answers import answer_all, batches, data_hash, seconds_of
 from dlp_lora.evals.methods import METHODS
 from dlp_lora.evals.scores import scores, tabulate
@@ -27,14 +28,14 @@ def answer_plainly(
     name = Path(str(model)).name
     base, tokenizer = load_base(model)
     engine = Engine(base, tokenizer, AdapterBank(linear_layers(base), device=base.device))
-    questions, left_out = batches(engine, tasks, args.answers)
+    questions, left_out = batches(base, tokenizer, tasks, args.answers)
     rows = answer_all(
         engine,
         METHODS["base"],
         questions,
         args.answers,
         folder / f"{name}.jsonl",
-        identity={"model": name, "data": data_hash(tasks)},
+        identity={"model": name, "model_hash": model_hash(base), "data": data_hash(tasks)},
         on_batch=lambda done, total: on_event(
             Event(seed=args.seeds[0], step=LARGER, done=done, total=total, note=name)
         ),

@@ -1,29 +1,34 @@
 """The paper's experiments as one run: a base model and task data in, adapters, router, answers and a record out.
 
 Every step is kept on disk and none is done twice: a run that was interrupted, at any moment, goes on to the same
-results. A run with other settings is refused, and the difference is named.
+results. Methods, seeds, lengths of serial prompts and a larger model may be added to a run; one with other settings
+is refused, and the difference is named.
 """
 
 import gzip
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dlp_lora.errors import RecordError, TaskError
-from dlp_lora.evals.answers import data_hash, differences
+from dlp_lora.environment import model_hash
+from dlp_lora.errors import TaskError
+from dlp_lora.evals.answers import batches
+from dlp_lora.evals.kept import read_rows
 from dlp_lora.evals.record import merged
 from dlp_lora.folders import write_text
 from dlp_lora.reproduce.args import LARGER, Event, ReproduceArgs
 from dlp_lora.reproduce.larger import answer_plainly
-from dlp_lora.reproduce.seed import Seed
+from dlp_lora.reproduce.seed import Seed, Shared
+from dlp_lora.reproduce.settings import check_settings, grown, keep_settings, settings_of
 from dlp_lora.tasks import Task
 from dlp_lora.tasks.manifest import TaskInfo, kind_of
-from dlp_lora.training.adapters import load_base
+from dlp_lora.tasks.task import same_prompt
+from dlp_lora.training.adapters import check_lengths, load_base
 
 RECORD_FILE = "record.json"
-FORMAT = 1
+OUTPUTS_FILE = "outputs.jsonl.gz"
 
 
 def reproduce(
@@ -38,60 +43,92 @@ def reproduce(
 ) -> Path:
     """Runs everything into the folder `out`, or goes on with it; gives the record's path.
 
+    What can be known to fail is checked before anything is trained.
+
     Args:
+        args: with methods, seeds and lengths of serial prompts that are added to those of a run in `out`.
         larger: another model, which answers without adapters (Table 5); it may be given to a finished run, too.
 
     Raises:
         RecordError: if `out` holds a run with other settings.
-        TaskError: if a test example is also a training example.
+        TaskError: if there are fewer than two tasks, one has no training example that is short enough or none a test
+            question that fits the model's context, or a test example is also a training example.
     """
-    args, out, infos = args or ReproduceArgs(), Path(out), infos or {}
-    check_apart(tasks)
+    out, infos = Path(out), infos or {}
+    args = grown(out, args or ReproduceArgs())
     tasks = [replace(t, train=t.train[: args.limit], test=t.test[: args.limit]) for t in tasks]
-    settings = {
-        "format": FORMAT,
-        "model": Path(str(model)).name,
-        "data": data_hash(tasks),
-        "args": json.loads(json.dumps(asdict(args))),
-    }
-    _keep_settings(out, settings)
-    kinds = {task.name: kind_of(task, infos) for task in tasks}
-    plain = None if larger is None else answer_plainly(larger, tasks, kinds, out / LARGER, args, on_event)
+    if len(tasks) < 2:
+        raise TaskError(f"a router chooses between tasks, but there are {len(tasks)}; give at least two task folders")
+    check_apart(tasks)
+    settings = settings_of(model, tasks, args)
+    check_settings(out, settings)
     base, tokenizer = load_base(model)
-    runs = [
-        Seed(model, base, tokenizer, tasks, infos, out / f"seed-{seed}", seed, args, on_event) for seed in args.seeds
-    ]
+    settings["model_hash"] = model_hash(base)
+    check_settings(out, settings)
+    check_lengths(base, tokenizer, tasks, args.training)
+    questions, left_out = batches(base, tokenizer, tasks, args.answers)
+    keep_settings(out, settings)
+    kinds = {task.name: kind_of(task, infos) for task in tasks}
+    if larger is None:
+        plain = _larger_before(out)
+    else:
+        plain = answer_plainly(larger, tasks, kinds, out / LARGER, args, on_event)
+    shared = Shared(
+        model=model,
+        base=base,
+        tokenizer=tokenizer,
+        tasks=tuple(tasks),
+        infos=infos,
+        args=args,
+        questions=questions,
+        left_out=left_out,
+        on_event=on_event,
+    )
+    runs = [Seed(shared, out / f"seed-{seed}", seed) for seed in args.seeds]
     records = [run.run() for run in runs]
-    record = {**settings, "name": out.name, "seeds": list(args.seeds), **merged(records, args.seeds), "larger": plain}
-    with gzip.open(out / "outputs.jsonl.gz", "wt", encoding="utf-8") as lines:
-        for run in runs:
-            lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in run.outputs())
+    record = {
+        **settings,
+        "name": out.name,
+        "seeds": list(args.seeds),
+        **merged(records, args.seeds),
+        "larger": plain,
+        "outputs": OUTPUTS_FILE,
+    }
+    with gzip.open(out / f".{OUTPUTS_FILE}.partial", "wt", encoding="utf-8") as lines:
+        rows = (
+            row for source in (*(run.outputs() for run in runs), _outputs_of(plain, out / LARGER)) for row in source
+        )
+        lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (out / f".{OUTPUTS_FILE}.partial").replace(out / OUTPUTS_FILE)
     write_text(out / RECORD_FILE, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     return out / RECORD_FILE
 
 
 def check_apart(tasks: Sequence[Task]) -> None:
-    """Checks that no test prompt was learned.
+    """Checks that no test prompt was learned, with other white space neither.
 
     Raises:
         TaskError: naming the first test example that is among the training examples of any task.
     """
-    learned = {example.prompt.strip(): task.name for task in tasks for example in task.train}
+    learned = {same_prompt(example.prompt): task.name for task in tasks for example in task.train}
     for task in tasks:
         for i, example in enumerate(task.test):
-            if example.prompt.strip() in learned:
+            if same_prompt(example.prompt) in learned:
                 raise TaskError(
-                    f"test example {i} of {task.name} is also a training example of {learned[example.prompt.strip()]}; "
+                    f"test example {i} of {task.name} is also a training example of "
+                    f"{learned[same_prompt(example.prompt)]}; "
                     f"remove one of the two: a score on learned prompts says nothing"
                 )
 
 
-def _keep_settings(out: Path, settings: dict[str, Any]) -> None:
-    file = out / "settings.json"
-    if not file.is_file():
-        out.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(settings, indent=1) + "\n")
-        return
-    before = json.loads(file.read_text())
-    if changed := differences(before, settings):
-        raise RecordError(f"{out} holds a run with other settings: {changed}; choose another --out")
+def _larger_before(out: Path) -> dict[str, Any] | None:
+    """What a larger model gave when the run was finished before."""
+    file = out / RECORD_FILE
+    record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return record.get(LARGER)
+
+
+def _outputs_of(plain: dict[str, Any] | None, folder: Path) -> Iterator[dict[str, Any]]:
+    if plain is not None:
+        for row in read_rows(folder / f"{plain['model']}.jsonl"):
+            yield {"part": LARGER, "model": plain["model"], **row}

@@ -88,10 +88,9 @@ class Calibration:
 
 
 def speaks(contexts: Sequence[Context]) -> Float[Tensor, " batch"]:
-    """1 where a context holds a letter or a digit, 0 where it says nothing, so that no adapter fits."""
-    return torch.tensor(
-        [float(any(map(str.isalnum, f"{c.prompt}{c.answer}{c.sentence}{c.history}"))) for c in contexts]
-    )
+    """1 where a context holds a visible character, 0 where it says nothing, so that no adapter fits."""
+    texts = [f"{c.prompt}{c.answer}{c.sentence}{c.history}" for c in contexts]
+    return torch.tensor([float(any(c.isprintable() and not c.isspace() for c in text)) for text in texts])
 
 
 def check_labels(names: Sequence[str]) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dlp_lora.errors import TaskError
-from dlp_lora.tasks.task import Example, Task
+from dlp_lora.tasks.task import Example, Task, same_prompt
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
 
@@ -162,8 +162,9 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 def _check_disjoint(
     train: dict[int, Example], test: dict[int, Example], *, train_file: Path, test_file: Path | None
 ) -> None:
-    train_lines = {example.prompt: number for number, example in reversed(train.items())}
-    shared = [(number, train_lines[e.prompt]) for number, e in test.items() if e.prompt in train_lines]
+    train_lines = {same_prompt(example.prompt): number for number, example in reversed(train.items())}
+    prompts = {number: same_prompt(example.prompt) for number, example in test.items()}
+    shared = [(number, train_lines[prompt]) for number, prompt in prompts.items() if prompt in train_lines]
     if shared:
         test_line, train_line = shared[0]
         raise TaskError(

@@ -30,6 +30,8 @@ class Example:
         for key in REQUIRED_KEYS:
             if not getattr(self, key).strip():
                 raise TaskError(f"{key!r} is empty; expected text; fill it in or remove the example")
+        if not all(choice.strip() for choice in self.choices or ()):
+            raise TaskError(f"one of the choices {list(self.choices or ())} is empty; fill it in or remove it")
         if self.choices is not None and self.answer not in self.choices:
             raise TaskError(
                 f"'answer' is {self.answer!r}, which is none of the choices {list(self.choices)}; "
@@ -77,6 +79,11 @@ class Task:
     name: str
     train: tuple[Example, ...]
     test: tuple[Example, ...]
+
+
+def same_prompt(prompt: str) -> str:
+    """What two prompts share that differ in white space alone."""
+    return " ".join(prompt.split())
 
 
 def _check_keys(row: Mapping[str, object]) -> None:

@@ -27,6 +27,7 @@ from dlp_lora.errors import ModelError, TaskError, TrainingError
 from dlp_lora.folders import recover_folder, replace_folder, write_text
 from dlp_lora.fused import siblings
 from dlp_lora.peft_format import CONFIG_FILE
+from dlp_lora.prompts import context_of
 from dlp_lora.tasks.formats import PromptFormat, encode_example
 from dlp_lora.tasks.task import Task
 from dlp_lora.training.batches import answer_loss, bucketed, micro_batches
@@ -55,7 +56,7 @@ class AdapterTrainingArgs:
     weight_decay: float = 0.0
     epochs: float = 1.0
     batch_size: int = 8
-    max_length: int = 1024  # tokens; longer examples are left out and counted
+    max_length: int = 1024  # tokens; longer examples are left out and counted, as are those beyond the model's context
     max_grad_norm: float = 1.0
     prompt_format: PromptFormat = "auto"
     seed: int = 0
@@ -151,7 +152,7 @@ def train_adapter(
     """
     args, out = args or AdapterTrainingArgs(), Path(out)
     recover_folder(out)
-    examples, num_left_out = _encode(tokenizer, task, args)
+    examples, num_left_out = _encode(tokenizer, task, args, context=context_of(model))
     identity = {
         "base_model": Path(model.config._name_or_path).name,
         "examples": _hash(examples),
@@ -180,6 +181,21 @@ def train_adapter(
             (folder / TRAINING_FILE).write_text(json.dumps(record, indent=2) + "\n")
         shutil.rmtree(work, ignore_errors=True)
     return _trained(task.name, out, record)
+
+
+def check_lengths(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], args: AdapterTrainingArgs
+) -> None:
+    """Checks that each task has a training example that is short enough.
+
+    Raises:
+        TaskError: naming the first that has none.
+    """
+    context = context_of(model)
+    for task in tasks:
+        encoded = (encode_example(tokenizer, example, args.prompt_format) for example in task.train)
+        if not any(len(read) + len(learned) <= min(args.max_length, context) for read, learned in encoded):
+            raise _too_long(task, args, context)
 
 
 def train_adapters(
@@ -299,16 +315,23 @@ def _backward(model: torch.nn.Module, batch: Sequence[tuple[list[int], list[int]
 
 
 def _encode(
-    tokenizer: PreTrainedTokenizerBase, task: Task, args: AdapterTrainingArgs
+    tokenizer: PreTrainedTokenizerBase, task: Task, args: AdapterTrainingArgs, *, context: int
 ) -> tuple[list[tuple[list[int], list[int]]], int]:
+    longest = min(args.max_length, context)  # tokens
     encoded = [encode_example(tokenizer, example, args.prompt_format) for example in task.train]
-    kept = [pair for pair in encoded if len(pair[0]) + len(pair[1]) <= args.max_length]
+    kept = [pair for pair in encoded if len(pair[0]) + len(pair[1]) <= longest]
     left_out = len(encoded) - len(kept)
     if left_out:
-        logger.warning("%s: %d examples are longer than %d tokens and left out", task.name, left_out, args.max_length)
+        logger.warning("%s: %d examples are longer than %d tokens and left out", task.name, left_out, longest)
     if not kept:
-        raise TaskError(f"{task.name} has no example of at most {args.max_length} tokens; raise max_length")
+        raise _too_long(task, args, context)
     return kept, left_out
+
+
+def _too_long(task: Task, args: AdapterTrainingArgs, context: int) -> TaskError:
+    longest = min(args.max_length, context)
+    remedy = "raise max_length" if longest < context else "that is the model's context: shorten the examples"
+    return TaskError(f"{task.name} has no example of at most {longest} tokens; {remedy}")
 
 
 @contextmanager

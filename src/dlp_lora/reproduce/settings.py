@@ -1,0 +1,65 @@
+"""The settings of a run on disk: what a later call may add to them, and what it may not change."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from dlp_lora.errors import RecordError
+from dlp_lora.evals.answers import data_hash
+from dlp_lora.evals.kept import differences
+from dlp_lora.folders import write_text
+from dlp_lora.reproduce.args import ReproduceArgs
+from dlp_lora.tasks import Task
+
+FORMAT = 1
+GROWING = ("methods", "seeds", "serial")
+
+
+def settings_of(model: str | Path, tasks: list[Task], args: ReproduceArgs) -> dict[str, Any]:
+    """The settings as JSON data."""
+    return {
+        "format": FORMAT,
+        "model": Path(str(model)).name,
+        "data": data_hash(tasks),
+        "args": json.loads(json.dumps(asdict(args))),
+    }
+
+
+def grown(out: Path, args: ReproduceArgs) -> ReproduceArgs:
+    """The arguments with the methods, seeds and lengths of serial prompts that the run in `out` already has."""
+    before = _kept(out).get("args", {})
+    added: dict[str, Any] = {key: tuple(dict.fromkeys((*before.get(key, ()), *getattr(args, key)))) for key in GROWING}
+    return replace(args, **added)
+
+
+def check_settings(out: Path, settings: dict[str, Any]) -> None:
+    """Checks that a run in `out` has the same settings, as far as they are given, but for what may grow.
+
+    Raises:
+        RecordError: naming what is different.
+    """
+    before = {key: value for key, value in _kept(out).items() if key in settings}
+    if not before:
+        return
+    if changed := differences(_fixed(before), _fixed(settings)):
+        raise RecordError(f"{out} holds a run with other settings: {changed}; choose another --out")
+
+
+def keep_settings(out: Path, settings: dict[str, Any]) -> None:
+    """Writes the settings of the run in `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "settings.json", json.dumps(settings, indent=1) + "\n")
+
+
+def _kept(out: Path) -> dict[str, Any]:
+    file = out / "settings.json"
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise RecordError(f"{file} is damaged ({error}); choose another --out, or put it back") from error
+    return found
+
+
+def _fixed(settings: dict[str, Any]) -> dict[str, Any]:
+    return {**settings, "args": {key: value for key, value in settings["args"].items() if key not in GROWING}}

@@ -1,0 +1,133 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from conftest import byte_tokenizer, lively_model
+from dlp_lora.cli.app import _add_commands, app
+from dlp_lora.tasks import Task, write_task
+from test_reproduce import outputs, read, tasks
+
+_add_commands()  # as `main` does
+
+RECIPE = """
+model = "default"
+methods = ["base", "oracle", "dlp"]
+limit = 2
+single_r = 0
+serial = []
+[training]
+prompt_format = "plain"
+batch_size = 2
+checkpoint_every = 1
+[router]
+epochs = 1
+[answers]
+batch_size = 2
+max_new_tokens = 4
+prompt_format = "plain"
+"""
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("cli-reproduce")
+    lively_model().save_pretrained(root / "model")
+    byte_tokenizer().save_pretrained(root / "model")
+    for task in tasks():
+        write_task(root / "data" / task.name, task)
+    write_task(root / "data" / "untested", Task(name="untested", train=tasks()[1].train, test=()))
+    (root / "data" / "manifest.json").write_text('{"tasks": {"story": {"kind": "qa"}}}')
+    (root / "mine.toml").write_text(RECIPE)
+    return root
+
+
+def run(*args: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+def ok(*args: str | Path) -> Result:
+    result = run(*args)
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result
+
+
+def call(work: Path, out: Path, *options: str) -> list[str]:
+    paths = ("--data", work / "data", "--out", out, "--model", work / "model", "--recipe", work / "mine.toml")
+    return ["reproduce", *map(str, paths), *options]
+
+
+@pytest.fixture(scope="module")
+def done(work: Path) -> tuple[Path, Result]:
+    return work / "a" / "run", ok(*call(work, work / "a" / "run"))
+
+
+def test_a_run_by_recipe_writes_the_record_and_the_report(done: tuple[Path, Result]) -> None:
+    out, result = done
+    record = read(out / "record.json")
+    assert set(record["scores"]) == {"base", "oracle", "dlp"}
+    assert record["data"]["tasks"]["colours"]["num_test"] == 2  # the recipe's limit, which no default overrides
+    assert record["args"]["seeds"] == [0]
+    assert "Table 1" in (out / "report.md").read_text(encoding="utf-8")
+    assert "not scored, for want of test questions: untested" in result.output
+    assert "composite-1" in result.output
+
+
+def test_a_killed_process_goes_on_to_the_same_record(work: Path, done: tuple[Path, Result], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for mark in ("seed-0/adapters/colours", "seed-0/answers/base.jsonl"):
+        command = [sys.executable, "-m", "dlp_lora", *call(work, out)]
+        process: Any = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not (out / mark).exists():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    assert not (out / "record.json").exists()
+    ok(*call(work, out))
+    assert read(out / "record.json") == read(done[0] / "record.json")
+    assert outputs(out / "record.json") == outputs(done[0] / "record.json")
+
+
+def test_a_bundle_is_evaluated_on_the_tasks_that_have_questions(
+    work: Path, done: tuple[Path, Result], tmp_path: Path
+) -> None:
+    options = ("--methods", "base, dlp", "--prompt-format", "plain", "--batch-size", "2", "--max-new-tokens", "4")
+    where = ("--bundle", done[0] / "seed-0" / "bundle", "--data", work / "data", "--model", work / "model")
+    result = ok("eval", *where, *options, "--limit", "2", "--json", tmp_path / "scores.json")
+    found = json.loads((tmp_path / "scores.json").read_text())
+    assert set(found["scores"]) == {"base", "dlp"}
+    assert set(found["scores"]["dlp"]) == {"colours", "sides", "story"}
+    assert "composite-2" in result.output
+    assert "accuracy" in result.output
+    assert "not scored, for want of test questions: untested" in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--seeds", "a"), "--seeds takes whole numbers with commas between them, got 'a'"),
+        (("--serial", "2,x"), "--serial takes whole numbers"),
+        (("--limit", "0"), "--limit"),
+        (("--preset", "none"), "no preset 'none'"),
+        (("--methods", "base, bogus"), "no method bogus"),
+    ],
+)
+def test_a_wrong_option_is_named(work: Path, tmp_path: Path, options: tuple[str, ...], message: str) -> None:
+    result = run(*call(work, tmp_path / "run", *options))
+    assert result.exit_code != 0
+    assert message in " ".join(result.output.split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_file_of_the_scores_is_checked_first(work: Path, tmp_path: Path) -> None:
+    result = run("eval", "--bundle", tmp_path, "--data", work / "data", "--json", tmp_path / "nodir" / "x.json")
+    assert result.exit_code == 1
+    assert "make it first, or write somewhere else" in " ".join(result.output.split())
