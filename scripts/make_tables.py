@@ -122,9 +122,16 @@ def _means() -> str:
 
         return text
 
+    choices = {
+        name: [own["accuracy_loglik"] for own in scores.values() if "accuracy_loglik" in own]
+        for name, scores in record["scores"].items()
+    }
     columns: dict[str, Cell] = {
         "method": lambda row: METHODS[row["method"]],
         f"accuracy, {sizes['mcq']} tasks": cell("accuracy"),
+        f"likeliest choice, {len(next(iter(choices.values())))} of them": lambda row: (
+            f"{100 * sum(choices[row['method']]) / len(choices[row['method']]):.1f}"
+        ),
         f"BLEU, {sizes['qa']} tasks": cell("bleu"),
         "ROUGE-1": cell("rouge1"),
         "ROUGE-L": cell("rougeL"),
