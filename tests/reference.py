@@ -134,9 +134,11 @@ def _product(b: Tensor, a: Tensor) -> Tensor:
     return product
 
 
-def mahalanobis(features: Tensor, memory: Tensor, *, ridge: float, directions: int) -> list[float]:
-    """Minus the log of each row's least squared Mahalanobis distance to an adapter's mean (Lee et al. 2018), which is
-    divided by the mean one of that adapter's own texts.
+def mahalanobis(
+    features: Tensor, owners: Sequence[int], memory: Tensor, *, ridge: float, directions: int
+) -> list[float]:
+    """Minus the log of each row's squared Mahalanobis distance to its owner's mean (Lee et al. 2018), divided by the
+    mean one of that adapter's own texts.
 
     `memory` is (adapters, texts, hidden). The shared covariance has `ridge` times the mean of its diagonal on top, and
     only the `directions` of largest variance count.
@@ -162,8 +164,8 @@ def mahalanobis(features: Tensor, memory: Tensor, *, ridge: float, directions: i
         for own, mean in zip(memory.tolist(), means, strict=True)
     ]
     return [
-        -math.log(min(squared(row, mean) / spread for mean, spread in zip(means, spreads, strict=True)))
-        for row in features.tolist()
+        -math.log(squared(row, means[owner]) / spreads[owner])
+        for row, owner in zip(features.tolist(), owners, strict=True)
     ]
 
 

@@ -131,7 +131,7 @@ class TestProbabilities:
             assert score == pytest.approx(energy, abs=1e-5)
 
     @pytest.mark.parametrize("directions", [4, 100])
-    def test_with_texts_in_memory_the_nearest_adapter_says_what_fits(
+    def test_the_distance_to_the_likeliest_adapter_and_the_energy_say_what_fits(
         self, directions: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("dlp_lora.router.nearness.DIRECTIONS", directions)
@@ -141,13 +141,28 @@ class TestProbabilities:
         contexts = [replace(context, history="") for context in CONTEXTS]
         features = mlp.features([mlp.encode(context) for context in contexts]).detach()
         logits = mlp.head(features).detach()
-        near = mahalanobis(features, memory, ridge=RIDGE, directions=directions)
+        owners = [row.index(max(row)) for row in logits.tolist()]
+        near = mahalanobis(features, owners, memory, ridge=RIDGE, directions=directions)
         expected = [math.log(sum(map(math.exp, row))) + own for row, own in zip(logits.tolist(), near, strict=True)]
         assert mlp.scores(contexts).tolist() == pytest.approx(expected, abs=1e-3)
         shares = (logits / 2).softmax(dim=-1).tolist()
         for row, found, score in zip(shares, mlp.probabilities(contexts), expected, strict=True):
             fits = 1 / (1 + math.exp(-0.7 * (score + 4)))
             assert found.tolist() == pytest.approx([fits * share for share in row], abs=1e-3)
+
+    @given(st.integers(0, 10**6), st.floats(0.1, 1.0), st.floats(-3.0, 3.0))
+    @settings(deadline=None, max_examples=30)
+    def test_a_reach_is_widened_to_the_share_of_texts_asked_for_and_never_narrowed(
+        self, seed: int, coverage: float, least: float
+    ) -> None:
+        torch.manual_seed(seed)
+        near = Nearness.of(torch.randn(3, 8, 12))
+        texts, owners = torch.randn(40, 12), torch.arange(40) % 2  # none of the third
+        wide = near.reaching(texts, owners, torch.full((40,), least), coverage=coverage)
+        assert (wide.spreads >= near.spreads).all()
+        assert wide.spreads[2] == near.spreads[2]
+        passed = wide(texts, owners) >= least - 1e-4
+        assert all(passed[owners == owner].float().mean() >= coverage - 0.05 for owner in (0, 1))
 
     def test_a_history_makes_no_stranger_of_a_prompt(self) -> None:
         mlp = router()

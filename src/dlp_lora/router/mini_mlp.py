@@ -119,9 +119,9 @@ class MiniMLP(nn.Module):
     def fit(
         self, features: Float[Tensor, "batch hidden"], logits: Float[Tensor, "batch adapters"]
     ) -> Float[Tensor, " batch"]:
-        """Says how well any adapter fits what the head saw, on the CPU."""
+        """Says how well the likeliest adapter fits what the head saw, on the CPU."""
         energy = logits.float().logsumexp(dim=-1).cpu()
-        return energy if self.near is None else energy + self.near(features)
+        return energy if self.near is None else energy + self.near(features, logits.argmax(dim=-1))
 
     @torch.no_grad()
     def probabilities(self, contexts: Sequence[Context]) -> Float[Tensor, "batch adapters"]:

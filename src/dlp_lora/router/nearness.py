@@ -1,7 +1,7 @@
-"""Nearness: how near a text lies to those that a router learned, so that it can tell when no adapter fits."""
+"""Nearness: how near a text lies to those of its adapter, so that a router can tell when none fits."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 RIDGE = 0.1  # of the features' mean variance, added to each
@@ -10,9 +10,8 @@ TINY = 1e-6  # where all texts of an adapter are one
 
 
 class Nearness(nn.Module):
-    """Minus the log of the squared Mahalanobis distance from features to the nearest adapter's mean (Lee et al. 2018,
-    arXiv 1807.03888), over what it is for that adapter's own texts on average. So adapters of manifold texts reach
-    further.
+    """Minus the log of the squared Mahalanobis distance from features to their adapter's mean (Lee et al. 2018, arXiv
+    1807.03888), over what it is for that adapter's own texts on average. So adapters of manifold texts reach further.
 
     One covariance for all, along its principal directions. It is fitted once; an adapter that joins later has a mean
     and a spread of its own, and changes nothing for the others.
@@ -46,28 +45,39 @@ class Nearness(nn.Module):
         spreads = (gaps @ whiten).square().sum(dim=-1).mean(dim=-1) + TINY
         return cls(whiten.float(), (means @ whiten).float(), spreads.float())
 
-    def forward(self, features: Float[Tensor, "batch hidden"]) -> Float[Tensor, " batch"]:
-        """Gives the scores, on the CPU; higher is nearer."""
-        # Without a product: of a few rows it takes a third of the time.
-        distances = torch.cdist(
-            features.float() @ self.whiten, self.centres, compute_mode="donot_use_mm_for_euclid_dist"
-        )
-        return -(distances.square() / self.spreads).amin(dim=1).clamp(min=1e-12).log().cpu()
+    def forward(
+        self, features: Float[Tensor, "batch hidden"], owners: Int[Tensor, " batch"]
+    ) -> Float[Tensor, " batch"]:
+        """Gives the scores, on the CPU; higher is nearer. `owners` are the places of the adapters."""
+        distances = self._distances(features, owners) / self.spreads[owners]
+        return -distances.clamp(min=1e-12).log().cpu()
 
-    def joined(
+    def reaching(
         self,
-        features: Float[Tensor, "adapters texts hidden"],
-        least: Float[Tensor, "adapters texts"],
+        features: Float[Tensor, "texts hidden"],
+        owners: Int[Tensor, " texts"],
+        least: Float[Tensor, " texts"],
         *,
         coverage: float,
     ) -> "Nearness":
-        """Takes in adapters that joined later, each reaching so far that `coverage` of its texts score `least`."""
-        mapped = features.float() @ self.whiten
-        centres = mapped.mean(dim=1)
-        distances = (mapped - centres[:, None]).square().sum(dim=-1)  # (adapters, texts)
-        spreads = (distances * least.exp()).quantile(coverage, dim=1) + TINY
+        """Widens the spreads until `coverage` of each adapter's texts score `least`; none becomes smaller."""
+        wanted = self._distances(features, owners) * least.to(features).exp()
+        spreads = self.spreads.clone()
+        for owner in owners.unique().tolist():
+            spreads[owner] = torch.maximum(spreads[owner], wanted[owners == owner].quantile(coverage))
+        return Nearness(self.whiten, self.centres, spreads)
+
+    def joined(self, features: Float[Tensor, "adapters texts hidden"]) -> "Nearness":
+        """Takes in adapters that joined later, whose texts these are. They do not reach beyond their mean yet."""
+        centres = (features.float() @ self.whiten).mean(dim=1)
+        spreads = torch.full_like(centres[:, 0], TINY)
         return Nearness(self.whiten, torch.cat([self.centres, centres]), torch.cat([self.spreads, spreads]))
 
     def only(self, kept: list[int]) -> "Nearness":
         """Keeps some of the adapters."""
         return Nearness(self.whiten, self.centres[kept], self.spreads[kept])
+
+    def _distances(
+        self, features: Float[Tensor, "batch hidden"], owners: Int[Tensor, " batch"]
+    ) -> Float[Tensor, " batch"]:
+        return (features.float() @ self.whiten - self.centres[owners]).square().sum(dim=1)

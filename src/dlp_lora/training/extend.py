@@ -59,8 +59,10 @@ def add_tasks(router: MiniMLP, tasks: Sequence[Task], *, seed: int = 0) -> MiniM
     if near is not None:
         # Each new adapter reaches as far as its own prompts do; to lower the threshold would let in more for all.
         prompts = remember(router, [task.train for task in tasks], NUM_CONTEXTS, {"whole": 1.0}, rng)
-        energy = (prompts @ rows[0].T + rows[1]).logsumexp(dim=-1)
-        near = near.joined(prompts, (router.calibration.fit_threshold or 0.0) - energy, coverage=COVERAGE)
+        owners = (len(router.names) + torch.arange(len(tasks))).repeat_interleave(NUM_CONTEXTS)
+        flat = prompts.flatten(0, 1)
+        least = (router.calibration.fit_threshold or 0.0) - (flat @ rows[0].T + rows[1]).logsumexp(dim=-1)
+        near = near.joined(prompts).reaching(flat, owners, least, coverage=COVERAGE)
     return _with_rows(router, names, *rows, memory, near)
 
 

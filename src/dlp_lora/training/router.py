@@ -29,6 +29,7 @@ NUM_BINS = 15
 RATES = ("learning_rate", "embedding_learning_rate", "encoder_learning_rate")
 MEDIAN_FIT = 0.999
 MIN_ROOM = 2.0  # of the score, between the median and none
+COVERAGE_EACH = 0.9  # share of each task's held-out prompts that fit at least
 
 Kind = Literal["mini-mlp", "encoder"]
 TrainedRouter = MiniMLP | EncoderRouter
@@ -283,6 +284,12 @@ def _calibrate(
     threshold = min(scores.quantile(1 - args.coverage).item(), median - MIN_ROOM)
     slope = math.log(MEDIAN_FIT / (1 - MEDIAN_FIT)) / (median - threshold)
     router.calibration = Calibration(temperature=temperature, fit_threshold=threshold, fit_slope=slope)
+    if isinstance(router, MiniMLP) and router.near is not None:
+        # Of all texts that are lost, most would be of the task with the most manifold ones.
+        prompts = [Context(example.prompt) for own in tasks for example in own]
+        owners = torch.tensor([label for label, own in enumerate(tasks) for _ in own])
+        least = threshold - _logits(router, prompts).logsumexp(dim=-1)
+        router.near = router.near.reaching(_features(router, prompts), owners, least, coverage=COVERAGE_EACH)
 
 
 def _parts(contexts: Sequence[Context]) -> list[Sequence[Context]]:
