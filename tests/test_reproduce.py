@@ -24,7 +24,7 @@ from dlp_lora.reproduce import LARGER, Event, ReproduceArgs, reproduce, steps
 from dlp_lora.router import load_tokenizer, router_hash
 from dlp_lora.tasks import Example, Task
 from dlp_lora.tasks.manifest import TaskInfo
-from dlp_lora.training.adapters import AdapterTrainingArgs
+from dlp_lora.training.args import AdapterTrainingArgs
 from dlp_lora.training.router import RouterTrainingArgs, train_router
 
 METHODS = (

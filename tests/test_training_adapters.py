@@ -24,9 +24,7 @@ from dlp_lora.peft_format import WEIGHTS_FILE
 from dlp_lora.tasks import Example, Task
 from dlp_lora.training.adapters import (
     LOSS_FILE,
-    PAPER,
     TRAINING_FILE,
-    AdapterTrainingArgs,
     Progress,
     TrainedAdapter,
     answer_loss,
@@ -34,6 +32,7 @@ from dlp_lora.training.adapters import (
     train_adapter,
     train_adapters,
 )
+from dlp_lora.training.args import PAPER, AdapterTrainingArgs
 from dlp_lora.training.batches import micro_batches
 
 TOKENIZER = byte_tokenizer()

@@ -15,7 +15,8 @@ import dlp_lora.training.adapters as adapters_module
 from conftest import ARCHITECTURES, byte_tokenizer, lively_model
 from dlp_lora.peft_format import WEIGHTS_FILE
 from dlp_lora.tasks import Example, Task
-from dlp_lora.training.adapters import AdapterTrainingArgs, _backward, _lora_on, lora_config, train_adapter
+from dlp_lora.training.adapters import _backward, _lora_on, lora_config, train_adapter
+from dlp_lora.training.args import AdapterTrainingArgs
 from dlp_lora.training.passes import NAME, lean_passes
 
 SIBLINGS = ("q_proj", "k_proj", "v_proj", "o_proj")

@@ -38,7 +38,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from dlp_lora.arrow import ArrowRouter
-    from dlp_lora.engine import Engine, Generation
+    from dlp_lora.engine import Engine
     from dlp_lora.errors import (
         AdapterError,
         BundleError,
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from dlp_lora.loading import load, load_router
     from dlp_lora.policy import FusionPolicy, Mixture, Only, Switching, Threshold, TopK, TopP, Uniform
     from dlp_lora.router import Context, EncoderRouter, MiniMLP, PrototypeRouter, Router
-    from dlp_lora.rows import Sentence
+    from dlp_lora.rows import Generation, Sentence
     from dlp_lora.sentences import Segmenter, SentenceSegmenter
     from dlp_lora.streaming import Piece
 else:

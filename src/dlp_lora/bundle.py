@@ -7,16 +7,16 @@ router/                the router, if there is one
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from dlp_lora.errors import BundleError
+from dlp_lora.errors import BundleError, RouterError
 from dlp_lora.folders import recover_folder, replace_folder
 from dlp_lora.peft_format import CONFIG_FILE, WEIGHTS_FILE, content_hash
-from dlp_lora.policy import KVPolicy, PromptRouting, Switching, policy_from_dict
+from dlp_lora.policy import Switching, check_choices, policy_from_dict
 from dlp_lora.router import Router
 
 BUNDLE_FILE = "bundle.json"
@@ -73,12 +73,7 @@ def read_bundle(path: str | Path) -> Bundle:
                 raise TypeError(f"{value!r} where a {kind.__name__} is expected")
         policy_from_dict(bundle.policy)
         Switching(**bundle.switching)
-        if bundle.kv_policy not in get_args(KVPolicy):
-            raise ValueError(f"kv_policy {bundle.kv_policy!r} where one of {get_args(KVPolicy)} is expected")
-        if bundle.prompt_routing not in get_args(PromptRouting):
-            raise ValueError(
-                f"prompt_routing {bundle.prompt_routing!r} where one of {get_args(PromptRouting)} is expected"
-            )
+        check_choices(kv_policy=bundle.kv_policy, prompt_routing=bundle.prompt_routing)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BundleError(f"{path / BUNDLE_FILE} is damaged ({error!r}); make the bundle again") from error
     for name, folder in bundle.adapters.items():
@@ -132,6 +127,22 @@ def write_bundle(
             "prompt_routing": prompt_routing,
         }
         (folder / BUNDLE_FILE).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def check_names(routed: Sequence[str], held: Sequence[str]) -> None:
+    """Checks that a router and a bank know the same adapters.
+
+    Raises:
+        RouterError: if they do not.
+    """
+    unknown, unrouted = sorted(set(routed) - set(held)), sorted(set(held) - set(routed))
+    problems = []
+    if unknown:
+        problems.append(f"the router knows {', '.join(unknown)}, which no adapter is named")
+    if unrouted:
+        problems.append(f"the router does not know the adapters {', '.join(unrouted)}")
+    if problems:
+        raise RouterError(f"{' and '.join(problems)}; give the adapters it was trained for, or train it anew")
 
 
 def _check_name(name: str) -> None:

@@ -8,10 +8,10 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import MethodType
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import torch
 from transformers import (
@@ -21,43 +21,31 @@ from transformers import (
 )
 
 from dlp_lora.bank import AdapterBank
-from dlp_lora.bundle import write_bundle
+from dlp_lora.bundle import check_names, write_bundle
 from dlp_lora.controller import Controller
-from dlp_lora.errors import AdapterError, RouterError
+from dlp_lora.errors import AdapterError
 from dlp_lora.fused import attach, check_base_copies, detach, merged
 from dlp_lora.hub import local_folder
 from dlp_lora.peft_format import FILES, check_base_name, read_adapter
-from dlp_lora.policy import FusionPolicy, KVPolicy, Mixture, PromptRouting, Switching, TopP, policy_to_dict
+from dlp_lora.policy import (
+    CHOICES,
+    FusionPolicy,
+    KVPolicy,
+    Mixture,
+    PromptRouting,
+    Switching,
+    TopP,
+    check_choices,
+    policy_to_dict,
+)
 from dlp_lora.prompts import Message, as_batch, encode_prompts
 from dlp_lora.router import Context, Router
-from dlp_lora.rows import LatestRows, Row, Sentence
+from dlp_lora.rows import Generation, LatestRows, Row
 from dlp_lora.sentences import Segmenter, SentenceSegmenter
 from dlp_lora.streaming import Abandoned, Piece, PieceStreamer
 
 SETTINGS = ("policy", "kv_policy", "prompt_routing", "switching", "segmenter", "router")
-CHOICES = {"kv_policy": get_args(KVPolicy), "prompt_routing": get_args(PromptRouting)}
 Adapters = str | Path | Mapping[str, str | Path]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Generation:
-    """One generated answer: its text, its tokens (the last may be end-of-sequence), and its trace by sentence.
-
-    `prompt_trace` is that of a prompt whose sentences were routed each; its positions are among the prompt's tokens.
-    """
-
-    text: str
-    tokens: tuple[int, ...]
-    trace: tuple[Sentence, ...]
-    prompt_trace: tuple[Sentence, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Gives the answer as JSON data."""
-        traces = {"prompt_trace": self.prompt_trace} if self.prompt_trace else {}
-        return {
-            "text": self.text,
-            **{name: [s.to_dict() for s in trace] for name, trace in {**traces, "trace": self.trace}.items()},
-        }
 
 
 class Engine:
@@ -219,7 +207,7 @@ class Engine:
             read = known.ids[:, length:].tolist()
             rows = known.rows
             # Beams end in other rows than they began in, and a row stopped without eos has read padding.
-            if not (len(rows) == len(answers) and all(map(_has_read, rows, read, answers))):
+            if not (len(rows) == len(answers) and all(map(Row.has_read, rows, read, answers))):
                 rows = self._controller.replay(inputs, answers)
         generations = [self._generation(row.copy(), tokens) for row, tokens in zip(rows, answers, strict=True)]
         return generations[0] if single and len(generations) == 1 else generations
@@ -416,38 +404,6 @@ class Engine:
 
 def _own_call(model: PreTrainedModel, _: Any) -> Callable[..., Any]:
     return model.__call__
-
-
-def check_choices(**settings: str) -> None:
-    """Checks that settings are among CHOICES.
-
-    Raises:
-        ValueError: naming the first that is not.
-    """
-    for name, value in settings.items():
-        if value not in CHOICES[name]:
-            raise ValueError(f"{name} must be {' or '.join(map(repr, CHOICES[name]))}, got {value!r}")
-
-
-def _has_read(row: Row, read: Sequence[int], answer: Sequence[int]) -> bool:
-    n = row.num_tokens
-    return len(answer) - 1 <= n <= len(answer) and list(read[:n]) == list(answer[:n])
-
-
-def check_names(routed: Sequence[str], held: Sequence[str]) -> None:
-    """Checks that a router and a bank know the same adapters.
-
-    Raises:
-        RouterError: if they do not.
-    """
-    unknown, unrouted = sorted(set(routed) - set(held)), sorted(set(held) - set(routed))
-    problems = []
-    if unknown:
-        problems.append(f"the router knows {', '.join(unknown)}, which no adapter is named")
-    if unrouted:
-        problems.append(f"the router does not know the adapters {', '.join(unrouted)}")
-    if problems:
-        raise RouterError(f"{' and '.join(problems)}; give the adapters it was trained for, or train it anew")
 
 
 def _ids(value: int | Sequence[int] | None) -> frozenset[int]:

@@ -214,3 +214,17 @@ def _ranked(probabilities: Mapping[str, float]) -> list[tuple[str, float]]:
         if not 0 <= p <= 1 + TOLERANCE:  # false for NaN too
             raise ValueError(f"the router gave adapter {name!r} the probability {p}, which is not in [0, 1]")
     return sorted(probabilities.items(), key=lambda np: -np[1])
+
+
+CHOICES = {"kv_policy": get_args(KVPolicy), "prompt_routing": get_args(PromptRouting)}
+
+
+def check_choices(**settings: str) -> None:
+    """Checks that settings are among CHOICES.
+
+    Raises:
+        ValueError: naming the first that is not.
+    """
+    for name, value in settings.items():
+        if value not in CHOICES[name]:
+            raise ValueError(f"{name} must be {' or '.join(map(repr, CHOICES[name]))}, got {value!r}")

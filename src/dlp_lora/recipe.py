@@ -9,7 +9,7 @@ from typing import Any
 from dlp_lora.errors import TrainingError
 from dlp_lora.evals.answers import AnswerArgs
 from dlp_lora.reproduce import ReproduceArgs
-from dlp_lora.training.adapters import PRESETS, AdapterTrainingArgs
+from dlp_lora.training.args import PRESETS, AdapterTrainingArgs
 from dlp_lora.training.router import RouterTrainingArgs
 
 SECTIONS: dict[str, type] = {"training": AdapterTrainingArgs, "answers": AnswerArgs, "router": RouterTrainingArgs}

@@ -46,6 +46,27 @@ class Sentence:
         return {**self.__dict__, "mixture": dict(self.mixture)}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """One generated answer: its text, its tokens (the last may be end-of-sequence), and its trace by sentence.
+
+    `prompt_trace` is that of a prompt whose sentences were routed each; its positions are among the prompt's tokens.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    trace: tuple[Sentence, ...]
+    prompt_trace: tuple[Sentence, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Gives the answer as JSON data."""
+        traces = {"prompt_trace": self.prompt_trace} if self.prompt_trace else {}
+        return {
+            "text": self.text,
+            **{name: [s.to_dict() for s in trace] for name, trace in {**traces, "trace": self.trace}.items()},
+        }
+
+
 @dataclass
 class Decision:
     """A mixture from some position on, and what led to it."""
@@ -87,6 +108,11 @@ class Row:
             return []
         self.text += piece
         return self.segmenter.push(piece)
+
+    def has_read(self, read: Sequence[int], answer: Sequence[int]) -> bool:
+        """Whether it has followed an answer to its last token but one; `read` are the tokens that were encoded."""
+        n = self.num_tokens
+        return len(answer) - 1 <= n <= len(answer) and list(read[:n]) == list(answer[:n])
 
     def finish(self, tokens: Sequence[int]) -> None:
         """Adds the tokens that were sampled but never encoded (the last one is not), and any held-back text."""

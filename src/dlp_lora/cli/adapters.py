@@ -47,11 +47,10 @@ def bundle(
     Example: `dlp-lora bundle --model M --adapters adapters/ --router router/ --out bundle/`
     """
     from dlp_lora import Switching, TopP, load_router
-    from dlp_lora.bundle import BUNDLE_FILE, write_bundle
+    from dlp_lora.bundle import BUNDLE_FILE, check_names, write_bundle
     from dlp_lora.check import check_adapters, model_layout
-    from dlp_lora.engine import check_choices, check_names
     from dlp_lora.errors import AdapterError
-    from dlp_lora.policy import policy_to_dict
+    from dlp_lora.policy import check_choices, policy_to_dict
 
     check_replaceable(out, BUNDLE_FILE)
     check_choices(kv_policy=kv_policy, prompt_routing=prompt_routing)

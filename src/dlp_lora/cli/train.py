@@ -24,7 +24,7 @@ from dlp_lora.cli.options import with_options
 from dlp_lora.folders import check_replaceable
 
 if TYPE_CHECKING:
-    from dlp_lora.training.adapters import AdapterTrainingArgs
+    from dlp_lora.training.args import AdapterTrainingArgs
 
 TasksOption = Annotated[str | None, typer.Option("--tasks", help="Comma-separated task names. [default: all]")]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")]
@@ -47,7 +47,7 @@ class AdapterOptions:
 
     def training_args(self) -> "AdapterTrainingArgs":
         """The preset with what was given in place of its own."""
-        from dlp_lora.training.adapters import PRESETS
+        from dlp_lora.training.args import PRESETS
 
         if self.preset not in PRESETS:
             raise ValueError(f"no preset {self.preset!r}; choose {' or '.join(PRESETS)}")

@@ -16,12 +16,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from dlp_lora.engine import Engine, Generation
+from dlp_lora.engine import Engine
 from dlp_lora.errors import TaskError
 from dlp_lora.evals.metrics import exact_match
 from dlp_lora.policy import Mixture, Switching
 from dlp_lora.prompts import context_of
 from dlp_lora.router import Context
+from dlp_lora.rows import Generation
 from dlp_lora.sentences import LineSegmenter
 from dlp_lora.tasks.formats import PromptFormat, as_prompt, encode_example
 from dlp_lora.tasks.task import Example, Task

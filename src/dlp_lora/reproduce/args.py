@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from dlp_lora.evals.answers import AnswerArgs
 from dlp_lora.evals.methods import MAIN, METHODS, SINGLE, Method, methods_named
 from dlp_lora.tasks import Task
-from dlp_lora.training.adapters import AdapterTrainingArgs
+from dlp_lora.training.args import AdapterTrainingArgs
 from dlp_lora.training.router import RouterTrainingArgs
 
 LARGER = "larger"

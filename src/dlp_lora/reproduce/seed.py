@@ -30,7 +30,8 @@ from dlp_lora.reproduce.args import Event, ReproduceArgs, methods_of
 from dlp_lora.router import MiniMLP
 from dlp_lora.tasks import Task
 from dlp_lora.tasks.manifest import TaskInfo, kind_of
-from dlp_lora.training.adapters import AdapterTrainingArgs, Progress, train_adapter
+from dlp_lora.training.adapters import Progress, train_adapter
+from dlp_lora.training.args import AdapterTrainingArgs
 from dlp_lora.training.router import load_tokenizer, train_router
 
 TOKENS_A_QUESTION = 24  # of a serial answer

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -28,8 +28,9 @@ from dlp_lora.folders import recover_folder, replace_folder, write_text
 from dlp_lora.fused import siblings
 from dlp_lora.peft_format import CONFIG_FILE
 from dlp_lora.prompts import context_of
-from dlp_lora.tasks.formats import PromptFormat, encode_example
+from dlp_lora.tasks.formats import encode_example
 from dlp_lora.tasks.task import Task
+from dlp_lora.training.args import AdapterTrainingArgs
 from dlp_lora.training.batches import answer_loss, bucketed, micro_batches
 from dlp_lora.training.lora import compute_together
 from dlp_lora.training.passes import lean_passes
@@ -39,53 +40,6 @@ LOSS_FILE = "loss.csv"
 MAX_TOKENS = 2048  # of one pass; larger batches are summed up part by part
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterTrainingArgs:
-    """How a LoRA is trained. The defaults are this package's recipe; `PAPER` is the paper's."""
-
-    r: int = 8
-    lora_alpha: int = 16
-    lora_dropout: float = 0.0
-    use_rslora: bool = False
-    target_modules: tuple[str, ...] | Literal["all-linear"] = ("q_proj", "k_proj", "v_proj", "o_proj")
-    learning_rate: float = 2e-3
-    warmup: float = 0.06  # share of the steps
-    schedule: Literal["cosine", "constant"] = "cosine"
-    weight_decay: float = 0.0
-    epochs: float = 1.0
-    batch_size: int = 8
-    max_length: int = 1024  # tokens; longer examples are left out and counted, as are those beyond the model's context
-    max_grad_norm: float = 1.0
-    prompt_format: PromptFormat = "auto"
-    seed: int = 0
-    checkpoint_every: int = 50  # steps
-
-    def __post_init__(self) -> None:
-        for name in ("r", "lora_alpha", "learning_rate", "epochs", "batch_size", "max_length", "checkpoint_every"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"AdapterTrainingArgs.{name} must be positive, got {getattr(self, name)}")
-        for name in ("lora_dropout", "warmup"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"AdapterTrainingArgs.{name} must be in [0, 1), got {getattr(self, name)}")
-        for name, choices in (("schedule", ("cosine", "constant")), ("prompt_format", get_args(PromptFormat))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"AdapterTrainingArgs.{name} must be one of {choices}, got {getattr(self, name)!r}")
-
-
-PAPER = AdapterTrainingArgs(
-    lora_dropout=0.1,
-    target_modules=("q_proj", "v_proj"),
-    learning_rate=5e-5,
-    warmup=0.0,
-    schedule="constant",
-    weight_decay=0.01,
-    batch_size=1,
-)
-"""Section 4.1 and the released code: q_proj and v_proj, r 8, alpha 16, dropout 0.1, AdamW 5e-5, batch 1."""
-
-PRESETS = {"default": AdapterTrainingArgs(), "paper": PAPER}
 
 
 @dataclass(frozen=True, kw_only=True)
