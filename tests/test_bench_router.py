@@ -413,6 +413,21 @@ def test_a_router_that_knows_its_marks_is_measured_as_it_answers() -> None:
     assert set(found["outside"]["by_task"]) == {"foxes", "herons"}
 
 
+def test_prompts_are_cut_into_their_questions_and_no_others_are() -> None:
+    class OneAtATime(Marks):
+        def probabilities(self, contexts: Sequence[Context]) -> torch.Tensor:
+            num = torch.tensor([sum(mark in c.prompt.lower() for mark in self.marks) for c in contexts])
+            return torch.where(num == 1, 0.95, 0.4)[:, None] * super().probabilities(contexts)
+
+    found = bench_router(setting(OneAtATime()), only=["questions"])["scenarios"]["questions"]
+    assert found["1"] == {"routed_whole": 1, "cut": 0, "num": 24}
+    assert found["extra tasks"] == {"routed_whole": 0, "cut": 0, "num": 8}
+    for n in ("2", "3"):
+        assert (found[n]["routed_whole"], found[n]["cut"], found[n]["exact"]) == (0, 1, 1)
+    never = bench_router(setting(Marks()), only=["questions"])["scenarios"]["questions"]
+    assert (never["3"]["cut"], never["3"]["exact"]) == (0, 0)  # what always fits is never several
+
+
 def test_a_router_that_scores_and_abstains_by_itself_is_judged_by_that() -> None:
     class Scored(Marks):
         def probabilities(self, contexts: Sequence[Context]) -> torch.Tensor:
@@ -540,7 +555,17 @@ def test_what_the_data_cannot_carry_is_skipped_and_said() -> None:
     one = Setting(
         [replace(TASKS[3], train=TASKS[3].train[:4])], TOKENIZER, ARGS, router=Trained(router=Marks(), seconds=None)
     )
-    cheap = ["answers", "conversations", "serial", "junctions", "outside", "robustness", "left_out", "skew"]
+    cheap = [
+        "answers",
+        "conversations",
+        "serial",
+        "questions",
+        "junctions",
+        "outside",
+        "robustness",
+        "left_out",
+        "skew",
+    ]
     found = bench_router(one, only=cheap)
     assert all("skipped" in own for own in found["scenarios"].values())
     assert all(target["met"] is None for target in found["targets"] if target["name"].startswith(("Newest", "Extra")))

@@ -124,7 +124,7 @@ class TestLoad:
         )
         same(loaded.generate(PROMPTS[0], **SETTINGS), in_memory.generate(PROMPTS[0], **SETTINGS))
         assert (loaded.policy, loaded.kv_policy, loaded.switching) == (TopP(0.6), "keep", Switching())
-        assert loaded.prompt_routing == "whole"
+        assert loaded.prompt_routing == "questions"
         assert not loaded.model.training
 
     def test_adapters_may_be_given_by_name(self, base: Path, lively_adapters: Path) -> None:

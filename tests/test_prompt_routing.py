@@ -445,17 +445,18 @@ class TestCaches:
 
 
 class TestSettings:
-    def test_prompts_are_routed_whole_unless_told_otherwise(self, make_engine: MakeEngine) -> None:
+    def test_prompts_are_not_cut_into_sentences_unless_told_so(self, make_engine: MakeEngine) -> None:
         engine = make_engine()
-        assert engine.prompt_routing == "whole"
+        assert engine.prompt_routing == "questions"
+        assert not engine.generate(PROMPTS[0], max_new_tokens=1).prompt_trace
         with engine.using(prompt_routing="sentences"):
             assert engine.prompt_routing == "sentences"
             assert engine.generate(PROMPTS[0], max_new_tokens=1).prompt_trace
-        assert engine.prompt_routing == "whole"
+        assert engine.prompt_routing == "questions"
 
     @pytest.mark.usefixtures("unchecked")
     def test_another_word_is_refused(self, make_engine: MakeEngine, engine: Engine) -> None:
-        message = "prompt_routing must be 'whole' or 'sentences', got 'words'"
+        message = "prompt_routing must be 'whole' or 'questions' or 'sentences', got 'words'"
         with pytest.raises(ValueError, match=message):
             make_engine(prompt_routing="words")
         with pytest.raises(ValueError, match=message), engine.using(prompt_routing="words"):

@@ -25,6 +25,7 @@ from transformers import Cache, PreTrainedTokenizerBase
 from dlp_lora.bank import AdapterBank
 from dlp_lora.errors import PromptError, RouterError
 from dlp_lora.policy import FusionPolicy, KVPolicy, Mixture, PromptRouting, Switching, choose
+from dlp_lora.questions import in_turn, questions_of, route
 from dlp_lora.router import Context, Router
 from dlp_lora.rows import Alive, CachedRows, Decision, LatestRows, Row, Sentence, adapters_of, bind, rows_of
 from dlp_lora.sentences import Segmenter
@@ -61,7 +62,7 @@ class Controller:
         segmenter: Callable[[], Segmenter],
         switching: Switching,
         kv_policy: KVPolicy,
-        prompt_routing: PromptRouting = "whole",
+        prompt_routing: PromptRouting = "questions",
         eos_ids: frozenset[int] = frozenset(),
         pad_ids: frozenset[int] = frozenset(),
     ) -> None:
@@ -188,13 +189,14 @@ class Controller:
         turns = [self._read_prompt.turns(own) for own in tokens]
         passages = [self._passages(own) for own in tokens]
         fixed = self._fixed_for(len(turns))
+        questions: list[tuple[str, ...]] = [()] * len(turns)
         if fixed:
             routed = [Decision(0, 0, m) for own, m in zip(passages, fixed, strict=True) for _ in own]
             decisions = [Decision(0, 0, mixture) for mixture in fixed]
         else:
-            contexts = [Context(p.text.strip(), history=p.history.strip()) for own in passages for p in own]
-            contexts = [*(Context(prompt, history=history) for history, prompt in turns), *contexts]
-            decisions = self._decide(contexts, [(0, 0)] * len(contexts))
+            contexts = [Context(prompt, history=history) for history, prompt in turns]
+            sentences = [Context(p.text.strip(), history=p.history.strip()) for own in passages for p in own]
+            decisions, questions = self._decide_prompts(contexts, sentences)
             decisions, routed = decisions[: len(turns)], decisions[len(turns) :]
         following = iter(routed)
         return [
@@ -205,12 +207,13 @@ class Controller:
                 self.segmenter(),
                 [decision],
                 prompt_trace=self._prompt_trace(own, following),
+                questions=asked,
             )
-            for (history, prompt), decision, own in zip(turns, decisions, passages, strict=True)
+            for (history, prompt), decision, own, asked in zip(turns, decisions, passages, questions, strict=True)
         ]
 
     def _passages(self, tokens: Sequence[int]) -> list[Passage]:
-        if self.prompt_routing == "whole":
+        if self.prompt_routing != "sentences":
             return []
         return self._read_prompt.sentences(tokens, self.segmenter, min_tokens=self.switching.min_tokens)
 
@@ -259,7 +262,10 @@ class Controller:
             for (row, _), (start, offset) in zip(opening, positions, strict=True):
                 row.decisions.append(Decision(start, offset, row.mixture))
             return False
-        contexts = [Context(row.prompt, row.text[:at], row.text[at:], row.history) for row, at in opening]
+        contexts = [
+            in_turn(Context(row.prompt, row.text[:at], row.text[at:], row.history), row.questions)
+            for row, at in opening
+        ]
         decisions = self._decide(contexts, positions)
         for (row, _), decision in zip(opening, decisions, strict=True):
             self._hold(row.mixture, decision)
@@ -267,8 +273,14 @@ class Controller:
             row.decisions.append(decision)
         return any(decision.switched for decision in decisions)
 
-    def choose(self, contexts: Sequence[Context]) -> list[tuple[dict[str, float], Mixture]]:
-        """Asks the router; gives a probability for each adapter name, and the mixture that follows, of each context.
+    def route(self, context: Context) -> tuple[dict[str, float], Mixture]:
+        """Gives a probability for each adapter name, and the mixture that follows."""
+        return choose(
+            self.policy, self._read([context])[0] if self.prompt_routing == "whole" else route(self._read, context)
+        )
+
+    def _read(self, contexts: Sequence[Context]) -> list[dict[str, float]]:
+        """Asks the router what it gives each adapter, for each context.
 
         What it gives an adapter that the bank no longer holds is the probability that none fits.
 
@@ -281,12 +293,31 @@ class Controller:
             rows = self.router.probabilities(contexts).tolist()
             held = self.bank.adapters
             named = [zip(self.router.names, row, strict=True) for row in rows]
-            return [choose(self.policy, {name: p for name, p in row if name in held}) for row in named]
+            return [{name: p for name, p in row if name in held} for row in named]
 
     def _decide(self, contexts: Sequence[Context], positions: Sequence[tuple[int, int]]) -> list[Decision]:
         start = time.perf_counter()
-        chosen = self.choose(contexts)
-        route_ms = (time.perf_counter() - start) * 1e3
+        return self._decisions(self._read(contexts), positions, since=start)
+
+    def _decide_prompts(
+        self, prompts: Sequence[Context], sentences: Sequence[Context]
+    ) -> tuple[list[Decision], list[tuple[str, ...]]]:
+        """Routes prompts and sentences of theirs; and gives the questions of each prompt that asks several."""
+        start = time.perf_counter()
+        rows = self._read([*prompts, *sentences])
+        questions: list[tuple[str, ...]] = [()] * len(prompts)
+        if self.prompt_routing != "whole":
+            questions = [questions_of(self._read, c, row) for c, row in zip(prompts, rows, strict=False)]
+        for i, asked in enumerate(questions):
+            if asked:
+                (rows[i],) = self._read([in_turn(prompts[i], asked)])
+        return self._decisions(rows, [(0, 0)] * len(rows), since=start), questions
+
+    def _decisions(
+        self, rows: Sequence[Mapping[str, float]], positions: Sequence[tuple[int, int]], *, since: float
+    ) -> list[Decision]:
+        chosen = [choose(self.policy, row) for row in rows]
+        route_ms = (time.perf_counter() - since) * 1e3
         return [
             Decision(token, offset, mixture, probabilities, abstained=not mixture, route_ms=route_ms)
             for (token, offset), (probabilities, mixture) in zip(positions, chosen, strict=True)

@@ -68,7 +68,7 @@ class Engine:
         segmenter: Callable[[], Segmenter] = SentenceSegmenter,
         switching: Switching | None = None,
         kv_policy: KVPolicy = "keep",
-        prompt_routing: PromptRouting = "whole",
+        prompt_routing: PromptRouting = "questions",
     ) -> None:
         check_choices(kv_policy=kv_policy, prompt_routing=prompt_routing)
         if router is not None:
@@ -116,7 +116,10 @@ class Engine:
 
     @property
     def prompt_routing(self) -> PromptRouting:
-        """Whether a prompt is encoded as a "whole" under one mixture, or its "sentences" each under its own (Eq. 6)."""
+        """Whether a prompt is one text ("whole"), or several "questions" if it asks them, each answered in its turn.
+
+        With "sentences", each sentence of a prompt is also encoded under its own mixture (Eq. 6).
+        """
         return self._controller.prompt_routing
 
     @property
@@ -249,8 +252,7 @@ class Engine:
         Raises:
             RouterError: if there is no router.
         """
-        (found,) = self._controller.choose([Context(prompt) if isinstance(prompt, str) else prompt])
-        return found
+        return self._controller.route(Context(prompt) if isinstance(prompt, str) else prompt)
 
     @contextmanager
     def fixed(self, mixture: Mapping[str, float] | Sequence[Mapping[str, float]]) -> Iterator["Engine"]:

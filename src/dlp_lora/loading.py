@@ -48,7 +48,8 @@ def load(
         adapters: a folder of PEFT adapter folders, or a path or hub id by name.
         router: a folder written by `train-router`, or any Router; None leaves the choice to `Engine.fixed`.
         policy: which adapters are fused; `TopP(0.6)` unless given or in the bundle.
-        prompt_routing: "whole" gives the prompt one mixture, "sentences" each of its sentences its own.
+        prompt_routing: "questions" answers those of a prompt that asks several in their turn, "whole" takes every
+            prompt as one, "sentences" also encodes each sentence of a prompt under its own mixture.
         base_model: takes the place of the base model that a bundle names.
         budget_mb: keeps adapters on disk and at most so many megabytes of them in memory, those used last.
         strict: refuses adapters that say they were trained on a model of another name, instead of warning.
@@ -92,7 +93,7 @@ def load(
         segmenter=segmenter,
         switching=switching,
         kv_policy=kv_policy or "keep",
-        prompt_routing=prompt_routing or "whole",
+        prompt_routing=prompt_routing or "questions",
     )
 
 

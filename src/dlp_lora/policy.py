@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 Weighting = Literal["renormalised", "paper"]
 KVPolicy = Literal["keep", "recompute"]
 Unsure = Literal["base", "keep"]
-PromptRouting = Literal["whole", "sentences"]
+PromptRouting = Literal["whole", "questions", "sentences"]
 
 # Probabilities are float32 sums: 0.3 + 0.3 reaches p = 0.6, and so does 0.59999999.
 TOLERANCE = 1e-6

@@ -94,6 +94,7 @@ class Row:
     num_tokens: int = 0
     ended: bool = False
     prompt_trace: tuple[Sentence, ...] = ()
+    questions: tuple[str, ...] = ()  # of the prompt, if it asks several
 
     @property
     def mixture(self) -> Mixture:
@@ -132,6 +133,7 @@ class Row:
             self.num_tokens,
             self.ended,
             self.prompt_trace,
+            self.questions,
         )
 
     def sentences(self) -> list[Sentence]:

@@ -40,7 +40,9 @@ def bundle(
     min_tokens: Annotated[int | None, typer.Option(help="Tokens before a sentence may switch again.")] = None,
     margin: Annotated[float | None, typer.Option(help="By how much another adapter must be likelier.")] = None,
     kv_policy: Annotated[str, typer.Option(help="What a switch does to the KV cache: keep or recompute.")] = "keep",
-    prompt_routing: Annotated[str, typer.Option(help="Prompts as a whole, or by sentences (Eq. 6).")] = "whole",
+    prompt_routing: Annotated[
+        str, typer.Option(help="Prompts as a whole, questions in turn, or sentences (Eq. 6).")
+    ] = "questions",
 ) -> None:
     """Put adapters, router and policy into one folder that `load` and every command take.
 

@@ -87,7 +87,7 @@ PolicyOption = Annotated[
 PromptRoutingOption = Annotated[
     PromptRouting | None,
     typer.Option(
-        "--prompt-routing", help="One mixture for the prompt, or one for each of its sentences. [default: whole]"
+        "--prompt-routing", help="A prompt whole, its questions in turn, or its sentences. [default: questions]"
     ),
 ]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ... [default: cpu]")]

@@ -1,6 +1,7 @@
 """Commands that answer: generate, chat, route."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -119,6 +120,7 @@ def route(
     `probs` (among the adapters), `mixture`, `confidence`, `fits` (the probability that any of them does) and
     `abstained`. Example: `echo '{"prompt": "Convert 3 km to metres."}' | dlp-lora route --router router/`
     """
+    from dlp_lora import questions
     from dlp_lora.bundle import read_bundle
     from dlp_lora.loading import load_model, load_router
     from dlp_lora.policy import TopP, choose, policy_from_dict
@@ -127,6 +129,7 @@ def route(
     if (router is None) == (bundle is None):
         raise ValueError("give --router or --bundle, and not both")
     policy: Any = TopP(p) if p is not None else TopP()
+    is_whole = False
     if bundle is not None:
         parts = read_bundle(bundle)
         if parts.router is None:
@@ -134,11 +137,17 @@ def route(
         router, kept = parts.router, policy_from_dict(parts.policy)
         policy = kept if p is None else replace(kept, p=p) if isinstance(kept, TopP) else policy
         model = model or parts.base_model or None
+        is_whole = parts.prompt_routing == "whole"
     router = router or Path()
     base = load_model(base_model(model))[0] if router_type(router) == "arrow" else None
     chooser = load_router(router, base=base)
+
+    def read(contexts: Sequence[Any]) -> list[dict[str, float]]:
+        return [dict(zip(chooser.names, row, strict=True)) for row in chooser.probabilities(contexts).tolist()]
+
     for record in [{"prompt": prompt}] if prompt is not None else read_json_lines():
-        row = dict(zip(chooser.names, chooser.probabilities([_context(record)])[0].tolist(), strict=True))
+        context = _context(record)
+        row = read([context])[0] if is_whole else questions.route(read, context)
         probs, mixture = choose(policy, row)
         print_json(
             {

@@ -82,7 +82,10 @@ def fitting(
 
 
 def serial_methods(names: Sequence[str], prompts: Sequence[SerialPrompt]) -> list[SerialMethod]:
-    """The methods: base, each question's own adapter by its label, routed at every line, and at the prompt only."""
+    """The methods: base, each question's own adapter by its label, and routed by what the router reads.
+
+    `dlp` cuts the prompt into its questions, `whole` reads it as one text (the paper), `prompt-only` never switches.
+    """
     lines = {"segmenter": LineSegmenter, "switching": Switching(min_tokens=1, margin=0.0)}
     told = _Told(names, prompts)
     return [
@@ -91,6 +94,7 @@ def serial_methods(names: Sequence[str], prompts: Sequence[SerialPrompt]) -> lis
         SerialMethod(name="oracle-recompute", settings={**lines, "router": told, "kv_policy": "recompute"}),
         SerialMethod(name="dlp", settings={**lines, "kv_policy": "keep"}),
         SerialMethod(name="recompute", settings={**lines, "kv_policy": "recompute"}),
+        SerialMethod(name="whole", settings={**lines, "prompt_routing": "whole", "kv_policy": "keep"}),
         SerialMethod(name="by-sentence", settings={**lines, "prompt_routing": "sentences"}),
         SerialMethod(name="prompt-only", settings={**lines, "switching": Switching(min_tokens=10**9)}),
     ]
@@ -106,8 +110,13 @@ def answer_serial(
     prompt_format: PromptFormat = "auto",
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[dict[str, Any]]:
-    """Answers serial prompts; for each question: the line that was given, whether it is right, which adapter led."""
+    """Answers serial prompts; for each question: the line that was given, whether it is right, which adapter led.
+
+    Where a switch encodes the context anew, prompts are answered one at a time: one that switches would have all rows
+    of its batch encoded.
+    """
     rows: list[dict[str, Any]] = []
+    batch_size = 1 if method.settings.get("kv_policy") == "recompute" else batch_size
     for start in range(0, len(prompts), batch_size):
         on_batch(start, len(prompts))
         batch = prompts[start : start + batch_size]

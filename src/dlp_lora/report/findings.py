@@ -249,10 +249,14 @@ def _serial_cell(record: Record, serial: str, method: str, key: str) -> Cell | N
 
 
 def _what_switching_adds(record: Record, serial: str) -> Iterable[str]:
-    switched, once = (record.at("serial", serial, method, "accuracy") for method in ("dlp", "prompt-only"))
-    if switched is not None and once is not None:
-        gain = number(100 * (switched - once), signed=True)
-        yield f"{serial}: DLP-LoRA against the same router asked once a prompt (prompt-only): {gain} points."
+    against = {
+        "dlp": ("prompt-only", "DLP-LoRA against the same router asked once a prompt (prompt-only)"),
+        "recompute": ("dlp", "encoding the context anew at each switch (recompute) against keeping it"),
+    }
+    for method, (other, about) in against.items():
+        ours, theirs = (record.at("serial", serial, name, "accuracy") for name in (method, other))
+        if ours is not None and theirs is not None:
+            yield f"{serial}: {about}: {number(100 * (ours - theirs), signed=True)} points."
 
 
 def _times(value: float | None, factor: float) -> float | None:

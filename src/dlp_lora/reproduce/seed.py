@@ -1,6 +1,7 @@
 """One pass through all steps with one training seed: adapters, router, answers, each kept on disk."""
 
 import json
+import math
 import random
 import resource
 import sys
@@ -213,7 +214,8 @@ class Seed:
         found: dict[str, Any] = {}
         tasks = [task for task in self.tasks if self.kinds[task.name] == "mcq" and task.test]
         if len(tasks) >= n:
-            drawn = serial_prompts(tasks, n, self.args.serial_prompts, seed=self.seed)
+            num_prompts = math.ceil(self.args.serial_questions / n)
+            drawn = serial_prompts(tasks, n, num_prompts, seed=self.seed)
             room: dict[str, Any] = {
                 "max_new_tokens": TOKENS_A_QUESTION * n,
                 "prompt_format": self.args.answers.prompt_format,
@@ -221,7 +223,7 @@ class Seed:
             prompts = fitting(engine, drawn, **room)
             if len(prompts) < len(drawn):
                 self._serial_left_out[step] = len(drawn) - len(prompts)
-            identity = {**identity_of(engine, self.tasks, METHODS["dlp"]), "num_prompts": self.args.serial_prompts}
+            identity = {**identity_of(engine, self.tasks, METHODS["dlp"]), "num_prompts": num_prompts}
             kept = json.loads(file.read_text()) if file.is_file() else {}
             if not differences(kept.get("identity"), identity):
                 found = kept["methods"]

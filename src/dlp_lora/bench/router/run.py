@@ -21,6 +21,7 @@ SCENARIOS: Mapping[str, Scenario] = {
     "answers": scenarios.answers,
     "conversations": scenarios.conversations,
     "serial": scenarios.serial,
+    "questions": scenarios.questions,
     "junctions": scenarios.junctions,
     "outside": scenarios.outside,
     "robustness": scenarios.robustness,

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from dlp_lora.bench.router.measures import (
 from dlp_lora.bench.router.samples import SMALL_TALK, Question, Walk, has_changed
 from dlp_lora.bench.router.setting import Setting
 from dlp_lora.policy import Switching
+from dlp_lora.questions import in_turn, questions_of
 from dlp_lora.router import Context, Router
 from dlp_lora.sentences import split
 
@@ -98,6 +100,21 @@ def serial(setting: Setting) -> dict[str, Any]:
         if n <= setting.num_tasks:
             found[str(n)] = _serial(setting, samples.serial(setting.asked, n, seed=setting.args.seed))
     return found or skipped(f"{setting.num_tasks} tasks are too few for a serial prompt")
+
+
+def questions(setting: Setting) -> dict[str, Any]:
+    """Prompts of one question, of the extra tasks and of several questions: which are cut, and is it into those."""
+    if setting.num_tasks < 2:
+        return skipped("questions of several tasks need a second task")
+    found = {"1": _cut(setting, [sample.context for sample in samples.whole(setting.asked)])}
+    if setting.asked_outside:
+        found["extra tasks"] = _cut(setting, [sample.context for sample in samples.whole(setting.asked_outside)])
+    for n in (2, *setting.args.serial):
+        if n <= setting.num_tasks:
+            walks = samples.serial(setting.asked, n, seed=setting.args.seed)
+            texts = [Context(f"{walk[-1].context.history}{walk[-1].context.prompt}") for walk in walks]
+            found[str(n)] = _cut(setting, texts, [[task for task, _ in groupby(s.task for s in w)] for w in walks])
+    return found
 
 
 def junctions(setting: Setting) -> dict[str, Any]:
@@ -236,6 +253,26 @@ def _serial(setting: Setting, walks: Sequence[Walk]) -> dict[str, Any]:
         "changes": rounded(changed.sum() / len(walks)),
         "hysteresis": hysteresis,
     }
+
+
+def _cut(setting: Setting, contexts: Sequence[Context], tasks: Sequence[Sequence[str]] = ()) -> dict[str, Any]:
+    """`exact` are the prompts of which each question goes to its own task, in order."""
+    router = setting.main.router
+
+    def read(asked: Sequence[Context]) -> list[dict[str, float]]:
+        return [dict(zip(router.names, row, strict=True)) for row in router.probabilities(asked).tolist()]
+
+    fits, found = [], []
+    for i, context in enumerate(contexts):
+        (row,) = read([context])
+        asked = [in_turn(context, (question,)) for question in questions_of(read, context, row)]
+        fits.append(sum(row.values()))
+        found.append([max(own, key=own.__getitem__) for own in (read(asked) if asked else [])])
+        setting.on_step("cut", i + 1, len(contexts))
+    shares = {"routed_whole": np.mean(np.array(fits) > 0.5), "cut": np.mean([bool(own) for own in found])}
+    if tasks:
+        shares["exact"] = np.mean([own == list(truth) for own, truth in zip(found, tasks, strict=True)])
+    return {**{key: rounded(share) for key, share in shares.items()}, "num": len(contexts)}
 
 
 def _parted(inside: Float[np.ndarray, " n"], outside: Float[np.ndarray, " m"]) -> dict[str, float]:

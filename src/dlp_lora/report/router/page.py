@@ -29,6 +29,7 @@ def router_sections(record: Found, pictures: Sequence[Picture]) -> tuple[Section
         of("Answers", "answers", tables.accuracies("Openings of later sentences", scenario_of(record, "answers"))),
         of("Conversations", "conversations", drawn.get("conversations"), *tables.conversation_tables(record)),
         of("Several questions in one prompt", "serial", tables.serial(record), tables.hysteresis(record)),
+        of("Which prompts ask several", "questions", tables.questions(record)),
         of("Changes within a sentence", "junctions", tables.junctions(record)),
         of("Out of domain: extra tasks", "outside", drawn.get("false-routes"), *tables.outside(record, "outside")),
         of("Out of domain: tasks left out", "left_out", *tables.outside(record, "left_out")),

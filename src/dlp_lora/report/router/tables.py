@@ -126,6 +126,16 @@ def hysteresis(record: Found) -> Table:
     return _table("Hysteresis: when a switch is held back", columns, rows, num_labels=2)
 
 
+def questions(record: Found) -> Table:
+    """Which prompts are cut into several questions."""
+    rows = [
+        (n, _cell(own["routed_whole"]), _cell(own["cut"]), _cell(own.get("exact")), plain(own["num"], digits=0))
+        for n, own in parts_of(record, "questions")
+    ]
+    columns = ("Questions", "Routed as a whole, %", "Cut, %", "Into exactly its questions, %", "Prompts")
+    return _table("Prompts that are cut into several questions", columns, rows)
+
+
 def junctions(record: Found) -> Table:
     """What deciding once a sentence loses where the task changes within it."""
     found = scenario_of(record, "junctions")

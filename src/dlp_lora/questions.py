@@ -1,0 +1,100 @@
+"""Prompts that ask several questions: a prompt in, its questions out, and the one whose turn it is.
+
+To a router that may abstain, such a prompt as a whole is like no text of its adapters, though each question in it is.
+So a prompt is several questions where each of them fits an adapter better than the whole does. Their answers are taken
+to be a line each, in order (serial-n of MeteoRA, arXiv 2405.13053).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate
+
+from dlp_lora.router import Context
+from dlp_lora.sentences import split
+
+Read = Callable[[Sequence[Context]], Sequence[Mapping[str, float]]]
+"""A router: what it gives each adapter by name, for each context; what a row lacks to 1, none of them fits."""
+
+SURE = 0.99  # how well a prompt fits to be one question without a look at its parts
+MARGIN = 0.2  # by which another adapter is more probable where another question begins
+
+
+def route(read: Read, context: Context) -> Mapping[str, float]:
+    """Asks a router for the question whose turn it is."""
+    prompt = Context(context.prompt, history=context.history)
+    (row,) = read([prompt])
+    questions = questions_of(read, prompt, row)
+    asked = in_turn(context, questions)
+    return row if asked == prompt else read([asked])[0]
+
+
+def questions_of(read: Read, context: Context, row: Mapping[str, float]) -> tuple[str, ...]:
+    """Cuts a prompt into the questions that it asks, if there are several; `row` is the router's for the whole."""
+    fit = sum(row.values())
+    if fit > SURE:
+        return ()
+    parts = _runs(read, context)
+    while len(parts) > 1:
+        rows = read([replace(context, prompt=part.strip()) for part in parts])
+        joined = _joined(parts, rows)
+        if len(joined) == len(parts):
+            is_several = min(sum(row.values()) for row in rows) > fit
+            return tuple(part.strip() for part in parts) if is_several else ()
+        parts = joined
+    return ()
+
+
+def in_turn(context: Context, questions: Sequence[str]) -> Context:
+    """What a router reads where a prompt asks several questions: the one whose turn it is, and its answer so far.
+
+    Each line of the answer is one question's; what follows the last belongs to that.
+    """
+    if not questions:
+        return context
+    lines = context.answer.splitlines(keepends=True)
+    is_end = [line.strip() != "" and line.endswith("\n") for line in lines]
+    turn = min(sum(is_end), len(questions) - 1)
+    answer = "".join(line for line, before in zip(lines, accumulate(is_end, initial=0), strict=False) if before >= turn)
+    return replace(context, prompt=questions[turn], answer=answer)
+
+
+def _runs(read: Read, context: Context) -> list[str]:
+    """Neighbouring sentences that the router gives to the same adapter."""
+    sentences = split(context.prompt)
+    if len(sentences) < 2:
+        return sentences
+    before = ["", *accumulate(sentences)]
+    rows = read(
+        [
+            replace(context, prompt=sentence.strip(), history=f"{context.history}\n{said}".strip())
+            for sentence, said in zip(sentences, before, strict=False)
+        ]
+    )
+    runs: list[str] = []
+    leader = ""
+    for sentence, row in zip(sentences, rows, strict=True):
+        best = _leader(row)
+        if runs and row[best] - row[leader] <= MARGIN * sum(row.values()):
+            runs[-1] += sentence
+        else:
+            runs.append(sentence)
+            leader = best
+    return runs
+
+
+def _joined(parts: Sequence[str], rows: Sequence[Mapping[str, float]]) -> list[str]:
+    """Joins a part that fits no adapter to the one before, and neighbours of the same adapter."""
+    joined: list[str] = []
+    last: Mapping[str, float] = {}
+    for part, row in zip(parts, rows, strict=True):
+        fits = sum(row.values()) > 0.5
+        if joined and (not fits or sum(last.values()) <= 0.5 or _leader(row) == _leader(last)):
+            joined[-1] += part
+        else:
+            joined.append(part)
+        last = row if fits or not last else last
+    return joined
+
+
+def _leader(row: Mapping[str, float]) -> str:
+    return max(row, key=lambda name: row[name])
