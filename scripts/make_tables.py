@@ -182,10 +182,92 @@ def _by_task() -> str:
     return _table(columns, [{"task": name, **about} for name, about in tasks], words=2)
 
 
+SERIAL = {
+    "base": "base model",
+    "oracle": "each question's own LoRA, told",
+    "oracle-recompute": "the same, context encoded anew at a switch",
+    "whole": "DLP-LoRA, prompt read as one text (the paper)",
+    "prompt-only": "DLP-LoRA, routed at the prompt only",
+    "dlp": "DLP-LoRA",
+    "by-sentence": "DLP-LoRA, each sentence encoded under its own mixture",
+    "recompute": "DLP-LoRA, context encoded anew at a switch",
+}
+
+
+def _serial() -> str:
+    """Several questions in one prompt: all of them, and those after the first."""
+    record = _record("tasks26/record")["serial"]
+
+    def right(row: Mapping[str, Any]) -> str:
+        low, high = row["interval"]
+        return f"{100 * row['accuracy']:.1f} ({100 * low:.1f}-{100 * high:.1f})"
+
+    columns: dict[str, Cell] = {"method": lambda row: SERIAL[row["method"]]}
+    for step in record:
+        n = step.removeprefix("serial-")
+        columns |= {
+            f"{n} questions": lambda row, step=step: right(record[step][row["method"]]),
+            f"{n}: later ones": lambda row, step=step: f"{100 * record[step][row['method']]['accuracy_later']:.1f}",
+            f"{n}: routed": lambda row, step=step: f"{100 * record[step][row['method']]['routed']:.0f}",
+        }
+    return _table(columns, [{"method": name} for name in SERIAL])
+
+
+ABLATIONS = {
+    "dlp": "DLP-LoRA: top-p 0.6, renormalised weights, switching, KV cache kept",
+    "oracle": "task's own LoRA",
+    "base": "base model",
+    "top1": "the likeliest adapter alone",
+    "p0.3": "top-p 0.3",
+    "p0.9": "top-p 0.9",
+    "p1.0": "top-p 1.0: all adapters, by probability",
+    "paper-weights": "Eq. 5's weights",
+    "prompt-only": "routed at the prompt only",
+    "recompute": "context encoded anew at a switch",
+    "by-sentence": "each sentence of the prompt under its own mixture",
+    "uniform": "all adapters at one weight",
+    "random": "one adapter by lot",
+}
+
+
+def _ablations() -> str:
+    """Each method's means, and what they differ by from DLP-LoRA's on the same questions."""
+    record = _record("ablations")
+    pools = {metric: pool for pool, own in record["composites"].items() for metric in own["dlp"]}
+
+    def mean(metric: str) -> Cell:
+        scale = 1 if metric == "bleu" else 100
+        return lambda row: f"{scale * record['composites'][pools[metric]][row['method']][metric]:.1f}"
+
+    def apart(metric: str) -> Cell:
+        def text(row: Mapping[str, Any]) -> str:
+            sign, pair = 1, f"{row['method']} - dlp"
+            if pair not in record["differences"]:
+                sign, pair = -1, f"dlp - {row['method']}"
+            if pair not in record["differences"]:
+                return "–"
+            found = record["differences"][pair][pools[metric]][metric]
+            low, high = sorted(100 * sign * x for x in found["interval"])
+            return f"{100 * sign * found['value']:+.2f} ({low:+.2f} to {high:+.2f})"
+
+        return text
+
+    columns: dict[str, Cell] = {
+        "method": lambda row: ABLATIONS[row["method"]],
+        "accuracy": mean("accuracy"),
+        "less DLP-LoRA's": apart("accuracy"),
+        "ROUGE-L": mean("rougeL"),
+        "its difference": apart("rougeL"),
+    }
+    return _table(columns, [{"method": name} for name in ABLATIONS if name in record["scores"]])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "tasks26": _means,
     "tasks26-differences": _differences,
     "tasks26-by-task": _by_task,
+    "tasks26-serial": _serial,
+    "ablations": _ablations,
     "demo": _demo,
     "router": partial(_targets, judged=False),
     "router-targets": partial(_targets, judged=True),

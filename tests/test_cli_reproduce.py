@@ -105,6 +105,11 @@ def test_a_bundle_is_evaluated_on_the_tasks_that_have_questions(
     found = json.loads((tmp_path / "scores.json").read_text())
     assert set(found["scores"]) == {"base", "dlp"}
     assert set(found["scores"]["dlp"]) == {"colours", "sides", "story"}
+    assert found["settings"]["limit"] == 2
+    assert found["settings"]["prompt_routing"] == "questions"
+    assert {task: own["kind"] for task, own in found["data"]["tasks"].items()}["colours"] == "mcq"
+    assert set(found["differences"]) == {"dlp - base"}
+    assert set(found["composites"]["composite-2"]) == {"base", "dlp"}
     assert "composite-2" in result.output
     assert "accuracy" in result.output
     assert "not scored, for want of test questions: untested" in result.output

@@ -85,6 +85,16 @@ def test_a_pool_of_choice_and_a_free_one_of_the_same_size_are_both_kept() -> Non
     }
 
 
+def test_dlp_is_set_against_the_main_methods_and_all_others_against_dlp() -> None:
+    scores_of = {"base": 0.0, "dlp": 0.75, "oracle": 1.0, "top1": 0.5}
+    found = compared({name: table(a=[score]) for name, score in scores_of.items()}, {"a": "mcq"})["differences"]
+    assert {pair: own["composite-1"]["accuracy"]["value"] for pair, own in found.items()} == {
+        "dlp - oracle": -0.25,
+        "dlp - base": 0.75,
+        "top1 - dlp": -0.25,
+    }
+
+
 def test_a_pool_is_called_after_its_size_where_that_says_which_it_is() -> None:
     tables = {"dlp": table(a=[1.0], b=[1.0], c=[0.5])}
     assert composites_of(tables, {"a": "mcq", "b": "mcq", "c": "qa"}) == {

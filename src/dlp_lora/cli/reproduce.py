@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -126,8 +126,8 @@ def eval_command(
     from dlp_lora.environment import environment
     from dlp_lora.evals.answers import AnswerArgs, answer_all, batches, data_hash, identity_of
     from dlp_lora.evals.methods import methods_named
-    from dlp_lora.evals.record import composites_of
-    from dlp_lora.evals.scores import intervals, pooled, scores, tabulate
+    from dlp_lora.evals.record import compared
+    from dlp_lora.evals.scores import tabulate
     from dlp_lora.folders import write_text
     from dlp_lora.tasks.hub import read_data
     from dlp_lora.tasks.manifest import kind_of, read_manifest
@@ -150,7 +150,12 @@ def eval_command(
         raise ValueError(f"the bundle has no adapter for {', '.join(unknown)}; choose other tasks or leave oracle out")
     by_name, kinds = {t.name: t for t in found}, {t.name: kind_of(t, infos) for t in found}
     questions, left_out = batches(engine.model, engine.tokenizer, found, settings)
-    record: dict[str, Any] = {"environment": environment(), "data": {"hash": data_hash(found)}, "left_out": left_out}
+    record: dict[str, Any] = {
+        "environment": environment(),
+        "data": {"hash": data_hash(found), "tasks": {task.name: {"kind": kinds[task.name]} for task in found}},
+        "settings": {**asdict(settings), **engine.routing_settings()},
+        "left_out": left_out,
+    }
     tables = {}
     with tempfile.TemporaryDirectory() as scratch, progress_bar() as progress:
         for method in chosen:
@@ -165,11 +170,9 @@ def eval_command(
                 on_batch=lambda done, total, bar=bar: progress.update(bar, completed=done, total=total),  # type: ignore[misc]
             )
             tables[method.name] = tabulate(rows, by_name, kinds)
-    record["scores"] = {name: scores(table) for name, table in tables.items()}
-    record["intervals"] = {name: intervals(table) for name, table in tables.items()}
-    for title, own in composites_of(tables, kinds).items():
-        means = {name: pooled(table, own) for name, table in tables.items()}
-        console.print(_table(title, {n: m[0] for n, m in means.items()}, {n: m[1] for n, m in means.items()}))
+    record |= compared(tables, kinds)
+    for title, means in record["composites"].items():
+        console.print(_table(title, means, record["composite_intervals"][title]))
     _say_left_out(left_out, record["scores"], list(by_name))
     if json_file is not None:
         write_text(json_file, json.dumps(record, indent=1) + "\n")

@@ -5,17 +5,22 @@ from typing import Any
 
 import numpy as np
 
-from dlp_lora.evals.methods import SINGLE
+from dlp_lora.evals.methods import MAIN, SINGLE
 from dlp_lora.evals.metrics import bootstrap
 from dlp_lora.evals.scores import Table, difference, intervals, pooled, scores
 from dlp_lora.tasks.task import Task
 
 
 def compared(tables: Mapping[str, Table], kinds: Mapping[str, str]) -> dict[str, Any]:
-    """Scores and intervals of each method, of the pools of choice and of free tasks, and what dlp differs by."""
+    """Scores and intervals of each method, and of the pools of choice and of free tasks.
+
+    And the differences, on the same questions, of dlp from the other main methods and of all others from dlp.
+    """
     groups = composites_of(tables, kinds)
     means = {g: {m: pooled(table, names) for m, table in tables.items()} for g, names in groups.items()}
-    pairs = [("dlp", other) for other in ("oracle", "base", SINGLE) if {"dlp", other} <= tables.keys()]
+    pairs = [("dlp", other) for other in ("oracle", "base", SINGLE)]
+    pairs += [(name, "dlp") for name in tables if name not in MAIN]
+    pairs = [pair for pair in pairs if set(pair) <= tables.keys()]
     return {
         "scores": {name: scores(table) for name, table in tables.items()},
         "intervals": {name: intervals(table) for name, table in tables.items()},
