@@ -217,6 +217,7 @@ ABLATIONS = {
     "dlp": "DLP-LoRA: top-p 0.6, renormalised weights, switching, KV cache kept",
     "oracle": "task's own LoRA",
     "base": "base model",
+    "never-abstain": "the likeliest adapters where none fits, too",
     "top1": "the likeliest adapter alone",
     "p0.3": "top-p 0.3",
     "p0.9": "top-p 0.9",

@@ -305,6 +305,16 @@ class TestSwitching:
         told = [(dict(s.mixture), s.switched, s.abstained) for s in generation.trace]
         assert told == [({}, False, True), ({"math": 1.0}, True, False), ({"math": 1.0}, False, True)]
 
+    def test_where_none_fits_the_likeliest_can_be_used_but_for_a_text_that_says_nothing(
+        self, make_engine: MakeEngine
+    ) -> None:
+        table = {"": (0.1, 0.1, 0.0), "B": (0.0, 0.2, 0.0), "C": (0.0, 0.0, 0.0)}
+        settings: dict[str, Any] = {"router": Table(table), "segmenter": SentenceSegmenter, "policy": TopP(0.6)}
+        never = make_engine(**settings, switching=Switching(unsure="likeliest"))
+        told = [(dict(s.mixture), s.abstained) for s in dictated(never, "Q", "Aha. Bye. Come.").trace]
+        assert told == [({"math": 0.5, "poems": 0.5}, False), ({"poems": 1.0}, False), ({}, True)]
+        assert dict(never.route("Q")[1]) == {"math": 0.5, "poems": 0.5}
+
     def test_what_a_row_lacks_to_one_is_the_probability_that_none_fits(self, make_engine: MakeEngine) -> None:
         table = {"": (0.3, 0.3, 0.1), "B": (0.3, 0.1, 0.0)}
         engine = make_engine(router=Table(table), segmenter=SentenceSegmenter, policy=TopP(0.6))

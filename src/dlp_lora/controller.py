@@ -275,9 +275,8 @@ class Controller:
 
     def route(self, context: Context) -> tuple[dict[str, float], Mixture]:
         """Gives a probability for each adapter name, and the mixture that follows."""
-        return choose(
-            self.policy, self._read([context])[0] if self.prompt_routing == "whole" else route(self._read, context)
-        )
+        row = self._read([context])[0] if self.prompt_routing == "whole" else route(self._read, context)
+        return choose(self.policy, row, self.switching.unsure)
 
     def _read(self, contexts: Sequence[Context]) -> list[dict[str, float]]:
         """Asks the router what it gives each adapter, for each context.
@@ -316,7 +315,7 @@ class Controller:
     def _decisions(
         self, rows: Sequence[Mapping[str, float]], positions: Sequence[tuple[int, int]], *, since: float
     ) -> list[Decision]:
-        chosen = [choose(self.policy, row) for row in rows]
+        chosen = [choose(self.policy, row, self.switching.unsure) for row in rows]
         route_ms = (time.perf_counter() - since) * 1e3
         return [
             Decision(token, offset, mixture, probabilities, abstained=not mixture, route_ms=route_ms)

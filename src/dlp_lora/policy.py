@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 Weighting = Literal["renormalised", "paper"]
 KVPolicy = Literal["keep", "recompute"]
-Unsure = Literal["base", "keep"]
+Unsure = Literal["base", "keep", "likeliest"]
 PromptRouting = Literal["whole", "questions", "sentences"]
 
 # Probabilities are float32 sums: 0.3 + 0.3 reaches p = 0.6, and so does 0.59999999.
@@ -161,8 +161,8 @@ class Switching:
     """When a sentence start is taken as an opportunity to switch.
 
     A sentence shorter than `min_tokens` is not left; and the mixture stays while the most likely adapter is not
-    at least `margin` more probable than the heaviest one in use. Where the router is too unsure for any adapter, the
-    "base" model goes on alone, or the mixture in use is kept ("keep").
+    at least `margin` more probable than the heaviest one in use. Where the router finds that no adapter fits, the
+    "base" model goes on alone, the mixture in use is kept ("keep"), or the "likeliest" adapters are used all the same.
     """
 
     min_tokens: int = 1
@@ -181,15 +181,16 @@ class Switching:
 POLICIES: dict[str, type] = {cls.__name__: cls for cls in (TopP, Threshold, TopK, Only, Uniform)}
 
 
-def choose(policy: FusionPolicy, row: Mapping[str, float]) -> tuple[dict[str, float], Mixture]:
+def choose(policy: FusionPolicy, row: Mapping[str, float], unsure: Unsure = "base") -> tuple[dict[str, float], Mixture]:
     """Applies a policy to a router's row; gives the probabilities among the adapters, which sum to 1, and the mixture.
 
-    What the row lacks to 1 is the probability that none of them fits; where that is half or more, the mixture is empty.
+    What the row lacks to 1 is the probability that none of them fits; where that is half or more, the mixture is empty
+    unless the "likeliest" are asked for. A row of zeros, that of a text that says nothing, never has one.
     """
     fits = math.fsum(row.values())
     is_whole = fits <= 0 or abs(fits - 1) < TOLERANCE
     probabilities = dict(row) if is_whole else {name: p / fits for name, p in row.items()}
-    return probabilities, policy(probabilities) if fits > 0.5 else Mixture()
+    return probabilities, policy(probabilities) if fits > (0 if unsure == "likeliest" else 0.5) else Mixture()
 
 
 def policy_to_dict(policy: FusionPolicy) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def bundle(
     weighting: Annotated[str, typer.Option(help="renormalised or paper (Eq. 5).")] = "renormalised",
     min_confidence: Annotated[float, typer.Option(help="Below it the base model alone answers.")] = 0.0,
     unsure: Annotated[
-        str, typer.Option(help="Below it, in the middle of an answer: base or keep (the mixture).")
+        str, typer.Option(help="Where no adapter fits: base, keep (the mixture in use), or likeliest (adapters).")
     ] = "base",
     min_tokens: Annotated[int | None, typer.Option(help="Tokens before a sentence may switch again.")] = None,
     margin: Annotated[float | None, typer.Option(help="By how much another adapter must be likelier.")] = None,

@@ -123,13 +123,13 @@ def route(
     from dlp_lora import questions
     from dlp_lora.bundle import read_bundle
     from dlp_lora.loading import load_model, load_router
-    from dlp_lora.policy import TopP, choose, policy_from_dict
+    from dlp_lora.policy import Switching, TopP, choose, policy_from_dict
     from dlp_lora.router import router_type
 
     if (router is None) == (bundle is None):
         raise ValueError("give --router or --bundle, and not both")
     policy: Any = TopP(p) if p is not None else TopP()
-    is_whole = False
+    is_whole, unsure = False, Switching().unsure
     if bundle is not None:
         parts = read_bundle(bundle)
         if parts.router is None:
@@ -137,7 +137,7 @@ def route(
         router, kept = parts.router, policy_from_dict(parts.policy)
         policy = kept if p is None else replace(kept, p=p) if isinstance(kept, TopP) else policy
         model = model or parts.base_model or None
-        is_whole = parts.prompt_routing == "whole"
+        is_whole, unsure = parts.prompt_routing == "whole", Switching(**parts.switching).unsure
     router = router or Path()
     base = load_model(base_model(model))[0] if router_type(router) == "arrow" else None
     chooser = load_router(router, base=base)
@@ -148,7 +148,7 @@ def route(
     for record in [{"prompt": prompt}] if prompt is not None else read_json_lines():
         context = _context(record)
         row = read([context])[0] if is_whole else questions.route(read, context)
-        probs, mixture = choose(policy, row)
+        probs, mixture = choose(policy, row, unsure)
         print_json(
             {
                 "probs": probs,

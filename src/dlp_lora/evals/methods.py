@@ -57,6 +57,11 @@ _METHODS = (
         adapter=SINGLE,
     ),
     Method(name="dlp", about="router, top-p 0.6, renormalised weights, sentence switching, KV kept"),
+    Method(
+        name="never-abstain",
+        about="as dlp, with the likeliest adapters where none fits",
+        settings={"switching": Switching(unsure="likeliest")},
+    ),
     Method(name="top1", about="the router's first choice alone", settings={"policy": TopK(1)}),
     Method(
         name="uniform",

@@ -14,6 +14,7 @@ ABOUT = {
     "oracle": "each task's own LoRA, chosen by hand",
     "lora-r64": "one LoRA of rank 64 trained on all tasks",
     "dlp": "the router, top-p, asked anew at every sentence",
+    "never-abstain": "as DLP-LoRA, with the likeliest adapters where none fits",
     "top1": "the router's first choice alone",
     "uniform": "all adapters at one weight",
     "random": "one adapter drawn for each question",
