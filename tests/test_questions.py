@@ -79,6 +79,11 @@ def test_a_prompt_that_surely_fits_is_not_looked_into() -> None:
     assert router.asked == []
 
 
+def test_a_prompt_of_very_many_sentences_is_one_text() -> None:
+    assert len(cut("Add it. " * 255 + "A rhyme?")) == 2
+    assert cut("Add it. " * 256 + "A rhyme?") == ()
+
+
 def test_sentences_are_read_after_what_stands_before_them_and_questions_after_the_turns_before() -> None:
     router = WordRouter()
     context = Context("Add it. A rhyme?", history="Earlier.")

@@ -16,6 +16,7 @@ Read = Callable[[Sequence[Context]], Sequence[Mapping[str, float]]]
 """A router: what it gives each adapter by name, for each context; what a row lacks to 1, none of them fits."""
 
 SURE = 0.99  # how well a prompt fits to be one question without a look at its parts
+MAX_SENTENCES = 256  # beyond, a prompt is one text
 MARGIN = 0.2  # by which another adapter is more probable where another question begins
 
 
@@ -61,8 +62,8 @@ def in_turn(context: Context, questions: Sequence[str]) -> Context:
 def _runs(read: Read, context: Context) -> list[str]:
     """Neighbouring sentences that the router gives to the same adapter."""
     sentences = split(context.prompt)
-    if len(sentences) < 2:
-        return sentences
+    if not 2 <= len(sentences) <= MAX_SENTENCES:
+        return [context.prompt]
     before = ["", *accumulate(sentences)]
     rows = read(
         [
