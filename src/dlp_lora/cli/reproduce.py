@@ -124,7 +124,15 @@ def eval_command(
     import tempfile
 
     from dlp_lora.environment import environment
-    from dlp_lora.evals.answers import AnswerArgs, answer_all, batches, data_hash, identity_of
+    from dlp_lora.evals.answers import (
+        AnswerArgs,
+        Likelihoods,
+        answer_all,
+        batches,
+        data_hash,
+        identity_of,
+        known_likelihoods,
+    )
     from dlp_lora.evals.methods import methods_named
     from dlp_lora.evals.record import compared
     from dlp_lora.evals.scores import tabulate
@@ -157,6 +165,7 @@ def eval_command(
         "left_out": left_out,
     }
     tables = {}
+    known: Likelihoods = {}
     with tempfile.TemporaryDirectory() as scratch, progress_bar() as progress:
         for method in chosen:
             bar = progress.add_task(method.name, total=None, note="")
@@ -167,8 +176,10 @@ def eval_command(
                 settings,
                 (out or Path(scratch)) / f"{method.name}.jsonl",
                 identity=identity_of(engine, found, method),
+                known=known,
                 on_batch=lambda done, total, bar=bar: progress.update(bar, completed=done, total=total),  # type: ignore[misc]
             )
+            known |= known_likelihoods(rows)
             tables[method.name] = tabulate(rows, by_name, kinds)
     record |= compared(tables, kinds)
     for title, means in record["composites"].items():

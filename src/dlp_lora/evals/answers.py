@@ -110,6 +110,15 @@ def identity_of(engine: Engine, tasks: Sequence[Task], method: Method) -> dict[s
     return found
 
 
+Likelihoods = dict[tuple[str, int, Mixture], list[float]]
+"""Of a question's choices, by its task, its place there and the mixture."""
+
+
+def known_likelihoods(rows: Sequence[Mapping[str, Any]]) -> Likelihoods:
+    """The likelihoods that answers come with."""
+    return {(r["task"], r["index"], Mixture(r["mixture"])): r["likelihoods"] for r in rows if "likelihoods" in r}
+
+
 def answer_all(
     engine: Engine,
     method: Method,
@@ -118,7 +127,7 @@ def answer_all(
     file: Path,
     *,
     identity: Mapping[str, Any],
-    known: Mapping[tuple[str, int, Mixture], list[float]] | None = None,
+    known: Likelihoods | None = None,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[dict[str, Any]]:
     """Answers the batches into `file`, or goes on with it; gives all answers, in the batches' order.
@@ -191,7 +200,7 @@ def _answer(
     method: Method,
     batch: Sequence[Question],
     args: AnswerArgs,
-    known: Mapping[tuple[str, int, Mixture], list[float]],
+    known: Likelihoods,
 ) -> list[dict[str, Any]]:
     prompts: list[Any] = [as_prompt(engine.tokenizer, q.example.prompt, args.prompt_format) for q in batch]
     start = time.perf_counter()

@@ -16,7 +16,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dlp_lora.engine import Engine
 from dlp_lora.environment import environment
-from dlp_lora.evals.answers import Question, answer_all, data_hash, identity_of, seconds_of
+from dlp_lora.evals.answers import (
+    Likelihoods,
+    Question,
+    answer_all,
+    data_hash,
+    identity_of,
+    known_likelihoods,
+    seconds_of,
+)
 from dlp_lora.evals.forced import Known, answer_forced, known_texts
 from dlp_lora.evals.kept import differences
 from dlp_lora.evals.methods import MAIN, METHODS, SINGLE, Method
@@ -26,7 +34,7 @@ from dlp_lora.evals.scores import scores, tabulate
 from dlp_lora.evals.serial import answer_serial, fitting, generate_serial, serial_methods, serial_prompts
 from dlp_lora.folders import write_text
 from dlp_lora.loading import load
-from dlp_lora.policy import Mixture, TopP
+from dlp_lora.policy import TopP
 from dlp_lora.reproduce.args import Event, ReproduceArgs, methods_of
 from dlp_lora.router import MiniMLP
 from dlp_lora.tasks import Task
@@ -176,7 +184,7 @@ class Seed:
 
     def _answer(self, engine: Engine, methods: Sequence[Method]) -> None:
         """The methods' answers, and the teacher-forced ones of the main methods."""
-        likelihoods: dict[tuple[str, int, Mixture], list[float]] = {}
+        likelihoods: Likelihoods = {}
         for method in methods:
             rows = self._rows[method.name] = answer_all(
                 engine,
@@ -188,11 +196,7 @@ class Seed:
                 known=likelihoods,
                 on_batch=partial(self._event, f"answers: {method.name}"),
             )
-            likelihoods |= {
-                (row["task"], row["index"], Mixture(row["mixture"])): row["likelihoods"]
-                for row in rows
-                if "likelihoods" in row
-            }
+            likelihoods |= known_likelihoods(rows)
         texts: Known = {}
         for method in methods:
             if self.args.teacher_forced and method.name in MAIN:
