@@ -186,7 +186,7 @@ SERIAL = {
     "base": "base model",
     "oracle": "each question's own LoRA, told",
     "oracle-recompute": "the same, context encoded anew at a switch",
-    "whole": "DLP-LoRA, prompt read as one text (the paper)",
+    "whole": "DLP-LoRA, prompt read as one text",
     "prompt-only": "DLP-LoRA, routed at the prompt only",
     "dlp": "DLP-LoRA",
     "by-sentence": "DLP-LoRA, each sentence encoded under its own mixture",
@@ -194,8 +194,8 @@ SERIAL = {
 }
 
 
-def _serial() -> str:
-    """Several questions in one prompt: all of them, and those after the first."""
+def _serial(*, whole: bool) -> str:
+    """Several questions in one prompt: how many are right, and as a `whole` those after the first and those routed."""
     record = _record("tasks26/record")["serial"]
 
     def right(row: Mapping[str, Any]) -> str:
@@ -207,9 +207,15 @@ def _serial() -> str:
         n = step.removeprefix("serial-")
         columns |= {
             f"{n} questions": lambda row, step=step: right(record[step][row["method"]]),
-            f"{n}: later ones": lambda row, step=step: f"{100 * record[step][row['method']]['accuracy_later']:.1f}",
-            f"{n}: routed": lambda row, step=step: f"{100 * record[step][row['method']]['routed']:.0f}",
         }
+        columns |= (
+            {}
+            if not whole
+            else {
+                f"{n}: later ones": lambda row, step=step: f"{100 * record[step][row['method']]['accuracy_later']:.1f}",
+                f"{n}: routed": lambda row, step=step: f"{100 * record[step][row['method']]['routed']:.0f}",
+            }
+        )
     return _table(columns, [{"method": name} for name in SERIAL])
 
 
@@ -267,7 +273,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "tasks26": _means,
     "tasks26-differences": _differences,
     "tasks26-by-task": _by_task,
-    "tasks26-serial": _serial,
+    "tasks26-serial": partial(_serial, whole=False),
+    "tasks26-serial-whole": partial(_serial, whole=True),
     "ablations": _ablations,
     "demo": _demo,
     "router": partial(_targets, judged=False),

@@ -84,7 +84,7 @@ def fitting(
 def serial_methods(names: Sequence[str], prompts: Sequence[SerialPrompt]) -> list[SerialMethod]:
     """The methods: base, each question's own adapter by its label, and routed by what the router reads.
 
-    `dlp` cuts the prompt into its questions, `whole` reads it as one text (the paper), `prompt-only` never switches.
+    `dlp` cuts the prompt into its questions, `whole` reads it as one text, `prompt-only` never switches.
     """
     lines = {"segmenter": LineSegmenter, "switching": Switching(min_tokens=1, margin=0.0)}
     told = _Told(names, prompts)

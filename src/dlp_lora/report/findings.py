@@ -26,7 +26,7 @@ ABOUT = {
     "p1.0-paper-weights": "every adapter, with the weights of Eq. 5",
     "recompute": "as DLP-LoRA, the context encoded anew at a switch",
     "by-sentence": "as DLP-LoRA, each sentence of the prompt encoded under its own mixture",
-    "whole": "as DLP-LoRA, the prompt read as one text (the paper)",
+    "whole": "as DLP-LoRA, the prompt read as one text",
     "oracle-recompute": "each question's own LoRA, the context encoded anew at a switch",
 }
 
