@@ -94,18 +94,28 @@ def ceilings(setting: Setting) -> dict[str, Any]:
     found = {}
     for i, (kind, draw) in enumerate(_kinds(setting).items()):
         setting.on_step("ceiling", i, len(_kinds(setting)))
-        learned, walks = [s for walk in draw(train, True) for s in walk], draw(setting.asked, False)
-        asked, groups = [s for walk in walks for s in walk], np.repeat(np.arange(len(walks)), list(map(len, walks)))
+        learned = [sample for walk in draw(train, True) for sample in walk]
         learned = random.Random(setting.args.seed).sample(learned, min(MAX_LEARNED, len(learned)))
-        ours, theirs = setting.read(asked).right, ceiling(learned, asked, seed=setting.args.seed)
-        found[kind] = {
-            "router": accuracy(ours, groups),
-            "ceiling": accuracy(theirs, groups),
-            "gap": rounded(theirs.mean() - ours.mean()),
-            "shared_text": rounded(shared(learned, asked)),
-            "num_learned": len(learned),
-        }
+        found[kind] = _below(setting, setting.main.router, learned, draw(setting.asked, False))
+    if setting.extra:
+        everything = (*setting.tasks, *setting.extra)
+        router = setting.train(f"tasks-{len(everything)}", everything).router
+        learned = samples.whole(samples.questions(everything, train=True))
+        asked = samples.whole(samples.questions(everything, limit=setting.args.per_task))
+        found[f"whole, {len(everything)} tasks"] = _below(setting, router, learned, [(sample,) for sample in asked])
     return found
+
+
+def _below(setting: Setting, router: Router, learned: Sequence[Sample], walks: Sequence[Walk]) -> dict[str, Any]:
+    asked, groups = [s for walk in walks for s in walk], np.repeat(np.arange(len(walks)), list(map(len, walks)))
+    ours, theirs = setting.read(asked, router).right, ceiling(learned, asked, seed=setting.args.seed)
+    return {
+        "router": accuracy(ours, groups),
+        "ceiling": accuracy(theirs, groups),
+        "gap": rounded(theirs.mean() - ours.mean()),
+        "shared_text": rounded(shared(learned, asked)),
+        "num_learned": len(learned),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
