@@ -6,7 +6,7 @@ import torch
 
 from conftest import HashRouter
 from dlp_lora import Context, Engine, Switching, TopK
-from dlp_lora.questions import in_turn, questions_of, route
+from dlp_lora.questions import in_turn, questions_of, read_in_turn, route
 from dlp_lora.sentences import LineSegmenter
 
 MakeEngine = Callable[..., Engine]
@@ -111,6 +111,23 @@ def test_each_line_of_the_answer_is_one_questions(answer: str, turn: int, rest: 
     assert found == Context(questions[turn], rest, "Now", "before")
     asked = Context("Add? Rhyme?", answer, "Now", "before")
     assert in_turn(asked, ()) == asked
+
+
+def test_a_sentence_within_a_line_is_read_with_the_whole_prompt_where_that_fits() -> None:
+    class Learned(WordRouter):  # prompts of several questions, with answers of a sentence each in one line
+        def _row(self, text: str) -> list[float]:
+            return [0.0, 0.3, 0.6] if "\n\n" in text else super()._row(text)
+
+    questions, whole = ("Add?", "Rhyme?"), "Add?\n\nRhyme?"
+    router = Learned()
+    answers = [Context(whole), Context(whole, "4.", "The"), Context(whole, "4.\n", "The")]
+    found = [read_in_turn(reading(router), [context], [questions])[0] for context in answers]
+    assert [max(row, key=row.__getitem__) for row in found] == ["math", "units", "poems"]
+    # Where the whole does not fit, the sentence is still the question's whose line it stands in.
+    router = WordRouter()
+    (row,) = read_in_turn(reading(router), [Context("Add? Rhyme?", "4.", "The")], [questions])
+    assert max(row, key=row.__getitem__) == "math"
+    assert [context.prompt for context in router.asked] == ["Add? Rhyme?", "Add?"]
 
 
 PROMPT = "Add the sum?\n\nA rhyme?\n\nHow long is an inch?"

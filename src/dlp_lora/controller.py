@@ -25,7 +25,7 @@ from transformers import Cache, PreTrainedTokenizerBase
 from dlp_lora.bank import AdapterBank
 from dlp_lora.errors import PromptError, RouterError
 from dlp_lora.policy import FusionPolicy, KVPolicy, Mixture, PromptRouting, Switching, choose
-from dlp_lora.questions import in_turn, questions_of, route
+from dlp_lora.questions import questions_of, read_in_turn, route
 from dlp_lora.router import Context, Router
 from dlp_lora.rows import Alive, CachedRows, Decision, LatestRows, Row, Sentence, adapters_of, bind, rows_of
 from dlp_lora.sentences import Segmenter
@@ -262,11 +262,8 @@ class Controller:
             for (row, _), (start, offset) in zip(opening, positions, strict=True):
                 row.decisions.append(Decision(start, offset, row.mixture))
             return False
-        contexts = [
-            in_turn(Context(row.prompt, row.text[:at], row.text[at:], row.history), row.questions)
-            for row, at in opening
-        ]
-        decisions = self._decide(contexts, positions)
+        contexts = [Context(row.prompt, row.text[:at], row.text[at:], row.history) for row, at in opening]
+        decisions = self._decide(contexts, positions, [row.questions for row, _ in opening])
         for (row, _), decision in zip(opening, decisions, strict=True):
             self._hold(row.mixture, decision)
             decision.switched = decision.mixture != row.mixture
@@ -294,22 +291,27 @@ class Controller:
             named = [zip(self.router.names, row, strict=True) for row in rows]
             return [{name: p for name, p in row if name in held} for row in named]
 
-    def _decide(self, contexts: Sequence[Context], positions: Sequence[tuple[int, int]]) -> list[Decision]:
+    def _decide(
+        self,
+        contexts: Sequence[Context],
+        positions: Sequence[tuple[int, int]],
+        questions: Sequence[Sequence[str]],
+    ) -> list[Decision]:
         start = time.perf_counter()
-        return self._decisions(self._read(contexts), positions, since=start)
+        return self._decisions(read_in_turn(self._read, contexts, questions), positions, since=start)
 
     def _decide_prompts(
         self, prompts: Sequence[Context], sentences: Sequence[Context]
     ) -> tuple[list[Decision], list[tuple[str, ...]]]:
         """Routes prompts and sentences of theirs; and gives the questions of each prompt that asks several."""
         start = time.perf_counter()
-        rows = self._read([*prompts, *sentences])
+        rows: list[Mapping[str, float]] = list(self._read([*prompts, *sentences]))
         questions: list[tuple[str, ...]] = [()] * len(prompts)
         if self.prompt_routing != "whole":
             questions = [questions_of(self._read, c, row) for c, row in zip(prompts, rows, strict=False)]
         for i, asked in enumerate(questions):
             if asked:
-                (rows[i],) = self._read([in_turn(prompts[i], asked)])
+                (rows[i],) = read_in_turn(self._read, [prompts[i]], [asked])
         return self._decisions(rows, [(0, 0)] * len(rows), since=start), questions
 
     def _decisions(

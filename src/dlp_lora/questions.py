@@ -25,8 +25,25 @@ def route(read: Read, context: Context) -> Mapping[str, float]:
     prompt = Context(context.prompt, history=context.history)
     (row,) = read([prompt])
     questions = questions_of(read, prompt, row)
-    asked = in_turn(context, questions)
-    return row if asked == prompt else read([asked])[0]
+    return row if context == prompt and not questions else read_in_turn(read, [context], [questions])[0]
+
+
+def read_in_turn(
+    read: Read, contexts: Sequence[Context], questions: Sequence[Sequence[str]]
+) -> list[Mapping[str, float]]:
+    """Asks a router for the questions whose turn it is; `questions` are those of each context's prompt.
+
+    A sentence that goes on in a line may already answer the next question, as adapters may have learned (`serial` in
+    `dlp_lora.tasks`). There the prompt is read as a whole, if that fits.
+    """
+    whole = [bool(own) and _goes_on(context) for context, own in zip(contexts, questions, strict=True)]
+    turns = [in_turn(context, own) for context, own in zip(contexts, questions, strict=True)]
+    rows = list(read([c if is_whole else t for c, t, is_whole in zip(contexts, turns, whole, strict=True)]))
+    again = [i for i, is_whole in enumerate(whole) if is_whole and sum(rows[i].values()) <= 0.5]
+    if again:
+        for i, row in zip(again, read([turns[i] for i in again]), strict=True):
+            rows[i] = row
+    return rows
 
 
 def questions_of(read: Read, context: Context, row: Mapping[str, float]) -> tuple[str, ...]:
@@ -57,6 +74,11 @@ def in_turn(context: Context, questions: Sequence[str]) -> Context:
     turn = min(sum(is_end), len(questions) - 1)
     answer = "".join(line for line, before in zip(lines, accumulate(is_end, initial=0), strict=False) if before >= turn)
     return replace(context, prompt=questions[turn], answer=answer)
+
+
+def _goes_on(context: Context) -> bool:
+    """Whether the sentence stands in a line with others before it."""
+    return context.answer.strip() != "" and not context.answer.rstrip(" \t").endswith("\n")
 
 
 def _runs(read: Read, context: Context) -> list[str]:
