@@ -116,10 +116,7 @@ class Engine:
 
     @property
     def prompt_routing(self) -> PromptRouting:
-        """Whether a prompt is one text ("whole"), or several "questions" if it asks them, each answered in its turn.
-
-        With "sentences", each sentence of a prompt is also encoded under its own mixture (Eq. 6).
-        """
+        """Prompts are read "whole", as the "questions" that they ask, or so and encoded by "sentences" (Eq. 6)."""
         return self._controller.prompt_routing
 
     @property
