@@ -197,16 +197,20 @@ class TestProbabilities:
         with pytest.raises(ValueError, match=f"a router's {field} must be positive, got 0"):
             Calibration(**{field: 0})
 
-    def test_bags_are_the_weighted_means_that_the_half_life_says(self) -> None:
+    @pytest.mark.parametrize("gradients", [True, False])
+    def test_bags_are_the_means_of_distinct_tokens_and_the_weighted_means_that_the_half_life_says(
+        self, gradients: bool
+    ) -> None:
         mlp = router(half_life=2.0)
         inputs: list[torch.Tensor] = []
         mlp.layers.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-        mlp([mlp.encode(Context("abc", "", ""))])
+        with torch.set_grad_enabled(gradients):
+            mlp([mlp.encode(Context("aba", "cc", ""))])
         a, b, c = mlp.embedding.weight[BYTES.encode("abc").ids]
         h = 0.5**0.5
         total = 1 + h + h * h
-        bags = [(a + b + c) / 3, (a + h * b + h * h * c) / total, (h * h * a + h * b + c) / total]
-        expected = torch.cat([torch.zeros(16), *bags, torch.zeros(2 * 16)])
+        prompt = [(a + b) / 2, (a + h * b + h * h * a) / total, (h * h * a + h * b + a) / total]
+        expected = torch.cat([torch.zeros(16), *prompt, c, c])
         torch.testing.assert_close(inputs[0][0], expected)
 
     def test_a_history_fades_by_its_own_half_life(self) -> None:
@@ -432,12 +436,12 @@ class TestSaving:
             (damage(TOKENIZER_FILE, None), "cannot be read|is damaged"),
             (truncate, "is damaged .*copy it again or train it anew"),
             (damage(WEIGHTS_FILE, b""), "is damaged .*copy it again or train it anew"),
-            (damage(CONFIG_FILE, b'{"format": 3, "na'), "is damaged .*copy it again or train it anew"),
+            (damage(CONFIG_FILE, b'{"format": 4, "na'), "is damaged .*copy it again or train it anew"),
             (damage(CONFIG_FILE, b"[1, 2]"), "is damaged .*copy it again or train it anew"),
             (damage(CONFIG_FILE, b"\xff\xfe"), "is damaged .*copy it again or train it anew"),
             (damage(TOKENIZER_FILE, b"{}"), "is not the tokenizer that the router was trained with; copy the router"),
             (rewrite(tokenizer=None), "is damaged .*tokenizer"),
-            (rewrite(format=4), "was written by a later version; upgrade dlp-lora"),
+            (rewrite(format=5), "was written by a later version; upgrade dlp-lora"),
             (rewrite(type="oracle"), "was written by a later version; upgrade dlp-lora"),
             (rewrite(type="encoder"), "holds a router of type 'encoder', not 'mini-mlp'; read it with load_router"),
             (rewrite(format=None), "is damaged .*format"),

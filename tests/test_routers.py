@@ -240,8 +240,8 @@ class TestEveryRouter:
         "changes, message",
         [
             ({"type": "oracle"}, "was written by a later version; upgrade dlp-lora"),
-            ({"format": 4}, "was written by a later version; upgrade dlp-lora"),
-            ({"format": 2}, "was written by an earlier version, format 2, not 3; train it anew"),
+            ({"format": 5}, "was written by a later version; upgrade dlp-lora"),
+            ({"format": 3}, "was written by an earlier version, format 3, not 4; train it anew"),
             ({"tokenizer": "another"}, "is not the tokenizer that the router was trained with; copy the router again"),
             ({"names": ["math", "math", "units"]}, "at least one adapter name, each once"),
             ({"temperature": 0, "calibration": {"temperature": 0}}, "is damaged .*temperature must be positive"),

@@ -21,7 +21,7 @@ from dlp_lora.router.context import Router
 CONFIG_FILE = "router_config.json"
 WEIGHTS_FILE = "router.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
-FORMAT = 3
+FORMAT = 4
 TYPES = ("mini-mlp", "encoder", "prototypes", "arrow")
 
 

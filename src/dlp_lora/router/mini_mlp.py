@@ -20,7 +20,7 @@ from dlp_lora.router.folder import SavedRouter, reading_router, write_router
 from dlp_lora.router.nearness import Nearness
 from dlp_lora.router.tokenizer import MAX_CHARS, plain_tokenizer, vocab_size
 
-# What a text is summed up in: its mean (0), its beginning (1), its end (-1). What was said before fades with distance.
+# What a text is summed up in: its distinct tokens (0), its beginning (1), its end (-1). What was said before fades.
 LEANS: Mapping[str, tuple[int, ...]] = {"history": (-1,), "prompt": (0, 1, -1), "answer": (0, -1)}
 NUM_BAGS = sum(map(len, LEANS.values()))
 PIECES = re.compile(r"\n|(?<=[.!?])[^\S\n]+(?=\S)")
@@ -47,9 +47,9 @@ class MiniMLPConfig:
 class MiniMLP(nn.Module):
     """The paper's 4-layer mini-MLP over bags of tokens.
 
-    A context is six bags, so that neither order nor turns are lost: the end of the history; the prompt's mean, its
-    beginning, its end; the answer's mean and its end. Each is a weighted mean of token embeddings, zero where
-    the text is empty.
+    A context is six bags, so that neither order nor turns are lost: the end of the history; the prompt's distinct tokens,
+    its beginning, its end; the answer's distinct tokens and its end. The former are means of token embeddings, where
+    a token counts once, however often a text repeats it; the latter weighted means. They are zero where it is empty.
 
     `memory` holds what the head saw of a few training texts of each adapter: `add_tasks` of `dlp_lora.training.extend`
     learns new adapters with it, without the texts of the old ones. `near` tells texts of no adapter from others.
@@ -234,9 +234,10 @@ class MiniMLP(nn.Module):
         for part, tokens in texts:
             half_life = self.config.history_half_life if part == "history" else self.config.half_life
             for lean in LEANS[part]:
+                bag = tokens if lean else tuple(dict.fromkeys(tokens))
                 offsets.append(len(ids))
-                ids += tokens
-                weights.append(_bag_weights(len(tokens), lean, half_life))
+                ids += bag
+                weights.append(_bag_weights(len(bag), lean, half_life))
         weight = self.embedding.weight
         rows = torch.tensor(ids, dtype=torch.long, device=weight.device)
         table = weight
