@@ -47,9 +47,10 @@ class MiniMLPConfig:
 class MiniMLP(nn.Module):
     """The paper's 4-layer mini-MLP over bags of tokens.
 
-    A context is six bags, so that neither order nor turns are lost: the end of the history; the prompt's distinct tokens,
-    its beginning, its end; the answer's distinct tokens and its end. The former are means of token embeddings, where
-    a token counts once, however often a text repeats it; the latter weighted means. They are zero where it is empty.
+    A context is six bags, so that neither order nor turns are lost: the end of the history; the prompt's distinct
+    tokens, its beginning, its end; the answer's distinct tokens and its end. Distinct tokens count once each, however
+    often a text repeats them; the others count by their place. A bag is a mean of token embeddings, zero where the
+    text is empty.
 
     `memory` holds what the head saw of a few training texts of each adapter: `add_tasks` of `dlp_lora.training.extend`
     learns new adapters with it, without the texts of the old ones. `near` tells texts of no adapter from others.
