@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,7 @@ from conftest import byte_tokenizer, lively_model, make_adapter
 from dlp_lora import Engine, Mixture, TaskError
 from dlp_lora.environment import model_hash
 from dlp_lora.errors import RecordError
-from dlp_lora.evals.answers import AnswerArgs, answer_all, batches, identity_of
+from dlp_lora.evals.answers import AnswerArgs, _answer, answer_all, batches, identity_of
 from dlp_lora.evals.kept import differences, keep_rows, read_rows
 from dlp_lora.evals.likelihood import choice_likelihoods, teacher_forced
 from dlp_lora.evals.methods import METHODS
@@ -123,3 +123,30 @@ def test_answers_of_another_model_of_the_same_name_are_refused_and_older_ones_ta
 def test_a_prompt_format_that_does_not_exist_is_refused() -> None:
     with pytest.raises(ValueError, match="prompt_format must be one of auto, chat, plain, got 'bogus'"):
         AnswerArgs(prompt_format="bogus")  # type: ignore[arg-type]
+
+
+def test_rows_that_a_kill_cut_inside_a_letter_are_computed_anew(tmp_path: Path) -> None:
+    file, batches = tmp_path / "rows.jsonl", [["a"], ["b"]]
+
+    def compute(batch: Sequence[str]) -> list[dict[str, str]]:
+        return [{"text": f"Grüße {name}"} for name in batch]
+
+    whole = keep_rows(file, {"method": "m"}, batches, compute)
+    content = file.read_bytes()
+    for size in range(len(content)):
+        file.write_bytes(content[:size])
+        assert keep_rows(file, {"method": "m"}, batches, compute) == whole
+
+
+def test_an_answer_is_as_long_as_its_own_task_allows_whatever_it_is_batched_with(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    tasks = [
+        Task(name=name, train=(Example(prompt="q", answer="a" * room),), test=(Example(prompt=f"{name}?", answer="a"),))
+        for name, room in (("math", 2), ("poems", 20))
+    ]
+    pooled, _ = batches(engine.model, engine.tokenizer, tasks, PLAIN)
+    rooms = {q.task: q.max_new_tokens for q in pooled[0]}
+    assert len(pooled) == 1
+    assert rooms["math"] < rooms["poems"]
+    for row in _answer(engine, METHODS["base"], pooled[0], PLAIN, {}):
+        assert row["num_tokens"] <= rooms[row["task"]]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from conftest import byte_tokenizer
-from dlp_lora import Context, Switching, TopK
+from dlp_lora import Context, MiniMLP, Switching, TopK
 from dlp_lora.bench.router import SCENARIOS, RouterBenchArgs, Setting, Trained, bench_router, samples
 from dlp_lora.bench.router import measures as m
 from dlp_lora.bench.router.ceiling import ceiling, shared
@@ -28,6 +28,7 @@ from dlp_lora.cli.app import _add_commands, app
 from dlp_lora.errors import RecordError, TaskError
 from dlp_lora.policy import Mixture
 from dlp_lora.report import write_report
+from dlp_lora.router import CONFIG_FILE, Calibration, router_hash
 from dlp_lora.sentences import split
 from dlp_lora.tasks import Example, Task, write_task
 from dlp_lora.training.router import RouterTrainingArgs
@@ -105,7 +106,8 @@ class Marks:
         return torch.tensor(places).float().add(0.1).log().mul(8).softmax(dim=-1)
 
     def save_pretrained(self, path: str | Path) -> None:
-        raise OSError("the disk is full")
+        Path(path).mkdir()
+        (Path(path) / CONFIG_FILE).write_text(" ".join(self.marks))
 
 
 def setting(router: Any = None, **changes: Any) -> Setting:
@@ -659,6 +661,33 @@ def test_the_command_trains_measures_and_writes(tmp_path: Path) -> None:
     assert measured["router"]["given"] is True
     assert measured["router"]["seconds"] == found["router"]["seconds"]
     assert measured["scenarios"]["prompts"]["whole"] == found["scenarios"]["prompts"]["whole"]
+
+
+def test_a_kept_router_is_used_for_the_same_tasks_and_settings_alone(tmp_path: Path) -> None:
+    def trained(tasks: Sequence[Task], seed: int) -> tuple[Setting, str]:
+        args = replace(ARGS, training=replace(ARGS.training, seed=seed))
+        found = Setting(tasks, TOKENIZER, args, folder=tmp_path)
+        return found, router_hash(found.main.router)
+
+    _, kept = trained(TASKS[:2], 0)
+    assert trained(TASKS[:2], 0)[1] == kept
+    assert trained(TASKS[:2], 1)[1] != kept
+    renamed, _ = trained([replace(task, name=f"{task.name}2") for task in TASKS[:2]], 1)
+    assert renamed.main.router.names == ("sums2", "days2")
+
+
+def test_another_router_or_tokenizer_makes_another_record() -> None:
+    router = setting().main.router
+    other = MiniMLP(router.names, TOKENIZER, calibration=Calibration(fit_threshold=1.0))
+    byte = byte_tokenizer()
+    byte.add_tokens(["ab"])
+    settings = [
+        Setting(TASKS, TOKENIZER, ARGS, router=Trained(router=router, seconds=None)),
+        Setting(TASKS, TOKENIZER, ARGS, router=Trained(router=other, seconds=None)),
+        Setting(TASKS, TOKENIZER, ARGS),
+        Setting(TASKS, byte.backend_tokenizer, ARGS),
+    ]
+    assert len({setting.key() for setting in settings}) == len(settings)
 
 
 def test_a_page_without_a_record_is_refused(tmp_path: Path) -> None:

@@ -100,8 +100,7 @@ def test_a_bundle_moves_as_one_folder(bundle: Path, tmp_path: Path) -> None:
 def test_a_bundles_router_gives_the_probabilities_of_the_one_saved(
     adapters: Mapping[str, Path], tmp_path: Path
 ) -> None:
-    tokenizer = Tokenizer.from_str(byte_tokenizer().backend_tokenizer.to_str())
-    router = MiniMLP(list(adapters), tokenizer, MiniMLPConfig(dim=4, hidden=8)).eval()
+    router = some_router(adapters).eval()
     read = read_bundle(write(tmp_path / "bundle", adapters, router=router))
     assert read.router == tmp_path / "bundle" / "router"
     loaded = MiniMLP.from_pretrained(read.router)
@@ -222,6 +221,25 @@ def test_an_adapter_that_was_changed_is_noticed(bundle: Path) -> None:
     save_file(tensors, file)
     with pytest.raises(BundleError, match="bundle: its adapter 'units' is not the one that was saved; make the bundle"):
         read_bundle(bundle)
+
+
+def some_router(names: Mapping[str, Path], **changes: int) -> MiniMLP:
+    tokenizer = Tokenizer.from_str(byte_tokenizer().backend_tokenizer.to_str())
+    return MiniMLP(list(names), tokenizer, MiniMLPConfig(dim=4, hidden=8, **changes))
+
+
+def test_a_router_that_was_exchanged_is_noticed(adapters: Mapping[str, Path], tmp_path: Path) -> None:
+    bundle = write(tmp_path / "bundle", adapters, router=some_router(adapters))
+    some_router(adapters, max_chars=99).save_pretrained(bundle / "router")
+    with pytest.raises(BundleError, match="bundle: its router is not the one that was saved; make the bundle again"):
+        read_bundle(bundle)
+
+
+def test_an_older_bundle_has_no_hash_of_its_router(adapters: Mapping[str, Path], tmp_path: Path) -> None:
+    bundle = write(tmp_path / "bundle", adapters, router=some_router(adapters))
+    file = bundle / "bundle.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "router": True}))
+    assert read_bundle(bundle).router == bundle / "router"
 
 
 def test_an_adapter_whose_settings_were_changed_is_noticed(bundle: Path) -> None:

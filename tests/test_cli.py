@@ -1,5 +1,6 @@
 import io
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -230,6 +231,24 @@ def test_a_last_message_of_the_assistant_is_the_answer_so_far(work: Path) -> Non
     assert one == other
 
 
+def test_an_answer_so_far_is_read_as_while_it_is_written(work: Path) -> None:
+    line = {"prompt": "What is 18 plus 1?", "answer": "It is 19.\nSo"}
+    (found,) = json_lines(ok("route", "--router", work / "router", stdin=json.dumps(line)))
+    router = dlp_lora.MiniMLP.from_pretrained(work / "router")
+    (row,) = router.probabilities([dlp_lora.Context(line["prompt"], "It is 19.\n", "So")]).tolist()
+    assert found["fits"] == pytest.approx(sum(row))
+    assert list(found["probs"].values()) == pytest.approx([p / sum(row) for p in row])
+
+
+def test_routing_with_a_bundle_asks_for_a_router_of_its_adapters(work: Path, tmp_path: Path) -> None:
+    shutil.copytree(work / "bundle", tmp_path / "bundle")
+    file = tmp_path / "bundle" / "bundle.json"
+    config = json.loads(file.read_text())
+    del config["adapters"]["days"]
+    file.write_text(json.dumps(config))
+    assert "the router knows days, which no adapter is named" in run("route", "Hi", "-b", tmp_path / "bundle").stderr
+
+
 def test_checking_adapters_that_fit_ends_well(work: Path) -> None:
     shown = ok("check", work / "adapters", "--model", work / "model")
     assert shown.count("fits") == 2
@@ -322,6 +341,11 @@ ERRORS: dict[str, tuple[tuple[str, ...], str, str]] = {
         ("route", "--router", "{work}/router"),
         '{{"prompt": "a", "answer": 1}}\n',
         "standard input, line 1: expected",
+    ),
+    "half a character": (
+        ("route", "--router", "{work}/router"),
+        '{{"prompt": "a \\ud800 b"}}\n',
+        "must be Unicode, got half a character in 'a \\ud800 b'",
     ),
     "empty prompt": (("generate", " ", "--bundle", "{work}/bundle"), "", "the prompt is empty"),
     "unknown adapter": (

@@ -83,6 +83,12 @@ class TestAdding:
         one, other = (add_tasks(router, [task("codes", 8)], seed=3).state_dict() for _ in range(2))
         assert all(torch.equal(one[name], other[name]) for name in one)
 
+    def test_a_large_memory_stays_as_large(self) -> None:
+        args = RouterTrainingArgs(epochs=1, draws=8, memory=600)
+        found, _ = train_router([task("sums", 8), task("tales", 8)], TOKENIZER, args)
+        assert isinstance(found, MiniMLP)
+        assert add_tasks(found, [task("codes", 8)]).memory.shape[:2] == (3, 600)
+
     def test_a_known_name_is_refused(self, router: MiniMLP) -> None:
         with pytest.raises(TrainingError, match="the router knows 'sums' already; remove it first"):
             add_tasks(router, [task("sums")])

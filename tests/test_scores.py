@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dlp_lora.evals.metrics import bleu, rouge
-from dlp_lora.evals.record import compared, composites_of, without_choices
+from dlp_lora.evals.record import compared, composites_of, merged, without_choices
 from dlp_lora.evals.scores import Table, Values, difference, intervals, pooled, scores, tabulate
 from dlp_lora.tasks import Example, Task
 
@@ -93,6 +93,15 @@ def test_dlp_is_set_against_the_main_methods_and_all_others_against_dlp() -> Non
         "dlp - base": 0.75,
         "top1 - dlp": -0.25,
     }
+
+
+def test_seeds_that_answered_no_serial_prompt_leave_the_mean_to_the_others() -> None:
+    others = ("scores", "intervals", "composites", "composite_intervals", "differences", "teacher_forced")
+    records = [
+        {**{key: {} for key in others}, "serial": {"serial-2": own}} for own in ({"base": {"accuracy": 0.5}}, {})
+    ]
+    for order in (records, records[::-1]):
+        assert merged(order, [0, 1])["serial"] == {"serial-2": {"base": {"accuracy": 0.5}}}
 
 
 def test_a_pool_is_called_after_its_size_where_that_says_which_it_is() -> None:

@@ -4,7 +4,15 @@ import torch
 import dlp_lora
 from conftest import byte_tokenizer, lively_model
 from dlp_lora import Engine, Mixture, TaskError
-from dlp_lora.evals.serial import LineBreaks, answer_serial, fitting, serial_methods, serial_prompts
+from dlp_lora.evals.serial import (
+    LineBreaks,
+    SerialPrompt,
+    _scored,
+    answer_serial,
+    fitting,
+    serial_methods,
+    serial_prompts,
+)
 from dlp_lora.sentences import LineSegmenter, split
 from dlp_lora.tasks import Example, Task
 
@@ -39,7 +47,7 @@ def test_prompts_ask_questions_of_different_tasks_and_are_the_same_for_the_same_
 
 def test_the_end_of_an_answer_becomes_a_line_break_until_all_are_given(engine: Engine) -> None:
     eos, newline, vocab = 256, engine.tokenizer("\n")["input_ids"][-1], 260
-    breaks = LineBreaks(engine, 2)
+    breaks = LineBreaks(engine.tokenizer, engine.eos_ids, 2)
     prompt = torch.tensor([[5, 6], [5, 6]])
     scores = torch.zeros(2, vocab)
     scores[:, eos] = 9.0
@@ -52,6 +60,25 @@ def test_the_end_of_an_answer_becomes_a_line_break_until_all_are_given(engine: E
     assert breaks(one_line, scores).argmax(-1).tolist() == [eos, newline]
     scores[:, eos], scores[:, newline] = 0.0, 9.0
     assert breaks(one_line, scores).argmax(-1).tolist() == [eos, newline]
+
+
+def test_tokens_of_several_line_breaks_end_one_answer() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["\n\n", ".\n"])
+    blank, full_stop = tokenizer.convert_tokens_to_ids(["\n\n", ".\n"])
+    newline, eos = tokenizer("\n")["input_ids"][-1], 256
+    breaks = LineBreaks(tokenizer, {eos}, 2)
+    prompt = torch.tensor([[5, 6]])
+    scores = torch.zeros(1, len(tokenizer))
+    scores[:, blank] = 9.0
+    assert breaks(prompt, scores).argmax(-1) not in (newline, blank, eos)
+    assert breaks(torch.tensor([[5, 6, 70]]), scores).argmax(-1) == newline
+    assert breaks(torch.tensor([[5, 6, 70, full_stop, 71]]), scores).argmax(-1) == eos
+
+
+def test_blank_lines_are_no_answers() -> None:
+    prompt = SerialPrompt(tasks=("math", "poems"), examples=(TASKS[0].test[1], TASKS[1].test[2]))
+    assert [row["right"] for row in _scored(prompt, "\n1\n \n\n2\n", ["math", "poems"])] == [True, True]
 
 
 def test_the_method_that_is_told_the_tasks_gives_each_line_its_own_adapter(engine: Engine) -> None:

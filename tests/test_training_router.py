@@ -1,5 +1,6 @@
 import json
 import math
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from dlp_lora.training.router import (
     RouterReport,
     RouterTrainingArgs,
     _fit_temperature,
+    _split,
     calibration_error,
     load_tokenizer,
     report_on,
@@ -25,6 +27,17 @@ from dlp_lora.training.router import (
 TOKENIZER = byte_tokenizer().backend_tokenizer
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 ARGS = RouterTrainingArgs(epochs=24, batch_size=32, mix={**MIX, "serial": 6}, memory=8)
+
+
+def test_every_task_holds_examples_out_that_has_two() -> None:
+    tasks = [Task(name=str(n), train=tuple(map(sums, range(n))), test=()) for n in (1, 2, 5, 200)]
+    train, held_out = _split(tasks, 0.05, random.Random(0))
+    assert [len(own) for own in train] == [1, 1, 4, 190]
+    assert [len(own) for own in held_out] == [1, 1, 1, 10]
+    for task, own, others in list(zip(tasks, train, held_out, strict=True))[1:]:
+        assert {e.prompt for e in own} | {e.prompt for e in others} == {e.prompt for e in task.train}
+        assert not {e.prompt for e in own} & {e.prompt for e in others}
+    assert _split(tasks, 0.0, random.Random(0))[0] == _split(tasks, 0.0, random.Random(0))[1]
 
 
 def sums(i: int) -> Example:

@@ -1,6 +1,6 @@
 """A bundle: one folder that holds all that an engine needs beside the base model, or the base model's name.
 
-bundle.json            base model, policy, switching, KV policy, prompt routing, and a hash of each adapter
+bundle.json            base model, policy, switching, KV policy, prompt routing, hashes of the adapters and the router
 adapters/<name>/       ordinary PEFT adapter folders
 router/                the router, if there is one
 """
@@ -17,7 +17,7 @@ from dlp_lora.errors import BundleError, RouterError
 from dlp_lora.folders import recover_folder, replace_folder
 from dlp_lora.peft_format import CONFIG_FILE, WEIGHTS_FILE, content_hash
 from dlp_lora.policy import Switching, check_choices, policy_from_dict
-from dlp_lora.router import Router
+from dlp_lora.router import Router, folder_hash
 
 BUNDLE_FILE = "bundle.json"
 FILES = (BUNDLE_FILE, "adapters/*", "router/*")
@@ -44,7 +44,7 @@ def is_bundle(path: str | Path) -> bool:
 
 
 def read_bundle(path: str | Path) -> Bundle:
-    """Reads a bundle folder and checks that its adapters are those that were saved.
+    """Reads a bundle folder and checks that its adapters and router are those that were saved.
 
     Raises:
         BundleError: if it is damaged, changed or of a later format.
@@ -84,6 +84,13 @@ def read_bundle(path: str | Path) -> Bundle:
             raise BundleError(f"{path}: its adapter {name!r} is missing or unreadable ({error})") from error
         if found != hashes[name]:
             raise BundleError(f"{path}: its adapter {name!r} is not the one that was saved; make the bundle again")
+    if isinstance(data["router"], str):  # older bundles have no hash of it
+        try:
+            found = folder_hash(path / "router")
+        except OSError as error:
+            raise BundleError(f"{path}: its router is missing or unreadable ({error})") from error
+        if found != data["router"]:
+            raise BundleError(f"{path}: its router is not the one that was saved; make the bundle again")
     return bundle
 
 
@@ -120,7 +127,7 @@ def write_bundle(
             "dlp_lora": version("dlp-lora"),
             "base_model": base_model,
             "adapters": hashes,
-            "router": router is not None,
+            "router": router is not None and folder_hash(folder / "router"),
             "policy": dict(policy),
             "switching": dict(switching),
             "kv_policy": kv_policy,

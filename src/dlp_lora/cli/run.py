@@ -121,7 +121,7 @@ def route(
     `abstained`. Example: `echo '{"prompt": "Convert 3 km to metres."}' | dlp-lora route --router router/`
     """
     from dlp_lora import questions
-    from dlp_lora.bundle import read_bundle
+    from dlp_lora.bundle import check_names, read_bundle
     from dlp_lora.loading import load_model, load_router
     from dlp_lora.policy import Switching, TopP, choose, policy_from_dict
     from dlp_lora.router import router_type
@@ -141,6 +141,8 @@ def route(
     router = router or Path()
     base = load_model(base_model(model))[0] if router_type(router) == "arrow" else None
     chooser = load_router(router, base=base)
+    if bundle is not None:
+        check_names(chooser.names, list(parts.adapters))
 
     def read(contexts: Sequence[Any]) -> list[dict[str, float]]:
         return [dict(zip(chooser.names, row, strict=True)) for row in chooser.probabilities(contexts).tolist()]
@@ -162,15 +164,21 @@ def route(
 
 def _context(record: dict[str, Any]) -> Any:
     from dlp_lora.router import Context
+    from dlp_lora.sentences import split
 
     messages = list(record.get("messages", ()))
     begun = messages.pop()["content"] if len(messages) > 1 and messages[-1].get("role") == "assistant" else ""
     turns = [message["content"] for message in messages] or [record["prompt"]]
     given = {"history": record.get("history", ""), "answer": record.get("answer", begun)}
-    if not all(isinstance(text, str) for text in given.values()):
-        raise ValueError(f"history and answer must be strings, got {given}")
+    for text in (*given.values(), *turns):
+        if not isinstance(text, str):
+            raise ValueError(f"prompt, messages, history and answer must be strings, got {text!r}")
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise ValueError(f"prompt, messages, history and answer must be Unicode, got half a character in {text!r}")
     history = "\n".join(filter(None, [given["history"], *turns[:-1]]))
-    return Context(turns[-1], given["answer"], history=history)
+    # Read as while a model writes: the sentence that was begun last, after those before it.
+    sentences = split(given["answer"]) or [""]
+    return Context(turns[-1], "".join(sentences[:-1]), sentences[-1], history)
 
 
 def routing_table(trace: tuple["Sentence", ...], *, of: str = "sentence") -> Table:

@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,6 +25,7 @@ from dlp_lora.peft_format import content_hash
 from dlp_lora.policy import Mixture
 from dlp_lora.prompts import context_of
 from dlp_lora.router import router_hash
+from dlp_lora.rows import Generation
 from dlp_lora.tasks.formats import PromptFormat, as_prompt, encode_example
 from dlp_lora.tasks.task import Example, Task
 
@@ -202,11 +204,13 @@ def _answer(
     args: AnswerArgs,
     known: Likelihoods,
 ) -> list[dict[str, Any]]:
-    prompts: list[Any] = [as_prompt(engine.tokenizer, q.example.prompt, args.prompt_format) for q in batch]
     start = time.perf_counter()
-    with method.on(engine, [q.key for q in batch]):
-        room = max(q.max_new_tokens for q in batch)
-        answers = engine.generate(prompts, max_new_tokens=room, do_sample=False)
+    answers: list[Generation] = []
+    for room, own in groupby(batch, key=lambda q: q.max_new_tokens):  # no answer may depend on others' room
+        asked = list(own)
+        prompts: list[Any] = [as_prompt(engine.tokenizer, q.example.prompt, args.prompt_format) for q in asked]
+        with method.on(engine, [q.key for q in asked]):
+            answers += engine.generate(prompts, max_new_tokens=room, do_sample=False)
     seconds = (time.perf_counter() - start) / len(batch)
     rows = []
     for question, answer in zip(batch, answers, strict=True):

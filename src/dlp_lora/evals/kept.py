@@ -84,8 +84,8 @@ def _resume(file: Path, identity: Row, batches: Sequence[Sequence[Any]], *, repl
 
 
 def _lines(file: Path) -> Iterator[Row]:
-    for line in file.read_text(encoding="utf-8").split("\n")[:-1]:  # splitlines() would cut at U+2028, too
+    for line in file.read_bytes().split(b"\n")[:-1]:  # what follows the last was cut short by a kill
         try:
             yield json.loads(line)
         except ValueError:
-            return  # a line that a kill cut short
+            return

@@ -61,7 +61,8 @@ def merged(records: Sequence[dict[str, Any]], seeds: Sequence[int]) -> dict[str,
 
 def _mean(trees: Sequence[Any]) -> Any:
     if isinstance(trees[0], dict):
-        return {key: _mean([tree[key] for tree in trees]) for key in trees[0]}
+        keys = dict.fromkeys(key for tree in trees for key in tree)  # one seed's serial prompts may all be too long
+        return {key: _mean([tree[key] for tree in trees if key in tree]) for key in keys}
     if isinstance(trees[0], list | tuple):
         return [min(low for low, _ in trees), max(high for _, high in trees)]
     return round(sum(trees) / len(trees), 5)

@@ -6,15 +6,16 @@ that is where the router is asked again.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from dlp_lora.engine import Engine
 from dlp_lora.errors import TaskError
@@ -142,7 +143,7 @@ def generate_serial(
             asked,
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            logits_processor=LogitsProcessorList([LineBreaks(engine, len(prompts[0].tasks))]),
+            logits_processor=LogitsProcessorList([LineBreaks(engine.tokenizer, engine.eos_ids, len(prompts[0].tasks))]),
         )
     return answers
 
@@ -150,9 +151,10 @@ def generate_serial(
 class LineBreaks(LogitsProcessor):
     """Where an answer would end, writes a line break until there are `n` answers, and ends the text after the last."""
 
-    def __init__(self, engine: Engine, n: int) -> None:
-        self._eos = sorted(engine.eos_ids)
-        self._newline = engine.tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_ids: Iterable[int], n: int) -> None:
+        self._eos = sorted(eos_ids)
+        self._newline = tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
+        self._blank, self._breaking = _line_breaks(tokenizer)
         self._n = n
         self._width: int | None = None  # of the prompt
 
@@ -161,15 +163,24 @@ class LineBreaks(LogitsProcessor):
     ) -> Float[Tensor, "batch vocab"]:
         self._width = self._width or input_ids.shape[1]
         written = input_ids[:, self._width :]
-        ends = [*self._eos, self._newline]
+        ends = [*self._eos, *self._blank]
         stop = scores[:, ends].max(dim=1).values
-        is_blank = written[:, -1] == self._newline if written.shape[1] else torch.ones_like(stop, dtype=torch.bool)
+        is_break = torch.isin(written, torch.tensor(self._breaking, device=written.device))
+        is_blank = is_break[:, -1] if written.shape[1] else torch.ones_like(stop, dtype=torch.bool)
         stop[is_blank] = float("-inf")  # an empty line is no answer
-        is_last = (written == self._newline).sum(dim=1) >= self._n - 1
+        is_last = is_break.sum(dim=1) >= self._n - 1
         target = torch.where(is_last, self._eos[0], self._newline)
         scores = scores.clone()
         scores[:, ends] = float("-inf")
         return scores.scatter(1, target[:, None], stop[:, None])
+
+
+@cache
+def _line_breaks(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The tokens that are nothing but line breaks and spaces, and all that end a line."""
+    texts = [str(tokenizer.decode([i])) for i in range(len(tokenizer))]
+    breaking = [i for i, text in enumerate(texts) if text.rstrip(" \t").endswith("\n")]
+    return [i for i in breaking if not texts[i].strip()], breaking
 
 
 class _Told:
@@ -183,7 +194,8 @@ class _Told:
         found = torch.zeros(len(contexts), len(self.names))
         for i, context in enumerate(contexts):
             tasks = self._tasks[context.prompt.strip()]
-            found[i, self.names.index(tasks[min(context.answer.count("\n"), len(tasks) - 1)])] = 1.0
+            num_answered = sum(line.strip() != "" for line in context.answer.split("\n")[:-1])
+            found[i, self.names.index(tasks[min(num_answered, len(tasks) - 1)])] = 1.0
         return found
 
     def save_pretrained(self, path: str | Path) -> None:
@@ -191,7 +203,7 @@ class _Told:
 
 
 def _scored(prompt: SerialPrompt, text: str, led_by: Sequence[str | None]) -> list[dict[str, Any]]:
-    lines = text.strip().split("\n")
+    lines = [line for line in text.split("\n") if line.strip()]
     return [
         {
             "task": task,

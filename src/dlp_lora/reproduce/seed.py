@@ -33,10 +33,9 @@ from dlp_lora.evals.record import compared, serial_scores, without_choices
 from dlp_lora.evals.scores import scores, tabulate
 from dlp_lora.evals.serial import answer_serial, fitting, generate_serial, serial_methods, serial_prompts
 from dlp_lora.folders import write_text
-from dlp_lora.loading import load
+from dlp_lora.loading import load, load_router
 from dlp_lora.policy import TopP
 from dlp_lora.reproduce.args import Event, ReproduceArgs, methods_of
-from dlp_lora.router import MiniMLP
 from dlp_lora.tasks import Task
 from dlp_lora.tasks.manifest import TaskInfo, kind_of
 from dlp_lora.training.adapters import Progress, train_adapter
@@ -157,7 +156,7 @@ class Seed:
             )
             router.save_pretrained(folder)
             write_text(file, json.dumps(report.to_dict(), indent=1) + "\n")
-        MiniMLP.from_pretrained(folder)
+        load_router(folder)
         found: dict[str, Any] = json.loads(file.read_text())
         self._event("router", 1, 1, f"accuracy {found['accuracy']:.4f}")
         confusion = {
@@ -227,7 +226,8 @@ class Seed:
             prompts = fitting(engine, drawn, **room)
             if len(prompts) < len(drawn):
                 self._serial_left_out[step] = len(drawn) - len(prompts)
-            identity = {**identity_of(engine, self.tasks, METHODS["dlp"]), "num_prompts": num_prompts}
+            asked = {"num_prompts": num_prompts, "tasks": [task.name for task in tasks]}
+            identity = {**identity_of(engine, self.tasks, METHODS["dlp"]), **asked}
             kept = json.loads(file.read_text()) if file.is_file() else {}
             if not differences(kept.get("identity"), identity):
                 found = kept["methods"]

@@ -7,7 +7,7 @@ folder: MiniMLP (the paper's plugin), EncoderRouter (the paper's ablation) and P
 
 from dlp_lora.router.context import Calibration, Context, Encoded, Router
 from dlp_lora.router.encoder import EncoderRouter, TextEncoder
-from dlp_lora.router.folder import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, router_hash, router_type
+from dlp_lora.router.folder import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, folder_hash, router_hash, router_type
 from dlp_lora.router.mini_mlp import MiniMLP, MiniMLPConfig
 from dlp_lora.router.prototypes import PrototypeRouter
 from dlp_lora.router.tokenizer import load_tokenizer
@@ -25,6 +25,7 @@ __all__ = [
     "PrototypeRouter",
     "Router",
     "TextEncoder",
+    "folder_hash",
     "load_tokenizer",
     "router_hash",
     "router_type",

@@ -22,6 +22,7 @@ CONFIG_FILE = "router_config.json"
 WEIGHTS_FILE = "router.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
 FORMAT = 4
+FILES = (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE)  # in the order of their names
 TYPES = ("mini-mlp", "encoder", "prototypes", "arrow")
 
 
@@ -48,11 +49,17 @@ def write_router(path: str | Path, saved: SavedRouter) -> None:
 
 def router_hash(router: Router) -> str:
     """The SHA-256 of what a router saves: equal hashes are equal routers."""
-    digest = hashlib.sha256()
     with tempfile.TemporaryDirectory() as scratch:
         router.save_pretrained(Path(scratch) / "router")
-        for file in sorted((Path(scratch) / "router").iterdir()):
-            digest.update(file.name.encode() + file.read_bytes())
+        return folder_hash(Path(scratch) / "router")
+
+
+def folder_hash(path: str | Path) -> str:
+    """The SHA-256 of a router folder's own files, whatever lies beside them."""
+    digest = hashlib.sha256()
+    for name in FILES:
+        if (file := Path(path) / name).is_file():
+            digest.update(name.encode() + file.read_bytes())
     return digest.hexdigest()
 
 

@@ -40,6 +40,68 @@ SMALL_TALK = (
 )
 """What people and models say before it comes to anything, with system prompts: it speaks for no task."""
 
+OPENINGS = (
+    "You are a knowledgeable assistant.",
+    "You are an expert. Please help the user.",
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
+    "Please answer the following question.",
+    "Please read the following carefully before you respond.",
+    "Here is a task for you.",
+    "Could you help me with this, please?",
+    "I need some help with the following.",
+    "Consider the following problem and solve it.",
+    "Look at this and tell me the answer.",
+    "Your job is to reply to the user's message as accurately as possible.",
+    "Use your knowledge to respond to the text that follows.",
+    "Follow the instructions. Be truthful and precise.",
+    "Take a deep breath and work on this problem carefully.",
+    "### Instruction:",
+    "### Input:",
+    "Question:",
+    "Task:",
+    "User:",
+    "Bitte beantworte die folgende Frage so genau wie möglich.",
+    "Hier ist eine Aufgabe. Kannst du mir dabei helfen?",
+    "Responde a la siguiente pregunta, por favor.",
+    "Necesito ayuda con este problema.",
+    "Réponds à la question suivante, s'il te plaît.",
+    "Voici un problème à résoudre.",
+    "Rispondi alla domanda che segue, per favore.",
+    "Ho bisogno di aiuto con questo compito.",
+    "Responda à seguinte pergunta.",
+    "请回答下面的问题。",
+    "我需要你帮我完成这个任务。",
+    "Ответь, пожалуйста, на следующий вопрос.",
+    "次の質問に答えてください。",
+)
+CLOSINGS = (
+    "Respond with the answer and nothing else.",
+    "Explain your reasoning, then give the result.",
+    "Keep your reply short and clear.",
+    "Write only the result.",
+    "Be concise.",
+    "Thank you very much!",
+    "What is your answer?",
+    "Do not add any comments.",
+    "Let us think about it one step at a time.",
+    "Make sure that your response is correct.",
+    "### Response:",
+    "Assistant:",
+    "Reply:",
+    "Gib nur das Ergebnis an, ohne Erklärung.",
+    "Vielen Dank für deine Hilfe!",
+    "Escribe solamente el resultado.",
+    "Gracias por tu ayuda.",
+    "Donne seulement le résultat.",
+    "Scrivi soltanto il risultato. Grazie!",
+    "Escreva apenas o resultado.",
+    "只写结果，不要解释。",
+    "谢谢你的帮助！",
+    "Напиши только результат.",
+    "結果だけを書いてください。",
+)
+"""What people write around a prompt, whatever its task."""
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -112,6 +174,10 @@ class _Draw:
             return Context(_with_typos(example.prompt, self.rng.choice(TYPOS), self.rng))
         return Context(f"{self._noise()}\n{example.prompt}\n{self._noise()}".strip())
 
+    def instructed(self, label: int, example: Example) -> Context:
+        """The prompt among instructions that say nothing of its task."""
+        return Context("\n".join([*self._some(OPENINGS), example.prompt, *self._some(CLOSINGS)]))
+
     def answer(self, label: int, example: Example) -> Context:
         """A sentence that opens in the middle of the answer."""
         history = self._history(label) if self.rng.random() < 0.3 else ""
@@ -136,6 +202,9 @@ class _Draw:
     def _noise(self) -> str:
         num = self.rng.choice((0, 2, 6, 12, 20))
         return " ".join(self.rng.choice(self.words) for _ in range(num))
+
+    def _some(self, texts: Sequence[str]) -> list[str]:
+        return self.rng.sample(texts, self.rng.choice((0, 1, 1, 2)))
 
     def _sentences(self, label: int) -> list[str]:
         # Any other example of the task would do as well, so that fewer prompts are cut into sentences.
@@ -180,6 +249,7 @@ MIX: Mapping[str, float] = {
     "alone": 2,
     "cut": 1,
     "disguised": 1.5,
+    "instructed": 3,
     "answer": 1,
     "serial": 0,
 }
@@ -193,6 +263,7 @@ KINDS: Mapping[str, Callable[[_Draw, int, Example], Context]] = {
     "alone": _Draw.alone,
     "cut": _Draw.cut,
     "disguised": _Draw.disguised,
+    "instructed": _Draw.instructed,
     "answer": _Draw.answer,
     "serial": _Draw.serial,
 }

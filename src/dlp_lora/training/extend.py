@@ -50,7 +50,8 @@ def add_tasks(router: MiniMLP, tasks: Sequence[Task], *, seed: int = 0) -> MiniM
     torch.manual_seed(seed)
     # A conversation of one task says nothing of what comes before this one.
     mix = {kind: share for kind, share in MIX.items() if kind not in ("after_history", "serial")}
-    seen = remember(router, [task.train for task in tasks], NUM_CONTEXTS, mix, rng)
+    num = max(NUM_CONTEXTS, router.memory.shape[1])
+    seen = remember(router, [task.train for task in tasks], num, mix, rng)
     weight, bias = _fit_rows(router, seen)
     memory = torch.cat([router.memory, seen[:, : router.memory.shape[1]]])
     names = [*router.names, *(task.name for task in tasks)]
@@ -164,19 +165,19 @@ def _rewrite(path: str | Path, bundle: Bundle, router: MiniMLP, adapters: dict[s
 def _fit_rows(
     router: MiniMLP, seen: Float[Tensor, "new contexts hidden"]
 ) -> tuple[Float[Tensor, "new hidden"], Float[Tensor, " new"]]:
-    num_new, num_old = len(seen), len(router.names)
+    num_new, num_old, device = len(seen), len(router.names), seen.device
     features = torch.cat([router.memory.flatten(0, 1), seen.flatten(0, 1)])
     labels = torch.cat(
         [
             torch.arange(num_old).repeat_interleave(router.memory.shape[1]),
             num_old + torch.arange(num_new).repeat_interleave(seen.shape[1]),
         ]
-    )
+    ).to(device)
     shares = 1 / labels.bincount()[labels].float()
     with torch.no_grad():
         known = router.head(features)
-    weight = torch.zeros(num_new, features.shape[1], requires_grad=True)
-    bias = torch.zeros(num_new, requires_grad=True)
+    weight = torch.zeros(num_new, features.shape[1], requires_grad=True, device=device)
+    bias = torch.zeros(num_new, requires_grad=True, device=device)
     optimizer = torch.optim.Adam([weight, bias], lr=LEARNING_RATE)
     for _ in range(NUM_STEPS):
         logits = torch.cat([known, features @ weight.T + bias], dim=1)

@@ -150,7 +150,7 @@ def train_router(
     if isinstance(router, MiniMLP):
         router.memory = remember(router, train, args.memory, args.mix, rng)
         router.near = Nearness.of(router.memory) if args.memory else None
-    _calibrate(router, held_out or train, args, rng)
+    _calibrate(router, held_out, args, rng)
     seconds = time.perf_counter() - start
     return router, _report(router, tasks, seconds=seconds, losses=losses)
 
@@ -182,10 +182,10 @@ def _split(tasks: Sequence[Task], share: float, rng: random.Random) -> tuple[lis
     for task in tasks:
         examples = list(task.train)
         rng.shuffle(examples)
-        size = min(round(share * len(examples)), len(examples) - 1)
-        held_out.append(examples[:size])
+        size = min(max(round(share * len(examples)), share > 0), len(examples) - 1)
         train.append(examples[size:])
-    return train, (held_out if all(held_out) else [])
+        held_out.append(examples[:size] or examples)  # there is nothing better for a single one
+    return train, held_out
 
 
 def remember(

@@ -19,7 +19,7 @@ from dlp_lora.errors import TaskError
 from dlp_lora.evals.answers import data_hash
 from dlp_lora.folders import write_text
 from dlp_lora.loading import load_router
-from dlp_lora.router import CONFIG_FILE, Router
+from dlp_lora.router import CONFIG_FILE, Router, router_hash
 from dlp_lora.tasks.manifest import TaskInfo, kind_of
 from dlp_lora.tasks.task import Task
 from dlp_lora.training.router import RouterTrainingArgs, train_router
@@ -135,11 +135,12 @@ class Setting:
         return len({q.task for q in self.asked})
 
     def train(self, name: str, tasks: Sequence[Task]) -> Trained:
-        """Trains a router on tasks, once for each name."""
+        """Trains a router on tasks, once for each name; one that was kept from other tasks or settings is replaced."""
         if name not in self._trained:
             place = self.folder / name if self.folder else None
-            is_there = place is not None and (place / CONFIG_FILE).is_file()
-            self._trained[name] = read_trained(place) if place and is_there else self._train(name, tasks, place)
+            key = _hash(self.args.training, data_hash(tasks), self.tokenizer.to_str())
+            is_kept = place is not None and (place / CONFIG_FILE).is_file() and _report(place).get("key") == key
+            self._trained[name] = read_trained(place) if place and is_kept else self._train(name, tasks, place, key)
         return self._trained[name]
 
     def read(self, samples: Sequence[Sample], router: Router | None = None) -> Reading:
@@ -168,13 +169,10 @@ class Setting:
 
     def key(self) -> str:
         """What tells this setting from others, so that no record mixes two: data, settings and router."""
-        parts: list[Any] = [self.args, data_hash(self.tasks), data_hash(self.extra)]
-        if self.given:
-            few = self.asked[:: max(1, len(self.asked) // 16)]
-            parts.append((self.given.router.names, self.read(whole(few)).probabilities.round(4).tolist()))
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+        given = router_hash(self.given.router) if self.given else None
+        return _hash(self.args, data_hash(self.tasks), data_hash(self.extra), self.tokenizer.to_str(), given)
 
-    def _train(self, name: str, tasks: Sequence[Task], place: Path | None) -> Trained:
+    def _train(self, name: str, tasks: Sequence[Task], place: Path | None, key: str) -> Trained:
         def on_step(step: int, num_steps: int, loss: float) -> None:
             self.on_step(f"train {name}", step, num_steps)
 
@@ -183,12 +181,20 @@ class Setting:
         seconds = round(time.perf_counter() - start, 2)
         if place:
             router.save_pretrained(place)
-            write_text(place / REPORT_FILE, json.dumps({"seconds": seconds}) + "\n")
+            write_text(place / REPORT_FILE, json.dumps({"seconds": seconds, "key": key}) + "\n")
         return Trained(router=router, seconds=seconds)
 
 
 def read_trained(folder: str | Path) -> Trained:
     """Reads a router folder, and from the report in it how long its training took."""
-    report = Path(folder) / REPORT_FILE
-    seconds = json.loads(report.read_text(encoding="utf-8")).get("seconds") if report.is_file() else None
-    return Trained(router=load_router(folder), seconds=seconds)
+    return Trained(router=load_router(folder), seconds=_report(Path(folder)).get("seconds"))
+
+
+def _report(folder: Path) -> dict[str, Any]:
+    file = folder / REPORT_FILE
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return found
+
+
+def _hash(*parts: Any) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
