@@ -232,6 +232,16 @@ def test_what_is_paged_is_no_longer_in_memory(folder: Path) -> None:
     assert engine.bank.num_misses == 2 + 1 + 2 + 0  # what the next mixture needs stays
 
 
+def test_a_quantised_base_is_not_merged_into(folder: Path) -> None:
+    quantization = pytest.importorskip("torch.ao.quantization")
+    if "fbgemm" not in torch.backends.quantized.supported_engines:
+        pytest.skip("this build of torch has no kernels for int8")
+    model = quantization.quantize_dynamic(tiny_model(), {torch.nn.Linear}, dtype=torch.qint8)
+    engine = dlp_lora.load(model, tokenizer=byte_tokenizer(), adapters=folder)
+    with pytest.raises(ModelError, match="is quantised or shares its weight"), engine.merged(MIXTURES[0]):
+        pass
+
+
 def test_a_quantised_base_is_called_and_the_pair_added(folder: Path) -> None:
     quantization = pytest.importorskip("torch.ao.quantization")
     if "fbgemm" not in torch.backends.quantized.supported_engines:

@@ -41,7 +41,7 @@ NUM_SAMPLES, SAMPLE_TOKENS = 32, 24
 class ArrowRouter:
     """Routes by the adapters' weights: needs no text, but a forward pass of the base model a choice.
 
-    It reads a context as one text (`Context.text`), whose last 256 tokens count; blank text makes all equally likely.
+    It reads a context as one text (`Context.text`), whose last 256 tokens count; blank text fits none.
     A router that was read from a folder has no base model until it is given one: `load_router(path, base=model)`.
     """
 

@@ -267,7 +267,8 @@ def _fused_pairs(model: nn.Module) -> Iterator[tuple[FusedLinear, LowRank]]:
 def _check_mergeable(model: nn.Module, modules: Sequence[FusedLinear]) -> None:
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for module in modules:
-        if not module.weight.is_floating_point() or uses[id(module.weight)] != 1:
+        weight = module.weight  # a method of some quantised layers
+        if not (isinstance(weight, Tensor) and weight.is_floating_point()) or uses[id(weight)] != 1:
             name = module.group.modules[module.sibling][module.layer]
             raise ModelError(f"{name} is quantised or shares its weight with another layer; use fixed() instead")
 

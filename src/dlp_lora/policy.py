@@ -138,7 +138,7 @@ class TopK(_Weighted):
 
 @dataclass(frozen=True)
 class Only:
-    """Fuses one adapter at weight 1, whatever the router says: a task's own adapter, the oracle."""
+    """Fuses one adapter at weight 1, whichever the router prefers: a task's own adapter, the oracle."""
 
     name: str
 
@@ -150,7 +150,7 @@ class Only:
 
 @dataclass(frozen=True)
 class Uniform:
-    """Fuses every adapter with the same weight, whatever the router says: an ablation."""
+    """Fuses every adapter with the same weight, whichever the router prefers: an ablation."""
 
     def __call__(self, probabilities: Mapping[str, float]) -> Mixture:
         return Mixture(dict.fromkeys(probabilities, 1 / len(probabilities))) if probabilities else Mixture()

@@ -80,7 +80,10 @@ def _open(case: Case, size: int, selected: int, budget_mb: float | None) -> tupl
     kept_mb = _kept_mb(engine)
     if budget_mb and kept_mb > budget_mb:
         raise DLPLoRAError(f"the bank keeps {kept_mb:.1f} MB under a budget of {budget_mb} MB; no figures are given")
-    hits = [_fuse_ms(engine, recent[i % len(recent)]) for i in range(NUM_HITS)]
+    # What was fused last is still in place, so one mixture alone takes turns with another.
+    turns = recent if len(recent) > 1 else [*recent, Mixture({names[-1]: 1.0})]
+    times = [(turn, _fuse_ms(engine, turn)) for _ in range(NUM_HITS // len(recent)) for turn in turns]
+    hits = [ms for turn, ms in times if turn in recent]
     return engine, {
         "num_adapters": size,
         "budget_mb": budget_mb,

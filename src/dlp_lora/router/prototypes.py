@@ -22,7 +22,7 @@ class PrototypeRouter(nn.Module):
     """Routes by cosine: the adapter whose nearest prototype lies closest to the text wins.
 
     A prototype is the mean of texts' unit vectors, itself a unit vector. Probabilities are the softmax of
-    cosine / temperature. It reads a context as one text (`Context.text`); blank text makes all equally likely.
+    cosine / temperature. It reads a context as one text (`Context.text`); blank text fits none.
     """
 
     prototypes: Tensor
