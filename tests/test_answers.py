@@ -1,4 +1,5 @@
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,10 +62,11 @@ def test_what_does_not_fit_the_context_is_counted_and_the_rest_answered(tmp_path
         sized(40, answer="a" * 30),  # the gold answer is too long
         sized(41, choices=("ab", "b" * 40)),  # a choice is too long
         sized(42, choices=("ab", "b")),
+        replace(sized(43), answer_prefix="a"),  # a free answer begins at its beginning
     )
     task = Task(name="t", train=learned, test=tests)
     questions, left_out = batches(engine.model, engine.tokenizer, [task], PLAIN)
-    assert left_out == {"t": 3}
+    assert left_out == {"t": 4}
     rows = answer_all(engine, METHODS["base"], questions, PLAIN, tmp_path / "base.jsonl", identity={})
     assert sorted(row["index"] for row in rows) == [0, 4]
 

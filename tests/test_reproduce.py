@@ -403,6 +403,7 @@ def test_what_is_longer_than_the_context_is_counted_and_stops_nothing(tmp_path: 
         )
     )
     assert record["left_out"] == {"colours": 1}
+    assert set(record["cut_short"]) == set(record["scores"])
     assert record["training"]["adapters"]["colours"]["num_left_out"] == 1
     assert record["serial_left_out"] == {"serial-2": 6}  # 48 tokens to write after two questions
     assert record["conversation"] is None

@@ -198,7 +198,9 @@ def _names(tasks: str | None) -> list[str] | None:
 
 def _say_left_out(left_out: Mapping[str, int], scores: Mapping[str, Any], tasks: Sequence[str]) -> None:
     if left_out:
-        stderr.print(f"questions left out, as they do not fit the context: {escape(str(dict(left_out)))}")
+        stderr.print(
+            f"questions left out, too long for the model or with an answer_prefix: {escape(str(dict(left_out)))}"
+        )
     if unscored := [task for task in tasks if not any(task in own for own in scores.values())]:
         stderr.print(f"not scored, for want of test questions: {escape(', '.join(unscored))}")
 

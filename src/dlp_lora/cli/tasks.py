@@ -51,16 +51,17 @@ def _list_catalog(*, as_json: bool) -> None:
 
 
 def _list_folders(data: Path, *, as_json: bool) -> None:
-    from dlp_lora.tasks import CATALOG, METRICS, TaskInfo, kind_of, read_manifest, read_tasks
+    from dlp_lora.evals.guessing import described
+    from dlp_lora.tasks import METRICS, TaskInfo, kind_of, read_manifest, read_tasks
 
     manifest = read_manifest(data)
     rows: list[dict[str, Any]] = []
     for task in read_tasks(data):
-        info, kind = manifest.get(task.name, TaskInfo()), kind_of(task, manifest)
-        listed = CATALOG.get(task.name)
+        kind = kind_of(task, manifest)
+        info = described(task, manifest.get(task.name, TaskInfo()), kind)
         rows.append({
             "name": task.name,
-            "paper_name": info.paper_name or (listed.paper_name if listed else None),
+            "paper_name": info.paper_name,
             "kind": kind,
             "metrics": METRICS[kind],
             "num_train": len(task.train),

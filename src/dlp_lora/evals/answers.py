@@ -73,7 +73,9 @@ class Question:
 def batches(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], args: AnswerArgs
 ) -> tuple[list[list[Question]], dict[str, int]]:
-    """Pools the tasks' test questions into batches of like lengths; also counts what does not fit the context.
+    """Pools the tasks' test questions into batches of like lengths.
+
+    Also counts what is left out: what does not fit the context, and answers whose beginning is given.
 
     Raises:
         TaskError: if no question is left.
@@ -88,7 +90,7 @@ def batches(
         room = min(args.max_new_tokens, 2 ** (longest - 1).bit_length())
         for i, example in enumerate(task.test[: args.limit]):
             question = _question(tokenizer, task.name, i, example, room, args.prompt_format)
-            if question.num_tokens > context:
+            if question.num_tokens > context or example.answer_prefix:
                 left_out[task.name] = left_out.get(task.name, 0) + 1
             else:
                 questions.append(question)

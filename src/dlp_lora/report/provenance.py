@@ -20,7 +20,8 @@ def making_table(record: Record) -> Table:
     facts = {
         "Model": record.at("model"),
         "Tasks": _count_tasks(record),
-        "Left out as too long": _left_out(record),
+        "Left out": _left_out(record),
+        "Answers as long as allowed": _cut_short(record),
         "Data hash": record.at("data", "hash"),
         "Seeds": ", ".join(str(seed) for seed in record.seeds),
         "Hardware": ", ".join(hardware),
@@ -98,6 +99,12 @@ def _left_out(record: Record) -> str | None:
     return (
         f"{sum(learned)} examples to learn from, {sum((asked or {}).values())} to be scored on ({tasks or 'no task'})"
     )
+
+
+def _cut_short(record: Record) -> str | None:
+    """Counts the answers that may have been cut short, by method."""
+    found = record.at("cut_short") or {}
+    return ", ".join(f"{label(method)} {sum(own.values()):,}" for method, own in found.items()) or None
 
 
 def _training_time(record: Record) -> str:

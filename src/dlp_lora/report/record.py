@@ -66,6 +66,7 @@ _SHAPE: Mapping[str, Any] = {
     },
     "training": {"adapters": {_EACH: _TRAINED}, "lora-r64": _TRAINED},
     "left_out": {_EACH: _NUMBER},
+    "cut_short": {_EACH: {_EACH: _NUMBER}},
     "timings": {_EACH: _NUMBER},
     "peak_memory_mb": _NUMBER,
     "conversation": {

@@ -5,6 +5,7 @@ import math
 import random
 import resource
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from dlp_lora.evals.answers import (
     seconds_of,
 )
 from dlp_lora.evals.forced import Known, answer_forced, known_texts
+from dlp_lora.evals.guessing import described
 from dlp_lora.evals.kept import differences
 from dlp_lora.evals.methods import MAIN, METHODS, SINGLE, Method
 from dlp_lora.evals.metrics import bleu_signature
@@ -94,6 +96,7 @@ class Seed:
             "metrics": {"bleu": bleu_signature()} if "qa" in self.kinds.values() else {},
             "data": {"hash": data_hash(self.tasks), "tasks": {t.name: self._about(t) for t in self.tasks}},
             "left_out": dict(self.shared.left_out),
+            "cut_short": {method.name: self._cut_short(self._rows[method.name]) for method in self.methods},
             "without_choices": without_choices(self.tasks, self.kinds),
             **compared(tables, self.kinds),
             "teacher_forced": {
@@ -261,8 +264,13 @@ class Seed:
         (answer,) = generate_serial(engine, method, prompts, **room)
         return {"prompt": prompts[0].text, **json.loads(json.dumps(answer.to_dict(), default=dict))}
 
+    def _cut_short(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+        """How many answers are as long as their task allows, by task: they may have gone on."""
+        room = {q.task: q.max_new_tokens for batch in self.shared.questions for q in batch}
+        return dict(Counter(row["task"] for row in rows if row["num_tokens"] >= room[row["task"]]))
+
     def _about(self, task: Task) -> dict[str, Any]:
-        info = self.shared.infos.get(task.name, TaskInfo())
+        info = described(task, self.shared.infos.get(task.name, TaskInfo()), self.kinds[task.name])
         return {
             "paper_name": info.paper_name,
             "kind": self.kinds[task.name],
