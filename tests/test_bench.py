@@ -31,6 +31,7 @@ from dlp_lora.bench.timing import interleave, interleave_steps
 from dlp_lora.bench.train import TrainArgs, bench_train
 from dlp_lora.environment import environment
 from dlp_lora.peft_format import read_adapter
+from dlp_lora.sentences import split
 from dlp_lora.tasks import Example, Task, write_task
 
 CPU = torch.device("cpu")
@@ -177,6 +178,16 @@ def test_no_figures_are_given_when_a_step_on_the_cache_differs(
     monkeypatch.setattr(engine.bank, "fuse", turned)
     with pytest.raises(DLPLoRAError, match="peft and the engine under the same mixture differ by"):
         check_paths(engine, base, case.prompts(3)[0], {"peft": twin})
+
+
+def test_long_prompts_are_different_texts(model: Path, tmp_path: Path) -> None:
+    case = make_case(model, tmp_path, num_adapters=1)
+    ids = case.long_prompts(4, 256)["input_ids"]
+    text = case.tokenizer.decode(ids.flatten())
+    assert ids.shape == (4, 256)
+    assert text.startswith(case.texts[0])
+    assert len(set(split(text))) > 0.9 * len(split(text))
+    assert case.long_prompts(2, 200_000)["input_ids"].shape == (2, 200_000)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

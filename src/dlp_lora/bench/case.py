@@ -15,6 +15,7 @@ from dlp_lora.bench.memory import bandwidth_gb_s
 from dlp_lora.bench.random_adapters import write_random_adapters
 from dlp_lora.bench.timing import OnRound
 from dlp_lora.environment import environment
+from dlp_lora.tasks import PROCEDURAL, procedural_task
 from dlp_lora.tasks.hub import read_data
 
 PROMPTS = (
@@ -124,10 +125,12 @@ class Case:
         return [{key: found[key].to(self.device) for key in ("input_ids", "attention_mask")} for found in encoded]
 
     def long_prompts(self, batch: int, length: int) -> dict[str, Tensor]:
-        """One batch of rows of `length` tokens of the texts, each row beginning at another one."""
-        ids = self.tokenizer(" ".join(self.texts))["input_ids"]
-        rows = [(ids[i % len(ids) :] + ids * (length // len(ids) + 1))[:length] for i in range(0, 7 * batch, 7)]
-        found = torch.tensor(rows, device=self.device)
+        """One batch of rows of `length` tokens, each of other texts; questions of the package's own tasks come last."""
+        own = [procedural_task(name, num_test=0).train for name in PROCEDURAL]
+        texts = [*self.texts, *(example.prompt for turn in zip(*own, strict=True) for example in turn)]
+        ids = self.tokenizer(" ".join(texts))["input_ids"]
+        ids *= -(-batch * length // len(ids))
+        found = torch.tensor(ids[: batch * length], device=self.device).view(batch, length)
         return {"input_ids": found, "attention_mask": torch.ones_like(found)}
 
 
