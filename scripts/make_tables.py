@@ -101,7 +101,13 @@ def _demo() -> str:
     return _table(columns, [{"task": task, **own} for task, own in accuracy.items()] + [{"task": "mean", **mean}])
 
 
-METHODS = {"base": "base model", "lora-r64": "one LoRA, r 64", "oracle": "task's own LoRA", "dlp": "DLP-LoRA"}
+METHODS = {
+    "base": "base model",
+    "lora-r64": "one LoRA, r 64",
+    "oracle": "task's own LoRA",
+    "dlp": "DLP-LoRA",
+    "never-abstain": "DLP-LoRA, never abstaining",
+}
 
 
 def _means() -> str:
