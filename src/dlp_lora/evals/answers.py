@@ -95,7 +95,10 @@ def batches(
             else:
                 questions.append(question)
     if not questions:
-        raise TaskError("no test question fits the model's context; give other tasks or a model of a longer context")
+        raise TaskError(
+            "no test question fits the model's context; give other tasks (without answer_prefix) "
+            "or a model of a longer context"
+        )
     questions.sort(key=lambda q: (q.max_new_tokens, len(q.read), q.key))
     return _batched(questions, args.batch_size, context), left_out
 

@@ -22,7 +22,7 @@ CONFIG_FILE = "router_config.json"
 WEIGHTS_FILE = "router.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
 FORMAT = 4
-FILES = (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE)  # in the order of their names
+FILES = (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE)  # all that a router is
 TYPES = ("mini-mlp", "encoder", "prototypes", "arrow")
 
 
