@@ -1,8 +1,9 @@
 import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch._dynamo.utils import counters
 from transformers import AutoTokenizer
 
 from conftest import byte_tokenizer, lively_model
@@ -20,6 +22,7 @@ from dlp_lora.bench.bank import BankArgs, bench_bank
 from dlp_lora.bench.case import PROMPTS, BenchArgs, Case, read_prompts
 from dlp_lora.bench.decode import DecodeArgs, bench_decode
 from dlp_lora.bench.memory import Memory, bandwidth_gb_s, counted, growth_mb, held_mb, peak_mb, read_mb
+from dlp_lora.bench.paths import PathsArgs, bench_paths
 from dlp_lora.bench.peers import PEERS, PeersArgs, bench_peers
 from dlp_lora.bench.plot import plot
 from dlp_lora.bench.prefill import PrefillArgs, bench_prefill
@@ -39,6 +42,9 @@ QUICK: dict[str, Any] = {"r": 2, "rounds": 1, "dtypes": ("float32",)}
 SMALL = DecodeArgs(num_adapters=3, selected=2, new_tokens=4, **{**QUICK, "rounds": 2})
 BENCHES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "decode": lambda model: bench_decode(model, replace(SMALL, rounds=1)),
+    "paths": lambda model: bench_paths(
+        model, PathsArgs(num_adapters=3, selected=2, new_tokens=3, compiled=False, **QUICK)
+    ),
     "prefill": lambda model: bench_prefill(model, PrefillArgs(num_adapters=4, selected=2, batch=3, length=9, **QUICK)),
     "switch": lambda model: bench_switch(model, SwitchArgs(sizes=(3, 5), selected=2, num_switches=250, **QUICK)),
     "bank": lambda model: bench_bank(
@@ -136,7 +142,7 @@ def test_no_figures_are_given_when_the_disabled_engine_differs_from_the_base(
         BENCHES[name](model)
 
 
-@pytest.mark.parametrize("name", ["decode", "prefill", "switch", "bank", "peers"])
+@pytest.mark.parametrize("name", ["decode", "paths", "prefill", "switch", "bank", "peers"])
 def test_no_figures_are_given_when_the_engine_differs_from_peft(
     model: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -178,6 +184,38 @@ def test_no_figures_are_given_when_a_step_on_the_cache_differs(
     monkeypatch.setattr(engine.bank, "fuse", turned)
     with pytest.raises(DLPLoRAError, match="peft and the engine under the same mixture differ by"):
         check_paths(engine, base, case.prompts(3)[0], {"peft": twin})
+
+
+@pytest.mark.usefixtures("unchecked")  # the type checks of the tests cannot be traced
+def test_every_path_has_a_row_and_compiled_steps_stand_beside_a_compiled_base(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # graphs, without a C++ compiler
+    monkeypatch.setenv("CXX", sys.executable)
+    graphs = counters["stats"]["unique_graphs"]
+    record = bench_paths(model, PathsArgs(num_adapters=3, selected=2, new_tokens=3, **QUICK))
+    ours = [f"dlp-lora, {path}" for path in ("stacked", "concatenated", "merged", "compiled")]
+    others = ["base", "base again", "base, stacked", "peft one adapter", "base, compiled"]
+    assert sorted(row["name"] for row in record["rows"]) == sorted(ours + others)
+    # One each, and one for the check, which gives masks that are not prepared: none for another prompt.
+    assert counters["stats"]["unique_graphs"] == graphs + 3
+
+
+def test_compiled_steps_ask_for_a_compiler(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(DLPLoRAError, match=r"need a C\+\+ compiler, and there is none .* pass --no-compiled"):
+        bench_paths(model)
+
+
+def test_concatenated_layers_hold_their_own_weights(model: Path, tmp_path: Path) -> None:
+    case = make_case(model, tmp_path)
+    engine = models.engine_with(case, selected=1)
+    assert any(group.is_stacked for group in engine.bank.groups)
+    models.concatenated(engine)
+    assert not any(group.is_stacked for group in engine.bank.groups)
+    check_paths(
+        engine, models.base_model(case), case.prompts(2)[0], {"peft": Twin(models.peft_one(case), {case.names[0]: 1.0})}
+    )
 
 
 def test_long_prompts_are_different_texts(model: Path, tmp_path: Path) -> None:
@@ -526,7 +564,7 @@ def test_the_suite_of_a_gpu_differs_by_device_precision_and_batches(model: Path)
     assert list(found) == [
         *("decode", "decode_batch8", "decode_batch32", "decode_all_linear"),
         *("prefill_batch1", "prefill_batch8", "prefill_batch32"),
-        *("switch", "bank", "routers", "peers", "train"),
+        *("paths", "switch", "bank", "routers", "peers", "train"),
     ]
     for name, bench in found.items():
         args: BenchArgs = bench.args[-1]  # type: ignore[attr-defined]

@@ -20,6 +20,7 @@ from conftest import ARCHITECTURES, USUAL_TARGETS, make_adapter, tiny_model
 from dlp_lora.bank import AdapterBank
 from dlp_lora.errors import AdapterError, ModelError
 from dlp_lora.fused import FEW_ROWS, FusedLinear, add_product, attach, detach, linear, linear_layers, siblings
+from dlp_lora.group import ALIGNMENT
 from dlp_lora.peft_format import read_adapter
 from dlp_lora.policy import Mixture
 
@@ -250,6 +251,41 @@ def test_with_nothing_fused_the_model_is_the_base_bit_for_bit(
         assert torch.equal(logits(model), plain)
         bank.fuse([Mixture(), Mixture(), Mixture()])
         assert torch.equal(logits(model), plain)
+
+
+def misaligned(parameter: torch.nn.Parameter, num_bytes: int) -> None:
+    """Moves a weight to where one may begin that was read from a file."""
+    skipped = num_bytes // parameter.itemsize
+    flat = parameter.data.new_empty(parameter.numel() + skipped)
+    parameter.data = flat[skipped:].view(parameter.shape).copy_(parameter.data)
+
+
+@pytest.mark.parametrize("num_bytes", [4, 8, 12])
+@pytest.mark.parametrize("others", [0, 4])
+def test_weights_keep_the_alignment_on_which_the_rounding_of_a_product_hangs(
+    llama: PreTrainedModel, adapters: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch, num_bytes: int, others: int
+) -> None:
+    monkeypatch.setattr(bank_module, "START_CAPACITY", 3)
+    model = copy.deepcopy(llama)
+    for name, parameter in model.named_parameters():
+        misaligned(parameter, others if "k_proj" in name else num_bytes)
+    before = {name: p.data_ptr() % ALIGNMENT for name, p in model.named_parameters()}
+    expected = logits(model, IDS[:1, :1])
+
+    def found() -> dict[str, int]:
+        names = {p.data_ptr(): name.replace(".base_layer", "") for name, p in model.named_parameters()}
+        return {name: place % ALIGNMENT for place, name in names.items()}
+
+    with fused(model, adapters) as bank:
+        assert found() == before
+        for names in ("poems", "math", "math units poems"):  # the buffers grow
+            bank.fuse([Mixture(dict.fromkeys(names.split(), 0.5))])
+            assert not torch.equal(logits(model, IDS[:1, :1]), expected)
+            bank.clear()
+            assert torch.equal(logits(model, IDS[:1, :1]), expected)
+            assert found() == before
+    assert found() == before
+    assert torch.equal(logits(model, IDS[:1, :1]), expected)
 
 
 def test_only_layers_that_an_adapter_changes_and_siblings_are_replaced(

@@ -7,6 +7,7 @@ same input; `detach` puts the very same base layers back.
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dlp_lora.bank import AdapterBank
 from dlp_lora.errors import AdapterError, ModelError
-from dlp_lora.group import Group, LowRank
+from dlp_lora.group import Group, LowRank, keep_alignment
 from dlp_lora.peft_format import Adapter, read_base_copies
 from dlp_lora.policy import Mixture
 
@@ -208,7 +209,7 @@ def attach(model: nn.Module, bank: AdapterBank, *, stack: bool = True) -> None:
         if isinstance(layers[0][0], FusedLinear):
             continue
         flat = [layer for own in layers for layer in own]
-        is_stackable = stack and all(is_plain(layer) for layer in flat) and _are_alike(flat)
+        is_stackable = stack and all(map(is_plain, flat)) and _are_alike(flat)
         if group not in touched and not (is_stackable and len(layers) > 1):
             continue
         if is_stackable:
@@ -274,10 +275,10 @@ def _check_mergeable(model: nn.Module, modules: Sequence[FusedLinear]) -> None:
 
 
 def _are_alike(layers: Sequence[nn.Module]) -> bool:
-    weights = [layer.weight for layer in layers]
-    kinds = {(w.dtype, w.device, w.shape[1]) for w in weights}  # type: ignore[index, union-attr]
-    # Layers that share one weight cannot have a place each.
-    return len(kinds) == 1 and len({id(w) for w in weights}) == len(weights) and not any(w.is_meta for w in weights)
+    weights: list[Any] = [layer.weight for layer in layers]
+    if any(w.is_meta for w in weights) or len({id(w) for w in weights}) < len(weights):
+        return False  # layers that share one weight cannot have a place each
+    return len({(w.dtype, w.device, w.shape[1]) for w in weights}) == 1 and keep_alignment(weights)
 
 
 def check_base_copies(model: nn.Module, adapter: Adapter) -> None:

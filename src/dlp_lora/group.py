@@ -6,6 +6,7 @@ in one tensor under the base weights, `[W_q; W_k; W_v; A_q; A_v]`, so that one p
 the low-rank activations.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -16,6 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+# Bytes. A product of a vector can round by where in such a stretch its matrix begins (docs/log.md), and weights that
+# are read from a file begin anywhere in it.
+ALIGNMENT = 16
 MAX_VIEWS = 32  # of the ranks that mixtures have; a compiled pass keeps its own
 
 
@@ -131,7 +135,7 @@ class Group:
         for linear in (linear for layers in self._linears for linear in layers):
             for parameter in (linear.weight, linear.bias):
                 if parameter is not None:
-                    parameter.data = parameter.data.clone()
+                    parameter.data = _empty_as(parameter, parameter.shape).copy_(parameter.data)
         self._a = self._a.clone()
         self._laid.clear()
         self._linears, self._weights, self._biases = None, [], []
@@ -225,12 +229,12 @@ class Group:
             return
         first, end = self._linears[0][0], self._ends[-1]
         shape = (end + capacity, self.d_in)
-        whole = first.weight.new_empty(self.num_layers, *shape).detach() if capacity else None
+        whole = _empty_as(first.weight, (self.num_layers, *shape)) if capacity else None
         biased = any(layers[0].bias is not None for layers in self._linears)
         self._weights, self._biases = [], []
         for i, linears in enumerate(zip(*self._linears, strict=True)):
             # Without adapters each layer has a tensor of its own, so that no second copy of all is ever held.
-            self._weights.append(first.weight.new_empty(shape).detach() if whole is None else whole[i])
+            self._weights.append(_empty_as(first.weight, shape) if whole is None else whole[i])
             bias = self._weights[i].new_zeros(end + capacity) if biased else None
             self._biases.append(bias)
             for linear, (start, stop) in zip(linears, pairwise(self._ends), strict=True):
@@ -278,6 +282,18 @@ class Group:
             for i in layers
         ]
         return pairs, projections
+
+
+def keep_alignment(weights: Sequence[Tensor]) -> bool:
+    """Whether weights of one input keep their alignment as rows of one tensor, and so their products every bit."""
+    return len({w.data_ptr() % ALIGNMENT for w in weights}) == 1 and weights[0][0].nbytes % ALIGNMENT == 0
+
+
+def _empty_as(parameter: Tensor, shape: Sequence[int]) -> Tensor:
+    """An empty tensor as well aligned as a parameter is."""
+    num, start = math.prod(shape), parameter.data_ptr() % ALIGNMENT // parameter.itemsize
+    flat = parameter.new_empty(start + num).detach()  # which begins a stretch
+    return flat[start:].view(shape)
 
 
 def _in_place(tensor: Tensor) -> Tensor:

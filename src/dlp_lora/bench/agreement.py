@@ -1,6 +1,7 @@
 """Refuses to measure paths that compute different things: how fast a wrong answer comes says nothing."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from peft.helpers import rescale_adapter_scale
 from torch import Tensor
+from transformers import Cache
 
 from dlp_lora.engine import Engine
 from dlp_lora.errors import DLPLoRAError
@@ -33,24 +35,35 @@ class Twin:
 
 @torch.no_grad()
 def check_paths(
-    engine: Engine, base: Any, inputs: Mapping[str, Tensor], twins: Mapping[str, Twin] | None = None
+    engine: Engine,
+    base: Any,
+    inputs: Mapping[str, Tensor],
+    twins: Mapping[str, Twin] | None = None,
+    *,
+    under: Callable[[Any], AbstractContextManager[Any]] | None = None,
+    make_cache: Callable[[], Cache] | None = None,
 ) -> None:
     """Compares the logits of the prompts' last tokens and of a decoding step behind them: disabled, the engine gives
     the base's to the bit; fused, its twins' but for rounding.
 
+    Args:
+        under: how the engine takes up a mixture; `engine.fixed` unless given.
+        make_cache: the cache that the engine and the base fill, if not the default one.
+
     Raises:
         DLPLoRAError: if they differ.
     """
-    expected, heard = _logits(base, inputs), HEARD[base.dtype]
+    under, heard = under or engine.fixed, HEARD[base.dtype]
+    expected = _logits(base, inputs, make_cache)
     with engine.disabled():
-        if not torch.equal(_logits(engine.model, inputs), expected):
+        if not torch.equal(_logits(engine.model, inputs, make_cache), expected):
             raise DLPLoRAError(
                 "the engine with its adapters disabled differs from the base model; no figures are given"
             )
     for name, twin in (twins or {}).items():
         loudness, theirs = _aloud(twin, inputs, expected, heard)
-        with engine.fixed(_times(twin.mixtures, loudness)):
-            error = _distance(_logits(engine.model, inputs), theirs)
+        with under(_times(twin.mixtures, loudness)):
+            error = _distance(_logits(engine.model, inputs, make_cache), theirs)
         change = max(heard, _distance(expected, theirs))
         if not error <= TOLERANCE[base.dtype] * change:  # nor if it is not a number
             raise DLPLoRAError(
@@ -124,9 +137,12 @@ def _distance(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-def _logits(model: Any, inputs: Mapping[str, Any]) -> Float[Tensor, "batch 2 vocab"]:
+def _logits(
+    model: Any, inputs: Mapping[str, Any], make_cache: Callable[[], Cache] | None = None
+) -> Float[Tensor, "batch 2 vocab"]:
     """Those of the last token of each prompt, and of one more behind it on the cache."""
-    read = model(**inputs, use_cache=True, logits_to_keep=1)
+    cache = None if make_cache is None else make_cache()
+    read = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
     ids, mask = inputs["input_ids"][:, -1:], inputs.get("attention_mask")
     masks = {} if mask is None else {"attention_mask": torch.cat([mask, torch.ones_like(ids)], dim=1)}
     more = {**inputs, **masks, "input_ids": ids, "past_key_values": read.past_key_values}

@@ -4,17 +4,19 @@ Each variant has a model of its own.
 """
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
 from peft import PeftModel
 from tokenizers import Tokenizer
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from dlp_lora.bank import AdapterBank
 from dlp_lora.bench.case import PROMPTS, Case
 from dlp_lora.engine import Engine
-from dlp_lora.fused import attach, linear_layers, siblings
+from dlp_lora.fused import attach, detach, linear_layers, siblings
 from dlp_lora.loading import load
 from dlp_lora.peft_format import read_adapter
 from dlp_lora.policy import Switching, TopK
@@ -92,6 +94,25 @@ def stacked_base(case: Case) -> Any:
     for group in bank.groups:
         group.rest(plain=False)
     return found
+
+
+def compiled_base(case: Case) -> Any:
+    """A base whose decoding steps are compiled, as the engine's are; prompts run uncompiled."""
+    found = base_model(case)
+    plain, compiled = found.forward, torch.compile(found.forward, dynamic=False)
+
+    @wraps(plain)
+    def forward(input_ids: Tensor, **kwargs: Any) -> Any:
+        return (compiled if input_ids.shape[1] == 1 else plain)(input_ids=input_ids, **kwargs)
+
+    found.forward = forward
+    return found
+
+
+def concatenated(engine: Engine) -> None:
+    """Has an engine compute layer by layer, as where weights cannot be stacked."""
+    detach(engine.model)
+    attach(engine.model, engine.bank, stack=False)
 
 
 def peft_many(case: Case, num_adapters: int) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 from dlp_lora.bench.bank import BankArgs, bench_bank
 from dlp_lora.bench.decode import DecodeArgs, bench_decode
+from dlp_lora.bench.paths import PathsArgs, bench_paths
 from dlp_lora.bench.peers import PeersArgs, bench_peers
 from dlp_lora.bench.prefill import PrefillArgs, bench_prefill
 from dlp_lora.bench.routers import RoutersArgs, bench_routers
@@ -60,6 +61,7 @@ def suite(
         found[f"prefill_batch{batch}"] = partial(bench_prefill, model, PrefillArgs(batch=batch, **both))
     return {
         **found,
+        "paths": partial(bench_paths, model, PathsArgs(**one)),
         "switch": partial(bench_switch, model, SwitchArgs(**one)),
         "bank": partial(bench_bank, model, BankArgs(**one)),
         "routers": partial(bench_routers, model, RoutersArgs(**one)),

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from dlp_lora.bench.bank import BankArgs, bench_bank
 from dlp_lora.bench.decode import DecodeArgs, bench_decode
+from dlp_lora.bench.paths import PathsArgs, bench_paths
 from dlp_lora.bench.peers import PeersArgs, bench_peers
 from dlp_lora.bench.plot import check_plot, plot
 from dlp_lora.bench.prefill import PrefillArgs, bench_prefill
@@ -42,14 +43,16 @@ GAP = 2  # between columns
 _VARIANT = {"variant": "name", "dtype": "dtype"}
 _DECODING = {**_VARIANT, "ms/token": "ms_per_token", "over base": "ratio", "tokens/s": "tokens_per_s"}
 _MEMORY = {"held, MB": "held_mb", "peak, MB": "peak_mb", "peak over base": "memory_ratio"}
+_DECODE = {
+    **_DECODING,
+    "over stacked": "ratio_over_stacked",
+    "first token, ms": "ttft_ms",
+    "of bandwidth": "bandwidth_share",
+    **_MEMORY,
+}
 COLUMNS = {
-    "decode": {
-        **_DECODING,
-        "over stacked": "ratio_over_stacked",
-        "first token, ms": "ttft_ms",
-        "of bandwidth": "bandwidth_share",
-        **_MEMORY,
-    },
+    "decode": _DECODE,
+    "paths": _DECODE,
     "prefill": {**_VARIANT, "ms": "ms", "over base": "ratio", "tokens/s": "tokens_per_s", **_MEMORY},
     "switch": {
         **_VARIANT,
@@ -109,6 +112,16 @@ def decode(args: DecodeArgs, output: Output, model: ModelOption = None) -> None:
     Example: `dlp-lora bench decode --json results/decode.json`
     """
     _run(partial(bench_decode, base_model(model), args), args.device, output)
+
+
+@bench.command()
+@with_options
+def paths(args: PathsArgs, output: Output, model: ModelOption = None) -> None:
+    """Time per generated token of every way to compute a mixture: stacked, concatenated, merged, compiled.
+
+    Example: `dlp-lora bench paths --rounds 5 --no-compiled`
+    """
+    _run(partial(bench_paths, base_model(model), args), args.device, output)
 
 
 @bench.command()
