@@ -55,7 +55,7 @@ def reproduce_command(
     """
     from dlp_lora.evals.methods import METHODS
     from dlp_lora.recipe import read_recipe, with_preset
-    from dlp_lora.reproduce import LARGER, Event, ReproduceArgs, grown, reproduce, steps
+    from dlp_lora.reproduce import LARGER, Estimate, Event, ReproduceArgs, grown, reproduce, steps
     from dlp_lora.tasks.hub import read_data
     from dlp_lora.tasks.manifest import read_manifest
 
@@ -79,6 +79,8 @@ def reproduce_command(
         names = steps(found, args)
         rows = [(args.seeds[0], LARGER)] if larger else []
         rows += [(seed, step) for seed in args.seeds for step in names]
+        estimate = Estimate(rows, tasks=[task.name for task in found])
+        everything = progress.add_task("all steps", total=len(rows), note="", start=False)
         bars = {
             (seed, step): progress.add_task(
                 step if len(args.seeds) == 1 else f"{seed}: {step}", total=None, note="", start=False
@@ -90,6 +92,8 @@ def reproduce_command(
             bar = bars[now.seed, now.step]
             progress.start_task(bar)
             progress.update(bar, completed=now.done, total=now.total, note=now.note)
+            estimate.note(now)
+            progress.update(everything, completed=estimate.num_done, note=str(estimate))
 
         record = reproduce(base_model(model), found, out, args, infos=infos, larger=larger, on_event=on_event)
     result = json.loads(record.read_text())

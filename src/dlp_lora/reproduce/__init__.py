@@ -1,7 +1,8 @@
 """The paper's experiments: a base model and task data in; adapters, router, answers and a record out."""
 
 from dlp_lora.reproduce.args import LARGER, Event, ReproduceArgs, steps
+from dlp_lora.reproduce.estimate import Estimate
 from dlp_lora.reproduce.run import check_apart, reproduce
 from dlp_lora.reproduce.settings import grown
 
-__all__ = ["LARGER", "Event", "ReproduceArgs", "check_apart", "grown", "reproduce", "steps"]
+__all__ = ["LARGER", "Estimate", "Event", "ReproduceArgs", "check_apart", "grown", "reproduce", "steps"]
