@@ -552,11 +552,12 @@ def test_a_base_layer_with_hooks_is_called_so_that_offloading_works(llama: PreTr
 @pytest.mark.parametrize("num_rows", [1, 2, FEW_ROWS, FEW_ROWS + 1])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("has_amx", [False, True])
+@pytest.mark.parametrize("fast", ["linear", "vector", "halves"])
 def test_a_product_is_that_of_float64_rounded(
-    monkeypatch: pytest.MonkeyPatch, num_rows: int, dtype: torch.dtype, biased: bool, has_amx: bool
+    monkeypatch: pytest.MonkeyPatch, num_rows: int, dtype: torch.dtype, biased: bool, fast: str
 ) -> None:
-    monkeypatch.setattr("dlp_lora.fused.HAS_AMX", has_amx)
+    monkeypatch.setattr("dlp_lora.fused.HAS_AMX", fast == "vector")
+    monkeypatch.setattr("dlp_lora.fused.is_faster_in_halves", lambda num_threads: fast == "halves")
     torch.manual_seed(0)
     x, weight = torch.randn(num_rows, 48).to(dtype), torch.randn(24, 48).to(dtype)
     bias = torch.randn(24).to(dtype) if biased else None

@@ -4,9 +4,11 @@
 same input; `detach` puts the very same base layers back.
 """
 
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -117,11 +119,37 @@ class FusedLinear(nn.Module):
 def linear(
     x: Float[Tensor, "rows d_in"], weight: Float[Tensor, "d_out d_in"], bias: Float[Tensor, " d_out"] | None
 ) -> Float[Tensor, "rows d_out"]:
-    """`F.linear`; on CPUs with AMX, one row in 16 bits is multiplied as a vector, in two thirds of the time there."""
-    if not HAS_AMX or x.shape[0] != 1 or x.device.type != "cpu" or x.itemsize > 2 or torch.compiler.is_compiling():
+    """`F.linear`; on a CPU, one row is multiplied in the way that is fastest there (docs/log.md)."""
+    if x.shape[0] != 1 or x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
-    y = torch.mv(weight, x[0]) if bias is None else torch.addmv(bias, weight, x[0])
-    return y[None]
+    if HAS_AMX and x.itemsize == 2:
+        y = torch.mv(weight, x[0]) if bias is None else torch.addmv(bias, weight, x[0])
+        return y[None]
+    if x.dtype == torch.float32 and len(weight) % 2 == 0 and is_faster_in_halves(torch.get_num_threads()):
+        y = _in_halves(x, weight)
+        return y if bias is None else y.add_(bias)
+    return F.linear(x, weight, bias)
+
+
+def _in_halves(x: Float[Tensor, "1 d_in"], weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "1 d_out"]:
+    return torch.bmm(weight.view(2, -1, weight.shape[1]), x.T.expand(2, -1, 1)).view(1, -1)
+
+
+@cache
+def is_faster_in_halves(num_threads: int) -> bool:
+    """Whether a float32 row is multiplied much faster as a batch of two halves, with weights that come from memory.
+
+    Measured once for each number of threads, in a few hundredths of a second.
+    """
+    x, weights = torch.ones(1, 576), torch.ones(16, 1024, 576)  # more than most caches hold
+    ways: dict[Callable[..., Tensor], list[float]] = {F.linear: [], _in_halves: []}
+    for _ in range(5):
+        for way, seconds in ways.items():
+            start = time.perf_counter()
+            for weight in weights:
+                way(x, weight)
+            seconds.append(time.perf_counter() - start)
+    return min(ways[F.linear]) > 1.5 * min(ways[_in_halves])
 
 
 def add_product(
