@@ -92,18 +92,19 @@ class FusedLinear(nn.Module):
         return y
 
     def _project(self, x: Tensor) -> list[Tensor]:
-        weight, bias, sizes, bs = self.group.projections[self.layer]  # type: ignore[index]
-        shape, num = x.shape[:-1], len(bs)
+        weight, bias, sizes, pairs = self.group.projections[self.layer]  # type: ignore[index]
+        shape = x.shape[:-1]
         y = linear(x.reshape(-1, x.shape[-1]), weight, bias)
-        outs = y.split(sizes, dim=1)  # the siblings' base projections, then their low-rank activations
-        if len(sizes) > num:
-            low = y[:, sum(sizes[:num]) :].to(_dtype_for(y, self.group.dtype))
+        *outs, last = y.split(sizes, dim=1)
+        if not pairs:
+            outs.append(last)
+        else:
+            low = last.to(_dtype_for(y, self.group.dtype))
             if self.group.gate is not None:
                 weigh(low, self.group.gate)
-            for out, own, b in zip(outs, low.split(sizes[num:], dim=1), bs, strict=False):
-                if b is not None:
-                    add_product_(out, own, b)
-        return [out.view(*shape, -1) for out in outs[:num]]
+            for sibling, rows, b in pairs:
+                add_product_(outs[sibling], low[:, rows], b)
+        return [out.view(*shape, -1) for out in outs]
 
     @property
     def weight(self) -> Tensor:

@@ -51,13 +51,14 @@ class LowRank(NamedTuple):
 
 class Projection(NamedTuple):
     """One layer's stacked weight `[W_1; ...; A_1; ...]` and its bias. `sizes` cuts the product into the siblings' base
-    projections and, if anything is fused, their low-rank activations; `bs` maps the latter onto the former (None where
-    no adapter changes the sibling)."""
+    projections and, where there is a pair, the low-rank activations of all; `pairs` are the siblings that have one,
+    with the place of their activations among these, and their B.
+    """
 
     weight: Float[Tensor, "rows d_in"]
     bias: Float[Tensor, " rows"] | None
     sizes: tuple[int, ...]
-    bs: tuple[Float[Tensor, "rank d_out"] | None, ...]
+    pairs: tuple[tuple[int, slice, Float[Tensor, "rank d_out"]], ...]
 
 
 class Group:
@@ -271,13 +272,13 @@ class Group:
         if self._linears is None:
             return pairs, None
         end = self._ends[-1] + sum(ranks)
-        sizes = self.d_outs + (ranks if any(ranks) else ())
+        sizes = self.d_outs + ((sum(ranks),) if any(ranks) else ())
         projections = [
             Projection(
                 place(self._weights[i][:end]),
                 None if (bias := self._biases[i]) is None else place(bias[:end]),
                 sizes,
-                tuple(None if pair is None else pair[i].b for pair in pairs),
+                tuple((s, pair[i].rows, pair[i].b) for s, pair in enumerate(pairs) if pair is not None),
             )
             for i in layers
         ]
