@@ -63,7 +63,13 @@ MEMORY: dict[str, Cell] = {"peak MB": _number("peak_mb", 0), "peak over base": _
 
 
 def _decoding(name: str) -> Callable[[], str]:
-    columns = {**VARIANT, **STEP, "over stacked base": _number("ratio_over_stacked", 3)}
+    columns = {
+        **VARIANT,
+        **STEP,
+        "over stacked base": _number("ratio_over_stacked", 3),
+        "of bandwidth": _percent("bandwidth_share", 0),
+        "peak over base": MEMORY["peak over base"],
+    }
     return lambda: _table(columns, _record(name)["rows"], words=2)
 
 
@@ -288,6 +294,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "decode": _decoding("decode"),
     "decode-batch8": _decoding("decode_batch8"),
     "decode-all-linear": _decoding("decode_all_linear"),
+    "paths": _decoding("paths"),
     "prefill": _rows("prefill_batch4", {**VARIANT, "ms": _number("ms", 0), **RATIO, **MEMORY}, words=2),
     "switch": _rows(
         "switch",
