@@ -77,10 +77,12 @@ class FusedLinear(nn.Module):
 
     def _concatenated(self, x: Tensor, pair: LowRank) -> Tensor:
         y = self._base(x)
-        h = x.to(pair.a.dtype) @ pair.a  # (batch, seq, rank)
+        flat = y.view(-1, y.shape[-1])
+        h = x.reshape(-1, x.shape[-1]).to(pair.a.dtype) @ pair.a  # (rows, rank)
         if self.group.gate is not None:
             weigh(h, self.group.gate[..., pair.rows])
-        return add_product(y.view(-1, y.shape[-1]), h.view(-1, h.shape[-1]), pair.b).view(y.shape)
+        add_product_(flat, h.to(_dtype_for(flat, pair.b.dtype)), pair.b)
+        return y
 
     def _take(self, x: Tensor) -> Tensor:
         outputs = self.outputs
@@ -153,16 +155,8 @@ def is_faster_in_halves(num_threads: int) -> bool:
     return min(ways[F.linear]) > 1.5 * min(ways[_in_halves])
 
 
-def add_product(
-    y: Float[Tensor, "rows d_out"], h: Float[Tensor, "rows rank"], b: Float[Tensor, "rank d_out"]
-) -> Float[Tensor, "rows d_out"]:
-    """`y + h B`, in y's dtype."""
-    dtype = _dtype_for(y, b.dtype)
-    return torch.addmm(y.to(dtype), h.to(dtype), b.to(dtype)).to(y.dtype)
-
-
 def add_product_(y: Float[Tensor, "rows d_out"], h: Float[Tensor, "rows rank"], b: Float[Tensor, "rank d_out"]) -> None:
-    """As `add_product`, in place and with h in the dtype to compute in: the wide base projections are not copied."""
+    """Adds `h B`, in place, as base projections are wide; h is in the dtype to compute in."""
     if h.dtype == y.dtype:
         y.addmm_(h, b.to(y.dtype))
     else:
