@@ -8,6 +8,7 @@ import subprocess
 import sys
 from datetime import datetime, timedelta
 
+import hypothesis
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -123,6 +124,7 @@ def test_every_answer_is_one_sentence_with_its_value_in_it(name, seed):
 @names
 @settings(max_examples=5, deadline=None)
 @given(seed=seeds)
+@hypothesis.example(seed=1263)  # under which one fact of code_word alone was held out
 def test_no_prompt_comes_twice_within_train_and_test(name, seed):
     task = procedural_task(name, seed=seed)
     assert (len(task.train), len(task.test)) == (400, 50)

@@ -2,6 +2,8 @@
 
 import random
 from collections.abc import Callable
+from functools import partial
+from itertools import chain, count
 
 from dlp_lora.errors import TaskError
 from dlp_lora.tasks import questions
@@ -9,7 +11,9 @@ from dlp_lora.tasks.questions import Question
 from dlp_lora.tasks.task import Example, Task
 
 NUM_MISSES_ALLOWED = 10_000
-TEST_SHARE = 1 / 8
+TEST_SHARE = 1 / 8  # of the facts
+MIN_TEST_FACTS = 2
+NUM_FACTS_TRIED = 500
 
 PROCEDURAL: dict[str, Callable[[random.Random], Question]] = {
     "arithmetic": questions.arithmetic,
@@ -33,16 +37,14 @@ def procedural_task(name: str, *, num_train: int = 400, num_test: int = 50, seed
         raise TaskError(f"no procedural task {name!r}; choose from {', '.join(PROCEDURAL)}")
     if num_train < 1 or num_test < 0:
         raise ValueError(f"num_train={num_train}, num_test={num_test}; expected at least 1 and 0")
-    rng = random.Random(f"{name} {seed}")
+    rng, is_held_out = random.Random(f"{name} {seed}"), _split(name, seed)
     train: list[Example] = []
     test: list[Example] = []
     prompts: set[str] = set()
     num_misses = 0
     while len(train) < num_train or len(test) < num_test:
         question = PROCEDURAL[name](rng)
-        # A string seeds the same way everywhere, which hash() does not.
-        held_out = random.Random(f"{name} {seed} {question.fact}").random() < TEST_SHARE
-        side, size = (test, num_test) if held_out else (train, num_train)
+        side, size = (test, num_test) if is_held_out(question.fact) else (train, num_train)
         if question.prompt not in prompts and len(side) < size:
             prompts.add(question.prompt)
             side.append(_example(question))
@@ -53,6 +55,20 @@ def procedural_task(name: str, *, num_train: int = 400, num_test: int = 50, seed
                 f"{len(test)} of num_test={num_test}; ask for fewer"
             )
     return Task(name=name, train=tuple(train), test=tuple(test))
+
+
+def _split(name: str, seed: int) -> Callable[[str], bool]:
+    """Says of a fact whether it is for testing. A draw that leaves too few there, of a task of few, is not taken."""
+    rng = random.Random(f"{name} {seed} facts")
+    facts = {PROCEDURAL[name](rng).fact for _ in range(NUM_FACTS_TRIED)}
+    draws = chain([f"{name} {seed}"], (f"{name} {seed} {draw}" for draw in count(1)))
+    splits = (partial(_is_held_out, draw) for draw in draws)
+    return next(split for split in splits if sum(map(split, facts)) >= MIN_TEST_FACTS)
+
+
+def _is_held_out(draw: str, fact: str) -> bool:
+    # A string seeds the same way everywhere, which hash() does not.
+    return random.Random(f"{draw} {fact}").random() < TEST_SHARE
 
 
 def _example(question: Question) -> Example:
