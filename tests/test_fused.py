@@ -19,7 +19,17 @@ import reference
 from conftest import ARCHITECTURES, USUAL_TARGETS, make_adapter, tiny_model
 from dlp_lora.bank import AdapterBank
 from dlp_lora.errors import AdapterError, ModelError
-from dlp_lora.fused import FEW_ROWS, FusedLinear, add_product_, attach, detach, linear, linear_layers, siblings
+from dlp_lora.fused import (
+    FEW_ROWS,
+    FusedLinear,
+    add_product_,
+    attach,
+    detach,
+    is_faster_in_halves,
+    linear,
+    linear_layers,
+    siblings,
+)
 from dlp_lora.group import ALIGNMENT
 from dlp_lora.peft_format import read_adapter
 from dlp_lora.policy import Mixture
@@ -572,6 +582,13 @@ def test_a_product_is_that_of_float64_rounded(
         summed = found.clone()
         add_product_(summed, h.to(wider if num_rows <= FEW_ROWS else dtype), b)
         torch.testing.assert_close(summed.double(), found.double() + h.double() @ b.double(), rtol=close, atol=close)
+
+
+def test_how_a_row_is_multiplied_is_measured_once_for_each_number_of_threads() -> None:
+    is_faster_in_halves.cache_clear()
+    found = [is_faster_in_halves(num_threads) for num_threads in (1, 2, 1, 2)]
+    assert found[:2] == found[2:]
+    assert (is_faster_in_halves.cache_info().misses, is_faster_in_halves.cache_info().hits) == (2, 2)
 
 
 def test_a_layer_that_is_given_all_rows_tokens_as_one_list_is_gated(tmp_path: Path) -> None:
