@@ -52,6 +52,17 @@ def test_what_was_done_before_takes_no_time_and_tells_of_none() -> None:
     assert str(estimate) == "about 3 h 1 min left"
 
 
+def test_less_than_a_minute_is_told_only_where_all_is_known() -> None:
+    estimate, clock = make()
+    told(estimate, clock, "router", 0, 2, after=0)
+    told(estimate, clock, "router", 1, 2, after=30)
+    assert str(estimate) == ""  # at least half a minute says nothing
+    for step in STEPS:
+        if step != "router":
+            told(estimate, clock, step, 1, 1, after=0)
+    assert str(estimate) == "less than a minute left"
+
+
 def test_at_the_end_nothing_is_left() -> None:
     estimate, clock = make()
     for step in STEPS:

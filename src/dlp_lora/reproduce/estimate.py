@@ -65,8 +65,8 @@ class Estimate:
 
     def __str__(self) -> str:
         seconds, whole = self.seconds_left()
-        if seconds == 0:
-            return ""
+        if seconds < 60:
+            return "less than a minute left" if whole and seconds else ""
         minutes = round(seconds / 60)
         text = f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
         return f"{'about' if whole else 'at least'} {text} left"
