@@ -95,6 +95,7 @@ def test_every_variant_has_a_row_with_its_ratio_over_the_base(model: Path) -> No
     record = bench_decode(model, args, on_round=lambda *round_: rounds.append(round_))
     assert rounds == [(f"decode, {dtype}", i, 2) for dtype in args.dtypes for i in range(3)]
     names = ["base", "base again", "base, stacked", "dlp-lora, 2 of 3", "peft one adapter"]
+    names += ["base, prepacked", "dlp-lora, prepacked, 2 of 3"]
     assert [(row["name"], row["dtype"]) for row in record["rows"]] == [(n, d) for d in args.dtypes for n in names]
     for row in record["rows"]:
         assert 0 < row["ratio_min"] <= row["ratio"] <= row["ratio_max"]
@@ -102,6 +103,8 @@ def test_every_variant_has_a_row_with_its_ratio_over_the_base(model: Path) -> No
         assert row["peak_mb"] > row["held_mb"] > 0
         if row["name"] == "base, stacked":
             assert row["ratio_over_stacked"] == 1
+        if row["name"] == "base, prepacked":
+            assert row["memory_ratio"] > 1.2  # the weights of linear layers twice, embeddings once
         if row["name"] == "base":
             assert row["ratio"] == row["ratio_min"] == row["ratio_max"] == row["memory_ratio"] == 1
     assert record["model"] == "tiny"
@@ -194,8 +197,8 @@ def test_every_path_has_a_row_and_compiled_steps_stand_beside_a_compiled_base(
     monkeypatch.setenv("CXX", sys.executable)
     graphs = counters["stats"]["unique_graphs"]
     record = bench_paths(model, PathsArgs(num_adapters=3, selected=2, new_tokens=3, **QUICK))
-    ours = [f"dlp-lora, {path}" for path in ("stacked", "concatenated", "merged", "compiled")]
-    others = ["base", "base again", "base, stacked", "peft one adapter", "base, compiled"]
+    ours = [f"dlp-lora, {path}" for path in ("stacked", "concatenated", "prepacked", "merged", "compiled")]
+    others = ["base", "base again", "base, stacked", "base, prepacked", "peft one adapter", "base, compiled"]
     assert sorted(row["name"] for row in record["rows"]) == sorted(ours + others)
     # One each, and one for the check, which gives masks that are not prepared: none for another prompt.
     assert counters["stats"]["unique_graphs"] == graphs + 3
@@ -329,7 +332,7 @@ def test_the_stacked_base_computes_what_the_base_does(model: Path, tmp_path: Pat
 def test_batches_decode_and_prefill_with_all_variants(model: Path, record_of: RecordOf) -> None:
     record = bench_decode(model, replace(SMALL, batch=3, target_modules=("all-linear",), rounds=1))
     assert record["settings"]["batch"] == 3
-    assert [row["name"] for row in record["rows"]][-2:] == ["peft one adapter", "peft another adapter a row"]
+    assert [row["name"] for row in record["rows"]][4:6] == ["peft one adapter", "peft another adapter a row"]
     rows = record_of("prefill")["rows"]
     assert [row["name"] for row in rows] == [
         "base",
@@ -340,6 +343,8 @@ def test_batches_decode_and_prefill_with_all_variants(model: Path, record_of: Re
         "dlp-lora, routed, 2 of 4 a sentence",
         "peft one adapter",
         "peft another adapter a row",
+        "dlp-lora, prepacked, 2 of 4 a row",
+        "dlp-lora, prepacked, 2 of 4 a sentence",
     ]
     assert all(row["ms"] > 0 and row["tokens_per_s"] > 0 for row in rows)
 

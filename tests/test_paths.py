@@ -17,8 +17,9 @@ from conftest import byte_tokenizer, make_adapter, tiny_model
 from dlp_lora import Engine, Mixture
 from dlp_lora.bank import AdapterBank
 from dlp_lora.errors import ModelError
-from dlp_lora.fused import FEW_ROWS, attach, detach, linear_layers, pair_dtype, siblings
+from dlp_lora.fused import FEW_ROWS, attach, detach, is_plain, linear_layers, pair_dtype, siblings
 from dlp_lora.peft_format import Adapter, LoraWeights, find_adapters, read_adapter
+from dlp_lora.prepacking import check_prepacking
 
 IDS = torch.arange(3, 27).reshape(3, 8) * 7 % 256
 OTHER = {"all": -0.7, "usual": 0.6}
@@ -81,6 +82,7 @@ PATHS: dict[str, Forward] = {
     "by sentence": by_sentence,
     "compiled": compiled,
     "paged": fixed,
+    "prepacked": fixed,
     "merged": merged,
 }
 
@@ -112,7 +114,7 @@ def engine_on(path: str, folder: Path, dtype: torch.dtype) -> Engine:
         attach(model, bank, stack=False)
         return Engine(model, tokenizer, bank)
     budget = 1e-6 if path == "paged" else None
-    engine = dlp_lora.load(model, tokenizer=tokenizer, adapters=folder, budget_mb=budget)
+    engine = dlp_lora.load(model, tokenizer=tokenizer, adapters=folder, budget_mb=budget, prepack=path == "prepacked")
     if path == "compiled":
         engine.compile(max_rank=16, backend="eager", fullgraph=True)
     return engine
@@ -230,6 +232,81 @@ def test_what_is_paged_is_no_longer_in_memory(folder: Path) -> None:
         fixed(engine, mixture, IDS)
         assert set(engine.bank._blocks) == set(mixture)
     assert engine.bank.num_misses == 2 + 1 + 2 + 0  # what the next mixture needs stays
+
+
+class TestPrepacked:
+    def test_every_product_with_base_weights_is_prepacked_unless_disabled(self, folder: Path) -> None:
+        engine = engine_on("prepacked", folder, torch.bfloat16)
+        config = engine.model.config
+        for mixture in ({"late": 1.0}, OTHER):
+            with engine.fixed(mixture):
+                # q, k, v; o; gate, up; down
+                assert num_products(engine.model) == 4 * config.num_hidden_layers + 1
+        with engine.disabled():
+            assert num_products(engine.model) == 0
+        with engine.merged(OTHER):
+            assert num_products(engine.model) == 0  # the base weights are other ones now
+
+    def test_where_gradients_are_asked_for_the_base_layers_are_called(self, folder: Path) -> None:
+        engine = engine_on("prepacked", folder, torch.float32)
+        with engine.fixed(OTHER):
+            loss = engine.model(IDS, labels=IDS).loss
+        loss.backward()
+        assert all(p.grad is not None for p in engine.model.parameters())
+
+    def test_the_weights_are_held_once_more_until_they_are_detached(self, folder: Path) -> None:
+        engine = engine_on("prepacked", folder, torch.bfloat16)
+        held = sum(group.prepacked_nbytes for group in engine.bank.groups)
+        assert held == sum(m.weight.nbytes for m in tiny_model(dtype=torch.bfloat16).modules() if is_plain(m))
+        engine.detach()
+        assert not any(group.prepacked_nbytes for group in engine.bank.groups)
+
+    @pytest.mark.parametrize("architecture", ["qwen2", "gpt2", "gemma"])
+    def test_biases_and_tied_heads(self, architecture: str, tmp_path: Path) -> None:
+        # GPT-2's c_attn stores its weight the other way round and is left as it is.
+        targets = ["c_attn", "lm_head"] if architecture == "gpt2" else ["q_proj", "down_proj"]
+        make_adapter(tiny_model(architecture), tmp_path / "one", seed=1, scale=0.05, target_modules=targets)
+        found, wanted = (
+            dlp_lora.load(tiny_model(architecture), tokenizer=byte_tokenizer(), adapters=tmp_path, prepack=prepack)
+            for prepack in (True, False)
+        )
+        with found.fixed({"one": 1.0}), wanted.fixed({"one": 1.0}):
+            assert num_products(found.model) > 0
+            torch.testing.assert_close(logits(found.model), logits(wanted.model), rtol=1e-4, atol=1e-4)
+        with found.disabled():
+            assert torch.equal(logits(found.model), logits(tiny_model(architecture)))
+
+    def test_an_adapter_added_later_is_computed_as_from_the_start(self, folder: Path, tmp_path: Path) -> None:
+        make_adapter(tiny_model(), tmp_path / "late", seed=5, scale=0.05)
+        late = dlp_lora.load(tiny_model(), tokenizer=byte_tokenizer(), adapters=tmp_path, prepack=True)
+        late.add_adapter(folder / "all")
+        engine = engine_on("prepacked", folder, torch.float32)
+        with late.fixed({"all": 0.7}), engine.fixed({"all": 0.7}):
+            assert torch.equal(logits(late.model), logits(engine.model))
+
+    def test_compiled_steps_compute_with_the_stacked_weights(self, folder: Path) -> None:
+        engine = engine_on("prepacked", folder, torch.float32)
+        engine.compile(max_rank=16, backend="eager", fullgraph=True)
+        wanted = compiled(engine_on("compiled", folder, torch.float32), OTHER, IDS)
+        torch.testing.assert_close(compiled(engine, OTHER, IDS), wanted, rtol=1e-4, atol=1e-4)
+
+    def test_what_cannot_be_prepacked_is_refused(self, folder: Path) -> None:
+        with pytest.raises(ModelError, match=r"cannot prepack float64 weights on this CPU: .*; leave prepack out"):
+            engine_on("prepacked", folder, torch.float64)
+        with pytest.raises(ModelError, match="prepack is for models on a CPU, and this one is on meta"):
+            check_prepacking(torch.empty(1, device="meta"))
+        model = tiny_model()
+        for module in model.modules():
+            module.register_forward_hook(lambda *_: None)
+        with pytest.raises(ModelError, match="no layer of LlamaForCausalLM can be prepacked"):
+            dlp_lora.load(model, tokenizer=byte_tokenizer(), adapters=folder, prepack=True)
+
+
+def num_products(model: torch.nn.Module) -> int:
+    """How many products with prepacked weights a pass takes."""
+    with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        model(IDS)
+    return sum(event.name == "mkldnn::_linear_pointwise" for event in profiler.events())
 
 
 def test_a_quantised_base_is_not_merged_into(folder: Path) -> None:

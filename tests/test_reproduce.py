@@ -314,7 +314,10 @@ def test_outputs_hold_the_runs_own_answers_serial_and_teacher_forced_ones_too(
     for method in ("base", "lora-r64"):
         by_index = {row["index"]: row for row in forced if row["method"] == method and row["task"] == "colours"}
         right = [exact_match(by_index[i]["text"], e.accepted) for i, e in enumerate(tasks()[0].test)]
-        assert record["teacher_forced"][method]["colours"]["accuracy"] == pytest.approx(np.mean(right), abs=1e-5)
+        mean = record["teacher_forced"][method]["colours"]["accuracy"]
+        assert mean == pytest.approx(np.mean(right), abs=1e-5)
+        low, high = record["teacher_forced_intervals"][method]["colours"]["accuracy"]
+        assert low <= mean <= high
     serial = [row for row in rows if row["part"] == "serial-2" and row["method"] == "dlp"]
     assert record["serial"]["serial-2"]["dlp"]["accuracy"] == np.mean([row["right"] for row in serial])
     assert len([row for row in rows if row["part"] == LARGER and row["model"] == "model"]) == 7

@@ -96,7 +96,8 @@ def test_dlp_is_set_against_the_main_methods_and_all_others_against_dlp() -> Non
 
 
 def test_seeds_that_answered_no_serial_prompt_leave_the_mean_to_the_others() -> None:
-    others = ("scores", "intervals", "composites", "composite_intervals", "differences", "teacher_forced")
+    forced = ("teacher_forced", "teacher_forced_intervals")
+    others = ("scores", "intervals", "composites", "composite_intervals", "differences", *forced)
     records = [
         {**{key: {} for key in others}, "serial": {"serial-2": own}} for own in ({"base": {"accuracy": 0.5}}, {})
     ]

@@ -69,6 +69,7 @@ class Engine:
         switching: Switching | None = None,
         kv_policy: KVPolicy = "keep",
         prompt_routing: PromptRouting = "questions",
+        prepack: bool = False,
     ) -> None:
         check_choices(kv_policy=kv_policy, prompt_routing=prompt_routing)
         if router is not None:
@@ -89,7 +90,7 @@ class Engine:
             eos_ids=_ids(generation.eos_token_id) | _ids(tokenizer.eos_token_id),
             pad_ids=_ids(generation.pad_token_id) | _ids(tokenizer.pad_token_id),
         )
-        attach(model, bank)
+        attach(model, bank, prepack=prepack)
         self._overridden = {name: vars(model).get(name) for name in ("forward", "get_compiled_call")}
         # `generate` over a static cache on a GPU would compile the controller, too.
         vars(model)["get_compiled_call"] = MethodType(_own_call, model)

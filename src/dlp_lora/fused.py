@@ -19,9 +19,10 @@ from transformers.pytorch_utils import Conv1D
 
 from dlp_lora.bank import AdapterBank
 from dlp_lora.errors import AdapterError, ModelError
-from dlp_lora.group import Group, LowRank, keep_alignment
+from dlp_lora.group import Group, LowRank, Projection, keep_alignment
 from dlp_lora.peft_format import Adapter, read_base_copies
 from dlp_lora.policy import Mixture
+from dlp_lora.prepacking import check_prepacking, prepacked, prepacked_linear
 
 # Names of layers of one parent that read one input, in the order they are called.
 SIBLINGS = (
@@ -94,17 +95,15 @@ class FusedLinear(nn.Module):
         return y
 
     def _project(self, x: Tensor) -> list[Tensor]:
-        weight, bias, sizes, pairs = self.group.projections[self.layer]  # type: ignore[index]
+        projection: Projection = self.group.projections[self.layer]  # type: ignore[index]
         shape = x.shape[:-1]
-        y = linear(x.reshape(-1, x.shape[-1]), weight, bias)
-        *outs, last = y.split(sizes, dim=1)
-        if not pairs:
-            outs.append(last)
-        else:
-            low = last.to(_dtype_for(y, self.group.dtype))
+        outs = project(x.reshape(-1, x.shape[-1]), projection, self.group.dtype)
+        if projection.pairs:
+            low = outs.pop()
+            low = low.to(_dtype_for(low, self.group.dtype))
             if self.group.gate is not None:
                 weigh(low, self.group.gate)
-            for sibling, rows, b in pairs:
+            for sibling, rows, b in projection.pairs:
                 add_product_(outs[sibling], low[:, rows], b)
         return [out.view(*shape, -1) for out in outs]
 
@@ -119,6 +118,19 @@ class FusedLinear(nn.Module):
         return self.base_layer.bias  # type: ignore[return-value]
 
 
+def project(x: Float[Tensor, "rows d_in"], projection: Projection, dtype: torch.dtype) -> list[Float[Tensor, "rows _"]]:
+    """Gives the siblings' base projections and, where there are pairs, the low-rank activations of all; those of few
+    rows may be in `dtype`, that of B."""
+    weight, bias, sizes, pairs, packed = projection
+    if torch.compiler.is_compiling() or packed is None or _is_faster_in_halves(x):
+        return list(linear(x, weight, bias).split(sizes, dim=1))
+    y = prepacked_linear(x, packed.weight, packed.bias)
+    if not pairs:
+        return list(y.split(sizes, dim=1))
+    dtype = _dtype_for(x, dtype)
+    return [*y.split(sizes[:-1], dim=1), F.linear(x.to(dtype), packed.a.to(dtype))]
+
+
 def linear(
     x: Float[Tensor, "rows d_in"], weight: Float[Tensor, "d_out d_in"], bias: Float[Tensor, " d_out"] | None
 ) -> Float[Tensor, "rows d_out"]:
@@ -128,10 +140,14 @@ def linear(
     if HAS_AMX and x.itemsize == 2:
         y = torch.mv(weight, x[0]) if bias is None else torch.addmv(bias, weight, x[0])
         return y[None]
-    if x.dtype == torch.float32 and len(weight) % 2 == 0 and is_faster_in_halves(torch.get_num_threads()):
+    if len(weight) % 2 == 0 and _is_faster_in_halves(x):
         y = _in_halves(x, weight)
         return y if bias is None else y.add_(bias)
     return F.linear(x, weight, bias)
+
+
+def _is_faster_in_halves(x: Float[Tensor, "rows d_in"]) -> bool:
+    return x.shape[0] == 1 and x.dtype == torch.float32 and is_faster_in_halves(torch.get_num_threads())
 
 
 def _in_halves(x: Float[Tensor, "1 d_in"], weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "1 d_out"]:
@@ -215,15 +231,21 @@ def is_plain(layer: nn.Module) -> bool:
     )
 
 
-def attach(model: nn.Module, bank: AdapterBank, *, stack: bool = True) -> None:
+def attach(model: nn.Module, bank: AdapterBank, *, stack: bool = True, prepack: bool = False) -> None:
     """Puts a FusedLinear in the place of each layer that an adapter of the bank changes; may be called again.
 
     Where `stack`, the weights of plain layers become views of a tensor that holds A under them; nothing is held twice.
     So do those of siblings that no adapter changes: while something is fused, they are one product, too.
 
+    Where `prepack`, all stacked weights are held once more in oneDNN's layout, those of layers that no adapter changes
+    as well, and multiplied there while something is fused. They must not change from then on.
+
     Raises:
         AdapterError: if an adapter was trained on a base whose weights differ from the model's, where it tells.
+        ModelError: if weights cannot be prepacked here.
     """
+    if prepack:
+        check_prepacking(next(model.parameters()))
     for adapter in bank.adapters.values():
         check_base_copies(model, adapter)
     bank.clear()
@@ -234,14 +256,20 @@ def attach(model: nn.Module, bank: AdapterBank, *, stack: bool = True) -> None:
             continue
         flat = [layer for own in layers for layer in own]
         is_stackable = stack and all(map(is_plain, flat)) and _are_alike(flat)
-        if group not in touched and not (is_stackable and len(layers) > 1):
+        if group not in touched and not (is_stackable and (prepack or len(layers) > 1)):
             continue
         if is_stackable:
             group.stack(layers)  # type: ignore[arg-type]
+            if prepack:
+                group.prepack(prepacked)
         outputs = [Outputs() for _ in layers[0]]
         for s, names in enumerate(group.modules):
             for i, name in enumerate(names):
                 model.set_submodule(name, FusedLinear(layers[s][i], group, s, i, outputs[i]))
+    if prepack and not any(group.prepacked_nbytes for group in bank.groups):
+        raise ModelError(
+            f"no layer of {type(model).__name__} can be prepacked: none is a plain nn.Linear; leave it out"
+        )
 
 
 def detach(model: nn.Module) -> None:

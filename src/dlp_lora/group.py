@@ -7,7 +7,7 @@ the low-rank activations.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -49,6 +49,14 @@ class LowRank(NamedTuple):
     rows: slice
 
 
+class Prepacked(NamedTuple):
+    """The base weights `[W_1; ...]` of one layer once more, in oneDNN's own layout, and A beside them."""
+
+    weight: Tensor  # opaque
+    bias: Float[Tensor, " d_outs"] | None
+    a: Float[Tensor, "rank d_in"]
+
+
 class Projection(NamedTuple):
     """One layer's stacked weight `[W_1; ...; A_1; ...]` and its bias. `sizes` cuts the product into the siblings' base
     projections and, where there is a pair, the low-rank activations of all; `pairs` are the siblings that have one,
@@ -59,6 +67,7 @@ class Projection(NamedTuple):
     bias: Float[Tensor, " rows"] | None
     sizes: tuple[int, ...]
     pairs: tuple[tuple[int, slice, Float[Tensor, "rank d_out"]], ...]
+    prepacked: Prepacked | None
 
 
 class Group:
@@ -98,6 +107,7 @@ class Group:
         self._linears: list[list[nn.Linear]] | None = None  # [sibling][layer], once stacked
         self._weights: list[Float[Tensor, "rows d_in"]] = []  # of the layers, once stacked
         self._biases: list[Float[Tensor, " rows"] | None] = []
+        self._prepacked: list[Tensor] = []  # the layers' base weights once more, where they are prepacked
         # By sibling and first row of B, what lies there: the block, the first row of its sibling's A, the weight in B.
         self._laid: dict[tuple[int, int], tuple[ref[Block], int, float]] = {}
         # By the siblings' ranks, the least recently used first.
@@ -139,9 +149,20 @@ class Group:
                     parameter.data = _empty_as(parameter, parameter.shape).copy_(parameter.data)
         self._a = self._a.clone()
         self._laid.clear()
-        self._linears, self._weights, self._biases = None, [], []
+        self._linears, self._weights, self._biases, self._prepacked = None, [], [], []
         self._views.clear()
         self.clear()
+
+    def prepack(self, pack: Callable[[Tensor], Tensor]) -> None:
+        """Holds the base weights of a stacked group once more, as `pack` lays them out."""
+        self._prepacked = [pack(weight[: self._ends[-1]]) for weight in self._weights]
+        self._views.clear()
+        self.clear()
+
+    @property
+    def prepacked_nbytes(self) -> int:
+        """Bytes of memory that prepacked weights take."""
+        return sum(weight.numel() * weight.itemsize for weight in self._prepacked)
 
     def reserve(self, rank: int, ranks: Sequence[int]) -> None:
         """Makes room for mixtures of this rank, all siblings together, and of `ranks` for each of them."""
@@ -279,10 +300,18 @@ class Group:
                 None if (bias := self._biases[i]) is None else place(bias[:end]),
                 sizes,
                 tuple((s, pair[i].rows, pair[i].b) for s, pair in enumerate(pairs) if pair is not None),
+                self._prepacked_of(i, end),
             )
             for i in layers
         ]
         return pairs, projections
+
+    def _prepacked_of(self, layer: int, end: int) -> Prepacked | None:
+        if not self._prepacked:
+            return None
+        width, bias = self._ends[-1], self._biases[layer]
+        a = self._weights[layer][width:end].detach()
+        return Prepacked(self._prepacked[layer], None if bias is None else bias[:width], a)
 
 
 def keep_alignment(weights: Sequence[Tensor]) -> bool:

@@ -111,7 +111,7 @@ class DLPLoRALM(EngineLM):
     """What `--model dlp_lora` names; its arguments are those of `--model_args`.
 
     Either `bundle`, or `model`, `adapters` and `router`. A `model` beside a bundle takes the place of its base model;
-    `p` is `TopP.p`, in the place of the bundle's policy.
+    `p` is `TopP.p`, in the place of the bundle's policy; `prepack` is that of `dlp_lora.load`.
     """
 
     def __init__(
@@ -124,12 +124,18 @@ class DLPLoRALM(EngineLM):
         p: float | None = None,
         device: str | None = None,
         dtype: str = "auto",
+        prepack: bool = False,
         **options: Any,
     ) -> None:
         if str(device).startswith("cuda") and not torch.cuda.is_available():
             logger.warning("there is no CUDA device: running on the CPU")
             device = "cpu"  # lm-eval's command line asks for cuda:0 unless told otherwise
-        settings: dict[str, Any] = {"policy": None if p is None else TopP(p), "device": device, "dtype": dtype}
+        settings: dict[str, Any] = {
+            "policy": None if p is None else TopP(p),
+            "device": device,
+            "dtype": dtype,
+            "prepack": prepack,
+        }
         if bundle is not None:
             if adapters is not None or router is not None:
                 raise ValueError("bundle= holds adapters and router; leave adapters= and router= out")

@@ -44,6 +44,7 @@ NumAdapters = Annotated[int, "Adapters in the bank."]
 NewTokens = Annotated[int, "Tokens a run generates."]
 Batch = Annotated[int, "Prompts at once."]
 Dtypes = Annotated[tuple[str, ...], "Precisions of the base model."]
+Prepacked = Annotated[bool, "With prepacked weights, too, on a CPU."]
 
 
 @dataclass(frozen=True, kw_only=True)

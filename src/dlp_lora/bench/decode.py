@@ -1,7 +1,8 @@
 """The decode benchmark: time per generated token of DLP-LoRA and of PEFT over the plain base model.
 
 Sentence switching is live: the router, the policy and the fusing are inside the time. Beside the plain base stands a
-base with the same stacked products as ours, so that the price of the adapters alone is seen.
+base with the same stacked products as ours, and one with prepacked weights, so that the price of the adapters alone is
+seen.
 """
 
 from dataclasses import dataclass
@@ -9,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from dlp_lora.bench.agreement import Twin, check_paths
-from dlp_lora.bench.case import Batch, Case, Dtypes, NewTokens, NumAdapters, Row, quiet, run_cases
+from dlp_lora.bench.case import Batch, Case, Dtypes, NewTokens, NumAdapters, Prepacked, Row, quiet, run_cases
 from dlp_lora.bench.decoding import DecodingArgs, decoding_rows
 from dlp_lora.bench.models import (
     AGAIN,
     PEFT_MIXED,
     PEFT_ONE,
+    PREPACKED,
     STACKED,
     base_model,
     engine_with,
@@ -33,6 +35,7 @@ class DecodeArgs(DecodingArgs):
     batch: Batch = 1
     new_tokens: NewTokens = 64
     dtypes: Dtypes = ("bfloat16", "float32")
+    prepacked: Prepacked = True
 
 
 def bench_decode(model: str | Path, args: DecodeArgs | None = None, *, on_round: OnRound = quiet) -> dict[str, Any]:
@@ -63,6 +66,11 @@ def bench_decode(model: str | Path, args: DecodeArgs | None = None, *, on_round:
             PEFT_ONE: one,
             **({PEFT_MIXED: mixed} if given else {}),
         }
+        if args.prepacked and case.device.type == "cpu":
+            ours = engine_with(case, selected=args.selected, prepack=True)
+            variants[PREPACKED] = stacked_base(case, prepack=True)
+            variants[f"dlp-lora, prepacked, {args.selected} of {args.num_adapters}"] = ours
+            check_paths(ours, base, prompts[0], {**twins, PREPACKED: Twin(variants[PREPACKED], {})})
         rows = decoding_rows(case, variants, prompts, new_tokens=args.new_tokens, rounds=args.rounds, given=given)
         return list(rows.values())
 

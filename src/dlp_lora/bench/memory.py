@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from dlp_lora.bench.timing import Run, synchronise
 from dlp_lora.engine import Engine
+from dlp_lora.fused import FusedLinear
 
 MB = 2**20
 
@@ -63,12 +64,13 @@ def counted(name: str, variant: Any, run: Run, memory: dict[str, Memory], device
 
 
 def held_mb(*models: nn.Module, tensors: Iterable[Tensor] = ()) -> float:
-    """Megabytes of models' weights and buffers, and of other tensors, each storage once."""
+    """Megabytes of models' weights and buffers, prepacked ones included, and of other tensors, each storage once."""
     modules = [module for model in models for module in model.modules()]
     found = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values(), *vars(m).values())]
     held = [t for t in (*found, *tensors) if isinstance(t, Tensor)]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
-    return sum(storages.values()) / MB
+    groups = {module.group for module in modules if isinstance(module, FusedLinear)}
+    return (sum(storages.values()) + sum(group.prepacked_nbytes for group in groups)) / MB
 
 
 def read_mb(model: nn.Module) -> float:

@@ -25,6 +25,7 @@ from dlp_lora.router.encoder import albert_config
 
 AGAIN = "base again"
 STACKED = "base, stacked"
+PREPACKED = "base, prepacked"
 PEFT_ONE = "peft one adapter"
 PEFT_MIXED = "peft another adapter a row"
 
@@ -68,6 +69,7 @@ def engine_with(
     router: MakeRouter = mini_mlp,
     budget_mb: float | None = None,
     base: Any = None,
+    prepack: bool = False,
 ) -> Engine:
     """Our engine with `num_adapters` of the adapters, which fuses the `selected` likeliest at every sentence."""
     paths = dict(list(case.adapters.items())[:num_adapters])
@@ -80,17 +82,18 @@ def engine_with(
         # A router of random weights is never sure: without a margin it switches at every sentence.
         switching=Switching(min_tokens=4, margin=0.0),
         budget_mb=budget_mb,
+        prepack=prepack,
     )
 
 
-def stacked_base(case: Case) -> Any:
+def stacked_base(case: Case, *, prepack: bool = False) -> Any:
     """A base that enjoys the same stacked products as the engine's, with no adapter under them."""
     found = base_model(case)
     first = next(iter(case.adapters.values()))
     bank = AdapterBank(
         linear_layers(found), [read_adapter(first)], siblings=siblings(found), dtype=found.dtype, device=found.device
     )
-    attach(found, bank)
+    attach(found, bank, prepack=prepack)
     for group in bank.groups:
         group.rest(plain=False)
     return found

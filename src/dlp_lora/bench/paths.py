@@ -1,7 +1,7 @@
 """The paths benchmark: time per generated token of every way to compute a mixture, over the plain base model.
 
-Stacked and concatenated fused layers, and compiled steps, switch at every sentence; merged weights cannot. Beside the
-compiled steps stands the base compiled in the same way.
+Stacked, concatenated and prepacked fused layers, and compiled steps, switch at every sentence; merged weights cannot.
+Beside the compiled steps stands the base compiled in the same way, beside the prepacked layers the base prepacked.
 """
 
 import os
@@ -13,11 +13,12 @@ from typing import Annotated, Any
 from transformers import StaticCache
 
 from dlp_lora.bench.agreement import Twin, check_paths
-from dlp_lora.bench.case import Case, NumAdapters, Row, quiet, run_cases
+from dlp_lora.bench.case import Case, NumAdapters, Prepacked, Row, quiet, run_cases
 from dlp_lora.bench.decoding import DecodingArgs, decoding_rows, generation
 from dlp_lora.bench.models import (
     AGAIN,
     PEFT_ONE,
+    PREPACKED,
     STACKED,
     base_model,
     compiled_base,
@@ -39,6 +40,7 @@ class PathsArgs(DecodingArgs):
 
     num_adapters: NumAdapters = 26
     compiled: Annotated[bool, "Compiled steps, too; on a CPU they need a C++ compiler."] = True
+    prepacked: Prepacked = True
 
 
 def bench_paths(model: str | Path, args: PathsArgs | None = None, *, on_round: OnRound = quiet) -> dict[str, Any]:
@@ -71,6 +73,11 @@ def bench_paths(model: str | Path, args: PathsArgs | None = None, *, on_round: O
             "dlp-lora, merged": merged,
             PEFT_ONE: one,
         }
+        if args.prepacked and case.device.type == "cpu":
+            packed = engine_with(case, selected=args.selected, prepack=True)
+            check_paths(packed, base, prompts[0], twins)
+            variants[PREPACKED] = stacked_base(case, prepack=True)
+            variants["dlp-lora, prepacked"] = packed
         given: dict[str, dict[str, Any]] = {}
         if args.compiled:
             length = max(prompt["input_ids"].shape[1] for prompt in prompts) + args.new_tokens

@@ -11,7 +11,18 @@ from typing import Annotated, Any, cast
 import torch
 
 from dlp_lora.bench.agreement import Twin, check_paths, check_sentences
-from dlp_lora.bench.case import AdapterBenchArgs, Batch, Case, Dtypes, NumAdapters, Rounds, Row, quiet, run_cases
+from dlp_lora.bench.case import (
+    AdapterBenchArgs,
+    Batch,
+    Case,
+    Dtypes,
+    NumAdapters,
+    Prepacked,
+    Rounds,
+    Row,
+    quiet,
+    run_cases,
+)
 from dlp_lora.bench.memory import Memory, counted
 from dlp_lora.bench.models import AGAIN, PEFT_MIXED, PEFT_ONE, base_model, engine_with, peft_many, peft_one, thawed
 from dlp_lora.bench.timing import BASE, OnRound, Run, interleave, synchronise
@@ -30,6 +41,7 @@ class PrefillArgs(AdapterBenchArgs):
     batch: Batch = 4
     length: Annotated[int, "Tokens of each prompt."] = 512
     dtypes: Dtypes = ("bfloat16", "float32")
+    prepacked: Prepacked = True
 
 
 def bench_prefill(model: str | Path, args: PrefillArgs | None = None, *, on_round: OnRound = quiet) -> dict[str, Any]:
@@ -75,6 +87,16 @@ def bench_prefill(model: str | Path, args: PrefillArgs | None = None, *, on_roun
             PEFT_ONE: (one, _forward(one, inputs)),
             PEFT_MIXED: (mixed, _forward(mixed, {**inputs, "adapter_names": row_names})),
         }
+        if args.prepacked and case.device.type == "cpu":
+            ours = engine_with(case, selected=k, prepack=True)
+            check_paths(ours, base, checked, twins)
+            check_sentences(ours, base, checked)
+            for what, settings in (("row", {}), ("sentence", {"prompt_routing": "sentences"})):
+                under = partial(_routed, ours, **settings)
+                variants[f"dlp-lora, prepacked, {k} of {args.num_adapters} a {what}"] = (
+                    ours,
+                    _forward(ours.model, inputs, under=under),
+                )
         memory: dict[str, Memory] = {}
         runs = {name: counted(name, v, run, memory, case.device) for name, (v, run) in variants.items()}
         times = interleave(runs, rounds=args.rounds, scenario=case.scenario, on_round=case.on_round)

@@ -91,6 +91,9 @@ PromptRoutingOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ... [default: cpu]")]
+PrepackOption = Annotated[
+    bool, typer.Option("--prepack", help="Faster tokens on a CPU for a second copy of the linear layers' weights.")
+]
 
 
 def main() -> None:
@@ -117,6 +120,7 @@ class EngineOptions:
     p: PolicyOption = None
     prompt_routing: PromptRoutingOption = None
     device: DeviceOption = None
+    prepack: PrepackOption = False
 
 
 def open_engine(options: EngineOptions, *, need_router: bool = True) -> "Engine":
@@ -127,6 +131,7 @@ def open_engine(options: EngineOptions, *, need_router: bool = True) -> "Engine"
         "policy": TopP(options.p) if options.p is not None else None,
         "prompt_routing": options.prompt_routing,
         "device": options.device,
+        "prepack": options.prepack,
     }
     if options.device is not None:
         check_device(options.device)

@@ -117,7 +117,7 @@ def decode(args: DecodeArgs, output: Output, model: ModelOption = None) -> None:
 @bench.command()
 @with_options
 def paths(args: PathsArgs, output: Output, model: ModelOption = None) -> None:
-    """Time per generated token of every way to compute a mixture: stacked, concatenated, merged, compiled.
+    """Time per generated token of every way to compute a mixture: stacked, concatenated, prepacked, merged, compiled.
 
     Example: `dlp-lora bench paths --rounds 5 --no-compiled`
     """

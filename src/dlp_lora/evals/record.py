@@ -54,7 +54,8 @@ def merged(records: Sequence[dict[str, Any]], seeds: Sequence[int]) -> dict[str,
     first = records[0]
     if len(records) == 1:
         return first
-    kept = ("scores", "intervals", "composites", "composite_intervals", "differences", "serial", "teacher_forced")
+    forced = ("teacher_forced", "teacher_forced_intervals")
+    kept = ("scores", "intervals", "composites", "composite_intervals", "differences", "serial", *forced)
     by_seed = {str(seed): record["scores"] for seed, record in zip(seeds, records, strict=True)}
     return {**first, **{key: _mean([record[key] for record in records]) for key in kept}, "by_seed": by_seed}
 

@@ -131,13 +131,13 @@ def teacher_forced_table(record: Record) -> Table:
     rows = []
     for task in record.tasks:
         for metric in _metrics(record, "teacher_forced", task.name):
-            values = [record.at("teacher_forced", method, task.name, metric) for method in methods]
+            measures = [record.teacher_forced(method, task.name, metric) for method in methods]
             theirs = paper.row(task.paper_name, metric)
             rows.append(
                 (
                     task.label,
                     METRICS.get(metric, metric),
-                    *(plain(None if value is None else value * points(metric)) for value in values),
+                    *map(cell, measures),
                     *((plain(value, digits=2) for value in theirs) if theirs else [None] * len(paper.COLUMNS)),
                 )
             )
@@ -153,6 +153,7 @@ def teacher_forced_table(record: Record) -> Table:
         notes=(
             "Each token is predicted from the right ones before it. "
             "That is easier than to answer, and says little about how often an answer is right.",
+            INTERVALS,
         ),
         num_labels=2,
         folded=True,

@@ -56,6 +56,7 @@ _SHAPE: Mapping[str, Any] = {
     "composite_intervals": {_EACH: {_EACH: {_EACH: _PAIR}}},
     "differences": {_EACH: {_EACH: {_EACH: {"value": _NUMBER, "interval": _PAIR}}}},
     "teacher_forced": {_EACH: _BY_TASK},
+    "teacher_forced_intervals": {_EACH: {_EACH: {_EACH: _PAIR}}},
     "serial": {_EACH: {_EACH: _SERIAL}},
     "router": {
         "accuracy": _NUMBER,
@@ -168,6 +169,13 @@ class Record:
             return None
         seeds = self.seed_means(method, [task], metric)
         return _measure(value, _hull(self.at("intervals", method, task, metric), _extremes(seeds)), metric)
+
+    def teacher_forced(self, method: str, task: str, metric: str) -> Measure | None:
+        """A method's teacher-forced score on a task, in its bootstrap interval."""
+        value = self.at("teacher_forced", method, task, metric)
+        if value is None:
+            return None
+        return _measure(value, self.at("teacher_forced_intervals", method, task, metric), metric)
 
     def mean(self, method: str, tasks: Iterable[str], metric: str) -> Measure | None:
         """A method's mean score over tasks; None unless it has one on each of them."""
