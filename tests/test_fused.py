@@ -591,6 +591,29 @@ def test_how_a_row_is_multiplied_is_measured_once_for_each_number_of_threads() -
     assert (is_faster_in_halves.cache_info().misses, is_faster_in_halves.cache_info().hits) == (2, 2)
 
 
+@pytest.mark.parametrize("fast", ["linear", "halves"])
+def test_layers_without_adapters_take_the_faster_way_too(
+    monkeypatch: pytest.MonkeyPatch, llama: PreTrainedModel, tmp_path: Path, fast: str
+) -> None:
+    monkeypatch.setattr("dlp_lora.fused.HAS_AMX", False)
+    monkeypatch.setattr("dlp_lora.fused.is_faster_in_halves", lambda num_threads: fast == "halves")
+    folder = make_adapter(llama, tmp_path / "it", seed=1, target_modules=["q_proj", "v_proj"])
+    ids, before = torch.tensor([[7]]), snapshot(llama)
+    plain, wanted = logits(llama, ids), logits(reference.with_mixture(tiny_model(), {"it": 1.0}, {"it": folder}), ids)
+    bank = AdapterBank(linear_layers(llama), [read_adapter(folder, "it")], siblings=siblings(llama))
+    attach(llama, bank)
+    assert isinstance(llama.lm_head, FusedLinear) == (fast == "halves")
+    bank.fuse([Mixture({"it": 1.0})])
+    with torch.profiler.profile() as profile:
+        assert error(logits(llama, ids), wanted) < 1e-5
+    halved = sum(e.count for e in profile.key_averages() if e.key == "aten::bmm")
+    assert halved == (2 * 4 + 1 if fast == "halves" else 0)  # two layers of q, k, v; o; gate, up; down; the head
+    bank.clear()
+    assert torch.equal(logits(llama, ids), plain)
+    detach(llama)
+    assert snapshot(llama) == before
+
+
 def test_a_layer_that_is_given_all_rows_tokens_as_one_list_is_gated(tmp_path: Path) -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

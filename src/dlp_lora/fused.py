@@ -146,6 +146,15 @@ def linear(
     return F.linear(x, weight, bias)
 
 
+def _has_faster_way(weight: Any) -> bool:
+    """Whether `linear` multiplies one row otherwise than `F.linear`."""
+    if weight.device.type != "cpu":
+        return False
+    return (HAS_AMX and weight.itemsize == 2) or (
+        weight.dtype == torch.float32 and is_faster_in_halves(torch.get_num_threads())
+    )
+
+
 def _is_faster_in_halves(x: Float[Tensor, "rows d_in"]) -> bool:
     return x.shape[0] == 1 and x.dtype == torch.float32 and is_faster_in_halves(torch.get_num_threads())
 
@@ -235,7 +244,8 @@ def attach(model: nn.Module, bank: AdapterBank, *, stack: bool = True, prepack: 
     """Puts a FusedLinear in the place of each layer that an adapter of the bank changes; may be called again.
 
     Where `stack`, the weights of plain layers become views of a tensor that holds A under them; nothing is held twice.
-    So do those of siblings that no adapter changes: while something is fused, they are one product, too.
+    So do those of siblings that no adapter changes, as while something is fused, they are one product, too; and on a CPU
+    those of single layers, where one row is multiplied faster than by `F.linear`.
 
     Where `prepack`, all stacked weights are held once more in oneDNN's layout, those of layers that no adapter changes
     as well, and multiplied there while something is fused. They must not change from then on.
@@ -256,7 +266,8 @@ def attach(model: nn.Module, bank: AdapterBank, *, stack: bool = True, prepack: 
             continue
         flat = [layer for own in layers for layer in own]
         is_stackable = stack and all(map(is_plain, flat)) and _are_alike(flat)
-        if group not in touched and not (is_stackable and (prepack or len(layers) > 1)):
+        gains = is_stackable and (prepack or len(layers) > 1 or _has_faster_way(flat[0].weight))
+        if group not in touched and not gains:
             continue
         if is_stackable:
             group.stack(layers)  # type: ignore[arg-type]
