@@ -128,6 +128,11 @@ def test_the_parts_of_a_bundle_answer_as_the_bundle_does(work: Path) -> None:
     assert ok("generate", "Hello", *parts, *QUICK) == ok("generate", "Hello", "--bundle", work / "bundle", *QUICK)
 
 
+def test_prepacked_weights_give_the_same_answer(work: Path) -> None:
+    ask = ("generate", "What is 3 plus 1?", "--bundle", work / "bundle", *QUICK)
+    assert ok(*ask, "--prepack") == ok(*ask)
+
+
 def test_json_lines_from_standard_input_are_answered_line_by_line(work: Path) -> None:
     lines = [
         {"prompt": "What is 3 plus 1?", "id": 7},

@@ -244,7 +244,7 @@ def attach(model: nn.Module, bank: AdapterBank, *, stack: bool = True, prepack: 
     """Puts a FusedLinear in the place of each layer that an adapter of the bank changes; may be called again.
 
     Where `stack`, the weights of plain layers become views of a tensor that holds A under them; nothing is held twice.
-    So do those of siblings that no adapter changes, as while something is fused, they are one product, too; and on a CPU
+    So do those of siblings that no adapter changes, which are one product, too, while something is fused; and on a CPU
     those of single layers, where one row is multiplied faster than by `F.linear`.
 
     Where `prepack`, all stacked weights are held once more in oneDNN's layout, those of layers that no adapter changes
