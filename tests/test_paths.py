@@ -17,7 +17,7 @@ from conftest import byte_tokenizer, make_adapter, tiny_model
 from dlp_lora import Engine, Mixture
 from dlp_lora.bank import AdapterBank
 from dlp_lora.errors import ModelError
-from dlp_lora.fused import FEW_ROWS, attach, detach, is_plain, linear_layers, pair_dtype, siblings
+from dlp_lora.fused import FEW_ROWS, FusedLinear, attach, detach, is_plain, linear_layers, pair_dtype, siblings
 from dlp_lora.peft_format import Adapter, LoraWeights, find_adapters, read_adapter
 from dlp_lora.prepacking import check_prepacking
 
@@ -300,6 +300,7 @@ class TestPrepacked:
             module.register_forward_hook(lambda *_: None)
         with pytest.raises(ModelError, match="no layer of LlamaForCausalLM can be prepacked"):
             dlp_lora.load(model, tokenizer=byte_tokenizer(), adapters=folder, prepack=True)
+        assert not any(isinstance(module, FusedLinear) for module in model.modules())
 
 
 def num_products(model: torch.nn.Module) -> int:

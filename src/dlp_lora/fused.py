@@ -278,6 +278,7 @@ def attach(model: nn.Module, bank: AdapterBank, *, stack: bool = True, prepack: 
             for i, name in enumerate(names):
                 model.set_submodule(name, FusedLinear(layers[s][i], group, s, i, outputs[i]))
     if prepack and not any(group.prepacked_nbytes for group in bank.groups):
+        detach(model)
         raise ModelError(
             f"no layer of {type(model).__name__} can be prepacked: none is a plain nn.Linear; leave it out"
         )
