@@ -261,6 +261,18 @@ class TestPrepacked:
         engine.detach()
         assert not any(group.prepacked_nbytes for group in engine.bank.groups)
 
+    def test_loaded_weights_are_laid_out_anew(self, folder: Path) -> None:
+        engine, other = engine_on("prepacked", folder, torch.bfloat16), tiny_model(seed=1, dtype=torch.bfloat16)
+        wanted = dlp_lora.load(tiny_model(seed=1, dtype=torch.bfloat16), tokenizer=byte_tokenizer(), adapters=folder)
+        with engine.fixed(OTHER), wanted.fixed(OTHER):
+            before = logits(engine.model)
+            assert torch.equal(logits(engine.model), before)
+            with torch.no_grad():
+                for name, parameter in engine.model.named_parameters():
+                    parameter.copy_(other.get_parameter(name.replace(".base_layer", "")))
+            assert error(logits(engine.model), logits(wanted.model)) < tolerance(torch.bfloat16)
+            assert error(logits(engine.model), before) > 0.1
+
     @pytest.mark.parametrize("architecture", ["qwen2", "gpt2", "gemma"])
     def test_biases_and_tied_heads(self, architecture: str, tmp_path: Path) -> None:
         # GPT-2's c_attn stores its weight the other way round and is left as it is.

@@ -170,6 +170,8 @@ class AdapterBank:
         """
         if self.is_merged:
             return
+        if sum(group.repack() for group in self.groups):  # of all of them
+            self._fused = None
         rows = tuple(mixtures) if len(set(mixtures)) > 1 else tuple(mixtures[:1])
         tokens = None if len(rows) == 1 else tokens
         goes_on = goes_on and len(rows) > 1 and not padded

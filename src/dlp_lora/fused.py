@@ -248,7 +248,8 @@ def attach(model: nn.Module, bank: AdapterBank, *, stack: bool = True, prepack: 
     those of single layers, where one row is multiplied faster than by `F.linear`.
 
     Where `prepack`, all stacked weights are held once more in oneDNN's layout, those of layers that no adapter changes
-    as well, and multiplied there while something is fused. They must not change from then on.
+    as well, and multiplied there while something is fused. The next `fuse` sees weights that were loaded or copied into
+    the base since, but not what was done to their `.data`.
 
     Raises:
         AdapterError: if an adapter was trained on a base whose weights differ from the model's, where it tells.

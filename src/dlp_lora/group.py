@@ -108,6 +108,7 @@ class Group:
         self._weights: list[Float[Tensor, "rows d_in"]] = []  # of the layers, once stacked
         self._biases: list[Float[Tensor, " rows"] | None] = []
         self._prepacked: list[Tensor] = []  # the layers' base weights once more, where they are prepacked
+        self._packed_versions: list[int] = []  # of the weights, when they were
         # By sibling and first row of B, what lies there: the block, the first row of its sibling's A, the weight in B.
         self._laid: dict[tuple[int, int], tuple[ref[Block], int, float]] = {}
         # By the siblings' ranks, the least recently used first.
@@ -155,9 +156,22 @@ class Group:
 
     def prepack(self, pack: Callable[[Tensor], Tensor]) -> None:
         """Holds the base weights of a stacked group once more, as `pack` lays them out."""
+        self._pack, self._packed_versions = pack, self._versions()
         self._prepacked = [pack(weight[: self._ends[-1]]) for weight in self._weights]
         self._views.clear()
         self.clear()
+
+    def repack(self) -> bool:
+        """Lays prepacked weights out anew, and fuses nothing, where the base's were changed since; says whether."""
+        if not self._prepacked or self._versions() == self._packed_versions:
+            return False
+        self.prepack(self._pack)
+        return True
+
+    def _versions(self) -> list[int]:
+        linears = [linear for layers in self._linears or () for linear in layers]
+        parameters = [p for linear in linears for p in (linear.weight, linear.bias) if p is not None]
+        return [0 if p.is_inference() else p._version for p in parameters]
 
     @property
     def prepacked_nbytes(self) -> int:
