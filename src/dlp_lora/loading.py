@@ -53,8 +53,8 @@ def load(
             prompt as one, "sentences" also encodes each sentence of a prompt under its own mixture.
         base_model: takes the place of the base model that a bundle names.
         budget_mb: keeps adapters on disk and at most so many megabytes of them in memory, those used last.
-        prepack: on a CPU, holds the linear layers' weights once more as oneDNN multiplies them, for faster tokens. What is
-            then done to the `.data` of the base's weights is not seen.
+        prepack: on a CPU, holds the linear layers' weights once more as oneDNN multiplies them, for faster tokens.
+            What is then done to the `.data` of the base's weights is not seen.
         strict: refuses adapters that say they were trained on a model of another name, instead of warning.
         model_kwargs: go to `AutoModelForCausalLM.from_pretrained`.
 
