@@ -110,6 +110,7 @@ def test_rows_of_any_mixtures_run_in_one_graph(engine: Engine, plain: Engine, co
         [MIXTURES[i], MIXTURES[(i + j) % 5], MIXTURES[(i + 3) % 5]] for i in range(5) for j in range(3)
     ]
     batches += MIXTURES  # one for all rows
+    steps(engine, MIXTURES[:1])
     steps(engine, batches[:1], rows=3)
     with no_new_graph(counter):
         found = steps(engine, batches, rows=3)

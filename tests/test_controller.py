@@ -25,6 +25,7 @@ from dlp_lora import (
     TopK,
     TopP,
 )
+from dlp_lora.rows import CACHE_NAME, CACHE_NAMES
 from dlp_lora.sentences import split
 
 MakeEngine = Callable[..., Engine]
@@ -485,6 +486,30 @@ class TestCaches:
                 assert (found - expected).abs().max() > 1e-2
             else:
                 torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("way", [*CACHE_NAMES, "by position"])
+    @torch.no_grad()
+    def test_a_cache_is_followed_however_it_is_given(self, engine: Engine, way: str) -> None:
+        if way == "cache" and CACHE_NAME != "cache":
+            pytest.skip("this version of transformers has the older name alone")
+        answer = tokens_of("So it is. We know.")
+        expected, trace = steps(engine, answer, prefill(engine, "Why?")), row_of(engine)
+        ids = torch.tensor([[EOS_ID, *tokens_of("Why?")]])
+        mask = torch.tensor([[0, *[1] * (ids.shape[1] - 1)]])
+        cache, found = DynamicCache(), []
+        for tokens in (ids, *torch.tensor(answer)[:, None, None]):
+            if tokens is not ids:
+                mask = torch.cat([mask, torch.ones(1, 1, dtype=torch.long)], dim=1)
+            places = (mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+            if way == "by position":
+                output = engine.model(tokens, mask, places, cache)
+            else:
+                output = engine.model(tokens, attention_mask=mask, position_ids=places, **{way: cache})
+            found.append(output.logits[0, -1])
+        torch.testing.assert_close(torch.stack(found[1:]), expected, rtol=1e-4, atol=1e-4)
+        now = row_of(engine)
+        assert len(now) == 2
+        assert [(s.text, s.mixture) for s in now] == [(s.text, s.mixture) for s in trace]
 
     def test_a_cropped_cache_is_routed_on_what_is_left(self, engine: Engine) -> None:
         router = engine.router

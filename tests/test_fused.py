@@ -298,16 +298,19 @@ def test_weights_keep_the_alignment_on_which_the_rounding_of_a_product_hangs(
     assert torch.equal(logits(model, IDS[:1, :1]), expected)
 
 
-def test_only_layers_that_an_adapter_changes_and_siblings_are_replaced(
-    llama: PreTrainedModel, tmp_path: Path, path: str
+@pytest.mark.parametrize("faster", [False, True], ids=["as F.linear", "one row faster"])
+def test_only_layers_that_gain_by_it_are_replaced(
+    llama: PreTrainedModel, tmp_path: Path, path: str, monkeypatch: pytest.MonkeyPatch, faster: bool
 ) -> None:
+    monkeypatch.setattr("dlp_lora.fused._has_faster_way", lambda weight: faster)  # whatever this CPU is like
     folder = make_adapter(llama, tmp_path / "it", seed=1, target_modules=["q_proj", "down_proj"])
     with fused(llama, {"it": folder}):
         replaced = {name for name, module in llama.named_modules() if isinstance(module, FusedLinear)}
     names = {"self_attn.q_proj", "mlp.down_proj"}
     if path == "siblings stacked":
         names |= {"self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"}
-    assert replaced == {f"model.layers.{i}.{name}" for i in (0, 1) for name in names}
+    expected = {f"model.layers.{i}.{name}" for i in (0, 1) for name in names}
+    assert replaced == (set(linear_layers(llama)) if faster and path != "concatenated" else expected)
 
 
 def test_a_fused_layer_shows_its_base_layers_weight_and_bias(tmp_path: Path) -> None:

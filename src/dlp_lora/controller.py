@@ -11,6 +11,7 @@ Several threads may run the model at once: their passes take turns. A pass holds
 routed until it has ended, and what it leaves behind belongs to its thread.
 """
 
+import inspect
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,14 +21,26 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
-from transformers import Cache, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from dlp_lora.bank import AdapterBank
 from dlp_lora.errors import PromptError, RouterError
 from dlp_lora.policy import FusionPolicy, KVPolicy, Mixture, PromptRouting, Switching, choose
 from dlp_lora.questions import questions_of, read_in_turn, route
 from dlp_lora.router import Context, Router
-from dlp_lora.rows import Alive, CachedRows, Decision, LatestRows, Row, Sentence, adapters_of, bind, rows_of
+from dlp_lora.rows import (
+    Alive,
+    CachedRows,
+    Decision,
+    LatestRows,
+    Row,
+    Sentence,
+    adapters_of,
+    bind,
+    cache_among,
+    cache_of,
+    rows_of,
+)
 from dlp_lora.sentences import Segmenter
 from dlp_lora.text import Detokenizer, Passage, PromptReader
 
@@ -89,16 +102,20 @@ class Controller:
     def install(self, model: torch.nn.Module) -> None:
         """Puts the controller around a model's `forward`."""
         plain = self._plain = model.forward
+        names = [p.name for p in inspect.signature(plain).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
 
         # No pair of hooks: an interrupt between them would leave the lock with a thread that is done.
         @wraps(plain)
         def forward(*args: Any, **kwargs: Any) -> Any:
+            # By name, so that a mask or a cache given by position is seen; what does not go together fails below.
+            if len(args) <= len(names) and not kwargs.keys() & names[: len(args)]:
+                args, kwargs = (), {**dict(zip(names, args, strict=False)), **kwargs}
             with self.bank.lock:
                 rows, args, kwargs = self._before(args, kwargs)
                 run = plain if self._compiled is None or not self.bank.is_padded else self._compiled
                 output = run(*args, **kwargs)
-                cache = getattr(output, "past_key_values", None)
-                if rows is not None and isinstance(cache, Cache) and rows_of(cache) is None:
+                cache = cache_of(output)
+                if rows is not None and cache is not None and rows_of(cache) is None:
                     bind(cache, rows)
             return output
 
@@ -120,7 +137,7 @@ class Controller:
                 )
             self.bank.fuse(self._fixed_for(kwargs["inputs_embeds"].shape[0]))
             return Pass(None, args, kwargs)
-        cache = kwargs.get("past_key_values")
+        cache = cache_among(kwargs.values())
         known = rows_of(cache)
         length = int(cache.get_seq_length()) if cache is not None else 0
         mask = kwargs.get("attention_mask")
@@ -346,7 +363,8 @@ class Controller:
     def _recompute(self, ids: Tensor, kwargs: dict[str, Any], *, num_logits: int) -> dict[str, Any]:
         """Turns a decoding step into a pass over all tokens so far, into an emptied cache."""
         kwargs = {k: v for k, v in kwargs.items() if k not in ("input_ids", "position_ids", "cache_position")}
-        cache, mask = kwargs["past_key_values"], kwargs.get("attention_mask")
+        cache: Any = cache_among(kwargs.values())
+        mask = kwargs.get("attention_mask")
         if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
             raise ValueError(
                 "kv_policy='recompute' needs an attention mask of (batch, seq), which static caches do not come with; "
@@ -362,8 +380,8 @@ class Controller:
 
 
 def _is_static(kwargs: Mapping[str, Any]) -> bool:
-    cache = kwargs.get("past_key_values")
-    return isinstance(cache, Cache) and bool(cache.is_compileable)
+    cache = cache_among(kwargs.values())
+    return cache is not None and bool(cache.is_compileable)
 
 
 def _kept(ids: Tensor, mask: Any) -> Bool[Tensor, "batch seq"]:

@@ -4,7 +4,7 @@ A row follows its cache wherever that goes: reordered by beam search, copied, cr
 the next token. Its trace is what a person sees of it: a Sentence each.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -13,12 +13,15 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 from transformers import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from dlp_lora.policy import Mixture
 from dlp_lora.sentences import Segmenter
 from dlp_lora.text import Detokenizer
 
 ROWS = "_dlp_lora_rows"
+CACHE_NAMES = ("cache", "past_key_values")  # from transformers 5.24 on, and before
+CACHE_NAME = next(name for name in CACHE_NAMES if name in CausalLMOutputWithPast.__dataclass_fields__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +191,21 @@ def adapters_of(alive: Alive) -> set[str]:
     rows = [row for cached in caches for row in cached.rows]
     mixtures = [mixture for row in rows for mixture in (row.mixture, *(s.mixture for s in row.prompt_trace))]
     return {name for mixture in mixtures for name in mixture}
+
+
+def cache_argument(cache: Cache | None) -> dict[str, Any]:
+    """The keyword argument that gives a forward pass its KV cache, as this version of transformers names it."""
+    return {CACHE_NAME: cache}
+
+
+def cache_among(values: Iterable[Any]) -> Cache | None:
+    """The KV cache among the arguments or the outputs of a forward pass, whatever its name."""
+    return next((value for value in values if isinstance(value, Cache)), None)
+
+
+def cache_of(output: Any) -> Cache | None:
+    """The KV cache that a forward pass left in its output."""
+    return cache_among(output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ())
 
 
 def rows_of(cache: Cache | None) -> CachedRows | None:

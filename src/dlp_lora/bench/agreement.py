@@ -15,7 +15,7 @@ from transformers import Cache
 from dlp_lora.engine import Engine
 from dlp_lora.errors import DLPLoRAError
 from dlp_lora.policy import FusionPolicy, Mixture
-from dlp_lora.rows import Row, rows_of
+from dlp_lora.rows import Row, cache_argument, cache_of, rows_of
 
 # In bfloat16, two paths of SmolLM2-135M that round differently are 3 % apart, as much as a small random adapter changes
 # the logits. So adapters are made louder until they change them by this share, and of that change, paths may differ by:
@@ -88,7 +88,7 @@ def check_sentences(engine: Engine, base: Any, inputs: Mapping[str, Tensor]) -> 
         found = output.logits.float()
         if not _distance(expected, found) < heard:
             break
-    rows = rows_of(output.past_key_values).rows  # type: ignore[union-attr]
+    rows = rows_of(cache_of(output)).rows  # type: ignore[union-attr]
     apart = torch.cat([_sentence_by_sentence(engine, *each) for each in zip(inputs["input_ids"], rows, strict=True)])
     error, change = _distance(found, apart), max(heard, _distance(expected, apart))
     if not error <= TOLERANCE[base.dtype] * change:
@@ -107,9 +107,9 @@ def _sentence_by_sentence(engine: Engine, ids: Int[Tensor, " seq"], row: Row) ->
     parts = [(s.start, s.end, s.mixture) for s in row.prompt_trace] + [(end, len(ids), row.mixture)]
     output: Any = None
     for start, end, mixture in parts:
-        cache = None if output is None else output.past_key_values
+        cache = None if output is None else cache_of(output)
         with engine.fixed(mixture):
-            output = engine.model(ids[None, start:end], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            output = engine.model(ids[None, start:end], **cache_argument(cache), use_cache=True, logits_to_keep=1)
     logits: Tensor = output.logits
     return logits.float()
 
@@ -142,8 +142,8 @@ def _logits(
 ) -> Float[Tensor, "batch 2 vocab"]:
     """Those of the last token of each prompt, and of one more behind it on the cache."""
     cache = None if make_cache is None else make_cache()
-    read = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    read = model(**inputs, **cache_argument(cache), use_cache=True, logits_to_keep=1)
     ids, mask = inputs["input_ids"][:, -1:], inputs.get("attention_mask")
     masks = {} if mask is None else {"attention_mask": torch.cat([mask, torch.ones_like(ids)], dim=1)}
-    more = {**inputs, **masks, "input_ids": ids, "past_key_values": read.past_key_values}
+    more = {**inputs, **masks, "input_ids": ids, **cache_argument(cache_of(read))}
     return torch.cat([read.logits, model(**more, use_cache=True).logits], dim=1).float()

@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 from dlp_lora.engine import Engine
 from dlp_lora.policy import Mixture
+from dlp_lora.rows import cache_argument
 
 
 @torch.no_grad()
@@ -23,7 +24,7 @@ def choice_likelihoods(
     cache = DynamicCache()
     with engine.fixed(mixture):
         prompt = torch.tensor([list(read)], device=device)
-        first = model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+        first = model(prompt, **cache_argument(cache), use_cache=True, logits_to_keep=1).logits[0, -1]
         scores = [first.float().log_softmax(-1)[choice[0]] for choice in choices]
         width = max(len(choice) for choice in choices) - 1
         if width:
@@ -31,7 +32,7 @@ def choice_likelihoods(
             ids = torch.zeros(len(choices), width, dtype=torch.long, device=device)
             for i, choice in enumerate(choices):
                 ids[i, : len(choice) - 1] = torch.tensor(choice[:-1])
-            logits = model(ids, past_key_values=cache, use_cache=True).logits.float().log_softmax(-1)
+            logits = model(ids, **cache_argument(cache), use_cache=True).logits.float().log_softmax(-1)
             for i, choice in enumerate(choices):
                 learned = torch.tensor(choice[1:], device=device)
                 scores[i] = scores[i] + logits[i, : len(choice) - 1].gather(-1, learned[:, None]).sum()
