@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from transformers import PreTrainedModel
 
 import dlp_lora
@@ -20,6 +21,7 @@ from dlp_lora.evals.methods import METHODS as METHODS_BY_NAME
 from dlp_lora.evals.metrics import exact_match
 from dlp_lora.evals.serial import SerialPrompt, generate_serial, serial_methods
 from dlp_lora.recipe import read_recipe, recipes
+from dlp_lora.report import write_report
 from dlp_lora.reproduce import LARGER, Event, ReproduceArgs, reproduce, steps
 from dlp_lora.router import load_tokenizer, router_hash
 from dlp_lora.tasks import Example, Task
@@ -185,7 +187,7 @@ def test_each_method_fused_what_it_says(whole: Whole) -> None:
 
 def test_answers_are_those_that_the_bundle_gives(model: Path, whole: Whole) -> None:
     rows = {(r["method"], r["task"], r["index"]): r["text"] for r in outputs(whole[0]) if r["part"] == "answers"}
-    engine = dlp_lora.load(whole[0].parent / "seed-0" / "bundle", base_model=model, dtype="bfloat16")
+    engine = dlp_lora.load(whole[0].parent / "seed-0" / "bundle", base_model=model, dtype=read(whole[0])["dtype"])
     prompt = tasks()[0].test[0].prompt
     assert engine.generate(prompt, max_new_tokens=4, do_sample=False).text == rows["dlp", "colours", 0]
     with engine.disabled():
@@ -283,6 +285,32 @@ def test_the_steps_are_those_that_report_progress(whole: Whole) -> None:
     assert {event.step for event in whole[1]} == set(steps(tasks(), SMALL))
 
 
+def test_the_single_lora_needs_no_other_adapter_and_no_router(model: Path, tmp_path: Path, whole: Whole) -> None:
+    alone, events = replace(SMALL, methods=("lora-r64",), serial=()), list[Event]()
+    record = reproduce(model, tasks(), tmp_path / "run", alone, infos=INFOS, on_event=events.append)
+    assert {event.step for event in events} == set(steps(tasks(), alone))
+    assert {folder.name for folder in (tmp_path / "run/seed-0").iterdir()} == {"lora-r64", "answers", "teacher_forced"}
+    found, expected = read(record), read(whole[0])
+    assert (found["router"], found["conversation"], found["training"]["adapters"]) == (None, None, {})
+    assert found["scores"] == {"lora-r64": expected["scores"]["lora-r64"]}
+    assert "lora-r64" in write_report(record.parent).markdown.read_text()
+    grown = reproduce(model, tasks(), tmp_path / "run", SMALL, infos=INFOS)
+    assert read(grown)["scores"] == expected["scores"]
+
+
+def test_a_run_goes_on_in_the_dtype_that_it_was_begun_in(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = replace(SMALL, methods=("oracle",), single_r=0, serial=(), teacher_forced=False)
+    monkeypatch.setattr("dlp_lora.training.adapters.training_dtype", lambda *on: torch.float32)
+    before = reproduce(model, tasks(), tmp_path, args, infos=INFOS).read_text()
+    assert json.loads(before)["dtype"] == "float32"
+    monkeypatch.setattr("dlp_lora.training.adapters.training_dtype", lambda *on: torch.bfloat16)
+    record = reproduce(model, tasks(), tmp_path, replace(args, methods=("base",)), infos=INFOS)
+    assert read(record)["dtype"] == "float32"
+    assert read(record)["scores"]["oracle"] == json.loads(before)["scores"]["oracle"]
+
+
 def test_a_larger_model_joins_a_finished_run_and_answers_without_adapters(
     whole: Whole, model: Path, tmp_path: Path
 ) -> None:
@@ -326,7 +354,7 @@ def test_outputs_hold_the_runs_own_answers_serial_and_teacher_forced_ones_too(
 
 def test_the_conversation_is_decoded_as_serial_prompts_are(model: Path, whole: Whole) -> None:
     said = read(whole[0])["conversation"]
-    engine = dlp_lora.load(whole[0].parent / "seed-0" / "bundle", base_model=model, dtype="bfloat16")
+    engine = dlp_lora.load(whole[0].parent / "seed-0" / "bundle", base_model=model, dtype=read(whole[0])["dtype"])
     examples = {e.prompt: (task.name, e) for task in tasks() for e in task.test}
     asked = [examples[prompt] for prompt in said["prompt"].split("\n\n")]
     prompt = SerialPrompt(tasks=tuple(name for name, _ in asked), examples=tuple(e for _, e in asked))

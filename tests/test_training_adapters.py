@@ -31,6 +31,7 @@ from dlp_lora.training.adapters import (
     load_base,
     train_adapter,
     train_adapters,
+    training_dtype,
 )
 from dlp_lora.training.args import PAPER, AdapterTrainingArgs
 from dlp_lora.training.batches import micro_batches
@@ -386,6 +387,27 @@ def test_a_base_model_is_loaded_with_its_tokenizer(tmp_path: Path) -> None:
     assert not model.training
     given = lively_model().state_dict()
     assert all(torch.equal(tensor.cpu(), given[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("slower", [torch.bfloat16, torch.float32])
+def test_a_base_is_trained_in_the_dtype_whose_products_are_faster(
+    monkeypatch: pytest.MonkeyPatch, slower: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(adapters_module, "_seconds_of_product", lambda dtype: 2.0 if dtype == slower else 1.0)
+    found = training_dtype.__wrapped__("cpu", 1)
+    assert found == (torch.float32 if slower == torch.bfloat16 else torch.bfloat16)
+
+
+def test_a_base_is_trained_in_float32_where_the_cpu_has_no_other_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert training_dtype.__wrapped__("cpu", 1) == torch.float32
+    assert training_dtype.__wrapped__("cuda", 1) == torch.bfloat16
+
+
+def test_products_are_timed_in_both_dtypes() -> None:
+    assert adapters_module._seconds_of_product(torch.float32) > 0
+    assert adapters_module._seconds_of_product(torch.bfloat16) > 0
 
 
 def test_a_missing_base_model_is_refused(tmp_path: Path) -> None:

@@ -51,10 +51,10 @@ def read_rows(file: Path) -> list[Row]:
 def differences(before: Any, now: Any, key: str = "") -> str:
     """Says in which settings two records of them differ.
 
-    A `model_hash` that was not recorded before, as by earlier versions, is no difference.
+    A `model_hash` or `dtype` that was not recorded before, as by earlier versions, is no difference.
     """
     if isinstance(before, dict) and isinstance(now, dict):
-        keys = [k for k in {**before, **now} if not (k == "model_hash" and k not in before)]
+        keys = [k for k in {**before, **now} if k in before or k not in ("model_hash", "dtype")]
         found = (differences(before.get(k), now.get(k), f"{key}.{k}".lstrip(".")) for k in keys)
         return "; ".join(filter(None, found))
     return "" if before == now else f"{key} was {before!r} and is {now!r}"

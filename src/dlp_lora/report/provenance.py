@@ -19,6 +19,7 @@ def making_table(record: Record) -> Table:
     memory = record.at("peak_memory_mb")
     facts = {
         "Model": record.at("model"),
+        "Precision": record.at("dtype"),
         "Tasks": _count_tasks(record),
         "Left out": _left_out(record),
         "Answers as long as allowed": _cut_short(record),

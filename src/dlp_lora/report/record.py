@@ -42,6 +42,7 @@ _SERIAL = {
 _SHAPE: Mapping[str, Any] = {
     "name": _TEXT,
     "model": _TEXT,
+    "dtype": _TEXT,
     "settings": {},
     "environment": {},
     "data": {

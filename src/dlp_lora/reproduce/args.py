@@ -56,7 +56,13 @@ def steps(tasks: Sequence[Task], args: ReproduceArgs) -> list[str]:
     single = [SINGLE] if METHODS[SINGLE] in methods else []
     named = [f"answers: {m.name}" for m in methods]
     forced = [f"teacher-forced: {m.name}" for m in methods if args.teacher_forced and m.name in MAIN]
-    return [*(t.name for t in tasks), *single, "router", *named, *forced, *(f"serial-{n}" for n in args.serial)]
+    own, router = ([t.name for t in tasks], ["router"]) if needs_adapters(args) else ([], [])
+    return [*own, *single, *router, *named, *forced, *(f"serial-{n}" for n in args.serial)]
+
+
+def needs_adapters(args: ReproduceArgs) -> bool:
+    """Whether anything is asked for that takes the tasks' own adapters and the router."""
+    return bool(args.serial) or any(not method.adapter for method in methods_of(args))
 
 
 def methods_of(args: ReproduceArgs) -> list[Method]:

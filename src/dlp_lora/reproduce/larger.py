@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dlp_lora.bank import AdapterBank
 from dlp_lora.engine import Engine
 from dlp_lora.environment import model_hash
@@ -18,6 +20,7 @@ from dlp_lora.training.adapters import load_base
 
 def answer_plainly(
     model: str | Path,
+    dtype: torch.dtype,
     tasks: Sequence[Task],
     kinds: Mapping[str, str],
     folder: Path,
@@ -26,7 +29,7 @@ def answer_plainly(
 ) -> dict[str, Any]:
     """What a model without adapters answers."""
     name = Path(str(model)).name
-    base, tokenizer = load_base(model)
+    base, tokenizer = load_base(model, dtype=dtype)
     engine = Engine(base, tokenizer, AdapterBank(linear_layers(base), device=base.device))
     questions, left_out = batches(base, tokenizer, tasks, args.answers)
     rows = answer_all(

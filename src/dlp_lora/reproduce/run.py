@@ -21,7 +21,7 @@ from dlp_lora.folders import write_text
 from dlp_lora.reproduce.args import LARGER, Event, ReproduceArgs
 from dlp_lora.reproduce.larger import answer_plainly
 from dlp_lora.reproduce.seed import Seed, Shared
-from dlp_lora.reproduce.settings import check_settings, grown, keep_settings, settings_of
+from dlp_lora.reproduce.settings import check_settings, grown, keep_settings, kept_dtype, settings_of
 from dlp_lora.tasks import Task
 from dlp_lora.tasks.manifest import TaskInfo, kind_of
 from dlp_lora.tasks.task import same_prompt
@@ -62,8 +62,8 @@ def reproduce(
     check_apart(tasks)
     settings = settings_of(model, tasks, args)
     check_settings(out, settings)
-    base, tokenizer = load_base(model)
-    settings["model_hash"] = model_hash(base)
+    base, tokenizer = load_base(model, dtype=kept_dtype(out))
+    settings |= {"model_hash": model_hash(base), "dtype": str(base.dtype).removeprefix("torch.")}
     check_settings(out, settings)
     check_lengths(base, tokenizer, tasks, args.training)
     questions, left_out = batches(base, tokenizer, tasks, args.answers)
@@ -72,7 +72,7 @@ def reproduce(
     if larger is None:
         plain = _larger_before(out)
     else:
-        plain = answer_plainly(larger, tasks, kinds, out / LARGER, args, on_event)
+        plain = answer_plainly(larger, base.dtype, tasks, kinds, out / LARGER, args, on_event)
     shared = Shared(
         model=model,
         base=base,

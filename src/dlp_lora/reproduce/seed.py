@@ -37,7 +37,7 @@ from dlp_lora.evals.serial import answer_serial, fitting, generate_serial, seria
 from dlp_lora.folders import write_text
 from dlp_lora.loading import load, load_router
 from dlp_lora.policy import TopP
-from dlp_lora.reproduce.args import Event, ReproduceArgs, methods_of
+from dlp_lora.reproduce.args import Event, ReproduceArgs, methods_of, needs_adapters
 from dlp_lora.tasks import Task
 from dlp_lora.tasks.manifest import TaskInfo, kind_of
 from dlp_lora.training.adapters import Progress, train_adapter
@@ -78,15 +78,18 @@ class Seed:
 
     def run(self) -> dict[str, Any]:
         """Does what is left to do and gives the seed's part of the record."""
-        training = {task.name: self._adapter(task, self.args.training, self.folder / "adapters") for task in self.tasks}
+        own = self.tasks if needs_adapters(self.args) else ()
+        training = {task.name: self._adapter(task, self.args.training, self.folder / "adapters") for task in own}
         single = self._single() if METHODS[SINGLE] in self.methods else None
-        router = self._router()
-        with self._engine() as engine:
-            engine.save_pretrained(self.folder / "bundle")
-            self._answer(engine, [method for method in self.methods if not method.adapter])
-            for n in self.args.serial:
-                self._answer_serial(engine, n)
-            conversation = self._conversation(engine)
+        router = conversation = None
+        if own:
+            router = self._router()
+            with self._engine() as engine:
+                engine.save_pretrained(self.folder / "bundle")
+                self._answer(engine, [method for method in self.methods if not method.adapter])
+                for n in self.args.serial:
+                    self._answer_serial(engine, n)
+                conversation = self._conversation(engine)
         if single is not None:
             with self._engine(single=True) as engine:
                 self._answer(engine, [METHODS[SINGLE]])

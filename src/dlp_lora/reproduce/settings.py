@@ -5,6 +5,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dlp_lora.errors import RecordError
 from dlp_lora.evals.answers import data_hash
 from dlp_lora.evals.kept import differences
@@ -44,6 +46,12 @@ def check_settings(out: Path, settings: dict[str, Any]) -> None:
         return
     if changed := differences(_fixed(before), _fixed(settings)):
         raise RecordError(f"{out} holds a run with other settings: {changed}; choose another --out")
+
+
+def kept_dtype(out: Path) -> torch.dtype | None:
+    """The dtype that the run in `out` was begun in: on another machine, another one might be faster."""
+    name = _kept(out).get("dtype")
+    return None if name is None else getattr(torch, name)
 
 
 def keep_settings(out: Path, settings: dict[str, Any]) -> None:

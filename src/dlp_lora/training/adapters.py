@@ -1,7 +1,7 @@
 """Trains one LoRA on one task through PEFT and saves it as an ordinary PEFT folder.
 
 One plain loop. What makes it fast on a small machine: the loss and the language-model head on answer tokens only,
-batches of like lengths, a bfloat16 base under float32 LoRA weights where the hardware multiplies bfloat16, and passes
+batches of like lengths, a bfloat16 base under float32 LoRA weights where the hardware is fast at it, and passes
 through PEFT's layers, attention and norms that copy little (`lora.py`, `passes.py`).
 """
 
@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -68,21 +69,45 @@ class TrainedAdapter:
 def load_base(
     model: str | Path, *, dtype: torch.dtype | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a base model for training, in bfloat16 where the hardware multiplies it.
+    """Loads a base model for training, in the dtype of `training_dtype` unless one is given.
 
     Raises:
         ModelError: if it cannot be loaded.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype is None:
-        native = device == "cuda" or torch.cpu._is_avx512_bf16_supported()
-        dtype = torch.bfloat16 if native else torch.float32
+    dtype = dtype or training_dtype(device, torch.get_num_threads())
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(model))
         loaded: Any = AutoModelForCausalLM.from_pretrained(str(model), dtype=dtype, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise ModelError(f"the base model {str(model)!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     return loaded.to(device).eval(), tokenizer
+
+
+@cache
+def training_dtype(device: str, num_threads: int) -> torch.dtype:
+    """Gives the dtype to train a frozen base in: bfloat16 where the hardware multiplies it, and no slower than float32.
+
+    CPUs with instructions for bfloat16 but without AMX may take twice as long as in float32 (docs/log.md); a product
+    in each tells, measured once for each number of threads.
+    """
+    if device == "cuda":
+        return torch.bfloat16
+    if not torch.cpu._is_avx512_bf16_supported():
+        return torch.float32
+    is_slower = _seconds_of_product(torch.bfloat16) > 1.2 * _seconds_of_product(torch.float32)
+    return torch.float32 if is_slower else torch.bfloat16
+
+
+def _seconds_of_product(dtype: torch.dtype) -> float:
+    """How long the tokens of a small batch times a layer's weight take on the CPU."""
+    x, weight = torch.ones(512, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
+    seconds = []
+    for _ in range(8):
+        start = time.perf_counter()
+        torch.nn.functional.linear(x, weight)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def train_adapter(
