@@ -1,6 +1,7 @@
 import gzip
 import json
 import random
+import runpy
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,6 +27,7 @@ from dlp_lora.reproduce import LARGER, Event, ReproduceArgs, reproduce, steps
 from dlp_lora.router import load_tokenizer, router_hash
 from dlp_lora.tasks import Example, Task
 from dlp_lora.tasks.manifest import TaskInfo
+from dlp_lora.tasks.sources import write_task
 from dlp_lora.training.args import AdapterTrainingArgs
 from dlp_lora.training.router import RouterTrainingArgs, train_router
 
@@ -296,6 +298,30 @@ def test_the_single_lora_needs_no_other_adapter_and_no_router(model: Path, tmp_p
     assert "lora-r64" in write_report(record.parent).markdown.read_text()
     grown = reproduce(model, tasks(), tmp_path / "run", SMALL, infos=INFOS)
     assert read(grown)["scores"] == expected["scores"]
+
+
+def test_runs_are_joined_into_what_one_run_of_all_methods_says(model: Path, tmp_path: Path, whole: Whole) -> None:
+    for task in tasks():
+        write_task(tmp_path / "data" / task.name, task)
+    joined = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "join_runs.py"))["joined"]
+    first = replace(SMALL, methods=("base", "oracle", "dlp"), single_r=0, serial=(), teacher_forced=False)
+    single = replace(first, methods=("lora-r64",), single_r=SMALL.single_r)
+    runs = [
+        reproduce(model, tasks(), tmp_path / name, args, infos=INFOS).parent
+        for name, args in {"a": first, "b": single}.items()
+    ]
+    found = json.loads(json.dumps(joined(runs, tmp_path / "data")))
+    expected = json.loads(whole[0].read_text())
+    for part in ("scores", "intervals"):
+        assert found[part] == {name: expected[part][name] for name in ("base", "oracle", "dlp", "lora-r64")}
+    assert found["differences"] == {
+        f"dlp - {o}": expected["differences"][f"dlp - {o}"] for o in ("oracle", "base", "lora-r64")
+    }
+    with pytest.raises(ValueError, match="answers by base, dlp, oracle, as a run before it does"):
+        joined([runs[0], runs[0]], tmp_path / "data")
+    write_task(tmp_path / "data" / "sides", replace(tasks()[1], test=tasks()[1].test[:1]))
+    with pytest.raises(ValueError, match="was made from other data than"):
+        joined(runs, tmp_path / "data")
 
 
 def test_a_run_goes_on_in_the_dtype_that_it_was_begun_in(

@@ -1,0 +1,82 @@
+"""Compares methods of several runs of `reproduce` on the questions that all of them answered, without a model.
+
+    python scripts/join_runs.py results/tasks26 results/lora_r64 --data DIR --out results/lora_r64/joined.json
+
+Each folder holds a run's record.json and outputs.jsonl.gz; DIR holds the tasks that they were made from.
+"""
+
+import argparse
+import gzip
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dlp_lora.evals.answers import data_hash
+from dlp_lora.evals.record import compared
+from dlp_lora.evals.scores import Table, tabulate
+from dlp_lora.folders import write_text
+from dlp_lora.tasks import Task
+from dlp_lora.tasks.hub import read_data
+
+ABOUT = ("name", "model", "model_hash", "dtype", "seeds", "environment", "timings")
+
+
+def main() -> None:
+    """Writes the joint record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--out", required=True, type=Path)
+    args = parser.parse_args()
+    try:
+        joint = joined(args.runs, args.data)
+    except ValueError as error:
+        parser.error(str(error))
+    write_text(args.out, json.dumps(joint, indent=1) + "\n")
+
+
+def joined(runs: list[Path], data: str | Path) -> dict[str, Any]:
+    """Scores, intervals and paired differences of all methods, over the tasks that are in every run.
+
+    Raises:
+        ValueError: if the runs have no task in common, several seeds or a method twice, or were made from other data
+            or with another model.
+    """
+    records = [json.loads((run / "record.json").read_text(encoding="utf-8")) for run in runs]
+    known = {name: about for record in records for name, about in record["data"]["tasks"].items()}
+    shared = [name for name in known if all(name in record["data"]["tasks"] for record in records)]
+    if not shared:
+        raise ValueError("the runs have no task in common")
+    kinds = {name: known[name]["kind"] for name in shared}
+    tables: dict[str, Table] = {}
+    for run, record in zip(runs, records, strict=True):
+        if record["model_hash"] != records[0]["model_hash"] or len(record["seeds"]) > 1:
+            raise ValueError(f"{run} has another model than {runs[0]}, or several seeds")
+        tasks = {task.name: task for task in _tasks_of(record, data, run)}
+        by_method: dict[str, list[dict[str, Any]]] = {}
+        with gzip.open(run / record["outputs"], "rt", encoding="utf-8") as lines:
+            for row in map(json.loads, lines):
+                if row["part"] == "answers" and row["task"] in shared:
+                    by_method.setdefault(row["method"], []).append(row)
+        if twice := by_method.keys() & tables.keys():
+            raise ValueError(f"{run} answers by {', '.join(sorted(twice))}, as a run before it does")
+        own = {name: tasks[name] for name in shared}
+        tables |= {method: tabulate(rows, own, kinds) for method, rows in by_method.items()}
+    return {
+        "runs": [{key: record.get(key) for key in ABOUT} for record in records],
+        "data": {"tasks": {name: known[name] for name in shared}},
+        **compared(tables, kinds),
+    }
+
+
+def _tasks_of(record: dict[str, Any], data: str | Path, run: Path) -> list[Task]:
+    limit = record["args"]["limit"]
+    tasks = [replace(t, train=t.train[:limit], test=t.test[:limit]) for t in read_data(data, record["data"]["tasks"])]
+    if data_hash(tasks) != record["data"]["hash"]:
+        raise ValueError(f"{run} was made from other data than {data} holds")
+    return tasks
+
+
+if __name__ == "__main__":
+    main()
