@@ -116,9 +116,9 @@ METHODS = {
 }
 
 
-def _means() -> str:
+def _means(name: str) -> str:
     """Means over the tasks of choice and over the others, with their intervals."""
-    record = _record("tasks26/record")
+    record = _record(name)
     groups = {"accuracy": "mcq", "bleu": "qa", "rouge1": "qa", "rougeL": "qa"}
     sizes = {
         kind: sum(task["kind"] == kind for task in record["data"]["tasks"].values()) for kind in set(groups.values())
@@ -151,9 +151,9 @@ def _means() -> str:
     return _table(columns, [{"method": name} for name in METHODS if name in record["scores"]])
 
 
-def _differences() -> str:
+def _differences(name: str) -> str:
     """What DLP-LoRA's means differ by from those of other methods, in points of 100 (BLEU: of its own scale)."""
-    record = _record("tasks26/record")["differences"]
+    record = _record(name)["differences"]
 
     def cell(metric: str) -> Cell:
         def text(row: Mapping[str, Any]) -> str:
@@ -282,8 +282,10 @@ def _ablations() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "tasks26": _means,
-    "tasks26-differences": _differences,
+    "tasks26": partial(_means, "tasks26/record"),
+    "tasks26-differences": partial(_differences, "tasks26/record"),
+    "lora-r64": partial(_means, "lora_r64/joined"),
+    "lora-r64-differences": partial(_differences, "lora_r64/joined"),
     "tasks26-by-task": _by_task,
     "tasks26-serial": partial(_serial, whole=False),
     "tasks26-serial-whole": partial(_serial, whole=True),
