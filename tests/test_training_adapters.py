@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 import dlp_lora
 import dlp_lora.training.adapters as adapters_module
+import dlp_lora.training.batches as batches_module
 from conftest import ARCHITECTURES, USUAL_TARGETS, byte_tokenizer, lively_model, tiny_model
 from dlp_lora import ModelError, TaskError, TrainingError
 from dlp_lora.peft_format import WEIGHTS_FILE
@@ -34,7 +35,7 @@ from dlp_lora.training.adapters import (
     training_dtype,
 )
 from dlp_lora.training.args import PAPER, AdapterTrainingArgs
-from dlp_lora.training.batches import micro_batches
+from dlp_lora.training.batches import MIN_SHARED, micro_batches, shared_prefix
 
 TOKENIZER = byte_tokenizer()
 EOS_ID = 256
@@ -102,6 +103,47 @@ def test_the_answer_loss_is_the_mean_cross_entropy_over_answer_tokens(architectu
     model = MODELS[architecture]
     with torch.no_grad():
         assert answer_loss(model, batch).item() == pytest.approx(plain_loss(model, batch), rel=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@settings(max_examples=10, deadline=None)
+@given(
+    start=st.lists(st.integers(0, 255), min_size=MIN_SHARED, max_size=12),
+    ends=st.lists(
+        st.tuples(
+            st.lists(st.integers(0, 255), min_size=1, max_size=9), st.lists(st.integers(0, 256), min_size=1, max_size=6)
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+)
+def test_a_beginning_that_is_encoded_once_does_not_change_the_loss(
+    architecture: str, start: list[int], ends: list[Pair]
+) -> None:
+    model, batch = MODELS[architecture], [(start + read, learned) for read, learned in ends]
+    with torch.no_grad():
+        assert answer_loss(model, batch, share=True).item() == pytest.approx(plain_loss(model, batch), rel=1e-4)
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), min_size=1, max_size=5))
+def test_the_shared_prefix_is_the_longest_that_leaves_each_text_a_token(texts: list[list[int]]) -> None:
+    found = shared_prefix(texts)
+    longer = len(found) + 1
+    assert all(text[: len(found)] == found and len(text) > len(found) for text in texts)
+    assert any(len(text) <= longer for text in texts) or len({tuple(text[:longer]) for text in texts}) > 1
+
+
+def test_what_examples_begin_with_is_encoded_once_where_nothing_is_dropped(tmp_path: Path) -> None:
+    model, rows = lively_model(), list[tuple[int, int]]()
+    model.model.layers[0].register_forward_pre_hook(lambda _, inputs: rows.append(tuple(inputs[0].shape[:2])))
+    task = Task(
+        name="it", train=tuple(Example(prompt=f"Which of these is number {i}?", answer="b") for i in range(4)), test=()
+    )
+    train_adapter(model, TOKENIZER, task, tmp_path / "it", QUICK)
+    assert rows == [(1, len("Which of these is number ")), (4, len("0? b") + 1)]  # a space, the answer and the end
+    rows.clear()
+    train_adapter(model, TOKENIZER, task, tmp_path / "dropped", replace(QUICK, lora_dropout=0.1))
+    assert rows == [(4, len("Which of these is number 0? b") + 1)]
 
 
 def test_padding_a_short_row_on_the_left_does_not_change_its_loss() -> None:
@@ -351,7 +393,10 @@ def test_the_records_say_how_the_adapter_was_trained(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num, batch_size", [(14, 4), (12, 4), (3, 8), (70, 4)])
-def test_every_example_is_seen_once_an_epoch(tmp_path: Path, num: int, batch_size: int) -> None:
+def test_every_example_is_seen_once_an_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num: int, batch_size: int
+) -> None:
+    monkeypatch.setattr(batches_module, "MIN_SHARED", 10**6)
     model, seen, num_steps = lively_model(), [], -(-num // batch_size)
     task = toy(num)
     model.get_input_embeddings().register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].tolist()))
@@ -436,7 +481,7 @@ def test_a_batch_in_parts_has_the_gradients_of_the_whole(monkeypatch: pytest.Mon
     for limit in (10**6, 40, 1):
         monkeypatch.setattr(adapters_module, "MAX_TOKENS", limit)
         model = tiny_model()
-        losses.append(adapters_module._backward(model, batch))
+        losses.append(adapters_module._backward(model, batch, share=False))
         gradients.append(model.model.layers[0].self_attn.q_proj.weight.grad)
     for loss, gradient in zip(losses[1:], gradients[1:], strict=True):
         assert loss == pytest.approx(losses[0], rel=1e-5)

@@ -1,8 +1,9 @@
 """Trains one LoRA on one task through PEFT and saves it as an ordinary PEFT folder.
 
 One plain loop. What makes it fast on a small machine: the loss and the language-model head on answer tokens only,
-batches of like lengths, a bfloat16 base under float32 LoRA weights where the hardware is fast at it, and passes
-through PEFT's layers, attention and norms that copy little (`lora.py`, `passes.py`).
+batches of like lengths, what all examples of a batch begin with encoded once, a bfloat16 base under float32 LoRA
+weights where the hardware is fast at it, and passes through PEFT's layers, attention and norms that copy little
+(`lora.py`, `passes.py`).
 """
 
 import hashlib
@@ -32,7 +33,7 @@ from dlp_lora.prompts import context_of
 from dlp_lora.tasks.formats import encode_example
 from dlp_lora.tasks.task import Task
 from dlp_lora.training.args import AdapterTrainingArgs
-from dlp_lora.training.batches import answer_loss, bucketed, micro_batches
+from dlp_lora.training.batches import answer_loss, bucketed, has_dropout, micro_batches
 from dlp_lora.training.lora import compute_together
 from dlp_lora.training.passes import lean_passes
 
@@ -206,6 +207,7 @@ class _Run:
             self.parameters.values(), lr=args.learning_rate, weight_decay=args.weight_decay
         )
         self.num_steps = max(1, round(math.ceil(len(examples) / args.batch_size) * args.epochs))
+        self.share = not has_dropout(model)
         self.losses: list[float] = []
         self.seconds = 0.0
 
@@ -269,7 +271,7 @@ def _fit(run: _Run, task: str, work: Path, identity: dict[str, Any], on_step: Ca
         torch.manual_seed(run.args.seed * 1_000_003 + run.step)  # dropout, too, is the same after a resumption
         for group in run.optimizer.param_groups:
             group["lr"] = run.learning_rate()
-        loss = _backward(run.model, run.batch())
+        loss = _backward(run.model, run.batch(), share=run.share)
         if not math.isfinite(loss):
             raise TrainingError(f"{task}: the loss is {loss} at step {run.step}; lower the learning rate")
         torch.nn.utils.clip_grad_norm_(run.parameters.values(), run.args.max_grad_norm)
@@ -282,12 +284,12 @@ def _fit(run: _Run, task: str, work: Path, identity: dict[str, Any], on_step: Ca
             run.save(work, identity)
 
 
-def _backward(model: torch.nn.Module, batch: Sequence[tuple[list[int], list[int]]]) -> float:
+def _backward(model: torch.nn.Module, batch: Sequence[tuple[list[int], list[int]]], *, share: bool) -> float:
     """Adds the gradients of the batch's mean loss a token, part by part; gives the loss."""
     num_tokens = sum(len(learned) for _, learned in batch)
     total = 0.0
     for part in micro_batches(batch, MAX_TOKENS):
-        loss = answer_loss(model, part) * (sum(len(learned) for _, learned in part) / num_tokens)
+        loss = answer_loss(model, part, share=share) * (sum(len(learned) for _, learned in part) / num_tokens)
         loss.backward()
         total += loss.item()
     return total

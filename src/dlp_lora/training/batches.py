@@ -2,29 +2,71 @@
 
 import random
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from dlp_lora.rows import cache_argument
+
+MIN_SHARED = 8  # tokens: a pass of its own costs more than fewer of them
 
 
-def answer_loss(model: Any, batch: Sequence[tuple[list[int], list[int]]]) -> Float[Tensor, ""]:
+def answer_loss(model: Any, batch: Sequence[tuple[list[int], list[int]]], *, share: bool = False) -> Float[Tensor, ""]:
     """Gives the mean loss over the answers' tokens of a batch of (read, learned) token lists.
 
     Rows are padded on the left, so all answers end together and the head is asked for the last positions alone.
+
+    Where `share`, the tokens that all rows begin with (a chat template's, a task's instruction) are encoded once for
+    all of them; gradients flow back through their KV cache. With dropout the rows would share its noise, too.
     """
+    start = len(shared_prefix([read for read, _ in batch])) if share and len(batch) > 1 else 0
+    cache = _encoded(model, batch[0][0][:start], len(batch)) if start >= MIN_SHARED else None
+    if cache is not None:
+        batch = [(read[start:], learned) for read, learned in batch]
     ids, mask, labels = left_padded(batch, model.device)
-    kept = labels.shape[1]
+    kept, width = labels.shape[1], ids.shape[1]
+    if cache is not None:
+        mask = F.pad(mask, (start, 0), value=1)
     logits = model(
         input_ids=ids,
         attention_mask=mask,
-        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-        use_cache=False,
+        position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, -width:],
+        use_cache=cache is not None,
+        **({} if cache is None else cache_argument(cache)),
         logits_to_keep=kept + 1,
     ).logits[:, -kept - 1 : -1]
     return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100)
+
+
+def shared_prefix(texts: Sequence[list[int]]) -> list[int]:
+    """The tokens that all texts begin with, the last of the shortest left out: it is what an answer follows."""
+    length = min(map(len, texts)) - 1
+    columns = zip(*(text[:length] for text in texts), strict=True)
+    return [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether a model in training drops anything by chance."""
+    return any(
+        (isinstance(module, nn.Dropout) and module.p > 0) or getattr(module, "attention_dropout", 0)
+        for module in model.modules()
+    )
+
+
+def _encoded(model: Any, tokens: list[int], num_rows: int) -> DynamicCache | None:
+    """The KV cache of tokens, for each of so many rows; None where none is kept, as with checkpointed layers."""
+    cache = DynamicCache()
+    ids = torch.tensor([tokens], device=model.device)
+    model(input_ids=ids, use_cache=True, **cache_argument(cache), logits_to_keep=1)
+    if cache.get_seq_length() != len(tokens):
+        return None
+    cache.batch_repeat_interleave(num_rows)
+    return cache
 
 
 def micro_batches(

@@ -50,9 +50,9 @@ def _is_same(function: Any, plain: Callable[..., Any]) -> bool:
 def _attend(
     module: nn.Module,
     query: Float[Tensor, "batch heads seq d_head"],
-    key: Float[Tensor, "batch kv_heads seq d_head"],
-    value: Float[Tensor, "batch kv_heads seq d_head"],
-    attention_mask: Float[Tensor, "#batch 1 seq seq"] | None,
+    key: Float[Tensor, "batch kv_heads kv_seq d_head"],
+    value: Float[Tensor, "batch kv_heads kv_seq d_head"],
+    attention_mask: Float[Tensor, "#batch 1 seq kv_seq"] | None,
     scaling: float,
     dropout: float = 0.0,
     **kwargs: Any,
@@ -71,12 +71,13 @@ class _Attention(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
     ) -> Float[Tensor, "batch seq heads d_head"]:
         batch, heads, seq, d_head = query.shape
-        q = (query * scaling).reshape(-1, heads // key.shape[1] * seq, d_head)  # (batch * kv_heads, ...)
-        k, v = (t.reshape(-1, seq, d_head) for t in (key, value))
-        scores = (q @ k.mT).view(batch, heads, seq, seq)
+        kv_heads, kv_seq = key.shape[1:3]
+        q = (query * scaling).reshape(-1, heads // kv_heads * seq, d_head)  # (batch * kv_heads, ...)
+        k, v = (t.reshape(-1, kv_seq, d_head) for t in (key, value))
+        scores = (q @ k.mT).view(batch, heads, seq, kv_seq)
         if mask is not None:
             scores += mask
-        p = scores.softmax(-1).view(len(q), -1, seq)
+        p = scores.softmax(-1).view(len(q), -1, kv_seq)
         ctx.save_for_backward(q, k, v, p)
         ctx.scaling, ctx.shape = scaling, query.shape
         return (p @ v).view(query.shape).transpose(1, 2).contiguous()
@@ -84,11 +85,11 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Float[Tensor, "batch seq heads d_head"]) -> tuple[Tensor | None, ...]:
         q, k, v, p = ctx.saved_tensors
-        batch, _, seq, d_head = ctx.shape
+        batch, d_head = ctx.shape[0], ctx.shape[3]
         g = grad.transpose(1, 2).reshape(q.shape)
         ds = torch.ops.aten._softmax_backward_data(g @ v.mT, p, -1, p.dtype)
         dq = (ds @ k).mul_(ctx.scaling).view(ctx.shape)
-        dk, dv = ((t.mT @ u).view(batch, -1, seq, d_head) for t, u in ((ds, q), (p, g)))
+        dk, dv = ((t.mT @ u).view(batch, -1, k.shape[1], d_head) for t, u in ((ds, q), (p, g)))
         return dq, dk, dv, None, None
 
 
