@@ -507,6 +507,35 @@ def test_an_adapter_that_changed_on_disk_is_checked_when_it_is_loaded(tmp_path: 
     bank.fuse([Mixture({"b": 1.0})])
 
 
+def test_another_adapter_in_the_files_of_one_is_refused(tmp_path: Path) -> None:
+    bank = AdapterBank(LAYOUT, on_disk(tmp_path, "a", "b"), budget_mb=1e-6)
+    for name in "ab":
+        bank.fuse([Mixture({name: 1.0})])
+    on_disk(tmp_path, "z", "a")  # of another seed
+    with pytest.raises(AdapterError, match=r"a was written anew since it was added as 'a'; remove that and add it"):
+        bank.fuse([Mixture({"a": 1.0})])
+    bank.remove("a")
+    bank.add(read_adapter(tmp_path / "a", weights=False))
+    bank.fuse([Mixture({"a": 1.0})])
+    wanted = delta({"a": read_adapter(tmp_path / "a")}, {"a": 1.0}, "layers.0.up")
+    assert_close(fused_delta(bank, "layers.0.up"), wanted)
+
+
+def test_rows_that_take_turns_do_not_evict_each_others_adapters(tmp_path: Path) -> None:
+    adapters = on_disk(tmp_path, *"abcdef")
+    one = sum(4 * 2 * (d_in + d_out) for d_in, d_out in LAYOUT.values())
+    bank = AdapterBank(LAYOUT, adapters, budget_mb=3.5 * one / 2**20)
+    bank.in_use = lambda: {"a", "b"}
+    for name in "abcabdabeabf":
+        bank.fuse([Mixture({name: 1.0})])
+    assert bank.num_misses == 6  # a and b once
+    assert {"a", "b", "f"} == set(bank._blocks)
+    bank.in_use = lambda: set("abcdef")
+    for name in "cdef":
+        bank.fuse([Mixture({name: 1.0})])
+        assert len(bank._blocks) == 3  # the budget holds all the same
+
+
 @pytest.mark.parametrize("budget", [0, -1.0])
 def test_a_budget_of_nothing_is_refused(budget: float) -> None:
     with pytest.raises(ValueError, match="budget_mb must be positive"):

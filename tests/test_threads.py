@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import shutil
 import threading
 import weakref
 from collections.abc import Callable
@@ -209,6 +210,27 @@ def test_an_adapter_of_modules_that_none_had_is_added_while_rows_run(make_engine
         engine.save_pretrained(tmp_path / "bundle")
     with engine.merged({"math": 1.0}), pytest.raises(ValueError, match=r"leave engine\.merged\(\) first"):
         engine.add_adapter(late, "again")
+
+
+def test_an_adapter_that_does_not_fit_leaves_nothing_behind_and_others_files_are_not_read(
+    make_engine: MakeEngine, tmp_path: Path
+) -> None:
+    head = ["q_proj", "lm_head"]
+    first = make_adapter(lively_model(), tmp_path / "first", seed=9, scale=0.3, target_modules=head)
+    engine = make_engine()
+    engine.add_adapter(first)
+    shutil.rmtree(first)
+    names = engine.bank.names
+    foreign = make_adapter(lively_model(seed=5), tmp_path / "foreign", seed=9, target_modules=head)
+    with pytest.raises(AdapterError, match=r"foreign holds a copy of the base model's lm_head\.weight that differs"):
+        engine.add_adapter(foreign)
+    assert engine.bank.names == names
+    late = make_adapter(lively_model(), tmp_path / "late", seed=8, scale=0.3, target_modules=head)
+    engine.add_adapter(late)
+    with engine.fixed({"late": 1.0}):
+        found = engine.model(IDS).logits
+    wanted = reference.with_mixture(lively_model(), {"late": 1.0}, {"late": late})(IDS).logits
+    torch.testing.assert_close(found.double(), wanted.double(), rtol=1e-3, atol=1e-3)
 
 
 def test_what_the_router_gives_a_removed_adapter_is_the_probability_that_none_fits(make_engine: MakeEngine) -> None:

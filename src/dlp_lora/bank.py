@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dlp_lora.errors import AdapterError
 from dlp_lora.group import Block, Group
-from dlp_lora.peft_format import Adapter, read_adapter
+from dlp_lora.peft_format import Adapter, files_stamp, read_adapter
 from dlp_lora.policy import Mixture
 
 # Buffers start at the rank of the whole bank, but no larger than this for one layer; a wider mixture doubles them.
@@ -37,7 +37,7 @@ class AdapterBank:
     `layout` maps each linear layer of the base model to its (d_in, d_out), `siblings` lists those that read one
     input; `fused.linear_layers` and `fused.siblings` read them. Each adapter is held once, as blocks; `adapters` says
     their shapes. With a `budget_mb`, those that were read without their weights stay on disk; what is fused is loaded,
-    and the least recently used make room for it.
+    and the least recently used make room for it, those that rows still run with last.
 
     `lock` is held while adapters are added or removed, and by a forward pass from its fusing to its end: what one
     thread adds never moves what another one computes with. `in_use` names the adapters that rows still run with,
@@ -68,6 +68,8 @@ class AdapterBank:
         self._blocks: dict[str, dict[Place, Block]] = {}  # the least recently used first
         self._ranks: dict[str, dict[Place, int]] = {}
         self._on_disk: set[str] = set()  # their blocks may go, and are read again
+        self._stamps: dict[str, tuple[tuple[int, int], ...]] = {}  # of the files of those that were on disk
+        self.unattached: set[str] = set()  # added since the model was last attached to
         self._retired: dict[str, Adapter] = {}  # removed, but still in use
         self.in_use: Callable[[], set[str]] = set
         self.adapters: dict[str, Adapter] = {}
@@ -130,6 +132,7 @@ class AdapterBank:
                 self._load([name])  # its files may go, too
             self._retired[name] = self.adapters.pop(name)
             self._on_disk.discard(name)
+            self.unattached.discard(name)
             self._drop_retired()
             if name in self._union:
                 self._fused = None
@@ -233,6 +236,8 @@ class AdapterBank:
             self._blocks[adapter.name] = self._make_blocks(adapter)
         else:
             self._on_disk.add(adapter.name)
+            self._stamps[adapter.name] = files_stamp(adapter.path)
+        self.unattached.add(adapter.name)
 
     def _reserve(self) -> None:
         """Makes room in the buffers."""
@@ -271,19 +276,25 @@ class AdapterBank:
                 self._blocks[name] = self._blocks.pop(name)
                 continue
             found = read_adapter({**self.adapters, **self._retired}[name].path, name)
-            self.check(found)
+            if files_stamp(found.path) != self._stamps[name]:
+                raise AdapterError(
+                    f"{found.path} was written anew since it was added as {name!r}; remove that and add it again"
+                )
             self._blocks[name] = self._make_blocks(found)
             self.num_misses += 1
         if self.budget_mb is None:
             return
         size = {name: sum(block.nbytes for block in own.values()) for name, own in self._blocks.items()}
         over = sum(size.values()) - self.budget_mb * 2**20
-        for name in list(self._blocks):
+        if over <= 0:
+            return
+        in_use = self.in_use()
+        idle = [name for name in self._blocks if name in self._on_disk and name not in names]
+        for name in sorted(idle, key=in_use.__contains__):  # else rows that take turns would evict each other's
             if over <= 0:
                 return
-            if name in self._on_disk and name not in names:
-                del self._blocks[name]
-                over -= size[name]
+            del self._blocks[name]
+            over -= size[name]
 
     def _make_blocks(self, adapter: Adapter) -> dict[Place, Block]:
         return {place: self._block(adapter, place, layers) for place, layers in self._places(adapter).items()}
@@ -303,6 +314,7 @@ class AdapterBank:
         for name in set(self._retired) - self.in_use():
             del self._retired[name], self._ranks[name]
             self._blocks.pop(name, None)
+            self._stamps.pop(name, None)
             if name in self._union:
                 self._fused = None
 

@@ -24,7 +24,7 @@ from dlp_lora.bank import AdapterBank
 from dlp_lora.bundle import check_names, write_bundle
 from dlp_lora.controller import Controller
 from dlp_lora.errors import AdapterError
-from dlp_lora.fused import attach, check_base_copies, detach, merged
+from dlp_lora.fused import attach, detach, merged
 from dlp_lora.hub import local_folder
 from dlp_lora.peft_format import FILES, check_base_name, read_adapter
 from dlp_lora.policy import (
@@ -142,10 +142,12 @@ class Engine:
         with self.bank.lock:
             if self.bank.is_merged:
                 raise ValueError("the base weights hold a mixture; leave engine.merged() first")
-            self.bank.check(adapter)
-            check_base_copies(self.model, adapter)
             self.bank.add(adapter)
-            attach(self.model, self.bank)
+            try:
+                attach(self.model, self.bank)
+            except BaseException:
+                self.bank.remove(adapter.name)
+                raise
         return adapter.name
 
     def remove_adapter(self, name: str) -> None:

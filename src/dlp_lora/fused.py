@@ -257,8 +257,9 @@ def attach(model: nn.Module, bank: AdapterBank, *, stack: bool = True, prepack: 
     """
     if prepack:
         check_prepacking(next(model.parameters()))
-    for adapter in bank.adapters.values():
-        check_base_copies(model, adapter)
+    for name in bank.unattached:
+        check_base_copies(model, bank.adapters[name])
+    bank.unattached.clear()
     bank.clear()
     touched = bank.touched()
     for group in bank.groups:

@@ -216,6 +216,12 @@ def write_adapter(
     (path / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
 
+def files_stamp(path: str | Path) -> tuple[tuple[int, int], ...]:
+    """The sizes and times of an adapter's files: other ones were written since."""
+    stats = [(Path(path) / file).stat() for file in FILES]
+    return tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)
+
+
 def content_hash(path: str | Path) -> str:
     """The SHA-256 of an adapter's settings and weights: equal hashes are equal adapters."""
     digest = hashlib.sha256()
