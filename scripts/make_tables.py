@@ -210,9 +210,9 @@ def _serial(*, whole: bool) -> str:
     """Several questions in one prompt: how many are right, and as a `whole` those after the first and those routed."""
     record = _record("tasks26/record")["serial"]
 
-    def right(row: Mapping[str, Any]) -> str:
-        low, high = row["interval"]
-        return f"{100 * row['accuracy']:.1f} ({100 * low:.1f}-{100 * high:.1f})"
+    def right(row: Mapping[str, Any], key: str = "accuracy", interval: str = "interval") -> str:
+        low, high = row[interval]
+        return f"{100 * row[key]:.1f} ({100 * low:.1f}-{100 * high:.1f})"
 
     columns: dict[str, Cell] = {"method": lambda row: SERIAL[row["method"]]}
     for step in record:
@@ -224,7 +224,9 @@ def _serial(*, whole: bool) -> str:
             {}
             if not whole
             else {
-                f"{n}: later ones": lambda row, step=step: f"{100 * record[step][row['method']]['accuracy_later']:.1f}",
+                f"{n}: later ones": lambda row, step=step: right(
+                    record[step][row["method"]], "accuracy_later", "interval_later"
+                ),
                 f"{n}: routed": lambda row, step=step: f"{100 * record[step][row['method']]['routed']:.0f}",
             }
         )

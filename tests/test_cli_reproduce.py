@@ -1,9 +1,13 @@
+import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,9 @@ from typer.testing import CliRunner, Result
 
 from conftest import byte_tokenizer, lively_model
 from dlp_lora.cli.app import _add_commands, app
+from dlp_lora.evals.methods import MAIN
+from dlp_lora.recipe import read_recipe
+from dlp_lora.reproduce import ReproduceArgs, grown
 from dlp_lora.tasks import Task, write_task
 from test_reproduce import outputs, read, tasks
 
@@ -80,6 +87,48 @@ def test_a_run_by_recipe_writes_the_record_and_the_report(done: tuple[Path, Resu
     assert "composite-1" in result.output
 
 
+def test_a_log_file_tells_each_step_that_is_done(done: tuple[Path, Result]) -> None:
+    lines = done[1].output.splitlines()
+    steps = [
+        "colours",
+        "sides",
+        "story",
+        "untested",
+        "router",
+        *(f"answers: {name}" for name in ("base", "oracle", "dlp")),
+    ]
+    told = [line.split(": done")[0] for line in lines if ": done, " in line]
+    assert [step for step in told if "forced" not in step] == steps
+    assert next(line for line in lines if line.startswith("answers: dlp: done, ")).endswith(" steps")
+
+
+def test_what_is_not_given_adds_nothing_to_a_finished_run(
+    work: Path, done: tuple[Path, Result], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(done[0], out)
+    plain = replace(read_recipe(work / "mine.toml")[1], methods=MAIN, serial=ReproduceArgs.serial)
+    assert grown(out, plain, given=()).methods == ("base", "oracle", "dlp")
+    assert grown(out, plain, given=()).serial == ()
+    result = ok(*call(work, out, "--methods", "top1", "--serial", "3"))
+    assert "methods top1, serial 3" in " ".join(result.output.split())
+    assert "serial-3 skipped: it asks questions of as many tasks of choice, and there are 2" in result.output
+    record = json.loads((out / "record.json").read_text())
+    assert set(record["scores"]) == {"base", "oracle", "dlp", "top1"}
+    assert record["serial_skipped"] == {"serial-3": 2}
+    assert "added to the run" not in ok(*call(work, out)).output
+
+
+def test_what_scores_answers_is_asked_for_before_anything_is_trained(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
+    result = run(*call(work, tmp_path / "run"))
+    assert result.exit_code == 1
+    assert 'run `pip install "dlp-lora[eval]"`' in " ".join(result.output.split())
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
 def test_a_killed_process_goes_on_to_the_same_record(work: Path, done: tuple[Path, Result], tmp_path: Path) -> None:
     out = tmp_path / "run"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -106,6 +155,13 @@ def test_a_bundle_is_evaluated_on_the_tasks_that_have_questions(
     assert set(found["scores"]) == {"base", "dlp"}
     assert set(found["scores"]["dlp"]) == {"colours", "sides", "story"}
     assert found["settings"]["limit"] == 2
+    with gzip.open(tmp_path / found["outputs"], "rt", encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    assert Counter(row["method"] for row in rows) == {"base": 6, "dlp": 6}
+    cut = Counter(row["task"] for row in rows if row["method"] == "dlp" and not row["ended"])
+    assert found["cut_short"]["dlp"] == cut
+    assert set(found["adapters"]) == {"colours", "sides", "story", "untested"}
+    assert {"format", "model_hash", "router", "dtype", "metrics", "timings", "without_choices"} <= found.keys()
     assert found["settings"]["prompt_routing"] == "questions"
     assert {task: own["kind"] for task, own in found["data"]["tasks"].items()}["colours"] == "mcq"
     assert set(found["differences"]) == {"dlp - base"}

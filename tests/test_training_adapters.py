@@ -439,20 +439,22 @@ def test_a_base_is_trained_in_the_dtype_whose_products_are_faster(
     monkeypatch: pytest.MonkeyPatch, slower: torch.dtype
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    monkeypatch.setattr(adapters_module, "_seconds_of_product", lambda dtype: 2.0 if dtype == slower else 1.0)
-    found = training_dtype.__wrapped__("cpu", 1)
+    seconds = {torch.bfloat16: 1.0, torch.float32: 1.0, slower: 2.0}
+    monkeypatch.setattr(adapters_module, "_seconds_of_products", lambda *dtypes: [seconds[dtype] for dtype in dtypes])
+    found = training_dtype.__wrapped__("cpu")
     assert found == (torch.float32 if slower == torch.bfloat16 else torch.bfloat16)
 
 
 def test_a_base_is_trained_in_float32_where_the_cpu_has_no_other_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    assert training_dtype.__wrapped__("cpu", 1) == torch.float32
-    assert training_dtype.__wrapped__("cuda", 1) == torch.bfloat16
+    assert training_dtype.__wrapped__("cpu") == torch.float32
+    assert training_dtype.__wrapped__("cuda") == torch.bfloat16
 
 
 def test_products_are_timed_in_both_dtypes() -> None:
-    assert adapters_module._seconds_of_product(torch.float32) > 0
-    assert adapters_module._seconds_of_product(torch.bfloat16) > 0
+    num_threads = torch.get_num_threads()
+    assert all(seconds > 0 for seconds in adapters_module._seconds_of_products(torch.float32, torch.bfloat16))
+    assert torch.get_num_threads() == num_threads
 
 
 def test_a_missing_base_model_is_refused(tmp_path: Path) -> None:

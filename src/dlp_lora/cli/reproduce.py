@@ -1,10 +1,11 @@
 """Commands that evaluate: eval, reproduce."""
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -25,6 +26,11 @@ from dlp_lora.cli.app import (
     stderr,
 )
 from dlp_lora.cli.options import whole_numbers, words
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from dlp_lora.reproduce import Estimate, Event
 
 TasksOption = Annotated[str | None, typer.Option("--tasks", help="Task names or composite-n, comma-separated.")]
 LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Use so many examples of each task.")]
@@ -55,7 +61,7 @@ def reproduce_command(
     """
     from dlp_lora.evals.methods import METHODS
     from dlp_lora.recipe import read_recipe, with_preset
-    from dlp_lora.reproduce import LARGER, Estimate, Event, ReproduceArgs, grown, reproduce, steps
+    from dlp_lora.reproduce import GROWING, LARGER, Estimate, ReproduceArgs, added, grown, reproduce, steps
     from dlp_lora.tasks.hub import read_data
     from dlp_lora.tasks.manifest import read_manifest
 
@@ -72,7 +78,12 @@ def reproduce_command(
         "limit": limit,
         "single_r": None if single else 0,
     }
-    args = grown(out, replace(args, **{name: value for name, value in given.items() if value is not None}))
+    args = replace(args, **{name: value for name, value in given.items() if value is not None})
+    default = ReproduceArgs()
+    asked = [key for key in GROWING if given[key] is not None or getattr(args, key) != getattr(default, key)]
+    args = grown(out, args, given=asked)
+    if more := added(out, args):
+        stderr.print(f"added to the run in {escape(str(out))}: {escape(more)}", soft_wrap=True)
     found = read_data(data, names=_names(tasks))
     infos = read_manifest(data)
     with progress_bar() as progress:
@@ -80,24 +91,16 @@ def reproduce_command(
         rows = [(args.seeds[0], LARGER)] if larger else []
         rows += [(seed, step) for seed in args.seeds for step in names]
         estimate = Estimate(rows, tasks=[task.name for task in found])
-        everything = progress.add_task("all steps", total=len(rows), note="", start=False)
-        bars = {
-            (seed, step): progress.add_task(
-                step if len(args.seeds) == 1 else f"{seed}: {step}", total=None, note="", start=False
-            )
-            for seed, step in rows
-        }
-
-        def on_event(now: Event) -> None:
-            bar = bars[now.seed, now.step]
-            progress.start_task(bar)
-            progress.update(bar, completed=now.done, total=now.total, note=now.note)
-            estimate.note(now)
-            progress.update(everything, completed=estimate.num_done, note=str(estimate))
-
-        record = reproduce(base_model(model), found, out, args, infos=infos, larger=larger, on_event=on_event)
+        shown = _Shown(progress, estimate, num_seeds=len(args.seeds))
+        record = reproduce(base_model(model), found, out, args, infos=infos, larger=larger, on_event=shown.show)
     result = json.loads(record.read_text())
     _say_left_out(result["left_out"], result["scores"], list(result["data"]["tasks"]))
+    for step, count in result["serial_skipped"].items():
+        stderr.print(f"{step} skipped: it asks questions of as many tasks of choice, and there are {count}")
+    if result["serial_left_out"]:
+        stderr.print(f"prompts of several questions left out, too long: {escape(str(result['serial_left_out']))}")
+    if result["without_choices"]:
+        stderr.print(f"questions without choices, not scored by likelihood: {escape(str(result['without_choices']))}")
     stderr.print(f"wrote {record}; {_report(out)}")
     if as_json:
         print_json(result)
@@ -119,7 +122,9 @@ def eval_command(
     model: ModelOption = None,
     device: DeviceOption = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder that keeps the answers as they come.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the scores to this file.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the scores to this file, every answer beside it.")
+    ] = None,
 ) -> None:
     """Answer the tasks' test questions by several methods, free-running, and score them.
 
@@ -133,14 +138,19 @@ def eval_command(
         Likelihoods,
         answer_all,
         batches,
+        cut_short,
         data_hash,
         identity_of,
         known_likelihoods,
+        seconds_of,
     )
-    from dlp_lora.evals.methods import methods_named
-    from dlp_lora.evals.record import compared
+    from dlp_lora.evals.kept import write_outputs
+    from dlp_lora.evals.methods import METHODS, methods_named
+    from dlp_lora.evals.metrics import bleu_signature, check_scoring
+    from dlp_lora.evals.record import compared, without_choices
     from dlp_lora.evals.scores import tabulate
     from dlp_lora.folders import write_text
+    from dlp_lora.reproduce.settings import FORMAT
     from dlp_lora.tasks.hub import read_data
     from dlp_lora.tasks.manifest import kind_of, read_manifest
 
@@ -161,14 +171,23 @@ def eval_command(
     if unknown and any(m.name == "oracle" for m in chosen):
         raise ValueError(f"the bundle has no adapter for {', '.join(unknown)}; choose other tasks or leave oracle out")
     by_name, kinds = {t.name: t for t in found}, {t.name: kind_of(t, infos) for t in found}
+    check_scoring(kinds.values())
     questions, left_out = batches(engine.model, engine.tokenizer, found, settings)
+    identity = identity_of(engine, found, METHODS["dlp"])
     record: dict[str, Any] = {
+        "format": FORMAT,
+        "bundle": bundle.name,
+        **{key: identity[key] for key in ("model", "model_hash", "adapters")},
+        "router": identity.get("routing", {}).get("router"),
+        "dtype": str(engine.model.dtype).removeprefix("torch."),
         "environment": environment(),
+        "metrics": {"bleu": bleu_signature()} if "qa" in kinds.values() else {},
         "data": {"hash": data_hash(found), "tasks": {task.name: {"kind": kinds[task.name]} for task in found}},
         "settings": {**asdict(settings), **engine.routing_settings()},
         "left_out": left_out,
+        "without_choices": without_choices(found, kinds),
     }
-    tables = {}
+    tables, answers = {}, {}
     known: Likelihoods = {}
     with tempfile.TemporaryDirectory() as scratch, progress_bar() as progress:
         for method in chosen:
@@ -184,14 +203,53 @@ def eval_command(
                 on_batch=lambda done, total, bar=bar: progress.update(bar, completed=done, total=total),  # type: ignore[misc]
             )
             known |= known_likelihoods(rows)
-            tables[method.name] = tabulate(rows, by_name, kinds)
+            tables[method.name], answers[method.name] = tabulate(rows, by_name, kinds), rows
     record |= compared(tables, kinds)
+    record["cut_short"] = {name: cut_short(rows) for name, rows in answers.items()}
+    record["timings"] = {name: seconds_of(rows) for name, rows in answers.items()}
     for title, means in record["composites"].items():
         console.print(_table(title, means, record["composite_intervals"][title]))
     _say_left_out(left_out, record["scores"], list(by_name))
     if json_file is not None:
-        write_text(json_file, json.dumps(record, indent=1) + "\n")
-        stderr.print(f"wrote {json_file}")
+        outputs = json_file.with_name(f"{json_file.stem}.outputs.jsonl.gz")
+        write_outputs(outputs, ({"method": name, **row} for name, rows in answers.items() for row in rows))
+        write_text(json_file, json.dumps({**record, "outputs": outputs.name}, indent=1) + "\n")
+        stderr.print(f"wrote {json_file}, and every answer to {outputs}", soft_wrap=True)
+
+
+class _Shown:
+    """What a run says: each step that is done as a line, the present one and all of them as bars.
+
+    Where nobody watches, as in a log file, a line a minute takes the place of the bars.
+    """
+
+    def __init__(self, progress: "Progress", estimate: "Estimate", *, num_seeds: int) -> None:
+        self.progress, self.estimate, self.num_seeds = progress, estimate, num_seeds
+        self.everything = progress.add_task("all steps", total=len(estimate.steps), note="")
+        self.bar = progress.add_task("", total=None, note="", visible=False)
+        self.step, self.done, self.told_at = "", set[str](), time.monotonic()
+
+    def show(self, now: "Event") -> None:
+        """Takes in what the run says."""
+        self.estimate.note(now)
+        step = now.step if self.num_seeds == 1 else f"{now.seed}: {now.step}"
+        if step != self.step:
+            self.step = step
+            self.progress.reset(self.bar, description=step, visible=True)
+        self.progress.update(self.bar, completed=now.done, total=now.total, note=now.note)
+        self.progress.update(self.everything, completed=self.estimate.num_done, note=str(self.estimate))
+        if now.done >= now.total and step not in self.done:
+            self.done.add(step)
+            self._say(f"{step}: done" if not now.note else f"{step}: done, {now.note}")
+        elif not stderr.is_terminal and time.monotonic() - self.told_at > 60:
+            self._say(f"{step}: {now.done} of {now.total}, {now.note}")
+
+    def _say(self, text: str) -> None:
+        self.told_at = time.monotonic()
+        steps = f"{self.estimate.num_done} of {len(self.estimate.steps)} steps"
+        self.progress.console.print(
+            ", ".join(filter(None, (text, steps, str(self.estimate)))), highlight=False, markup=False, soft_wrap=True
+        )
 
 
 def _names(tasks: str | None) -> list[str] | None:

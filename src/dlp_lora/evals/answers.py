@@ -7,6 +7,7 @@ on disk batch by batch: an interrupted run goes on where it was, in the very sam
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -158,6 +159,11 @@ def seconds_of(rows: Sequence[Mapping[str, Any]]) -> float:
     return round(sum(float(row["seconds"]) for row in rows), 1)
 
 
+def cut_short(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """How many answers were cut off where their room ended, by task."""
+    return dict(Counter(row["task"] for row in rows if not row["ended"]))
+
+
 def data_hash(tasks: Sequence[Task]) -> str:
     """A hash of the tasks' names and examples."""
     content = [(t.name, [e.to_json() for e in t.train], [e.to_json() for e in t.test]) for t in tasks]
@@ -225,6 +231,7 @@ def _answer(
             "index": question.index,
             "text": answer.text,
             "num_tokens": len(answer.tokens),
+            "ended": answer.tokens[-1] in engine.eos_ids,
             "mixture": {name: round(weight, 4) for name, weight in mixture.items()},
             "num_switches": sum(sentence.switched for sentence in answer.trace[1:]),
             "seconds": round(seconds, 4),

@@ -3,8 +3,9 @@
 The first line is the rows' identity, all that they depend on: what was kept under another is never taken for them.
 """
 
+import gzip
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,14 @@ def keep_rows(
 def read_rows(file: Path) -> list[Row]:
     """Reads the rows that a file holds, a torn last line left out."""
     return [row for row in _lines(file) if "identity" not in row] if file.is_file() else []
+
+
+def write_outputs(file: Path, rows: Iterable[Row]) -> None:
+    """Writes rows into a compressed file, all or nothing."""
+    aside = file.with_name(f".{file.name}.partial")
+    with gzip.open(aside, "wt", encoding="utf-8") as lines:
+        lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    aside.replace(file)
 
 
 def differences(before: Any, now: Any, key: str = "") -> str:

@@ -4,7 +4,7 @@ Accuracy and ROUGE are fractions, 0 to 1; BLEU is sacrebleu's, 0 to 100. An empt
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -75,6 +75,17 @@ def bleu(answers: Sequence[str], references: Sequence[Sequence[str]]) -> BleuSco
 def bleu_signature() -> str:
     """sacrebleu's signature of `bleu_of`, for a record: each answer has references of its own number."""
     return bleu(["a", "b"], [["a"], ["b", "c"]]).signature
+
+
+def check_scoring(kinds: Iterable[str]) -> None:
+    """Checks that what scores answers is installed, before there are any.
+
+    Raises:
+        DLPLoRAError: naming what to install.
+    """
+    if "qa" in kinds:
+        rouge([""], [[""]])
+        bleu_signature()
 
 
 def bleu_statistics(answers: Sequence[str], references: Sequence[Sequence[str]]) -> Int[np.ndarray, "answers 10"]:

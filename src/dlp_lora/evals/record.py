@@ -76,6 +76,7 @@ def serial_scores(rows: Sequence[dict[str, Any]], n: int) -> dict[str, Any]:
         "accuracy": round(float(right.mean()), 5),
         "interval": [round(x, 5) for x in bootstrap(right.mean(axis=1))],
         "accuracy_later": round(float(right[:, 1:].mean()), 5),
+        "interval_later": [round(x, 5) for x in bootstrap(right[:, 1:].mean(axis=1))],
         "routed": round(float(np.mean([row["routed"] for row in rows])), 5),
         "num_questions": len(rows),
     }

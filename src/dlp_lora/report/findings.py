@@ -246,7 +246,7 @@ def _serial_cell(record: Record, serial: str, method: str, key: str) -> Cell | N
     row = record.at("serial", serial, method) or {}
     if row.get(key) is None:
         return None
-    low_high = row.get("interval") if key == "accuracy" else None
+    low_high = row.get({"accuracy": "interval", "accuracy_later": "interval_later"}.get(key, ""))
     interval = (100 * low_high[0], 100 * low_high[1]) if low_high else None
     return Cell(measure=Measure(value=100 * row[key], interval=interval))
 

@@ -22,7 +22,7 @@ def making_table(record: Record) -> Table:
         "Precision": record.at("dtype"),
         "Tasks": _count_tasks(record),
         "Left out": _left_out(record),
-        "Answers as long as allowed": _cut_short(record),
+        "Answers cut off": _cut_short(record),
         "Data hash": record.at("data", "hash"),
         "Seeds": ", ".join(str(seed) for seed in record.seeds),
         "Hardware": ", ".join(hardware),
@@ -103,7 +103,7 @@ def _left_out(record: Record) -> str | None:
 
 
 def _cut_short(record: Record) -> str | None:
-    """Counts the answers that may have been cut short, by method."""
+    """Counts the answers that were cut short, by method."""
     found = record.at("cut_short") or {}
     return ", ".join(f"{label(method)} {sum(own.values()):,}" for method, own in found.items()) or None
 

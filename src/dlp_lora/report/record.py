@@ -35,6 +35,7 @@ _SERIAL = {
     "accuracy": _NUMBER,
     "interval": _PAIR,
     "accuracy_later": _NUMBER,
+    "interval_later": _PAIR,
     "routed": _NUMBER,
     "num_questions": _NUMBER,
 }
@@ -76,7 +77,7 @@ _SHAPE: Mapping[str, Any] = {
         "text": _TEXT,
         "trace": [{"text": _TEXT, "probabilities": {_EACH: _NUMBER}, "mixture": {_EACH: _NUMBER}}],
     },
-    "larger": {"model": _TEXT, "seconds": _NUMBER, "scores": _BY_TASK},
+    "larger": {"model": _TEXT, "seconds": _NUMBER, "scores": _BY_TASK, "pooled_intervals": {_EACH: _PAIR}},
     "seeds": [_NUMBER],
     "by_seed": {_EACH: {_EACH: _BY_TASK}},
 }

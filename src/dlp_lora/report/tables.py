@@ -144,7 +144,9 @@ def larger_table(record: Record) -> Table:
     for metric in POOLED_METRICS:
         names = [task.name for task in tasks if (task.kind == "qa") == (metric in QA_METRICS)]
         mean = _mean_of([(scores.get(name) or {}).get(metric) for name in names])
-        large[metric] = None if mean is None else Measure(value=mean * points(metric))
+        low_high = (larger.get("pooled_intervals") or {}).get(metric) if len(tasks) == len(record.tasks) else None
+        interval = (low_high[0] * points(metric), low_high[1] * points(metric)) if low_high else None
+        large[metric] = None if mean is None else Measure(value=mean * points(metric), interval=interval)
         small[metric] = record.mean("dlp", names, metric)
     if len(tasks) == len(record.tasks):  # a time over other tasks says nothing
         large["seconds"], small["seconds"] = map(_exact, (larger.get("seconds"), record.at("timings", "dlp")))

@@ -3,6 +3,17 @@
 from dlp_lora.reproduce.args import LARGER, Event, ReproduceArgs, steps
 from dlp_lora.reproduce.estimate import Estimate
 from dlp_lora.reproduce.run import check_apart, reproduce
-from dlp_lora.reproduce.settings import grown
+from dlp_lora.reproduce.settings import GROWING, added, grown
 
-__all__ = ["LARGER", "Estimate", "Event", "ReproduceArgs", "check_apart", "grown", "reproduce", "steps"]
+__all__ = [
+    "GROWING",
+    "LARGER",
+    "Estimate",
+    "Event",
+    "ReproduceArgs",
+    "added",
+    "check_apart",
+    "grown",
+    "reproduce",
+    "steps",
+]

@@ -28,6 +28,12 @@ class ReproduceArgs:
     seeds: tuple[int, ...] = (0,)
 
     def __post_init__(self) -> None:
+        for name, kind in (("methods", str), ("seeds", int), ("serial", int)):
+            found = getattr(self, name)
+            if not isinstance(found, tuple) or not all(isinstance(value, kind) for value in found):
+                raise ValueError(f"ReproduceArgs.{name} is a list of {kind.__name__}, got {found!r}")
+        if self.single_r < 0:
+            raise ValueError(f"ReproduceArgs.single_r is a rank, or 0 for none, got {self.single_r}")
         methods_named(self.methods)
         if any(n < 2 for n in self.serial):
             raise ValueError(f"ReproduceArgs.serial asks at least 2 questions at once, got {self.serial}")

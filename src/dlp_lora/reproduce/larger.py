@@ -11,7 +11,7 @@ from dlp_lora.engine import Engine
 from dlp_lora.environment import model_hash
 from dlp_lora.evals.answers import answer_all, batches, data_hash, seconds_of
 from dlp_lora.evals.methods import METHODS
-from dlp_lora.evals.scores import scores, tabulate
+from dlp_lora.evals.scores import pooled, scores, tabulate
 from dlp_lora.fused import linear_layers
 from dlp_lora.reproduce.args import LARGER, Event, ReproduceArgs
 from dlp_lora.tasks import Task
@@ -43,5 +43,12 @@ def answer_plainly(
             Event(seed=args.seeds[0], step=LARGER, done=done, total=total, note=name)
         ),
     )
-    found = scores(tabulate(rows, {task.name: task for task in tasks}, kinds))
-    return {"model": name, "seconds": seconds_of(rows), "left_out": left_out, "scores": found}
+    table = tabulate(rows, {task.name: task for task in tasks}, kinds)
+    pools = [pooled(table, [task for task in table if kinds[task] == kind])[1] for kind in ("mcq", "qa")]
+    return {
+        "model": name,
+        "seconds": seconds_of(rows),
+        "left_out": left_out,
+        "scores": scores(table),
+        "pooled_intervals": {metric: interval for pool in pools for metric, interval in pool.items()},
+    }

@@ -5,7 +5,6 @@ results. Methods, seeds, lengths of serial prompts and a larger model may be add
 is refused, and the difference is named.
 """
 
-import gzip
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -15,7 +14,8 @@ from typing import Any
 from dlp_lora.environment import model_hash
 from dlp_lora.errors import TaskError
 from dlp_lora.evals.answers import batches
-from dlp_lora.evals.kept import read_rows
+from dlp_lora.evals.kept import read_rows, write_outputs
+from dlp_lora.evals.metrics import check_scoring
 from dlp_lora.evals.record import merged
 from dlp_lora.folders import write_text
 from dlp_lora.reproduce.args import LARGER, Event, ReproduceArgs
@@ -60,6 +60,8 @@ def reproduce(
     if len(tasks) < 2:
         raise TaskError(f"a router chooses between tasks, but there are {len(tasks)}; give at least two task folders")
     check_apart(tasks)
+    kinds = {task.name: kind_of(task, infos) for task in tasks}
+    check_scoring(kinds.values())
     settings = settings_of(model, tasks, args)
     check_settings(out, settings)
     base, tokenizer = load_base(model, dtype=kept_dtype(out))
@@ -68,7 +70,6 @@ def reproduce(
     check_lengths(base, tokenizer, tasks, args.training)
     questions, left_out = batches(base, tokenizer, tasks, args.answers)
     keep_settings(out, settings)
-    kinds = {task.name: kind_of(task, infos) for task in tasks}
     if larger is None:
         plain = _larger_before(out)
     else:
@@ -94,12 +95,8 @@ def reproduce(
         "larger": plain,
         "outputs": OUTPUTS_FILE,
     }
-    with gzip.open(out / f".{OUTPUTS_FILE}.partial", "wt", encoding="utf-8") as lines:
-        rows = (
-            row for source in (*(run.outputs() for run in runs), _outputs_of(plain, out / LARGER)) for row in source
-        )
-        lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (out / f".{OUTPUTS_FILE}.partial").replace(out / OUTPUTS_FILE)
+    sources = (*(run.outputs() for run in runs), _outputs_of(plain, out / LARGER))
+    write_outputs(out / OUTPUTS_FILE, (row for source in sources for row in source))
     write_text(out / RECORD_FILE, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     return out / RECORD_FILE
 

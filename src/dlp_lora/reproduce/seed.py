@@ -5,7 +5,6 @@ import math
 import random
 import resource
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from dlp_lora.evals.answers import (
     Likelihoods,
     Question,
     answer_all,
+    cut_short,
     data_hash,
     identity_of,
     known_likelihoods,
@@ -75,6 +75,7 @@ class Seed:
         self._forced: dict[str, list[dict[str, Any]]] = {}
         self._serial: dict[str, dict[str, list[dict[str, Any]]]] = {}  # answers by step and method
         self._serial_left_out: dict[str, int] = {}
+        self._serial_skipped: dict[str, int] = {}  # by step, how many tasks of choice there are
 
     def run(self) -> dict[str, Any]:
         """Does what is left to do and gives the seed's part of the record."""
@@ -100,7 +101,7 @@ class Seed:
             "metrics": {"bleu": bleu_signature()} if "qa" in self.kinds.values() else {},
             "data": {"hash": data_hash(self.tasks), "tasks": {t.name: self._about(t) for t in self.tasks}},
             "left_out": dict(self.shared.left_out),
-            "cut_short": {method.name: self._cut_short(self._rows[method.name]) for method in self.methods},
+            "cut_short": {method.name: cut_short(self._rows[method.name]) for method in self.methods},
             "without_choices": without_choices(self.tasks, self.kinds),
             **compared(tables, self.kinds),
             "teacher_forced": {name: scores(table) for name, table in forced.items()},
@@ -110,6 +111,7 @@ class Seed:
                 for step, own in self._serial.items()
             },
             "serial_left_out": self._serial_left_out,
+            "serial_skipped": self._serial_skipped,
             "router": router,
             "training": {"adapters": training, SINGLE: single},
             "timings": {name: seconds_of(rows) for name, rows in self._rows.items()},
@@ -222,7 +224,10 @@ class Seed:
         step, file = f"serial-{n}", self.folder / f"serial-{n}.json"
         found: dict[str, Any] = {}
         tasks = [task for task in self.tasks if self.kinds[task.name] == "mcq" and task.test]
-        if len(tasks) >= n:
+        if len(tasks) < n:
+            self._serial_skipped[step] = len(tasks)
+            self._event(step, 1, 1, f"skipped: of {n} tasks of choice there are {len(tasks)}")
+        else:
             num_prompts = math.ceil(self.args.serial_questions / n)
             drawn = serial_prompts(tasks, n, num_prompts, seed=self.seed)
             room: dict[str, Any] = {
@@ -266,11 +271,6 @@ class Seed:
         method = next(m for m in serial_methods(engine.bank.names, prompts) if m.name == "dlp")
         (answer,) = generate_serial(engine, method, prompts, **room)
         return {"prompt": prompts[0].text, **json.loads(json.dumps(answer.to_dict(), default=dict))}
-
-    def _cut_short(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-        """How many answers are as long as their task allows, by task: they may have gone on."""
-        room = {q.task: q.max_new_tokens for batch in self.shared.questions for q in batch}
-        return dict(Counter(row["task"] for row in rows if row["num_tokens"] >= room[row["task"]]))
 
     def _about(self, task: Task) -> dict[str, Any]:
         info = described(task, self.shared.infos.get(task.name, TaskInfo()), self.kinds[task.name])

@@ -1,6 +1,7 @@
 """The settings of a run on disk: what a later call may add to them, and what it may not change."""
 
 import json
+from collections.abc import Collection
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,26 @@ def settings_of(model: str | Path, tasks: list[Task], args: ReproduceArgs) -> di
     }
 
 
-def grown(out: Path, args: ReproduceArgs) -> ReproduceArgs:
-    """The arguments with the methods, seeds and lengths of serial prompts that the run in `out` already has."""
+def grown(out: Path, args: ReproduceArgs, *, given: Collection[str] = GROWING) -> ReproduceArgs:
+    """The arguments with the methods, seeds and lengths of serial prompts that the run in `out` already has.
+
+    Those that are not `given` are the run's own, if there is one: a default adds nothing to it.
+    """
     before = _kept(out).get("args", {})
-    added: dict[str, Any] = {key: tuple(dict.fromkeys((*before.get(key, ()), *getattr(args, key)))) for key in GROWING}
-    return replace(args, **added)
+
+    def united(key: str) -> tuple[Any, ...]:
+        asked = getattr(args, key) if key in given or key not in before else ()
+        return tuple(dict.fromkeys((*before.get(key, ()), *asked)))
+
+    own: dict[str, Any] = {key: united(key) for key in GROWING}
+    return replace(args, **own)
+
+
+def added(out: Path, args: ReproduceArgs) -> str:
+    """What these arguments add to the run in `out`; "" if there is none, or nothing."""
+    before = _kept(out).get("args")
+    new = {key: [x for x in getattr(args, key) if x not in (before or {}).get(key, ())] for key in GROWING}
+    return ", ".join(f"{key} {' '.join(map(str, own))}" for key, own in new.items() if own) if before else ""
 
 
 def check_settings(out: Path, settings: dict[str, Any]) -> None:

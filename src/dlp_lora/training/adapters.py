@@ -76,7 +76,7 @@ def load_base(
         ModelError: if it cannot be loaded.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = dtype or training_dtype(device, torch.get_num_threads())
+    dtype = dtype or training_dtype(device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(model))
         loaded: Any = AutoModelForCausalLM.from_pretrained(str(model), dtype=dtype, use_safetensors=True)
@@ -86,29 +86,35 @@ def load_base(
 
 
 @cache
-def training_dtype(device: str, num_threads: int) -> torch.dtype:
+def training_dtype(device: str) -> torch.dtype:
     """Gives the dtype to train a frozen base in: bfloat16 where the hardware multiplies it, and no slower than float32.
 
     CPUs with instructions for bfloat16 but without AMX may take twice as long as in float32 (docs/log.md); a product
-    in each tells, measured once for each number of threads.
+    in each tells, timed once on one thread.
     """
     if device == "cuda":
         return torch.bfloat16
     if not torch.cpu._is_avx512_bf16_supported():
         return torch.float32
-    is_slower = _seconds_of_product(torch.bfloat16) > 1.2 * _seconds_of_product(torch.float32)
-    return torch.float32 if is_slower else torch.bfloat16
+    narrow, wide = _seconds_of_products(torch.bfloat16, torch.float32)
+    return torch.float32 if narrow > 1.2 * wide else torch.bfloat16
 
 
-def _seconds_of_product(dtype: torch.dtype) -> float:
-    """How long the tokens of a small batch times a layer's weight take on the CPU."""
-    x, weight = torch.ones(512, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
-    seconds = []
-    for _ in range(8):
-        start = time.perf_counter()
-        torch.nn.functional.linear(x, weight)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+def _seconds_of_products(*dtypes: torch.dtype) -> list[float]:
+    """How long the tokens of a small batch times a layer's weight take on the CPU in each dtype, at best."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several wait for each other where the machine is busy
+    try:
+        seconds: list[list[float]] = [[] for _ in dtypes]
+        for _ in range(16):  # in turns, so that a busy moment hits all
+            for dtype, own in zip(dtypes, seconds, strict=True):
+                x, weight = torch.ones(512, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
+                start = time.perf_counter()
+                torch.nn.functional.linear(x, weight)
+                own.append(time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(num_threads)
+    return [min(own) for own in seconds]
 
 
 def train_adapter(
