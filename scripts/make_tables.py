@@ -66,11 +66,26 @@ def _decoding(name: str) -> Callable[[], str]:
     columns = {
         **VARIANT,
         **STEP,
-        "over stacked base": _number("ratio_over_stacked", 3),
+        "over a base alike": _number("ratio_over_alike", 3),
         "of bandwidth": _percent("bandwidth_share", 0),
         "peak over base": MEMORY["peak over base"],
     }
-    return lambda: _table(columns, _record(name)["rows"], words=2)
+    return lambda: _table(columns, [{**row, **_alike(row, name)} for row in _record(name)["rows"]], words=2)
+
+
+def _alike(row: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What a variant takes over the base that computes its products in the same way.
+
+    Of records that do not hold it, by the medians over the plain base.
+    """
+    if "ratio_over_alike" in row:
+        return {}
+    base = next((way for way in ("prepacked", "compiled") if way in row["name"]), "stacked")
+    if any(way in row["name"] for way in ("merged", "concatenated")) or not row["name"].startswith("dlp-lora"):
+        return {"ratio_over_alike": row["ratio"] if row["name"].startswith("dlp-lora") else None}
+    rows = [each for each in _record(name)["rows"] if each["dtype"] == row["dtype"]]
+    over = next(each["ratio"] for each in rows if each["name"] == f"base, {base}")
+    return {"ratio_over_alike": row["ratio"] / over}
 
 
 def _rows(name: str, columns: Mapping[str, Cell], *, words: int = 1) -> Callable[[], str]:

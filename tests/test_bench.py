@@ -29,7 +29,7 @@ from dlp_lora.bench.prefill import PrefillArgs, bench_prefill
 from dlp_lora.bench.random_adapters import NUM_DISTINCT, write_random_adapters
 from dlp_lora.bench.routers import RoutersArgs, bench_routers
 from dlp_lora.bench.suite import PRESETS, suite
-from dlp_lora.bench.switch import SwitchArgs, bench_switch
+from dlp_lora.bench.switch import SwitchArgs, bench_switch, context_at
 from dlp_lora.bench.timing import interleave, interleave_steps
 from dlp_lora.bench.train import TrainArgs, bench_train
 from dlp_lora.environment import environment
@@ -102,8 +102,9 @@ def test_every_variant_has_a_row_with_its_ratio_over_the_base(model: Path) -> No
         assert min(row["ms_per_token"], row["ttft_ms"], row["tokens_per_s"], row["bandwidth_share"] + 1e-3) > 0
         assert row["peak_mb"] > row["held_mb"] > 0
         if row["name"] == "base, stacked":
-            assert row["ratio_over_stacked"] == 1
+            assert row["ratio_over_alike"] == 1
         if row["name"] == "base, prepacked":
+            assert row["ratio_over_alike"] == 1
             assert row["memory_ratio"] > 1.2  # the weights of linear layers twice, embeddings once
         if row["name"] == "base":
             assert row["ratio"] == row["ratio_min"] == row["ratio_max"] == row["memory_ratio"] == 1
@@ -376,8 +377,9 @@ def test_no_figures_are_given_when_switches_allocate(model: Path, monkeypatch: p
 
 def test_the_bank_benchmark_gives_each_size_a_row_with_its_share_of_the_parameters(record_of: RecordOf) -> None:
     rows = record_of("bank")["rows"]
-    assert [row["num_adapters"] for row in rows] == [0, 1, 3, 40]
-    _, one, three, on_disk = rows
+    assert [row["name"] for row in rows[:2]] == ["base", "base again"]
+    assert [row["num_adapters"] for row in rows] == [0, 0, 1, 3, 40]
+    _, _, one, three, on_disk = rows
     total = sum(p.numel() for p in lively_model().parameters())
     # Two layers, rank 2, q of 32 to 32 and v of 32 to 16.
     assert one["share_of_parameters"] == pytest.approx(2 * 2 * (32 + 32 + 32 + 16) / total, abs=1e-5)
@@ -402,6 +404,30 @@ def test_no_figures_are_given_when_the_bank_keeps_more_than_its_budget(
     monkeypatch.setattr(models, "load", load_without_limit)
     with pytest.raises(DLPLoRAError, match=r"the bank keeps .* MB under a budget of 0.02 MB; no figures"):
         BENCHES["bank"](model)
+
+
+def test_decoding_tells_how_often_it_switched(record_of: RecordOf) -> None:
+    ours = [row for row in record_of("bank")["rows"] if row["name"].startswith("dlp-lora")]
+    assert all(1 <= row["switches"] + 1 <= row["sentences"] for row in ours)
+    assert not any("switches" in row for row in record_of("bank")["rows"] if row["name"].startswith("base"))
+
+
+def test_prefill_tells_what_the_precision_costs_in_accuracy(model: Path) -> None:
+    record = bench_prefill(
+        model,
+        PrefillArgs(num_adapters=3, selected=2, length=64, batch=2, **{**QUICK, "dtypes": ("bfloat16", "float32")}),
+    )
+    errors = {(row["name"], row["dtype"]): row["logit_error"] for row in record["rows"]}
+    assert all(error is None for (_, dtype), error in errors.items() if dtype == "float32")
+    narrow = {name: error for (name, dtype), error in errors.items() if dtype == "bfloat16" and error is not None}
+    assert {"base", "peft one adapter", "dlp-lora, one mixture", "dlp-lora, routed, 2 of 3 a sentence"} <= narrow.keys()
+    assert all(0 < error < 0.05 for error in narrow.values())
+
+
+def test_a_router_reads_no_answer_twice_in_the_switch_benchmark() -> None:
+    asked = [context_at(("How?", "Why?"), turn) for turn in range(40)]
+    assert {context.prompt for context in asked} == {"How?", "Why?"}
+    assert len({context.answer for context in asked}) == 40
 
 
 def test_routers_are_told_apart_by_their_parameters_and_time_a_sentence(record_of: RecordOf) -> None:

@@ -111,7 +111,7 @@ class DLPLoRALM(EngineLM):
     """What `--model dlp_lora` names; its arguments are those of `--model_args`.
 
     Either `bundle`, or `model`, `adapters` and `router`. A `model` beside a bundle takes the place of its base model;
-    `p` is `TopP.p`, in the place of the bundle's policy; `prepack` is that of `dlp_lora.load`.
+    `p` is `TopP.p`, in the place of the bundle's policy; `prepack` and `budget_mb` are those of `dlp_lora.load`.
     """
 
     def __init__(
@@ -125,6 +125,7 @@ class DLPLoRALM(EngineLM):
         device: str | None = None,
         dtype: str = "auto",
         prepack: bool = False,
+        budget_mb: float | None = None,
         **options: Any,
     ) -> None:
         if str(device).startswith("cuda") and not torch.cuda.is_available():
@@ -135,6 +136,7 @@ class DLPLoRALM(EngineLM):
             "device": device,
             "dtype": dtype,
             "prepack": prepack,
+            "budget_mb": budget_mb,
         }
         if bundle is not None:
             if adapters is not None or router is not None:

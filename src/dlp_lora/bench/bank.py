@@ -10,7 +10,7 @@ from dlp_lora.bench.agreement import Twin, check_paths
 from dlp_lora.bench.case import Case, Row, quiet, run_cases
 from dlp_lora.bench.decoding import DecodingArgs, decoding_rows
 from dlp_lora.bench.memory import MB, growth_mb
-from dlp_lora.bench.models import PEFT_ONE, base_model, engine_with, peft_one
+from dlp_lora.bench.models import AGAIN, PEFT_ONE, base_model, engine_with, peft_one
 from dlp_lora.bench.timing import BASE, OnRound, synchronise
 from dlp_lora.engine import Engine
 from dlp_lora.errors import DLPLoRAError
@@ -45,12 +45,12 @@ def bench_bank(model: str | Path, args: BankArgs | None = None, *, on_round: OnR
         base, one = base_model(case), peft_one(case)
         num_parameters = sum(parameter.numel() for parameter in base.parameters())
         engines: dict[str, Engine] = {}
-        about: dict[str, Row] = {BASE: {"num_adapters": 0}}
+        about: dict[str, Row] = {BASE: {"num_adapters": 0}, AGAIN: {"num_adapters": 0}}
         for name, (size, budget_mb) in banks.items():
             engines[name], about[name] = _open(case, size, args.selected, budget_mb)
             about[name]["share_of_parameters"] = round(engines[name].bank.num_parameters / num_parameters, 5)
             check_paths(engines[name], base, case.prompts()[0], {PEFT_ONE: Twin(one, {case.names[0]: 1.0})})
-        variants = {BASE: base, **engines}
+        variants = {BASE: base, AGAIN: base_model(case), **engines}
         rows = decoding_rows(case, variants, case.prompts(), new_tokens=args.new_tokens, rounds=args.rounds)
         order = sorted(rows, key=lambda name: about[name]["num_adapters"])
         return [{**rows[name], **about[name]} for name in order]

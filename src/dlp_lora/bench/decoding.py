@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dlp_lora.bench.case import AdapterBenchArgs, Case, NewTokens, Row
 from dlp_lora.bench.memory import MB, memory_of, read_mb
-from dlp_lora.bench.models import STACKED, thawed
+from dlp_lora.bench.models import COMPILED, PREPACKED, STACKED, thawed
 from dlp_lora.bench.timing import BASE, Stepwise, interleave_steps, synchronise
 from dlp_lora.engine import Engine
 
@@ -38,7 +38,8 @@ def decoding_rows(
 ) -> dict[str, Row]:
     """Gives a row a variant, a model or an engine; one is named BASE, and what the others take is also told over it.
 
-    `given` is what a variant's `generate` is given besides.
+    `given` is what a variant's `generate` is given besides. `ratio_over_alike` is over the base that computes its
+    products as a variant does, so the price of the adapters alone.
     `bandwidth_share` is the speed at which the base's weights are read for each step, over the machine's own.
     """
     models = {name: thawed(v.model if isinstance(v, Engine) else v) for name, v in variants.items()}
@@ -60,9 +61,30 @@ def decoding_rows(
             "bandwidth_share": round(read_gb / (ms / 1e3) / case.bandwidth_gb_s, 3),
             **memory[name].columns(memory[BASE]),
         }
-        if STACKED in models:
-            rows[name]["ratio_over_stacked"] = times.ratio(name, "step_ms", over=STACKED)["ratio"]
+        if (alike := _alike(name)) in models:
+            rows[name]["ratio_over_alike"] = times.ratio(name, "step_ms", over=alike)["ratio"]
+        rows[name] |= _switches(variants[name])
     return rows
+
+
+def _alike(name: str) -> str:
+    """The base that computes its products as a variant of this name does."""
+    ways = {"prepacked": PREPACKED, "compiled": COMPILED, "merged": BASE, "concatenated": BASE}
+    stacked = STACKED if name.startswith("dlp-lora") or name == STACKED else BASE
+    return next((base for way, base in ways.items() if way in name), stacked)
+
+
+def _switches(variant: Any) -> dict[str, float]:
+    """How many sentences a row of the last answer had, and how often it switched: what is timed is live."""
+    latest = variant._controller.latest if isinstance(variant, Engine) else None
+    if latest is None:
+        return {}
+    each = [row.decisions for row in latest.rows]
+    switched = sum(decision.switched for decisions in each for decision in decisions)
+    return {
+        "sentences": round(sum(map(len, each)) / len(each), 2),
+        "switches": round(switched / len(each), 2),
+    }
 
 
 def generation(model: Any, prompts: Sequence[Mapping[str, Any]], new_tokens: int) -> Stepwise:

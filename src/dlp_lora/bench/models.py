@@ -22,10 +22,12 @@ from dlp_lora.peft_format import read_adapter
 from dlp_lora.policy import Switching, TopK
 from dlp_lora.router import Context, EncoderRouter, MiniMLP, Router, TextEncoder
 from dlp_lora.router.encoder import albert_config
+from dlp_lora.router.nearness import Nearness
 
 AGAIN = "base again"
 STACKED = "base, stacked"
 PREPACKED = "base, prepacked"
+COMPILED = "base, compiled"
 PEFT_ONE = "peft one adapter"
 PEFT_MIXED = "peft another adapter a row"
 
@@ -52,6 +54,7 @@ def mini_mlp(names: Sequence[str], tokenizer: Tokenizer) -> Router:
     with torch.no_grad():
         # Of random weights, the biases outweigh the text. Without what it says of any text, it goes by what differs.
         router.head.bias.sub_(router(router.encode_all([Context(text) for text in PROMPTS])).mean(dim=0))
+        router.near = Nearness.of(torch.randn(len(names), 4, router.config.hidden))  # which a trained one asks, too
     return router
 
 

@@ -17,6 +17,7 @@ from dlp_lora.bench.case import Case, NumAdapters, Prepacked, Row, quiet, run_ca
 from dlp_lora.bench.decoding import DecodingArgs, decoding_rows, generation
 from dlp_lora.bench.models import (
     AGAIN,
+    COMPILED,
     PEFT_ONE,
     PREPACKED,
     STACKED,
@@ -30,7 +31,6 @@ from dlp_lora.bench.models import (
 from dlp_lora.bench.timing import BASE, OnRound
 from dlp_lora.errors import DLPLoRAError
 
-COMPILED_BASE = "base, compiled"
 COMPILERS = ("g++", "clang++")
 
 
@@ -87,7 +87,7 @@ def bench_paths(model: str | Path, args: PathsArgs | None = None, *, on_round: O
             check_paths(
                 compiled, base, prompts[0], twins, make_cache=lambda: StaticCache(base.config, max_cache_len=length)
             )
-            for name, variant in ((COMPILED_BASE, compiled_base(case)), ("dlp-lora, compiled", compiled)):
+            for name, variant in ((COMPILED, compiled_base(case)), ("dlp-lora, compiled", compiled)):
                 variants[name], given[name] = variant, static
                 # Once before memory is counted: what compiling takes is not the price of a token.
                 own = variant.model if variant is compiled else variant

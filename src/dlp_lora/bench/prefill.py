@@ -1,14 +1,15 @@
 """The prefill benchmark: time to read a prompt, over the plain base model, routing and fusing included."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import torch
+from torch import Tensor
 
 from dlp_lora.bench.agreement import Twin, check_paths, check_sentences
 from dlp_lora.bench.case import (
@@ -97,6 +98,7 @@ def bench_prefill(model: str | Path, args: PrefillArgs | None = None, *, on_roun
                     ours,
                     _forward(ours.model, inputs, under=under),
                 )
+        errors = {} if case.dtype == "float32" else _logit_errors(case, args, variants, checked, mixture, mixtures)
         memory: dict[str, Memory] = {}
         runs = {name: counted(name, v, run, memory, case.device) for name, (v, run) in variants.items()}
         times = interleave(runs, rounds=args.rounds, scenario=case.scenario, on_round=case.on_round)
@@ -107,6 +109,7 @@ def bench_prefill(model: str | Path, args: PrefillArgs | None = None, *, on_roun
                 **times.ratio(name, "ms"),
                 "tokens_per_s": round(args.batch * args.length * 1e3 / times.median(name, "ms"), 1),
                 **memory[name].columns(memory[BASE]),
+                "logit_error": errors.get(name),
             }
             for name in runs
         ]
@@ -120,6 +123,41 @@ def bench_prefill(model: str | Path, args: PrefillArgs | None = None, *, on_roun
         on_round=on_round,
         does_not_measure="decoding; all weights ask for gradients, as frozen ones make the head slow on CPUs",
     )
+
+
+def _logit_errors(
+    case: Case,
+    args: PrefillArgs,
+    variants: Mapping[str, tuple[Any, Run]],
+    inputs: Mapping[str, Any],
+    mixture: Mapping[str, float],
+    mixtures: Sequence[Mapping[str, float]],
+) -> dict[str, float]:
+    """How far the logits of each prompt's last token are from those of the same variant in float32, of their size.
+
+    What is computed is the same but for the precision, so the base's own error beside ours says what ours costs.
+    """
+    wide, k = replace(case, dtype="float32"), args.selected
+
+    def logits(own: Any, name: str) -> Tensor:
+        under: Any = nullcontext()
+        if "one mixture" in name:
+            under = own.fixed(mixture)
+        elif "another mixture a row" in name:
+            under = own.fixed(mixtures)
+        elif isinstance(own, Engine):
+            under = _routed(own, prompt_routing="sentences" if "sentence" in name else "questions")
+        with torch.no_grad(), under:
+            found: Tensor = (own.model if isinstance(own, Engine) else own)(**inputs, logits_to_keep=1).logits
+        return found.double()
+
+    exact = {BASE: base_model(wide), PEFT_ONE: peft_one(wide), "dlp-lora": engine_with(wide, selected=k)}
+    names = [name for name in variants if name in exact or name.startswith("dlp-lora")]
+    found = {}
+    for name in names:
+        wanted = logits(exact[name if name in exact else "dlp-lora"], name)
+        found[name] = round(float((logits(variants[name][0], name) - wanted).norm() / wanted.norm()), 5)
+    return found
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from dlp_lora.bench.agreement import check_paths
 from dlp_lora.bench.case import Case, NewTokens, NumAdapters, Row, quiet, run_cases
 from dlp_lora.bench.decoding import DecodingArgs, decoding_rows
 from dlp_lora.bench.models import MakeRouter, albert, base_model, engine_with, mini_mlp
-from dlp_lora.bench.switch import contexts, switch
+from dlp_lora.bench.switch import context_at, switch
 from dlp_lora.bench.timing import BASE, OnRound
 
 ROUTERS: dict[str, MakeRouter] = {
@@ -42,9 +42,9 @@ def bench_routers(model: str | Path, args: RoutersArgs | None = None, *, on_roun
         for name, engine in engines.items():
             check_paths(engine, base, case.prompts()[0])
             router: Any = engine.router
-            asked = contexts(case.texts)[:NUM_SWITCHES]
-            each = [switch(engine, context, args.selected, turn=turn) for turn, context in enumerate(asked * 2)]
-            each = each[len(asked) :]  # the first ones warm up
+            turns = range(2 * NUM_SWITCHES)
+            each = [switch(engine, context_at(case.texts, turn), args.selected, turn=turn) for turn in turns]
+            each = each[NUM_SWITCHES:]  # the first ones warm up
             about[name] = {
                 "router_parameters": router.num_parameters,
                 "route_ms": round(median(times["route_ms"] for times in each), 3),

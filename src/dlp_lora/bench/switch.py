@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from statistics import mean
 from typing import Annotated, Any
@@ -80,9 +81,10 @@ def bench_switch(model: str | Path, args: SwitchArgs | None = None, *, on_round:
     )
 
 
-def contexts(texts: Sequence[str]) -> list[Context]:
-    """What a router reads at the beginning of sentences: prompts with answers of some sentences."""
-    return [Context(text, "That is a good question. " * (i % 5 + 1), "The") for i, text in enumerate(texts)]
+def context_at(texts: Sequence[str], turn: int) -> Context:
+    """What a router reads at the beginning of a sentence: a prompt that it knows, and an answer that it does not."""
+    answer = "".join(f"That is good question number {turn}, in part {i}. " for i in range(turn % 5 + 1))
+    return Context(texts[turn % len(texts)], answer, "The")
 
 
 def switch(engine: Engine, context: Context, k: int, *, turn: int) -> dict[str, float]:
@@ -106,11 +108,11 @@ def switch(engine: Engine, context: Context, k: int, *, turn: int) -> dict[str, 
 
 
 def _ours(engine: Engine, case: Case, k: int) -> Run:
-    asked = contexts(case.texts)
+    turns = count()  # no answer is read twice
 
     def run(i: int) -> dict[str, float]:
-        turns = range(i * SWITCHES_A_ROUND, (i + 1) * SWITCHES_A_ROUND)
-        each = [switch(engine, asked[turn % len(asked)], k, turn=turn) for turn in turns]
+        own = [next(turns) for _ in range(SWITCHES_A_ROUND)]
+        each = [switch(engine, context_at(case.texts, turn), k, turn=turn) for turn in own]
         return {part: mean(times[part] for times in each) for part in PARTS}
 
     return run
@@ -142,13 +144,13 @@ def _peft_switch(peft: Any, names: Sequence[str]) -> Mixture:
 
 def _check_steady(engine: Engine, case: Case, args: SwitchArgs) -> dict[str, Any]:
     """Switches many times between mixtures of all sizes; gives what that allocated, moved and kept."""
-    asked, groups = contexts(case.texts), engine.bank.groups
+    groups = engine.bank.groups
 
     def go(num: int) -> None:
         for turn in range(num):
-            switch(engine, asked[turn % len(asked)], turn % args.selected + 1, turn=turn)
+            switch(engine, context_at(case.texts, turn), turn % args.selected + 1, turn=turn)
 
-    go(2 * len(asked))
+    go(2 * len(case.texts))
     allocations = sum(group.num_allocations for group in groups)
     places = [buffer.data_ptr() for group in groups for buffer in group.buffers()]
     grown = growth_mb(case.device)

@@ -94,6 +94,9 @@ DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, c
 PrepackOption = Annotated[
     bool, typer.Option("--prepack", help="Faster tokens on a CPU for a second copy of the linear layers' weights.")
 ]
+BudgetOption = Annotated[
+    float | None, typer.Option("--budget-mb", help="Keep adapters on disk, and so many megabytes of them in memory.")
+]
 
 
 def main() -> None:
@@ -121,6 +124,7 @@ class EngineOptions:
     prompt_routing: PromptRoutingOption = None
     device: DeviceOption = None
     prepack: PrepackOption = False
+    budget_mb: BudgetOption = None
 
 
 def open_engine(options: EngineOptions, *, need_router: bool = True) -> "Engine":
@@ -132,6 +136,7 @@ def open_engine(options: EngineOptions, *, need_router: bool = True) -> "Engine"
         "prompt_routing": options.prompt_routing,
         "device": options.device,
         "prepack": options.prepack,
+        "budget_mb": options.budget_mb,
     }
     if options.device is not None:
         check_device(options.device)

@@ -45,7 +45,7 @@ _DECODING = {**_VARIANT, "ms/token": "ms_per_token", "over base": "ratio", "toke
 _MEMORY = {"held, MB": "held_mb", "peak, MB": "peak_mb", "peak over base": "memory_ratio"}
 _DECODE = {
     **_DECODING,
-    "over stacked": "ratio_over_stacked",
+    "over a base alike": "ratio_over_alike",
     "first token, ms": "ttft_ms",
     "of bandwidth": "bandwidth_share",
     **_MEMORY,
@@ -53,7 +53,14 @@ _DECODE = {
 COLUMNS = {
     "decode": _DECODE,
     "paths": _DECODE,
-    "prefill": {**_VARIANT, "ms": "ms", "over base": "ratio", "tokens/s": "tokens_per_s", **_MEMORY},
+    "prefill": {
+        **_VARIANT,
+        "ms": "ms",
+        "over base": "ratio",
+        "tokens/s": "tokens_per_s",
+        **_MEMORY,
+        "error of logits": "logit_error",
+    },
     "switch": {
         **_VARIANT,
         "router, ms": "route_ms",
