@@ -80,12 +80,15 @@ def _alike(row: Mapping[str, Any], name: str) -> dict[str, Any]:
     """
     if "ratio_over_alike" in row:
         return {}
-    base = next((way for way in ("prepacked", "compiled") if way in row["name"]), "stacked")
-    if any(way in row["name"] for way in ("merged", "concatenated")) or not row["name"].startswith("dlp-lora"):
-        return {"ratio_over_alike": row["ratio"] if row["name"].startswith("dlp-lora") else None}
+    if not row["name"].startswith("dlp-lora"):
+        return {}
+    if any(way in row["name"] for way in ("merged", "concatenated")):
+        return {"ratio_over_alike": row["ratio"]}
+    base = next((way for way in ("prepacked", "compiled") if way in row["name"]), None)
+    if base is None:
+        return {"ratio_over_alike": row["ratio_over_stacked"]}
     rows = [each for each in _record(name)["rows"] if each["dtype"] == row["dtype"]]
-    over = next(each["ratio"] for each in rows if each["name"] == f"base, {base}")
-    return {"ratio_over_alike": row["ratio"] / over}
+    return {"ratio_over_alike": row["ratio"] / next(r["ratio"] for r in rows if r["name"] == f"base, {base}")}
 
 
 def _rows(name: str, columns: Mapping[str, Cell], *, words: int = 1) -> Callable[[], str]:
