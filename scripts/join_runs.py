@@ -12,14 +12,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dlp_lora.errors import DLPLoRAError
 from dlp_lora.evals.answers import data_hash
+from dlp_lora.evals.kept import differences
 from dlp_lora.evals.record import compared
-from dlp_lora.evals.scores import Table, tabulate
+from dlp_lora.evals.scores import tabulate
 from dlp_lora.folders import write_text
 from dlp_lora.tasks import Task
 from dlp_lora.tasks.hub import read_data
 
-ABOUT = ("name", "model", "model_hash", "dtype", "seeds", "environment", "timings")
+ABOUT = ("name", "model", "model_hash", "dtype", "seeds", "args", "environment", "timings")
 
 
 def main() -> None:
@@ -29,19 +31,23 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--out", required=True, type=Path)
     args = parser.parse_args()
+    if not args.out.parent.is_dir():
+        parser.error(f"no folder {args.out.parent}; make it first")
     try:
         joint = joined(args.runs, args.data)
-    except ValueError as error:
+    except (DLPLoRAError, ValueError, OSError) as error:
         parser.error(str(error))
+    except KeyError as error:
+        parser.error(f"a record has no {error}; it is of another version")
     write_text(args.out, json.dumps(joint, indent=1) + "\n")
 
 
 def joined(runs: list[Path], data: str | Path) -> dict[str, Any]:
-    """Scores, intervals and paired differences of all methods, over the tasks that are in every run.
+    """Scores, intervals and paired differences of all methods, over the questions that every one of them answered.
 
     Raises:
-        ValueError: if the runs have no task in common, several seeds or a method twice, or were made from other data
-            or with another model.
+        ValueError: if the runs have no task in common, several seeds or a method twice, or were made from other data,
+            with another model or other settings of answers.
     """
     records = [json.loads((run / "record.json").read_text(encoding="utf-8")) for run in runs]
     known = {name: about for record in records for name, about in record["data"]["tasks"].items()}
@@ -49,23 +55,29 @@ def joined(runs: list[Path], data: str | Path) -> dict[str, Any]:
     if not shared:
         raise ValueError("the runs have no task in common")
     kinds = {name: known[name]["kind"] for name in shared}
-    tables: dict[str, Table] = {}
+    answers: dict[str, dict[tuple[str, int], dict[str, Any]]] = {}  # by method and question
+    tasks: dict[str, Task] = {}
     for run, record in zip(runs, records, strict=True):
         if record["model_hash"] != records[0]["model_hash"] or len(record["seeds"]) > 1:
             raise ValueError(f"{run} has another model than {runs[0]}, or several seeds")
-        tasks = {task.name: task for task in _tasks_of(record, data, run)}
-        by_method: dict[str, list[dict[str, Any]]] = {}
+        if changed := differences(records[0]["args"]["answers"], record["args"]["answers"]):
+            raise ValueError(f"{run} answers with other settings than {runs[0]}: {changed}")
+        tasks |= {task.name: task for task in _tasks_of(record, data, run) if task.name in shared}
+        found: dict[str, dict[tuple[str, int], dict[str, Any]]] = {}
         with gzip.open(run / record["outputs"], "rt", encoding="utf-8") as lines:
             for row in map(json.loads, lines):
                 if row["part"] == "answers" and row["task"] in shared:
-                    by_method.setdefault(row["method"], []).append(row)
-        if twice := by_method.keys() & tables.keys():
+                    found.setdefault(row["method"], {})[row["task"], row["index"]] = row
+        if twice := found.keys() & answers.keys():
             raise ValueError(f"{run} answers by {', '.join(sorted(twice))}, as a run before it does")
-        own = {name: tasks[name] for name in shared}
-        tables |= {method: tabulate(rows, own, kinds) for method, rows in by_method.items()}
+        answers |= found
+    common = set.intersection(*(set(own) for own in answers.values()))
+    tables = {m: tabulate([own[key] for key in sorted(common)], tasks, kinds) for m, own in answers.items()}
     return {
         "runs": [{key: record.get(key) for key in ABOUT} for record in records],
         "data": {"tasks": {name: known[name] for name in shared}},
+        "num_questions": len(common),
+        "num_left_out": len(set.union(*(set(own) for own in answers.values()))) - len(common),
         **compared(tables, kinds),
     }
 
