@@ -150,15 +150,19 @@ def test_a_bundle_is_evaluated_on_the_tasks_that_have_questions(
 ) -> None:
     options = ("--methods", "base, dlp", "--prompt-format", "plain", "--batch-size", "2", "--max-new-tokens", "4")
     where = ("--bundle", done[0] / "seed-0" / "bundle", "--data", work / "data", "--model", work / "model")
-    result = ok("eval", *where, *options, "--limit", "2", "--json", tmp_path / "scores.json")
+    result = ok("eval", *where, *options, "--limit", "2", "--teacher-forced", "--json", tmp_path / "scores.json")
     found = json.loads((tmp_path / "scores.json").read_text())
     assert set(found["scores"]) == {"base", "dlp"}
     assert set(found["scores"]["dlp"]) == {"colours", "sides", "story"}
     assert found["settings"]["limit"] == 2
     with gzip.open(tmp_path / found["outputs"], "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
-    assert Counter(row["method"] for row in rows) == {"base": 6, "dlp": 6}
-    cut = Counter(row["task"] for row in rows if row["method"] == "dlp" and not row["ended"])
+    each = [(part, method) for part in ("answers", "teacher-forced") for method in ("base", "dlp")]
+    assert Counter((row["part"], row["method"]) for row in rows) == dict.fromkeys(each, 6)
+    whole = read(done[0] / "record.json")
+    assert found["teacher_forced"] == {name: whole["teacher_forced"][name] for name in ("base", "dlp")}
+    assert set(found["teacher_forced_intervals"]["dlp"]) == {"colours", "sides", "story"}
+    cut = Counter(row["task"] for row in rows if row["method"] == "dlp" and not row.get("ended", True))
     assert found["cut_short"]["dlp"] == cut
     assert set(found["adapters"]) == {"colours", "sides", "story", "untested"}
     assert {"format", "model_hash", "router", "dtype", "metrics", "timings", "without_choices"} <= found.keys()

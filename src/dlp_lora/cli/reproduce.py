@@ -119,6 +119,9 @@ def eval_command(
     prompt_format: FormatOption = None,
     batch_size: Annotated[int, typer.Option(help="Questions at once.")] = 32,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens an answer, at most.")] = 128,
+    teacher_forced: Annotated[
+        bool, typer.Option(help="Score along the gold answers, too, as the paper's code does.")
+    ] = False,
     model: ModelOption = None,
     device: DeviceOption = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder that keeps the answers as they come.")] = None,
@@ -144,11 +147,12 @@ def eval_command(
         known_likelihoods,
         seconds_of,
     )
+    from dlp_lora.evals.forced import Known, answer_forced, known_texts
     from dlp_lora.evals.kept import write_outputs
     from dlp_lora.evals.methods import METHODS, methods_named
     from dlp_lora.evals.metrics import bleu_signature, check_scoring
     from dlp_lora.evals.record import compared, without_choices
-    from dlp_lora.evals.scores import tabulate
+    from dlp_lora.evals.scores import intervals, scores, tabulate
     from dlp_lora.folders import write_text
     from dlp_lora.reproduce.settings import FORMAT
     from dlp_lora.tasks.hub import read_data
@@ -187,8 +191,9 @@ def eval_command(
         "left_out": left_out,
         "without_choices": without_choices(found, kinds),
     }
-    tables, answers = {}, {}
+    tables, answers, forced = {}, {}, {}
     known: Likelihoods = {}
+    texts: Known = {}
     with tempfile.TemporaryDirectory() as scratch, progress_bar() as progress:
         for method in chosen:
             bar = progress.add_task(method.name, total=None, note="")
@@ -204,15 +209,41 @@ def eval_command(
             )
             known |= known_likelihoods(rows)
             tables[method.name], answers[method.name] = tabulate(rows, by_name, kinds), rows
+            if teacher_forced:
+                bar = progress.add_task(f"teacher-forced: {method.name}", total=None, note="")
+                forced[method.name] = answer_forced(
+                    engine,
+                    method,
+                    questions,
+                    settings,
+                    (out or Path(scratch)) / "teacher_forced" / f"{method.name}.jsonl",
+                    identity=identity_of(engine, found, method),
+                    known=texts,
+                    on_batch=lambda done, total, bar=bar: progress.update(bar, completed=done, total=total),  # type: ignore[misc]
+                )
+                texts |= known_texts(forced[method.name])
     record |= compared(tables, kinds)
     record["cut_short"] = {name: cut_short(rows) for name, rows in answers.items()}
     record["timings"] = {name: seconds_of(rows) for name, rows in answers.items()}
+    if forced:
+        along = {name: tabulate(rows, by_name, kinds) for name, rows in forced.items()}
+        record["teacher_forced"] = {name: scores(table) for name, table in along.items()}
+        record["teacher_forced_intervals"] = {name: intervals(table) for name, table in along.items()}
     for title, means in record["composites"].items():
         console.print(_table(title, means, record["composite_intervals"][title]))
     _say_left_out(left_out, record["scores"], list(by_name))
     if json_file is not None:
         outputs = json_file.with_name(f"{json_file.stem}.outputs.jsonl.gz")
-        write_outputs(outputs, ({"method": name, **row} for name, rows in answers.items() for row in rows))
+        parts = {"answers": answers, "teacher-forced": forced}
+        write_outputs(
+            outputs,
+            (
+                {"part": part, "method": name, **row}
+                for part, by_method in parts.items()
+                for name, rows in by_method.items()
+                for row in rows
+            ),
+        )
         write_text(json_file, json.dumps({**record, "outputs": outputs.name}, indent=1) + "\n")
         stderr.print(f"wrote {json_file}, and every answer to {outputs}", soft_wrap=True)
 
