@@ -271,16 +271,15 @@ class _Shown:
         self.progress.update(self.everything, completed=self.estimate.num_done, note=str(self.estimate))
         if now.done >= now.total and step not in self.done:
             self.done.add(step)
-            self._say(f"{step}: done" if not now.note else f"{step}: done, {now.note}")
+            self._say(f"{step}: done", now.note)
         elif not stderr.is_terminal and time.monotonic() - self.told_at > 60:
-            self._say(f"{step}: {now.done} of {now.total}, {now.note}")
+            self._say(f"{step}: {now.done} of {now.total}", now.note)
 
-    def _say(self, text: str) -> None:
+    def _say(self, text: str, note: str) -> None:
         self.told_at = time.monotonic()
         steps = f"{self.estimate.num_done} of {len(self.estimate.steps)} steps"
-        self.progress.console.print(
-            ", ".join(filter(None, (text, steps, str(self.estimate)))), highlight=False, markup=False, soft_wrap=True
-        )
+        line = ", ".join(filter(None, (text, note, steps, str(self.estimate))))
+        self.progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _names(tasks: str | None) -> list[str] | None:
