@@ -190,9 +190,9 @@ def _differences(name: str) -> str:
     return _table(columns, [{"pair": pair} for pair in record])
 
 
-def _by_task() -> str:
+def _by_task(name: str) -> str:
     """Accuracy, or ROUGE-L where there is no choice, of each task, beside what guessing gets right."""
-    record = _record("tasks26/record")
+    record = _record(name)
 
     def cell(method: str) -> Cell:
         def text(row: Mapping[str, Any]) -> str:
@@ -306,7 +306,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "tasks26-differences": partial(_differences, "tasks26/record"),
     "lora-r64": partial(_means, "lora_r64/joined"),
     "lora-r64-differences": partial(_differences, "lora_r64/joined"),
-    "tasks26-by-task": _by_task,
+    "tasks26-by-task": partial(_by_task, "tasks26/record"),
+    "lora-r64-by-task": partial(_by_task, "lora_r64/joined"),
     "tasks26-serial": partial(_serial, whole=False),
     "tasks26-serial-whole": partial(_serial, whole=True),
     "ablations": _ablations,
