@@ -266,7 +266,7 @@ class _Shown:
         step = now.step if self.num_seeds == 1 else f"{now.seed}: {now.step}"
         if step != self.step:
             self.step = step
-            self.progress.reset(self.bar, description=step, visible=True)
+            self.progress.reset(self.bar, description=step, visible=True, note="")
         self.progress.update(self.bar, completed=now.done, total=now.total, note=now.note)
         self.progress.update(self.everything, completed=self.estimate.num_done, note=str(self.estimate))
         if now.done >= now.total and step not in self.done:
