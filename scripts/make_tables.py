@@ -318,6 +318,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "decode-batch8": _decoding("decode_batch8"),
     "decode-all-linear": _decoding("decode_all_linear"),
     "paths": _decoding("paths"),
+    "prefill-xeon": _rows(
+        "prefill_xeon",
+        {**VARIANT, "ms": _number("ms", 0), **RATIO, "error of logits": _percent("logit_error", 1)},
+        words=2,
+    ),
     "prefill": _rows("prefill_batch4", {**VARIANT, "ms": _number("ms", 0), **RATIO, **MEMORY}, words=2),
     "switch": _rows(
         "switch",
