@@ -521,6 +521,23 @@ def test_another_adapter_in_the_files_of_one_is_refused(tmp_path: Path) -> None:
     assert_close(fused_delta(bank, "layers.0.up"), wanted)
 
 
+def test_an_adapter_whose_files_were_written_anew_can_be_removed_while_rows_run_with_it(tmp_path: Path) -> None:
+    bank = AdapterBank(LAYOUT, on_disk(tmp_path, "a", "b"), budget_mb=1e-6)
+    bank.in_use = lambda: {"a"}
+    for name in "ab":
+        bank.fuse([Mixture({name: 1.0})])
+    on_disk(tmp_path, "z", "a")  # of another seed
+    bank.remove("a")
+    assert bank.names == ("b",)
+    with pytest.raises(AdapterError, match="was written anew"):
+        bank.fuse([Mixture({"a": 1.0})])
+    bank.in_use = set
+    bank.add(read_adapter(tmp_path / "a", weights=False))
+    bank.fuse([Mixture({"a": 1.0})])
+    wanted = delta({"a": read_adapter(tmp_path / "a")}, {"a": 1.0}, "layers.0.up")
+    assert_close(fused_delta(bank, "layers.0.up"), wanted)
+
+
 def test_rows_that_take_turns_do_not_evict_each_others_adapters(tmp_path: Path) -> None:
     adapters = on_disk(tmp_path, *"abcdef")
     one = sum(4 * 2 * (d_in + d_out) for d_in, d_out in LAYOUT.values())

@@ -17,8 +17,10 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import reference
-from conftest import EveryK, lively_model, make_adapter, tiny_model
+from conftest import EveryK, byte_tokenizer, lively_model, make_adapter, tiny_model
 from dlp_lora import AdapterError, Context, Engine, RouterError, TopP
+from dlp_lora.bank import AdapterBank
+from dlp_lora.fused import linear_layers, siblings
 from dlp_lora.peft_format import read_adapter
 from dlp_lora.streaming import Piece
 
@@ -231,6 +233,15 @@ def test_an_adapter_that_does_not_fit_leaves_nothing_behind_and_others_files_are
         found = engine.model(IDS).logits
     wanted = reference.with_mixture(lively_model(), {"late": 1.0}, {"late": late})(IDS).logits
     torch.testing.assert_close(found.double(), wanted.double(), rtol=1e-3, atol=1e-3)
+
+
+def test_a_bank_is_compared_with_every_base_that_it_is_attached_to(tmp_path: Path) -> None:
+    head = make_adapter(lively_model(), tmp_path / "head", seed=9, target_modules=["q_proj", "lm_head"])
+    model = lively_model()
+    bank = AdapterBank(linear_layers(model), [read_adapter(head)], siblings=siblings(model))
+    Engine(model, byte_tokenizer(), bank).detach()
+    with pytest.raises(AdapterError, match=r"head holds a copy of the base model's lm_head\.weight that differs"):
+        Engine(lively_model(seed=5), byte_tokenizer(), bank)
 
 
 def test_what_the_router_gives_a_removed_adapter_is_the_probability_that_none_fits(make_engine: MakeEngine) -> None:

@@ -13,6 +13,7 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
@@ -124,12 +125,16 @@ class AdapterBank:
             self.pad(self._max_rank)  # modules that no adapter changed before
 
     def remove(self, name: str) -> None:
-        """Removes one adapter. Rows that run with it keep it, and its memory is theirs until they end or switch."""
+        """Removes one adapter. Rows that run with it keep it, and its memory is theirs until they end or switch.
+
+        Where its files are gone or were written anew and it is not in memory, their next pass says so.
+        """
         with self.lock:
             if name not in self.adapters:
                 raise AdapterError(self._unknown(name))
             if name in self.in_use():
-                self._load([name])  # its files may go, too
+                with suppress(AdapterError):
+                    self._load([name])  # its files may go, too
             self._retired[name] = self.adapters.pop(name)
             self._on_disk.discard(name)
             self.unattached.discard(name)

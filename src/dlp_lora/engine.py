@@ -90,6 +90,7 @@ class Engine:
             eos_ids=_ids(generation.eos_token_id) | _ids(tokenizer.eos_token_id),
             pad_ids=_ids(generation.pad_token_id) | _ids(tokenizer.pad_token_id),
         )
+        bank.unattached.update(bank.names)  # to this model, whatever it was attached to before
         attach(model, bank, prepack=prepack)
         self._overridden = {name: vars(model).get(name) for name in ("forward", "get_compiled_call")}
         # `generate` over a static cache on a GPU would compile the controller, too.
