@@ -15,6 +15,7 @@ import inspect
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dlp_lora.bank import AdapterBank
+from dlp_lora.endings import Endings
 from dlp_lora.errors import PromptError, RouterError
 from dlp_lora.policy import FusionPolicy, KVPolicy, Mixture, PromptRouting, Switching, choose
 from dlp_lora.questions import questions_of, read_in_turn, route
@@ -46,12 +48,20 @@ from dlp_lora.text import Detokenizer, Passage, PromptReader
 
 
 class Calls(threading.local):
-    """What belongs to one thread: the rows of its last forward pass, and the tokens at which its `generate` ends."""
+    """What belongs to one thread: the rows of its last forward pass, and how its call of `generate` ends answers."""
 
-    def __init__(self, eos_ids: frozenset[int], pad_ids: frozenset[int]) -> None:
-        self.eos_ids = eos_ids
-        self.pad_ids = pad_ids
+    def __init__(self, endings: Endings) -> None:
+        self.endings = endings
         self.latest: LatestRows | None = None
+
+    @contextmanager
+    def ending(self, endings: Endings) -> Iterator[None]:
+        """Lets rows end so for a while."""
+        before, self.endings = self.endings, endings
+        try:
+            yield
+        finally:
+            self.endings = before
 
 
 class Pass(NamedTuple):
@@ -76,8 +86,7 @@ class Controller:
         switching: Switching,
         kv_policy: KVPolicy,
         prompt_routing: PromptRouting = "questions",
-        eos_ids: frozenset[int] = frozenset(),
-        pad_ids: frozenset[int] = frozenset(),
+        endings: Endings,
     ) -> None:
         self.bank = bank
         self.tokenizer = tokenizer
@@ -87,7 +96,7 @@ class Controller:
         self.switching = switching
         self.kv_policy = kv_policy
         self.prompt_routing = prompt_routing
-        self.calls = Calls(eos_ids, pad_ids)
+        self.calls = Calls(endings)
         self._compiled: Callable[..., Any] | None = None  # runs decoding steps over a static cache
         self.fixed: tuple[Mixture, ...] | None = None
         self._read_prompt = PromptReader(tokenizer)
@@ -265,10 +274,11 @@ class Controller:
     def _step(self, rows: Sequence[Row], tokens: Sequence[int]) -> bool:
         """Adds one token a row; routes the rows where it opens a sentence. True if a mixture changed."""
         opening: list[tuple[Row, int]] = []
+        endings = self.calls.endings
         for row, token in zip(rows, tokens, strict=True):
-            if row.ended and (token in self.calls.pad_ids or token in self.calls.eos_ids):
-                continue  # padding behind a finished row
-            row.ended = token in self.calls.eos_ids
+            if row.ended and endings.is_behind(token):
+                continue
+            row.ended = token in endings.eos_ids
             offsets = row.push(token)
             if offsets and row.num_tokens - 1 - row.decisions[-1].start >= self.switching.min_tokens:
                 opening.append((row, offsets[-1]))

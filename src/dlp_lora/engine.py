@@ -23,6 +23,7 @@ from transformers import (
 from dlp_lora.bank import AdapterBank
 from dlp_lora.bundle import check_names, write_bundle
 from dlp_lora.controller import Controller
+from dlp_lora.endings import Endings
 from dlp_lora.errors import AdapterError
 from dlp_lora.fused import attach, detach, merged
 from dlp_lora.hub import local_folder
@@ -77,7 +78,6 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         self.bank = bank
-        generation = model.generation_config
         self._controller = Controller(
             bank,
             tokenizer,
@@ -87,8 +87,7 @@ class Engine:
             switching=switching or Switching(),
             kv_policy=kv_policy,
             prompt_routing=prompt_routing,
-            eos_ids=_ids(generation.eos_token_id) | _ids(tokenizer.eos_token_id),
-            pad_ids=_ids(generation.pad_token_id) | _ids(tokenizer.pad_token_id),
+            endings=Endings.of_model(model.generation_config, tokenizer),
         )
         bank.unattached.update(bank.names)  # to this model, whatever it was attached to before
         attach(model, bank, prepack=prepack)
@@ -178,7 +177,7 @@ class Engine:
     @property
     def eos_ids(self) -> frozenset[int]:
         """The tokens that end an answer."""
-        return self._controller.calls.eos_ids
+        return self._controller.calls.endings.eos_ids
 
     def generate(
         self,
@@ -202,11 +201,12 @@ class Engine:
         if kwargs.get("use_cache") is False:
             raise ValueError("routing by sentence follows the KV cache; leave use_cache on")
         inputs = encode_prompts(self.model, self.tokenizer, chats, num_new=kwargs.get("max_new_tokens") or 1)
-        with self._ending(kwargs):
+        with self._ending(kwargs) as endings:
             with _seeded(seed, self.model.device), torch.no_grad():
                 output = cast(Any, self.model).generate(**inputs, **kwargs)
             length = inputs["input_ids"].shape[1]
-            answers = [self._trim(tokens) for tokens in output[:, length:].tolist()]
+            special = self.tokenizer.all_special_ids
+            answers = [endings.trim(tokens, special) for tokens in output[:, length:].tolist()]
             known = cast(LatestRows, self._controller.latest)
             read = known.ids[:, length:].tolist()
             rows = known.rows
@@ -371,26 +371,11 @@ class Engine:
         return self.model
 
     @contextmanager
-    def _ending(self, kwargs: Mapping[str, Any]) -> Iterator[None]:
-        """Tells the controller at which tokens `generate` ends a row, and with which it pads it, in this call."""
-        calls, configs = self._controller.calls, (kwargs.get("generation_config"), self.model.generation_config)
-        before = calls.eos_ids, calls.pad_ids
-        eos, pad = (
-            next((i for i in (kwargs.get(name), *(getattr(c, name, None) for c in configs)) if i is not None), None)
-            for name in ("eos_token_id", "pad_token_id")
-        )
-        calls.eos_ids, calls.pad_ids = _ids(eos), _ids(pad)
-        try:
-            yield
-        finally:
-            calls.eos_ids, calls.pad_ids = before
-
-    def _trim(self, tokens: list[int]) -> list[int]:
-        end = next((i + 1 for i, token in enumerate(tokens) if token in self._controller.calls.eos_ids), None)
-        if end is None:  # padding alone may follow a stop string
-            padding = self._controller.calls.pad_ids & set(self.tokenizer.all_special_ids)
-            end = next((i + 1 for i in reversed(range(len(tokens))) if tokens[i] not in padding), 0)
-        return tokens[:end]
+    def _ending(self, kwargs: Mapping[str, Any]) -> Iterator[Endings]:
+        """Tells the controller how this call of `generate` ends answers."""
+        endings = Endings.of_call(kwargs, self.model.generation_config)
+        with self._controller.calls.ending(endings):
+            yield endings
 
     def _generation(self, row: Row, tokens: Sequence[int]) -> Generation:
         row.finish(tokens)
@@ -407,10 +392,6 @@ class Engine:
 
 def _own_call(model: PreTrainedModel, _: Any) -> Callable[..., Any]:
     return model.__call__
-
-
-def _ids(value: int | Sequence[int] | None) -> frozenset[int]:
-    return frozenset() if value is None else frozenset([value] if isinstance(value, int) else value)
 
 
 @contextmanager
