@@ -40,6 +40,7 @@ METHODS = (
     "uniform",
     "random",
     "prompt-only",
+    "whole-prompt",
     "paper-weights",
     "recompute",
 )
@@ -83,7 +84,7 @@ class KilledError(Exception):
 
 def timeless(data: Any) -> Any:
     """Leaves out what a clock or the process said."""
-    clocks = ("seconds", "route_ms", "fuse_ms", "timings", "peak_memory_mb", "environment", "name")
+    clocks = ("seconds", "route_ms", "fuse_ms", "timings", "peak_memory_mb", "environment", "environments", "name")
     if isinstance(data, dict):
         return {k: timeless(v) for k, v in data.items() if k not in clocks}
     return [timeless(item) for item in data] if isinstance(data, list) else data
@@ -231,6 +232,21 @@ def test_a_finished_run_computes_nothing_again(model: Path, whole: Whole, monkey
     monkeypatch.setattr("dlp_lora.evals.answers._answer", None)
     monkeypatch.setattr("dlp_lora.training.adapters.answer_loss", None)
     assert read(reproduce(model, tasks(), whole[0].parent, SMALL, infos=INFOS)) == before
+
+
+def test_a_run_that_two_machines_made_names_both_and_the_most_memory(model: Path, whole: Whole, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(whole[0].parent, out)
+    (here,) = json.loads((out / "environments.json").read_text())
+    other = {"environment": {**here["environment"], "cpu": "Abacus 7"}, "peak_memory_mb": 10**6}
+    (out / "environments.json").write_text(json.dumps([other]))
+    reproduce(model, tasks(), out, SMALL, infos=INFOS)
+    record = json.loads((out / "record.json").read_text())
+    assert record["environment"] == here["environment"]
+    assert record["environments"] == [here["environment"], other["environment"]]
+    assert record["peak_memory_mb"] == 10**6
+    assert f"{here['environment']['cpu']}, " in (page := write_report(out).markdown.read_text())
+    assert "; before: Abacus 7, " in page
 
 
 def test_another_setting_is_noticed_and_named(model: Path, whole: Whole) -> None:

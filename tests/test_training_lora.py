@@ -175,11 +175,12 @@ def test_other_attention_is_left_alone() -> None:
         assert model.config._attn_implementation == "sdpa"
 
 
-def test_adapters_are_trained_without_fused_attention_on_a_cpu() -> None:
-    model = eager_model()
+@pytest.mark.parametrize(("dtype", "attention"), [(torch.float32, "sdpa"), (torch.bfloat16, NAME)])
+def test_adapters_are_trained_without_fused_attention_in_bfloat16_on_a_cpu(dtype: torch.dtype, attention: str) -> None:
+    model = eager_model(dtype=dtype)
     model.set_attn_implementation("sdpa")
     with _lora_on(model, QUICK):
-        assert model.config._attn_implementation == NAME
+        assert model.config._attn_implementation == attention
     assert model.config._attn_implementation == "sdpa"
 
 

@@ -74,6 +74,11 @@ _METHODS = (
         about="routed at the prompt, never again",
         settings={"switching": Switching(min_tokens=NEVER)},
     ),
+    Method(
+        name="whole-prompt",
+        about="routed at the prompt as one text, never again",
+        settings={"prompt_routing": "whole", "switching": Switching(min_tokens=NEVER)},
+    ),
     Method(name="paper-weights", about="Eq. 5's weights", settings={"policy": TopP(0.6, weighting="paper")}),
     *(Method(name=f"p{p}", about=f"top-p {p}", settings={"policy": TopP(p)}) for p in (0.3, 0.9, 1.0)),
     Method(

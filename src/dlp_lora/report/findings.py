@@ -19,6 +19,7 @@ ABOUT = {
     "uniform": "all adapters at one weight",
     "random": "one adapter drawn for each question",
     "prompt-only": "routed at the prompt, never again",
+    "whole-prompt": "routed at the prompt as one text, never again",
     "paper-weights": "as DLP-LoRA, with the weights of the paper's Eq. 5",
     "p0.3": "as DLP-LoRA, top-p 0.3",
     "p0.9": "as DLP-LoRA, top-p 0.9",

@@ -1,6 +1,7 @@
 """How a run was made: a record in, tables of model, data, hardware, versions, times and settings out."""
 
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dlp_lora.report.markup import Column, Table, plain
@@ -12,9 +13,7 @@ _TRAINED = {"num_examples": 0, "num_left_out": 0, "seconds": 1, "final_loss": 3}
 
 def making_table(record: Record) -> Table:
     """What the numbers were made with, and from."""
-    environment = record.at("environment") or {}
-    hardware = [_entry(key, environment[key]) for key in _HARDWARE if environment.get(key) is not None]
-    versions = [_entry(key, value) for key, value in environment.items() if key not in _HARDWARE and value is not None]
+    environments = record.at("environments") or [record.at("environment") or {}]
     timings = record.at("timings") or {}
     memory = record.at("peak_memory_mb")
     facts = {
@@ -25,8 +24,8 @@ def making_table(record: Record) -> Table:
         "Answers cut off": _cut_short(record),
         "Data hash": record.at("data", "hash"),
         "Seeds": ", ".join(str(seed) for seed in record.seeds),
-        "Hardware": ", ".join(hardware),
-        "Versions": ", ".join(versions),
+        "Hardware": _each(environments, _HARDWARE),
+        "Versions": _each(environments, [key for key in environments[0] if key not in _HARDWARE]),
         "Training of the adapters": _training_time(record),
         "Evaluation": ", ".join(f"{label(m)} {duration(s)}" for m, s in timings.items() if s is not None),
         "Peak memory": None if memory is None else f"{memory:,.0f} MB",
@@ -75,6 +74,13 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _each(environments: Sequence[Mapping[str, Any]], keys: Iterable[str]) -> str:
+    """What those of these keys are, once for all processes of which they are alike, the last one's first."""
+    keys = tuple(keys)
+    found = (", ".join(_entry(key, own[key]) for key in keys if own.get(key) is not None) for own in environments)
+    return "; before: ".join(dict.fromkeys(found))
 
 
 def _entry(key: str, value: Any) -> str:

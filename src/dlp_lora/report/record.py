@@ -46,6 +46,7 @@ _SHAPE: Mapping[str, Any] = {
     "dtype": _TEXT,
     "settings": {},
     "environment": {},
+    "environments": [{}],
     "data": {
         "hash": _TEXT,
         "tasks": {

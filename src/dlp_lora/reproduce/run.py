@@ -19,6 +19,7 @@ from dlp_lora.evals.metrics import check_scoring
 from dlp_lora.evals.record import merged
 from dlp_lora.folders import write_text
 from dlp_lora.reproduce.args import LARGER, Event, ReproduceArgs
+from dlp_lora.reproduce.environments import Environments
 from dlp_lora.reproduce.larger import answer_plainly
 from dlp_lora.reproduce.seed import Seed, Shared
 from dlp_lora.reproduce.settings import check_settings, grown, keep_settings, kept_dtype, settings_of
@@ -70,10 +71,16 @@ def reproduce(
     check_lengths(base, tokenizer, tasks, args.training)
     questions, left_out = batches(base, tokenizer, tasks, args.answers)
     keep_settings(out, settings)
+    environments = Environments(out)
+
+    def kept_event(event: Event) -> None:
+        environments.keep()
+        on_event(event)
+
     if larger is None:
         plain = _larger_before(out)
     else:
-        plain = answer_plainly(larger, base.dtype, tasks, kinds, out / LARGER, args, on_event)
+        plain = answer_plainly(larger, base.dtype, tasks, kinds, out / LARGER, args, kept_event)
     shared = Shared(
         model=model,
         base=base,
@@ -83,7 +90,7 @@ def reproduce(
         args=args,
         questions=questions,
         left_out=left_out,
-        on_event=on_event,
+        on_event=kept_event,
     )
     runs = [Seed(shared, out / f"seed-{seed}", seed) for seed in args.seeds]
     records = [run.run() for run in runs]
@@ -91,6 +98,7 @@ def reproduce(
         **settings,
         "name": out.name,
         "seeds": list(args.seeds),
+        **environments.summary(),
         **merged(records, args.seeds),
         "larger": plain,
         "outputs": OUTPUTS_FILE,

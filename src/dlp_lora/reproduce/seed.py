@@ -3,8 +3,6 @@
 import json
 import math
 import random
-import resource
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,7 +13,6 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dlp_lora.engine import Engine
-from dlp_lora.environment import environment
 from dlp_lora.evals.answers import (
     Likelihoods,
     Question,
@@ -97,7 +94,6 @@ class Seed:
         tables = {method.name: tabulate(self._rows[method.name], self.by_name, self.kinds) for method in self.methods}
         forced = {name: tabulate(rows, self.by_name, self.kinds) for name, rows in self._forced.items()}
         return {
-            "environment": environment(),
             "metrics": {"bleu": bleu_signature()} if "qa" in self.kinds.values() else {},
             "data": {"hash": data_hash(self.tasks), "tasks": {t.name: self._about(t) for t in self.tasks}},
             "left_out": dict(self.shared.left_out),
@@ -115,7 +111,6 @@ class Seed:
             "router": router,
             "training": {"adapters": training, SINGLE: single},
             "timings": {name: seconds_of(rows) for name, rows in self._rows.items()},
-            "peak_memory_mb": _peak_memory_mb(),
             "conversation": conversation,
         }
 
@@ -283,8 +278,3 @@ class Seed:
             "majority": info.majority,
             "stand_in": info.stand_in,
         }
-
-
-def _peak_memory_mb() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak // (2**20 if sys.platform == "darwin" else 2**10)

@@ -2,8 +2,8 @@
 
 One plain loop. What makes it fast on a small machine: the loss and the language-model head on answer tokens only,
 batches of like lengths, what all examples of a batch begin with encoded once, a bfloat16 base under float32 LoRA
-weights where the hardware is fast at it, and passes through PEFT's layers, attention and norms that copy little
-(`lora.py`, `passes.py`).
+weights where the hardware is fast at it, passes through PEFT's layers, attention and norms that copy little (`lora.py`,
+`passes.py`), and freed memory that is kept for the next step (`memory.py`).
 """
 
 import hashlib
@@ -35,6 +35,7 @@ from dlp_lora.tasks.task import Task
 from dlp_lora.training.args import AdapterTrainingArgs
 from dlp_lora.training.batches import answer_loss, bucketed, has_dropout, micro_batches
 from dlp_lora.training.lora import compute_together
+from dlp_lora.training.memory import kept_memory
 from dlp_lora.training.passes import lean_passes
 
 TRAINING_FILE = "training.json"
@@ -273,21 +274,30 @@ class _Run:
 def _fit(run: _Run, task: str, work: Path, identity: dict[str, Any], on_step: Callable[[Progress], None]) -> None:
     run.model.train()
     start = time.perf_counter() - run.seconds
-    while run.step < run.num_steps:
-        torch.manual_seed(run.args.seed * 1_000_003 + run.step)  # dropout, too, is the same after a resumption
-        for group in run.optimizer.param_groups:
-            group["lr"] = run.learning_rate()
-        loss = _backward(run.model, run.batch(), share=run.share)
-        if not math.isfinite(loss):
-            raise TrainingError(f"{task}: the loss is {loss} at step {run.step}; lower the learning rate")
+    with kept_memory() as give_back:
+        while run.step < run.num_steps:
+            loss = _step(run)
+            if not math.isfinite(loss):
+                raise TrainingError(f"{task}: the loss is {loss} at step {run.step}; lower the learning rate")
+            run.losses.append(loss)
+            run.seconds = time.perf_counter() - start
+            on_step(Progress(task=task, step=run.step, num_steps=run.num_steps, loss=loss))
+            if run.step % run.args.checkpoint_every == 0 and run.step < run.num_steps:
+                run.save(work, identity)
+                give_back()
+
+
+def _step(run: _Run) -> float:
+    """Learns the next batch, unless its loss is not finite; gives the loss."""
+    torch.manual_seed(run.args.seed * 1_000_003 + run.step)  # dropout, too, is the same after a resumption
+    for group in run.optimizer.param_groups:
+        group["lr"] = run.learning_rate()
+    loss = _backward(run.model, run.batch(), share=run.share)
+    if math.isfinite(loss):
         torch.nn.utils.clip_grad_norm_(run.parameters.values(), run.args.max_grad_norm)
         run.optimizer.step()
-        run.optimizer.zero_grad()
-        run.losses.append(loss)
-        run.seconds = time.perf_counter() - start
-        on_step(Progress(task=task, step=run.step, num_steps=run.num_steps, loss=run.losses[-1]))
-        if run.step % run.args.checkpoint_every == 0 and run.step < run.num_steps:
-            run.save(work, identity)
+    run.optimizer.zero_grad()
+    return loss
 
 
 def _backward(model: torch.nn.Module, batch: Sequence[tuple[list[int], list[int]]], *, share: bool) -> float:
@@ -326,15 +336,12 @@ def _lora_on(model: PreTrainedModel, args: AdapterTrainingArgs) -> Iterator[Peft
     """Puts a LoRA on the model; afterwards the model is as it was given, whatever went wrong."""
     required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     was_training = model.training
-    # A frozen head multiplies the last positions, which are not contiguous, row by row through copies of its weight.
-    head = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     peft_model = None
     try:
         peft_model = _with_lora(model, args)
         with _eager_attention(model), lean_passes(model):
             yield peft_model
     finally:
-        head.remove()
         if peft_model is not None:
             peft_model.unload()
         for name, parameter in model.named_parameters():
@@ -344,9 +351,9 @@ def _lora_on(model: PreTrainedModel, args: AdapterTrainingArgs) -> Iterator[Peft
 
 @contextmanager
 def _eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Trains without fused attention on CPUs, where its backward pass is slow in bfloat16."""
+    """Trains without fused attention in bfloat16 on CPUs, where its backward pass is slow."""
     config: Any = model.config
-    if model.device.type != "cpu" or config._attn_implementation != "sdpa":
+    if model.device.type != "cpu" or model.dtype != torch.bfloat16 or config._attn_implementation != "sdpa":
         yield
         return
     model.set_attn_implementation("eager")

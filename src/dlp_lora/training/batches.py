@@ -1,13 +1,14 @@
 """Batches of examples: (read, learned) token lists in, the loss over the learned tokens out."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import takewhile
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -19,7 +20,8 @@ MIN_SHARED = 8  # tokens: a pass of its own costs more than fewer of them
 def answer_loss(model: Any, batch: Sequence[tuple[list[int], list[int]]], *, share: bool = False) -> Float[Tensor, ""]:
     """Gives the mean loss over the answers' tokens of a batch of (read, learned) token lists.
 
-    Rows are padded on the left, so all answers end together and the head is asked for the last positions alone.
+    Rows are padded on the left, so all answers end together, and the model is asked for the last positions alone. Of
+    these the head reads those that an answer's token follows: beside a long answer, short ones are mostly padding.
 
     Where `share`, the tokens that all rows begin with (a chat template's, a task's instruction) are encoded once for
     all of them; gradients flow back through their KV cache. With dropout the rows would share its noise, too.
@@ -32,15 +34,31 @@ def answer_loss(model: Any, batch: Sequence[tuple[list[int], list[int]]], *, sha
     kept, width = labels.shape[1], ids.shape[1]
     if cache is not None:
         mask = F.pad(mask, (start, 0), value=1)
-    logits = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, -width:],
-        use_cache=cache is not None,
-        **({} if cache is None else cache_argument(cache)),
-        logits_to_keep=kept + 1,
-    ).logits[:, -kept - 1 : -1]
-    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100)
+    learned = labels != -100
+    with _head_reads(model, F.pad(learned, (0, 1))):  # what follows the last token is not asked for
+        logits = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, -width:],
+            use_cache=cache is not None,
+            **({} if cache is None else cache_argument(cache)),
+            logits_to_keep=kept + 1,
+        ).logits
+    return F.cross_entropy(logits[0].float(), labels[learned])
+
+
+@contextmanager
+def _head_reads(model: Any, positions: Bool[Tensor, "batch kept"]) -> Iterator[None]:
+    """Lets the language-model head read these positions alone, as one row of logits.
+
+    The row is contiguous, too: a frozen head would multiply a slice row by row through copies of its weight.
+    """
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][positions][None],))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def shared_prefix(texts: Sequence[list[int]]) -> list[int]:

@@ -1,6 +1,6 @@
 """Plain eager attention and RMSNorm in training: passes that copy little, instead of those that autograd puts together.
 
-They are for CPUs, where the backward pass of fused attention is slow in bfloat16.
+The attention is for bfloat16 on CPUs, where the backward pass of fused attention is slow.
 """
 
 import sys
