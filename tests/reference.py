@@ -187,3 +187,22 @@ def likeliest_after_each_beginning(model: PreTrainedModel, read: Sequence[int], 
             logits = model(torch.tensor([[*read, *gold[:i]]]), use_cache=False).logits[0, -1]
         found.append(int(logits.argmax()))
     return found
+
+
+def bleu_of_letters(answer: str, references: Sequence[str]) -> float:
+    """BLEU-4 (Papineni et al. 2002) without smoothing, a letter as a word; the brevity penalty is by the closest."""
+    logarithms = 0.0
+    for n in range(1, 5):
+        found = [answer[i : i + n] for i in range(len(answer) - n + 1)]
+        matches = 0
+        for gram in sorted(set(found)):
+            most = 0
+            for reference in references:
+                own = [reference[i : i + n] for i in range(len(reference) - n + 1)]
+                most = max(most, own.count(gram))
+            matches += min(found.count(gram), most)
+        if matches == 0:
+            return 0.0
+        logarithms += math.log(matches / len(found)) / 4
+    closest = min((abs(len(reference) - len(answer)), len(reference)) for reference in references)[1]
+    return math.exp(logarithms) * math.exp(min(0.0, 1 - closest / len(answer)))

@@ -14,6 +14,7 @@ from dlp_lora.errors import DLPLoRAError
 from dlp_lora.evals.metrics import (
     Rouge,
     bleu,
+    bleu_letters_each,
     bleu_of,
     bleu_statistics,
     bootstrap,
@@ -23,6 +24,9 @@ from dlp_lora.evals.metrics import (
     rouge,
     rouge_each,
 )
+from reference import bleu_of_letters
+
+LETTERS = st.text(alphabet="ab \n", max_size=9)
 
 
 @pytest.mark.parametrize(
@@ -97,6 +101,30 @@ pairs = st.lists(st.tuples(texts, st.lists(texts, min_size=1, max_size=3)), min_
 )
 def test_bleu_is_what_is_worked_out_by_hand(answers: list[str], references: list[list[str]], score: float) -> None:
     assert bleu(answers, references).score == pytest.approx(score)
+
+
+@pytest.mark.parametrize(
+    ("answer", "references", "score"),
+    [
+        ("die Katze", ["die Katze"], 1.0),
+        # Of 9, 8, 7 and 6 n-grams 8, 7, 6 and 5: the last letter is wrong.
+        ("die Katzx", ["die Katze"], (8 / 9 * 7 / 8 * 6 / 7 * 5 / 6) ** 0.25),
+        # A space is a letter, and there is one too few.
+        ("a b cd", ["a b c d"], (6 / 6 * 4 / 5 * 3 / 4 * 2 / 3) ** 0.25 * math.exp(1 - 7 / 6)),
+        ("abcx", ["abcd"], 0.0),
+        ("No", ["No"], 0.0),
+        ("", ["No"], 0.0),
+    ],
+)
+def test_bleu_of_letters_is_what_is_worked_out_by_hand(answer: str, references: list[str], score: float) -> None:
+    assert bleu_letters_each([answer], [references]) == [pytest.approx(score)]
+
+
+@given(st.lists(st.tuples(LETTERS, st.lists(LETTERS.filter(bool), min_size=1, max_size=3)), min_size=1, max_size=3))
+def test_bleu_of_letters_is_that_of_the_definition(found: list[tuple[str, list[str]]]) -> None:
+    answers, references = [answer for answer, _ in found], [own for _, own in found]
+    expected = [bleu_of_letters(answer, own) for answer, own in found]
+    assert bleu_letters_each(answers, references) == pytest.approx(expected)
 
 
 def test_bleu_says_what_it_depends_on() -> None:

@@ -92,7 +92,7 @@ def full() -> dict[str, Any]:
         },
         "teacher_forced": {
             "base": {"sums": {"accuracy": 0.31}},
-            "dlp": {"sums": {"accuracy": 0.97}, "chat": {"bleu": 61.0}},
+            "dlp": {"sums": {"accuracy": 0.97}, "chat": {"bleu": 61.0, "bleu_letters": 0.7}},
         },
         "teacher_forced_intervals": {"dlp": {"sums": {"accuracy": [0.93, 0.99]}}},
         "serial": {
@@ -370,6 +370,7 @@ def test_teacher_forced_numbers_stand_only_in_columns_named_so() -> None:
     assert value(cells(table, "sums", "Accuracy")["tiny", "DLP-LoRA, teacher-forced"]) == 97.0
     assert cells(table, "sums", "Accuracy")["tiny", "DLP-LoRA, teacher-forced"].measure.interval == (93.0, 99.0)
     assert value(cells(table, "chat", "BLEU")["tiny", "DLP-LoRA, teacher-forced"]) == 61.0
+    assert value(cells(table, "chat", "BLEU of letters")["tiny", "DLP-LoRA, teacher-forced"]) == 70.0
     free = (tables.accuracy_table(record(full())), tables.qa_table(record(full())))
     assert all(value(cell) not in (31.0, 97.0, 61.0) for t in free for row in t.rows for cell in row if _own(cell))
 

@@ -226,7 +226,7 @@ def eval_command(
     record["cut_short"] = {name: cut_short(rows) for name, rows in answers.items()}
     record["timings"] = {name: seconds_of(rows) for name, rows in answers.items()}
     if forced:
-        along = {name: tabulate(rows, by_name, kinds) for name, rows in forced.items()}
+        along = {name: tabulate(rows, by_name, kinds, forced=True) for name, rows in forced.items()}
         record["teacher_forced"] = {name: scores(table) for name, table in along.items()}
         record["teacher_forced_intervals"] = {name: intervals(table) for name, table in along.items()}
     for title, means in record["composites"].items():

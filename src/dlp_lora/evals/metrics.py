@@ -114,6 +114,22 @@ def bleu_of(sums: Num[np.ndarray, "draws 10"]) -> Float[np.ndarray, " draws"]:
     ], dtype=float)  # fmt: skip
 
 
+def bleu_letters_each(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """BLEU of each answer alone over its letters, spaces among them, 0 to 1: what the paper's code averages.
+
+    Without smoothing, so that an answer that shares no four letters in a row scores zero.
+    """
+    _check_pairs(answers, references)
+    metric = _sacrebleu(effective_order=False, smooth_method="none", tokenize="none")
+    pairs = zip(map(_spelled, answers), (list(map(_spelled, own)) for own in references), strict=True)
+    return [float(metric.corpus_score([answer], [[r] for r in own]).score) / 100 for answer, own in pairs]
+
+
+def _spelled(text: str) -> str:
+    """Each letter as a word, white space by its number."""
+    return " ".join(f"U+{ord(letter):04X}" if letter.isspace() else letter for letter in text)
+
+
 def rouge(answers: Sequence[str], references: Sequence[Sequence[str]]) -> Rouge:
     """The mean of `rouge_each`."""
     each = rouge_each(answers, references)
@@ -158,13 +174,13 @@ def _interval(resampled: list[float]) -> Interval:
     return Interval(float(low), float(high))
 
 
-def _sacrebleu(*, effective_order: bool) -> Any:
+def _sacrebleu(*, effective_order: bool, **settings: Any) -> Any:
     try:
         from sacrebleu.metrics.bleu import BLEU
     except ImportError as error:
         raise DLPLoRAError(INSTALL) from error
     # Forced, it does not warn of answers that end in " .": the highlights of CNN/DailyMail do.
-    return BLEU(force=True, max_ngram_order=MAX_NGRAM, effective_order=effective_order)
+    return BLEU(force=True, max_ngram_order=MAX_NGRAM, effective_order=effective_order, **settings)
 
 
 def _check_pairs(answers: Sequence[str], references: Sequence[Sequence[str]]) -> None:

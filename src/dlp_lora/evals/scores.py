@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from dlp_lora.evals.metrics import bleu_of, bleu_statistics, exact_match, rouge_each
+from dlp_lora.evals.metrics import bleu_letters_each, bleu_of, bleu_statistics, exact_match, rouge_each
 from dlp_lora.tasks.task import Task
 
 NUM_RESAMPLES = 1000
@@ -42,13 +42,18 @@ Table = dict[str, dict[str, Values]]
 """Values by task, then metric."""
 
 
-def tabulate(rows: Iterable[Mapping[str, Any]], tasks: Mapping[str, Task], kinds: Mapping[str, str]) -> Table:
-    """Gathers the answers of one method by task, in the order of the questions."""
+def tabulate(
+    rows: Iterable[Mapping[str, Any]], tasks: Mapping[str, Task], kinds: Mapping[str, str], *, forced: bool = False
+) -> Table:
+    """Gathers the answers of one method by task, in the order of the questions.
+
+    Where they are teacher-forced (`forced`), the BLEU of the paper's code stands beside sacrebleu's.
+    """
     by_task: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         by_task.setdefault(row["task"], []).append(row)
     return {
-        name: _values(sorted(by_task[name], key=lambda row: int(row["index"])), tasks[name], kinds[name])
+        name: _values(sorted(by_task[name], key=lambda row: int(row["index"])), tasks[name], kinds[name], forced)
         for name in tasks
         if name in by_task
     }
@@ -88,7 +93,7 @@ def difference(ours: Table, theirs: Table, names: Sequence[str]) -> dict[str, di
     }
 
 
-def _values(rows: Sequence[Mapping[str, Any]], task: Task, kind: str) -> dict[str, Values]:
+def _values(rows: Sequence[Mapping[str, Any]], task: Task, kind: str, forced: bool) -> dict[str, Values]:
     examples = [task.test[row["index"]] for row in rows]
     texts = [row["text"].strip() for row in rows]
     if kind == "mcq":
@@ -105,6 +110,7 @@ def _values(rows: Sequence[Mapping[str, Any]], task: Task, kind: str) -> dict[st
     rouge = rouge_each(texts, references)
     return {
         "bleu": Values(np.array(bleu_statistics(texts, references), dtype=float), bleu_of),
+        **({"bleu_letters": _means(bleu_letters_each(texts, references))} if forced else {}),
         "rouge1": _means([r.rouge1 for r in rouge]),
         "rougeL": _means([r.rougeL for r in rouge]),
     }

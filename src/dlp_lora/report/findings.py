@@ -125,6 +125,10 @@ def serial_table(record: Record) -> Table:
     )
 
 
+THEIRS = {"bleu": "", "bleu_letters": "bleu"}
+"""Which of the paper's numbers stands beside a teacher-forced metric of another name here."""
+
+
 def teacher_forced_table(record: Record) -> Table:
     """The paper's own protocol: each token predicted from the right ones before it, beside the paper's numbers."""
     recorded = record.at("teacher_forced") or {}
@@ -133,7 +137,7 @@ def teacher_forced_table(record: Record) -> Table:
     for task in record.tasks:
         for metric in _metrics(record, "teacher_forced", task.name):
             measures = [record.teacher_forced(method, task.name, metric) for method in methods]
-            theirs = paper.row(task.paper_name, metric)
+            theirs = paper.row(task.paper_name, THEIRS.get(metric, metric))
             rows.append(
                 (
                     task.label,
@@ -154,6 +158,8 @@ def teacher_forced_table(record: Record) -> Table:
         notes=(
             "Each token is predicted from the right ones before it. "
             "That is easier than to answer, and says little about how often an answer is right.",
+            "BLEU of letters is what the paper's code calls BLEU: of each answer alone, over its letters, the mean. "
+            "BLEU is sacrebleu's over the words of all answers.",
             INTERVALS,
         ),
         num_labels=2,

@@ -23,6 +23,7 @@ METRICS = {
     "accuracy": "Accuracy",
     "accuracy_loglik": "Accuracy by likelihood",
     "bleu": "BLEU",
+    "bleu_letters": "BLEU of letters",
     "rouge1": "ROUGE-1",
     "rougeL": "ROUGE-L",
 }

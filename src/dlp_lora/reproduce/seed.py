@@ -92,7 +92,7 @@ class Seed:
             with self._engine(single=True) as engine:
                 self._answer(engine, [METHODS[SINGLE]])
         tables = {method.name: tabulate(self._rows[method.name], self.by_name, self.kinds) for method in self.methods}
-        forced = {name: tabulate(rows, self.by_name, self.kinds) for name, rows in self._forced.items()}
+        forced = {name: tabulate(rows, self.by_name, self.kinds, forced=True) for name, rows in self._forced.items()}
         return {
             "metrics": {"bleu": bleu_signature()} if "qa" in self.kinds.values() else {},
             "data": {"hash": data_hash(self.tasks), "tasks": {t.name: self._about(t) for t in self.tasks}},
