@@ -169,6 +169,23 @@ def _means(name: str) -> str:
     return _table(columns, [{"method": name} for name in METHODS if name in record["scores"]])
 
 
+def _teacher_forced(name: str) -> str:
+    """What the paper's code measures, as means over the tasks, and the free answers of the same methods."""
+    record = _record(name)
+    titles = {"accuracy": "accuracy", "bleu_letters": "BLEU of letters", "rouge1": "ROUGE-1", "rougeL": "ROUGE-L"}
+    rows = []
+    for method in record["teacher_forced"]:
+        found: dict[str, Any] = {"method": f"{METHODS[method]}, teacher-forced"}
+        for pool, means in record["teacher_forced_composites"].items():
+            for metric in means[method].keys() & titles.keys():
+                low, high = record["teacher_forced_composite_intervals"][pool][method][metric]
+                found[metric] = f"{100 * means[method][metric]:.1f} ({100 * low:.1f}-{100 * high:.1f})"
+        rows.append(found)
+    columns: dict[str, Cell] = {"method": lambda row: row["method"]}
+    columns |= {title: partial(lambda row, metric: row[metric], metric=metric) for metric, title in titles.items()}
+    return _table(columns, rows)
+
+
 def _differences(name: str) -> str:
     """What DLP-LoRA's means differ by from those of other methods, in points of 100 (BLEU: of its own scale)."""
     record = _record(name)["differences"]
@@ -303,6 +320,7 @@ def _ablations() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "tasks26": partial(_means, "tasks26/record"),
+    "tasks26-teacher-forced": partial(_teacher_forced, "tasks26/record"),
     "tasks26-differences": partial(_differences, "tasks26/record"),
     "lora-r64": partial(_means, "lora_r64/joined"),
     "lora-r64-differences": partial(_differences, "lora_r64/joined"),

@@ -151,8 +151,8 @@ def eval_command(
     from dlp_lora.evals.kept import write_outputs
     from dlp_lora.evals.methods import METHODS, methods_named
     from dlp_lora.evals.metrics import bleu_signature, check_scoring
-    from dlp_lora.evals.record import compared, without_choices
-    from dlp_lora.evals.scores import intervals, scores, tabulate
+    from dlp_lora.evals.record import compared, teacher_forced_scores, without_choices
+    from dlp_lora.evals.scores import tabulate
     from dlp_lora.folders import write_text
     from dlp_lora.reproduce.settings import FORMAT
     from dlp_lora.tasks.hub import read_data
@@ -226,9 +226,7 @@ def eval_command(
     record["cut_short"] = {name: cut_short(rows) for name, rows in answers.items()}
     record["timings"] = {name: seconds_of(rows) for name, rows in answers.items()}
     if forced:
-        along = {name: tabulate(rows, by_name, kinds, forced=True) for name, rows in forced.items()}
-        record["teacher_forced"] = {name: scores(table) for name, table in along.items()}
-        record["teacher_forced_intervals"] = {name: intervals(table) for name, table in along.items()}
+        record |= teacher_forced_scores(forced, by_name, kinds)
     for title, means in record["composites"].items():
         console.print(_table(title, means, record["composite_intervals"][title]))
     _say_left_out(left_out, record["scores"], list(by_name))

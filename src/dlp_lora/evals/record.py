@@ -7,7 +7,7 @@ import numpy as np
 
 from dlp_lora.evals.methods import MAIN, SINGLE
 from dlp_lora.evals.metrics import bootstrap
-from dlp_lora.evals.scores import Table, difference, intervals, pooled, scores
+from dlp_lora.evals.scores import Table, difference, intervals, pooled, scores, tabulate
 from dlp_lora.tasks.task import Task
 
 
@@ -28,6 +28,25 @@ def compared(tables: Mapping[str, Table], kinds: Mapping[str, str]) -> dict[str,
         "composite_intervals": {g: {m: found[1] for m, found in own.items()} for g, own in means.items()},
         "differences": {
             f"{a} - {b}": {g: difference(tables[a], tables[b], names) for g, names in groups.items()} for a, b in pairs
+        },
+    }
+
+
+def teacher_forced_scores(
+    rows: Mapping[str, Sequence[Mapping[str, Any]]], tasks: Mapping[str, Task], kinds: Mapping[str, str]
+) -> dict[str, Any]:
+    """What the methods' teacher-forced answers score, by task and pooled, under names that say so."""
+    tables = {name: tabulate(own, tasks, kinds, forced=True) for name, own in rows.items()}
+    means = {
+        pool: {name: pooled(table, names) for name, table in tables.items()}
+        for pool, names in composites_of(tables, kinds).items()
+    }
+    return {
+        "teacher_forced": {name: scores(table) for name, table in tables.items()},
+        "teacher_forced_intervals": {name: intervals(table) for name, table in tables.items()},
+        "teacher_forced_composites": {p: {m: found[0] for m, found in own.items()} for p, own in means.items()},
+        "teacher_forced_composite_intervals": {
+            p: {m: found[1] for m, found in own.items()} for p, own in means.items()
         },
     }
 
@@ -54,7 +73,7 @@ def merged(records: Sequence[dict[str, Any]], seeds: Sequence[int]) -> dict[str,
     first = records[0]
     if len(records) == 1:
         return first
-    forced = ("teacher_forced", "teacher_forced_intervals")
+    forced = tuple(key for key in first if key.startswith("teacher_forced"))
     kept = ("scores", "intervals", "composites", "composite_intervals", "differences", "serial", *forced)
     by_seed = {str(seed): record["scores"] for seed, record in zip(seeds, records, strict=True)}
     return {**first, **{key: _mean([record[key] for record in records]) for key in kept}, "by_seed": by_seed}

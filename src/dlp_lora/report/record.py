@@ -61,6 +61,8 @@ _SHAPE: Mapping[str, Any] = {
     "differences": {_EACH: {_EACH: {_EACH: {"value": _NUMBER, "interval": _PAIR}}}},
     "teacher_forced": {_EACH: _BY_TASK},
     "teacher_forced_intervals": {_EACH: {_EACH: {_EACH: _PAIR}}},
+    "teacher_forced_composites": {_EACH: _BY_TASK},
+    "teacher_forced_composite_intervals": {_EACH: {_EACH: {_EACH: _PAIR}}},
     "serial": {_EACH: {_EACH: _SERIAL}},
     "router": {
         "accuracy": _NUMBER,

@@ -28,8 +28,8 @@ from dlp_lora.evals.guessing import described
 from dlp_lora.evals.kept import differences
 from dlp_lora.evals.methods import MAIN, METHODS, SINGLE, Method
 from dlp_lora.evals.metrics import bleu_signature
-from dlp_lora.evals.record import compared, serial_scores, without_choices
-from dlp_lora.evals.scores import intervals, scores, tabulate
+from dlp_lora.evals.record import compared, serial_scores, teacher_forced_scores, without_choices
+from dlp_lora.evals.scores import tabulate
 from dlp_lora.evals.serial import answer_serial, fitting, generate_serial, serial_methods, serial_prompts
 from dlp_lora.folders import write_text
 from dlp_lora.loading import load, load_router
@@ -92,7 +92,6 @@ class Seed:
             with self._engine(single=True) as engine:
                 self._answer(engine, [METHODS[SINGLE]])
         tables = {method.name: tabulate(self._rows[method.name], self.by_name, self.kinds) for method in self.methods}
-        forced = {name: tabulate(rows, self.by_name, self.kinds, forced=True) for name, rows in self._forced.items()}
         return {
             "metrics": {"bleu": bleu_signature()} if "qa" in self.kinds.values() else {},
             "data": {"hash": data_hash(self.tasks), "tasks": {t.name: self._about(t) for t in self.tasks}},
@@ -100,8 +99,7 @@ class Seed:
             "cut_short": {method.name: cut_short(self._rows[method.name]) for method in self.methods},
             "without_choices": without_choices(self.tasks, self.kinds),
             **compared(tables, self.kinds),
-            "teacher_forced": {name: scores(table) for name, table in forced.items()},
-            "teacher_forced_intervals": {name: intervals(table) for name, table in forced.items()},
+            **teacher_forced_scores(self._forced, self.by_name, self.kinds),
             "serial": {
                 step: {name: serial_scores(rows, int(step.removeprefix("serial-"))) for name, rows in own.items()}
                 for step, own in self._serial.items()
