@@ -384,6 +384,7 @@ TABLES: dict[str, Callable[[], str]] = {
             "speed-up": _number("speedup", 2),
             "spread": _spread("speedup"),
             "peak MB": _number("peak_mb", 0),
+            "encoded once": _percent("shared", 0),
             "loss": _number("loss", 4),
         },
         words=2,

@@ -573,6 +573,8 @@ def test_both_ways_to_train_see_the_same_samples_and_end_at_the_same_loss(model:
     assert ours["loss"] < before
     assert theirs["speedup"] == theirs["memory_ratio"] == 1
     assert ours["samples_per_s"] > 0
+    # "What is " begins each: of four and of two examples, of 20 tokens each, it is encoded once.
+    assert (theirs["shared"], ours["shared"]) == (0, pytest.approx((3 + 1) * 8 / (6 * 20), abs=1e-4))
     assert ours["peak_mb"] > ours["held_mb"] == theirs["held_mb"]
     assert json.loads(json.dumps(record, allow_nan=False))["settings"]["training"]["batch_size"] == 4
 

@@ -4,6 +4,7 @@ The Trainer is set up as its documentation has it: mixed precision where the bas
 each batch, and labels of -100 over the prompts. Both start from the same LoRA and save what they have trained.
 """
 
+import random
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +25,7 @@ from dlp_lora.tasks.formats import encode_example
 from dlp_lora.tasks.task import Task
 from dlp_lora.training.adapters import MAX_TOKENS, load_base, lora_config, train_adapter
 from dlp_lora.training.args import AdapterTrainingArgs
-from dlp_lora.training.batches import answer_loss, micro_batches
+from dlp_lora.training.batches import answer_loss, bucketed, micro_batches, num_shared
 
 TRAINER = "transformers Trainer + PEFT"
 OURS = "dlp-lora"
@@ -104,11 +105,21 @@ def _measure(
                 "tokens_per_s": round(num_tokens / seconds, 1),
                 **{key.replace("ratio", "speedup"): value for key, value in speedup.items()},
                 **memory[name].columns(memory[TRAINER]),
+                "shared": round(_shared(encoded, args.training), 4) if name == OURS else 0.0,
                 "loss": round(losses[name], 4),
                 "loss_before": round(before, 4),
             }
         )
     return rows
+
+
+def _shared(encoded: Encoded, args: AdapterTrainingArgs) -> float:
+    """The share of the first epoch's tokens that are not encoded, as other examples of their batch begin with them."""
+    saved = 0
+    for batch in bucketed(encoded, args.batch_size, random.Random(f"{args.seed} 0")):
+        for part in micro_batches([encoded[i] for i in batch], MAX_TOKENS):
+            saved += num_shared(part) * (len(part) - 1)
+    return saved / sum(len(read) + len(learned) for read, learned in encoded)
 
 
 def _check_losses(losses: Mapping[str, float], before: float, task: str) -> None:

@@ -98,6 +98,7 @@ COLUMNS = {
         "tokens/s": "tokens_per_s",
         "peak, MB": "peak_mb",
         "peak over Trainer": "memory_ratio",
+        "shared": "shared",
         "loss": "loss",
     },
 }

@@ -26,8 +26,8 @@ def answer_loss(model: Any, batch: Sequence[tuple[list[int], list[int]]], *, sha
     Where `share`, the tokens that all rows begin with (a chat template's, a task's instruction) are encoded once for
     all of them; gradients flow back through their KV cache. With dropout the rows would share its noise, too.
     """
-    start = len(shared_prefix([read for read, _ in batch])) if share and len(batch) > 1 else 0
-    cache = _encoded(model, batch[0][0][:start], len(batch)) if start >= MIN_SHARED else None
+    start = num_shared(batch) if share else 0
+    cache = _encoded(model, batch[0][0][:start], len(batch)) if start else None
     if cache is not None:
         batch = [(read[start:], learned) for read, learned in batch]
     ids, mask, labels = left_padded(batch, model.device)
@@ -59,6 +59,12 @@ def _head_reads(model: Any, positions: Bool[Tensor, "batch kept"]) -> Iterator[N
         yield
     finally:
         hook.remove()
+
+
+def num_shared(batch: Sequence[tuple[list[int], list[int]]]) -> int:
+    """How many tokens of each row `answer_loss` encodes once for all rows; 0 where that does not pay."""
+    start = len(shared_prefix([read for read, _ in batch])) if len(batch) > 1 else 0
+    return start if start >= MIN_SHARED else 0
 
 
 def shared_prefix(texts: Sequence[list[int]]) -> list[int]:
