@@ -136,23 +136,11 @@ def eval_command(
     import tempfile
 
     from dlp_lora.environment import environment
-    from dlp_lora.evals.answers import (
-        AnswerArgs,
-        Likelihoods,
-        answer_all,
-        batches,
-        cut_short,
-        data_hash,
-        identity_of,
-        known_likelihoods,
-        seconds_of,
-    )
-    from dlp_lora.evals.forced import Known, answer_forced, known_texts
+    from dlp_lora.evals.answers import AnswerArgs, batches, data_hash, identity_of
+    from dlp_lora.evals.evaluation import Evaluation
     from dlp_lora.evals.kept import write_outputs
     from dlp_lora.evals.methods import METHODS, methods_named
     from dlp_lora.evals.metrics import bleu_signature, check_scoring
-    from dlp_lora.evals.record import compared, teacher_forced_scores, without_choices
-    from dlp_lora.evals.scores import tabulate
     from dlp_lora.folders import write_text
     from dlp_lora.reproduce.settings import FORMAT
     from dlp_lora.tasks.hub import read_data
@@ -174,9 +162,10 @@ def eval_command(
     unknown = [task.name for task in found if task.name not in engine.bank.names]
     if unknown and any(m.name == "oracle" for m in chosen):
         raise ValueError(f"the bundle has no adapter for {', '.join(unknown)}; choose other tasks or leave oracle out")
-    by_name, kinds = {t.name: t for t in found}, {t.name: kind_of(t, infos) for t in found}
+    kinds = {task.name: kind_of(task, infos) for task in found}
     check_scoring(kinds.values())
     questions, left_out = batches(engine.model, engine.tokenizer, found, settings)
+    evaluation = Evaluation(found, kinds, questions, settings)
     identity = identity_of(engine, found, METHODS["dlp"])
     record: dict[str, Any] = {
         "format": FORMAT,
@@ -189,59 +178,24 @@ def eval_command(
         "data": {"hash": data_hash(found), "tasks": {task.name: {"kind": kinds[task.name]} for task in found}},
         "settings": {**asdict(settings), **engine.routing_settings()},
         "left_out": left_out,
-        "without_choices": without_choices(found, kinds),
     }
-    tables, answers, forced = {}, {}, {}
-    known: Likelihoods = {}
-    texts: Known = {}
     with tempfile.TemporaryDirectory() as scratch, progress_bar() as progress:
-        for method in chosen:
-            bar = progress.add_task(method.name, total=None, note="")
-            rows = answer_all(
-                engine,
-                method,
-                questions,
-                settings,
-                (out or Path(scratch)) / f"{method.name}.jsonl",
-                identity=identity_of(engine, found, method),
-                known=known,
-                on_batch=lambda done, total, bar=bar: progress.update(bar, completed=done, total=total),  # type: ignore[misc]
-            )
-            known |= known_likelihoods(rows)
-            tables[method.name], answers[method.name] = tabulate(rows, by_name, kinds), rows
-            if teacher_forced:
-                bar = progress.add_task(f"teacher-forced: {method.name}", total=None, note="")
-                forced[method.name] = answer_forced(
-                    engine,
-                    method,
-                    questions,
-                    settings,
-                    (out or Path(scratch)) / "teacher_forced" / f"{method.name}.jsonl",
-                    identity=identity_of(engine, found, method),
-                    known=texts,
-                    on_batch=lambda done, total, bar=bar: progress.update(bar, completed=done, total=total),  # type: ignore[misc]
-                )
-                texts |= known_texts(forced[method.name])
-    record |= compared(tables, kinds)
-    record["cut_short"] = {name: cut_short(rows) for name, rows in answers.items()}
-    record["timings"] = {name: seconds_of(rows) for name, rows in answers.items()}
-    if forced:
-        record |= teacher_forced_scores(forced, by_name, kinds)
+        bars: dict[str, Any] = {}
+
+        def on_batch(step: str, done: int, total: int) -> None:
+            if step not in bars:
+                bars[step] = progress.add_task(step, note="")
+            progress.update(bars[step], completed=done, total=total)
+
+        forced = [method.name for method in chosen] if teacher_forced else []
+        evaluation.answer(engine, chosen, out or Path(scratch), forced=forced, on_batch=on_batch)
+    record |= evaluation.record()
     for title, means in record["composites"].items():
         console.print(_table(title, means, record["composite_intervals"][title]))
-    _say_left_out(left_out, record["scores"], list(by_name))
+    _say_left_out(left_out, record["scores"], list(kinds))
     if json_file is not None:
         outputs = json_file.with_name(f"{json_file.stem}.outputs.jsonl.gz")
-        parts = {"answers": answers, "teacher-forced": forced}
-        write_outputs(
-            outputs,
-            (
-                {"part": part, "method": name, **row}
-                for part, by_method in parts.items()
-                for name, rows in by_method.items()
-                for row in rows
-            ),
-        )
+        write_outputs(outputs, evaluation.outputs())
         write_text(json_file, json.dumps({**record, "outputs": outputs.name}, indent=1) + "\n")
         stderr.print(f"wrote {json_file}, and every answer to {outputs}", soft_wrap=True)
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from dlp_lora.evals.answers import AnswerArgs
+from dlp_lora.evals.evaluation import FORCED, FREE
 from dlp_lora.evals.methods import MAIN, METHODS, SINGLE, Method, methods_named
 from dlp_lora.tasks import Task
 from dlp_lora.training.args import AdapterTrainingArgs
@@ -60,8 +61,8 @@ def steps(tasks: Sequence[Task], args: ReproduceArgs) -> list[str]:
     """The steps of one seed, in order."""
     methods = methods_of(args)
     single = [SINGLE] if METHODS[SINGLE] in methods else []
-    named = [f"answers: {m.name}" for m in methods]
-    forced = [f"teacher-forced: {m.name}" for m in methods if args.teacher_forced and m.name in MAIN]
+    named = [f"{FREE}: {m.name}" for m in methods]
+    forced = [f"{FORCED}: {m.name}" for m in methods if args.teacher_forced and m.name in MAIN]
     own, router = ([t.name for t in tasks], ["router"]) if needs_adapters(args) else ([], [])
     return [*own, *single, *router, *named, *forced, *(f"serial-{n}" for n in args.serial)]
 

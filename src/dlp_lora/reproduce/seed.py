@@ -6,30 +6,19 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dlp_lora.engine import Engine
-from dlp_lora.evals.answers import (
-    Likelihoods,
-    Question,
-    answer_all,
-    cut_short,
-    data_hash,
-    identity_of,
-    known_likelihoods,
-    seconds_of,
-)
-from dlp_lora.evals.forced import Known, answer_forced, known_texts
+from dlp_lora.evals.answers import Question, data_hash, identity_of
+from dlp_lora.evals.evaluation import Evaluation
 from dlp_lora.evals.guessing import described
 from dlp_lora.evals.kept import differences
 from dlp_lora.evals.methods import MAIN, METHODS, SINGLE, Method
 from dlp_lora.evals.metrics import bleu_signature
-from dlp_lora.evals.record import compared, serial_scores, teacher_forced_scores, without_choices
-from dlp_lora.evals.scores import tabulate
+from dlp_lora.evals.record import serial_scores
 from dlp_lora.evals.serial import answer_serial, fitting, generate_serial, serial_methods, serial_prompts
 from dlp_lora.folders import write_text
 from dlp_lora.loading import load, load_router
@@ -65,11 +54,9 @@ class Seed:
     def __init__(self, shared: Shared, folder: Path, seed: int) -> None:
         self.shared, self.folder, self.seed = shared, folder, seed
         self.tasks, self.args = shared.tasks, shared.args
-        self.by_name = {task.name: task for task in shared.tasks}
         self.kinds = {task.name: kind_of(task, shared.infos) for task in shared.tasks}
         self.methods = methods_of(shared.args)
-        self._rows: dict[str, list[dict[str, Any]]] = {}  # answers by method
-        self._forced: dict[str, list[dict[str, Any]]] = {}
+        self.evaluation = Evaluation(shared.tasks, self.kinds, shared.questions, shared.args.answers)
         self._serial: dict[str, dict[str, list[dict[str, Any]]]] = {}  # answers by step and method
         self._serial_left_out: dict[str, int] = {}
         self._serial_skipped: dict[str, int] = {}  # by step, how many tasks of choice there are
@@ -91,15 +78,11 @@ class Seed:
         if single is not None:
             with self._engine(single=True) as engine:
                 self._answer(engine, [METHODS[SINGLE]])
-        tables = {method.name: tabulate(self._rows[method.name], self.by_name, self.kinds) for method in self.methods}
         return {
             "metrics": {"bleu": bleu_signature()} if "qa" in self.kinds.values() else {},
             "data": {"hash": data_hash(self.tasks), "tasks": {t.name: self._about(t) for t in self.tasks}},
             "left_out": dict(self.shared.left_out),
-            "cut_short": {method.name: cut_short(self._rows[method.name]) for method in self.methods},
-            "without_choices": without_choices(self.tasks, self.kinds),
-            **compared(tables, self.kinds),
-            **teacher_forced_scores(self._forced, self.by_name, self.kinds),
+            **self.evaluation.record(),
             "serial": {
                 step: {name: serial_scores(rows, int(step.removeprefix("serial-"))) for name, rows in own.items()}
                 for step, own in self._serial.items()
@@ -108,13 +91,14 @@ class Seed:
             "serial_skipped": self._serial_skipped,
             "router": router,
             "training": {"adapters": training, SINGLE: single},
-            "timings": {name: seconds_of(rows) for name, rows in self._rows.items()},
             "conversation": conversation,
         }
 
     def outputs(self) -> Iterator[dict[str, Any]]:
         """Every answer of the run's methods, with the part of the record that it is of, for audits without a model."""
-        for part, by_method in (("answers", self._rows), ("teacher-forced", self._forced), *self._serial.items()):
+        for row in self.evaluation.outputs():
+            yield {"seed": self.seed, **row}
+        for part, by_method in self._serial.items():
             for method, rows in by_method.items():
                 for row in rows:
                     yield {"seed": self.seed, "part": part, "method": method, **row}
@@ -184,33 +168,8 @@ class Seed:
 
     def _answer(self, engine: Engine, methods: Sequence[Method]) -> None:
         """The methods' answers, and the teacher-forced ones of the main methods."""
-        likelihoods: Likelihoods = {}
-        for method in methods:
-            rows = self._rows[method.name] = answer_all(
-                engine,
-                method,
-                self.shared.questions,
-                self.args.answers,
-                self.folder / "answers" / f"{method.name}.jsonl",
-                identity=identity_of(engine, self.tasks, method),
-                known=likelihoods,
-                on_batch=partial(self._event, f"answers: {method.name}"),
-            )
-            likelihoods |= known_likelihoods(rows)
-        texts: Known = {}
-        for method in methods:
-            if self.args.teacher_forced and method.name in MAIN:
-                rows = self._forced[method.name] = answer_forced(
-                    engine,
-                    method,
-                    self.shared.questions,
-                    self.args.answers,
-                    self.folder / "teacher_forced" / f"{method.name}.jsonl",
-                    identity=identity_of(engine, self.tasks, method),
-                    known=texts,
-                    on_batch=partial(self._event, f"teacher-forced: {method.name}"),
-                )
-                texts |= known_texts(rows)
+        forced = MAIN if self.args.teacher_forced else ()
+        self.evaluation.answer(engine, methods, self.folder, forced=forced, on_batch=self._event)
 
     def _answer_serial(self, engine: Engine, n: int) -> None:
         """Answers prompts of `n` questions by all methods, those that fit the context."""
