@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import get_peft_model
 from peft.tuners.lora.layer import Linear
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import dlp_lora.training.adapters as adapters_module
+import dlp_lora.training.passes as passes_module
 from conftest import ARCHITECTURES, byte_tokenizer, lively_model
 from dlp_lora.peft_format import WEIGHTS_FILE
 from dlp_lora.tasks import Example, Task
@@ -83,6 +85,22 @@ def test_gradients_are_those_of_peft(
     monkeypatch.setattr(adapters_module, "MAX_TOKENS", max_tokens)
     args = replace(QUICK, r=3, target_modules=targets, use_rslora=use_rslora)
     assert_gradients_are_pefts(eager_model(architecture), eager_model(architecture), args)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_gradients_of_long_texts_are_those_of_peft(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fused, num_calls = F.scaled_dot_product_attention, 0
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        nonlocal num_calls
+        num_calls += 1
+        return fused(*args, **kwargs)
+
+    monkeypatch.setattr(passes_module, "LONG", 25)  # keys; the longest of the batch has 43 tokens
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
+    args = replace(QUICK, target_modules="all-linear")
+    assert_gradients_are_pefts(eager_model(architecture), eager_model(architecture), args)
+    assert (num_calls > 0) == (architecture != "gpt2")  # which has attention of its own
 
 
 def test_gradients_are_those_of_peft_with_checkpointed_layers() -> None:
@@ -175,12 +193,11 @@ def test_other_attention_is_left_alone() -> None:
         assert model.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize(("dtype", "attention"), [(torch.float32, "sdpa"), (torch.bfloat16, NAME)])
-def test_adapters_are_trained_without_fused_attention_in_bfloat16_on_a_cpu(dtype: torch.dtype, attention: str) -> None:
-    model = eager_model(dtype=dtype)
+def test_adapters_are_trained_with_attention_of_our_own_on_a_cpu() -> None:
+    model = eager_model()
     model.set_attn_implementation("sdpa")
     with _lora_on(model, QUICK):
-        assert model.config._attn_implementation == attention
+        assert model.config._attn_implementation == NAME
     assert model.config._attn_implementation == "sdpa"
 
 

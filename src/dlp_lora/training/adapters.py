@@ -351,9 +351,9 @@ def _lora_on(model: PreTrainedModel, args: AdapterTrainingArgs) -> Iterator[Peft
 
 @contextmanager
 def _eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Trains without fused attention in bfloat16 on CPUs, where its backward pass is slow."""
+    """Trains without fused attention on CPUs, where its backward pass is slow (`passes.py` has the exception)."""
     config: Any = model.config
-    if model.device.type != "cpu" or model.dtype != torch.bfloat16 or config._attn_implementation != "sdpa":
+    if model.device.type != "cpu" or config._attn_implementation != "sdpa":
         yield
         return
     model.set_attn_implementation("eager")

@@ -1,6 +1,6 @@
 """Plain eager attention and RMSNorm in training: passes that copy little, instead of those that autograd puts together.
 
-The attention is for bfloat16 on CPUs, where the backward pass of fused attention is slow.
+They are for CPUs, where the backward pass of fused attention is slow: in bfloat16 always, in float32 for short texts.
 """
 
 import sys
@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
@@ -17,6 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward
 
 NAME = "dlp_lora_eager"
+LONG = 256  # keys; from there on fused attention is faster in float32 (docs/log.md)
 
 
 @contextmanager
@@ -57,6 +59,10 @@ def _attend(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "batch seq heads d_head"], Tensor | None]:
+    if dropout == 0 and query.dtype == torch.float32 and key.shape[2] >= LONG:
+        k, v = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
+        fused = F.scaled_dot_product_attention(query, k, v, attn_mask=attention_mask, scale=scaling)
+        return fused.transpose(1, 2).contiguous(), None
     if dropout == 0:
         return _Attention.apply(query, key, value, attention_mask, scaling), None
     y, weights = eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
