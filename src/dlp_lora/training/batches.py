@@ -49,12 +49,12 @@ def answer_loss(model: Any, batch: Sequence[tuple[list[int], list[int]]], *, sha
 
 @contextmanager
 def _head_reads(model: Any, positions: Bool[Tensor, "batch kept"]) -> Iterator[None]:
-    """Lets the language-model head read these positions alone, as one row of logits.
+    """Lets the language-model head read these of the last positions alone, as one row of logits.
 
     The row is contiguous, too: a frozen head would multiply a slice row by row through copies of its weight.
     """
-    head = model.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][positions][None],))
+    head, kept = model.get_output_embeddings(), positions.shape[1]
+    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, -kept:][positions][None],))
     try:
         yield
     finally:
