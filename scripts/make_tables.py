@@ -57,6 +57,16 @@ def _percent(key: str, digits: int) -> Cell:
 
 
 VARIANT: dict[str, Cell] = {"variant": lambda row: row["name"], "dtype": lambda row: row["dtype"]}
+TRAIN: dict[str, Cell] = {
+    "variant": VARIANT["variant"],
+    "task": lambda row: row["task"],
+    "samples/s": _number("samples_per_s", 2),
+    "speed-up": _number("speedup", 2),
+    "spread": _spread("speedup"),
+    "peak MB": _number("peak_mb", 0),
+    "encoded once": _percent("shared", 0),
+    "loss": _number("loss", 4),
+}
 RATIO: dict[str, Cell] = {"over base": _number("ratio", 3), "spread": _spread("ratio")}
 STEP: dict[str, Cell] = {"ms/token": _number("ms_per_token", 1), **RATIO}
 MEMORY: dict[str, Cell] = {"peak MB": _number("peak_mb", 0), "peak over base": _number("memory_ratio", 2)}
@@ -375,20 +385,8 @@ TABLES: dict[str, Callable[[], str]] = {
         },
     ),
     "peers": _rows("peers", {"method": VARIANT["variant"], **STEP, "first token, ms": _number("ttft_ms", 0), **MEMORY}),
-    "train": _rows(
-        "train",
-        {
-            "variant": VARIANT["variant"],
-            "task": lambda row: row["task"],
-            "samples/s": _number("samples_per_s", 2),
-            "speed-up": _number("speedup", 2),
-            "spread": _spread("speedup"),
-            "peak MB": _number("peak_mb", 0),
-            "encoded once": _percent("shared", 0),
-            "loss": _number("loss", 4),
-        },
-        words=2,
-    ),
+    "train": _rows("train", TRAIN, words=2),
+    "train-long": _rows("train_long", TRAIN, words=2),
 }
 
 if __name__ == "__main__":
