@@ -8,8 +8,9 @@ from pathlib import Path
 
 import dlp_lora
 from dlp_lora.tasks import Example, Task, read_tasks, write_task
-from dlp_lora.training.adapters import load_base, train_adapters
+from dlp_lora.training.adapters import train_adapters
 from dlp_lora.training.args import AdapterTrainingArgs
+from dlp_lora.training.base import load_base
 from dlp_lora.training.router import RouterTrainingArgs, load_tokenizer, train_router
 
 parser = argparse.ArgumentParser()

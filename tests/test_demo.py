@@ -13,8 +13,8 @@ from dlp_lora import ModelError
 from dlp_lora.default_model import NAME, PACKAGE, cache_dir, default_model
 from dlp_lora.demo import METHODS, DemoArgs, DemoEvent, DemoResult, run_demo, with_serial
 from dlp_lora.tasks import procedural_task
-from dlp_lora.training.adapters import load_base
 from dlp_lora.training.args import AdapterTrainingArgs
+from dlp_lora.training.base import load_base
 
 SMALL = DemoArgs(
     tasks=("code_word", "sequence"),

@@ -230,7 +230,7 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_results(
 def test_a_finished_run_computes_nothing_again(model: Path, whole: Whole, monkeypatch: pytest.MonkeyPatch) -> None:
     before = read(whole[0])
     monkeypatch.setattr("dlp_lora.evals.answers._answer", None)
-    monkeypatch.setattr("dlp_lora.training.adapters.answer_loss", None)
+    monkeypatch.setattr("dlp_lora.training.loop.answer_loss", None)
     assert read(reproduce(model, tasks(), whole[0].parent, SMALL, infos=INFOS)) == before
 
 
@@ -344,10 +344,10 @@ def test_a_run_goes_on_in_the_dtype_that_it_was_begun_in(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args = replace(SMALL, methods=("oracle",), single_r=0, serial=(), teacher_forced=False)
-    monkeypatch.setattr("dlp_lora.training.adapters.training_dtype", lambda *on: torch.float32)
+    monkeypatch.setattr("dlp_lora.training.base.training_dtype", lambda *on: torch.float32)
     before = reproduce(model, tasks(), tmp_path, args, infos=INFOS).read_text()
     assert json.loads(before)["dtype"] == "float32"
-    monkeypatch.setattr("dlp_lora.training.adapters.training_dtype", lambda *on: torch.bfloat16)
+    monkeypatch.setattr("dlp_lora.training.base.training_dtype", lambda *on: torch.bfloat16)
     record = reproduce(model, tasks(), tmp_path, replace(args, methods=("base",)), infos=INFOS)
     assert read(record)["dtype"] == "float32"
     assert read(record)["scores"]["oracle"] == json.loads(before)["scores"]["oracle"]

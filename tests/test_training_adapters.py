@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import dlp_lora
-import dlp_lora.training.adapters as adapters_module
+import dlp_lora.training.base as base_module
 import dlp_lora.training.batches as batches_module
+import dlp_lora.training.loop as loop_module
 from conftest import ARCHITECTURES, USUAL_TARGETS, byte_tokenizer, lively_model, tiny_model
 from dlp_lora import ModelError, TaskError, TrainingError
 from dlp_lora.peft_format import WEIGHTS_FILE
@@ -26,16 +27,14 @@ from dlp_lora.tasks import Example, Task
 from dlp_lora.training.adapters import (
     LOSS_FILE,
     TRAINING_FILE,
-    Progress,
     TrainedAdapter,
-    answer_loss,
-    load_base,
     train_adapter,
     train_adapters,
-    training_dtype,
 )
 from dlp_lora.training.args import PAPER, AdapterTrainingArgs
-from dlp_lora.training.batches import MIN_SHARED, micro_batches, shared_prefix
+from dlp_lora.training.base import load_base, training_dtype
+from dlp_lora.training.batches import MIN_SHARED, answer_loss, micro_batches, shared_prefix
+from dlp_lora.training.loop import Progress
 
 TOKENIZER = byte_tokenizer()
 EOS_ID = 256
@@ -440,7 +439,7 @@ def test_a_base_is_trained_in_the_dtype_whose_products_are_faster(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     seconds = {torch.bfloat16: 1.0, torch.float32: 1.0, slower: 2.0}
-    monkeypatch.setattr(adapters_module, "_seconds_of_products", lambda *dtypes: [seconds[dtype] for dtype in dtypes])
+    monkeypatch.setattr(base_module, "_seconds_of_products", lambda *dtypes: [seconds[dtype] for dtype in dtypes])
     found = training_dtype.__wrapped__("cpu")
     assert found == (torch.float32 if slower == torch.bfloat16 else torch.bfloat16)
 
@@ -453,7 +452,7 @@ def test_a_base_is_trained_in_float32_where_the_cpu_has_no_other_products(monkey
 
 def test_products_are_timed_in_both_dtypes() -> None:
     num_threads = torch.get_num_threads()
-    assert all(seconds > 0 for seconds in adapters_module._seconds_of_products(torch.float32, torch.bfloat16))
+    assert all(seconds > 0 for seconds in base_module._seconds_of_products(torch.float32, torch.bfloat16))
     assert torch.get_num_threads() == num_threads
 
 
@@ -481,9 +480,9 @@ def test_a_batch_in_parts_has_the_gradients_of_the_whole(monkeypatch: pytest.Mon
     batch = [(list(range(3, 3 + 5 * n)), list(range(n + 1))) for n in (4, 1, 3, 2)]
     gradients, losses = [], []
     for limit in (10**6, 40, 1):
-        monkeypatch.setattr(adapters_module, "MAX_TOKENS", limit)
+        monkeypatch.setattr(loop_module, "MAX_TOKENS", limit)
         model = tiny_model()
-        losses.append(adapters_module._backward(model, batch, share=False))
+        losses.append(loop_module.backward(model, batch, share=False))
         gradients.append(model.model.layers[0].self_attn.q_proj.weight.grad)
     for loss, gradient in zip(losses[1:], gradients[1:], strict=True):
         assert loss == pytest.approx(losses[0], rel=1e-5)

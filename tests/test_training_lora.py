@@ -13,13 +13,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import dlp_lora.training.adapters as adapters_module
+import dlp_lora.training.loop as loop_module
 import dlp_lora.training.passes as passes_module
 from conftest import ARCHITECTURES, byte_tokenizer, lively_model
 from dlp_lora.peft_format import WEIGHTS_FILE
 from dlp_lora.tasks import Example, Task
-from dlp_lora.training.adapters import _backward, _lora_on, lora_config, train_adapter
+from dlp_lora.training.adapters import _lora_on, lora_config, train_adapter
 from dlp_lora.training.args import AdapterTrainingArgs
 from dlp_lora.training.batches import has_dropout
+from dlp_lora.training.loop import backward
 from dlp_lora.training.passes import NAME, lean_passes
 
 SIBLINGS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -51,7 +53,7 @@ def gradients(
         for name, parameter in peft_model.named_parameters():
             if "lora_B" in name:
                 nn.init.normal_(parameter, std=0.1)
-        loss = _backward(peft_model, BATCH, share=share and not has_dropout(peft_model))
+        loss = backward(peft_model, BATCH, share=share and not has_dropout(peft_model))
         found = {n: p.grad for n, p in peft_model.named_parameters() if p.requires_grad}
     assert found
     assert all(grad is not None and grad.dtype == torch.float32 for grad in found.values())
@@ -82,7 +84,7 @@ def assert_gradients_are_pefts(model: Any, theirs: Any, args: AdapterTrainingArg
 def test_gradients_are_those_of_peft(
     architecture: str, targets: Any, use_rslora: bool, max_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(adapters_module, "MAX_TOKENS", max_tokens)
+    monkeypatch.setattr(loop_module, "MAX_TOKENS", max_tokens)
     args = replace(QUICK, r=3, target_modules=targets, use_rslora=use_rslora)
     assert_gradients_are_pefts(eager_model(architecture), eager_model(architecture), args)
 

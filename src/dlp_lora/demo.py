@@ -23,10 +23,11 @@ from dlp_lora.policy import Mixture, TopP
 from dlp_lora.router import MiniMLP
 from dlp_lora.rows import Sentence
 from dlp_lora.tasks import Example, Task, compose, procedural_task, serial
-from dlp_lora.training.adapters import Progress as TrainingProgress
-from dlp_lora.training.adapters import TrainedAdapter, load_base, train_adapter
+from dlp_lora.training.adapters import TrainedAdapter, train_adapter
 from dlp_lora.training.args import AdapterTrainingArgs
+from dlp_lora.training.base import load_base
 from dlp_lora.training.contexts import MIX
+from dlp_lora.training.loop import Progress as TrainingProgress
 from dlp_lora.training.router import RouterTrainingArgs, load_tokenizer, train_router
 
 Method = Literal["base", "base_chat", "own_adapter", "dlp"]

@@ -23,9 +23,11 @@ from dlp_lora.bench.timing import OnRound, Run, interleave, synchronise
 from dlp_lora.errors import DLPLoRAError, TaskError
 from dlp_lora.tasks.formats import encode_example
 from dlp_lora.tasks.task import Task
-from dlp_lora.training.adapters import MAX_TOKENS, load_base, lora_config, train_adapter
+from dlp_lora.training.adapters import lora_config, train_adapter
 from dlp_lora.training.args import AdapterTrainingArgs
+from dlp_lora.training.base import load_base
 from dlp_lora.training.batches import answer_loss, bucketed, micro_batches, num_shared
+from dlp_lora.training.loop import MAX_TOKENS
 
 TRAINER = "transformers Trainer + PEFT"
 OURS = "dlp-lora"

@@ -172,7 +172,9 @@ def _train_adapters(
     as_json: bool,
 ) -> None:
     from dlp_lora.tasks.hub import read_data
-    from dlp_lora.training.adapters import Progress, load_base, train_adapters
+    from dlp_lora.training.adapters import train_adapters
+    from dlp_lora.training.base import load_base
+    from dlp_lora.training.loop import Progress
 
     tasks = read_data(data, names=names)
     base, tokenizer = load_base(base_model(model))

@@ -15,7 +15,7 @@ from dlp_lora.evals.scores import pooled, scores, tabulate
 from dlp_lora.fused import linear_layers
 from dlp_lora.reproduce.args import LARGER, Event, ReproduceArgs
 from dlp_lora.tasks import Task
-from dlp_lora.training.adapters import load_base
+from dlp_lora.training.base import load_base
 
 
 def answer_plainly(

@@ -26,7 +26,8 @@ from dlp_lora.reproduce.settings import check_settings, grown, keep_settings, ke
 from dlp_lora.tasks import Task
 from dlp_lora.tasks.manifest import TaskInfo, kind_of
 from dlp_lora.tasks.task import same_prompt
-from dlp_lora.training.adapters import check_lengths, load_base
+from dlp_lora.training.adapters import check_lengths
+from dlp_lora.training.base import load_base
 
 RECORD_FILE = "record.json"
 OUTPUTS_FILE = "outputs.jsonl.gz"

@@ -26,8 +26,9 @@ from dlp_lora.policy import TopP
 from dlp_lora.reproduce.args import Event, ReproduceArgs, methods_of, needs_adapters
 from dlp_lora.tasks import Task
 from dlp_lora.tasks.manifest import TaskInfo, kind_of
-from dlp_lora.training.adapters import Progress, train_adapter
+from dlp_lora.training.adapters import train_adapter
 from dlp_lora.training.args import AdapterTrainingArgs
+from dlp_lora.training.loop import Progress
 from dlp_lora.training.router import load_tokenizer, train_router
 
 TOKENS_A_QUESTION = 24  # of a serial answer

@@ -1,7 +1,7 @@
 """Trains one LoRA on one task through PEFT and saves it as an ordinary PEFT folder.
 
-One plain loop. What makes it fast on a small machine: the loss and the language-model head on answer tokens only,
-batches of like lengths, what all examples of a batch begin with encoded once, a bfloat16 base under float32 LoRA
+One plain loop (`loop.py`). What makes it fast on a small machine: the loss and the language-model head on answer tokens
+only, batches of like lengths, what all examples of a batch begin with encoded once, a bfloat16 base under float32 LoRA
 weights where the hardware is fast at it, passes through PEFT's layers, attention and norms that copy little (`lora.py`,
 `passes.py`), and freed memory that is kept for the next step (`memory.py`).
 """
@@ -9,50 +9,33 @@ weights where the hardware is fast at it, passes through PEFT's layers, attentio
 import hashlib
 import json
 import logging
-import math
-import random
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dlp_lora.errors import ModelError, TaskError, TrainingError
-from dlp_lora.folders import recover_folder, replace_folder, write_text
+from dlp_lora.errors import TaskError, TrainingError
+from dlp_lora.folders import recover_folder, replace_folder
 from dlp_lora.fused import siblings
 from dlp_lora.peft_format import CONFIG_FILE
 from dlp_lora.prompts import context_of
 from dlp_lora.tasks.formats import encode_example
 from dlp_lora.tasks.task import Task
 from dlp_lora.training.args import AdapterTrainingArgs
-from dlp_lora.training.batches import answer_loss, bucketed, has_dropout, micro_batches
+from dlp_lora.training.loop import Progress, Run, fit
 from dlp_lora.training.lora import compute_together
-from dlp_lora.training.memory import kept_memory
 from dlp_lora.training.passes import lean_passes
 
 TRAINING_FILE = "training.json"
 LOSS_FILE = "loss.csv"
-MAX_TOKENS = 2048  # of one pass; larger batches are summed up part by part
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """How far a training run is: `step` of `num_steps`, and the last batch's mean loss a token."""
-
-    task: str
-    step: int
-    num_steps: int
-    loss: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,56 +49,6 @@ class TrainedAdapter:
     num_left_out: int
     final_loss: float
     was_there: bool = False
-
-
-def load_base(
-    model: str | Path, *, dtype: torch.dtype | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a base model for training, in the dtype of `training_dtype` unless one is given.
-
-    Raises:
-        ModelError: if it cannot be loaded.
-    """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = dtype or training_dtype(device)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(model))
-        loaded: Any = AutoModelForCausalLM.from_pretrained(str(model), dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"the base model {str(model)!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-    return loaded.to(device).eval(), tokenizer
-
-
-@cache
-def training_dtype(device: str) -> torch.dtype:
-    """Gives the dtype to train a frozen base in: bfloat16 where the hardware multiplies it, and no slower than float32.
-
-    CPUs with instructions for bfloat16 but without AMX may take twice as long as in float32 (docs/log.md); a product
-    in each tells, timed once on one thread.
-    """
-    if device == "cuda":
-        return torch.bfloat16
-    if not torch.cpu._is_avx512_bf16_supported():
-        return torch.float32
-    narrow, wide = _seconds_of_products(torch.bfloat16, torch.float32)
-    return torch.float32 if narrow > 1.2 * wide else torch.bfloat16
-
-
-def _seconds_of_products(*dtypes: torch.dtype) -> list[float]:
-    """How long the tokens of a small batch times a layer's weight take on the CPU in each dtype, at best."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # several wait for each other where the machine is busy
-    try:
-        seconds: list[list[float]] = [[] for _ in dtypes]
-        for _ in range(16):  # in turns, so that a busy moment hits all
-            for dtype, own in zip(dtypes, seconds, strict=True):
-                x, weight = torch.ones(512, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
-                start = time.perf_counter()
-                torch.nn.functional.linear(x, weight)
-                own.append(time.perf_counter() - start)
-    finally:
-        torch.set_num_threads(num_threads)
-    return [min(own) for own in seconds]
 
 
 def train_adapter(
@@ -151,9 +84,9 @@ def train_adapter(
         raise TrainingError(f"{out} is there and is no adapter, and would be lost; write somewhere else")
     work = out.with_name(f".{out.name}.training")
     with _lora_on(model, args) as peft_model:
-        run = _Run(peft_model, examples, args)
+        run = Run(peft_model, examples, args)
         run.resume(work, identity)
-        _fit(run, task.name, work, identity, on_step)
+        fit(run, task.name, work, identity, on_step)
         record = {
             **identity,
             "seconds": round(run.seconds, 2),
@@ -198,117 +131,6 @@ def train_adapters(
     """Trains one LoRA a task into folders of the tasks' names inside `out`, yielding each as it is finished."""
     for task in tasks:
         yield train_adapter(model, tokenizer, task, Path(out) / task.name, args, overwrite=overwrite, on_step=on_step)
-
-
-class _Run:
-    """The state of one training run, which a checkpoint holds in full."""
-
-    def __init__(
-        self, model: PeftModel, examples: Sequence[tuple[list[int], list[int]]], args: AdapterTrainingArgs
-    ) -> None:
-        self.model = model
-        self.examples = examples
-        self.args = args
-        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=args.learning_rate, weight_decay=args.weight_decay
-        )
-        self.num_steps = max(1, round(math.ceil(len(examples) / args.batch_size) * args.epochs))
-        self.share = not has_dropout(model)
-        self.losses: list[float] = []
-        self.seconds = 0.0
-
-    @property
-    def step(self) -> int:
-        """How many steps are done."""
-        return len(self.losses)
-
-    def save(self, work: Path, identity: dict[str, Any]) -> None:
-        """Writes a checkpoint, weights and optimiser moments as safetensors."""
-        tensors = {f"weight/{name}": p.detach() for name, p in self.parameters.items()}
-        for name, parameter in self.parameters.items():
-            for key, value in self.optimizer.state[parameter].items():
-                tensors[f"{key}/{name}"] = value
-        with replace_folder(work) as folder:
-            save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "state.safetensors")
-            state = {"identity": identity, "losses": self.losses, "seconds": self.seconds}
-            write_text(folder / "state.json", json.dumps(state))
-
-    def resume(self, work: Path, identity: dict[str, Any]) -> None:
-        """Reads the checkpoint of the same run, if there is one."""
-        recover_folder(work)
-        if not (work / "state.json").is_file():
-            return
-        state = json.loads((work / "state.json").read_text())
-        if state["identity"] != identity:
-            logger.warning("%s holds a run with other settings or examples; it starts anew", work)
-            return
-        tensors = load_file(work / "state.safetensors")
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(tensors[f"weight/{name}"])
-                self.optimizer.state[parameter] = {
-                    key: tensors[f"{key}/{name}"].to(parameter.device if key != "step" else "cpu")
-                    for key in ("step", "exp_avg", "exp_avg_sq")
-                }
-        self.losses, self.seconds = state["losses"], state["seconds"]
-
-    def learning_rate(self) -> float:
-        """The learning rate of the next step."""
-        warm = max(1, round(self.args.warmup * self.num_steps))
-        if self.step < warm:
-            return self.args.learning_rate * (self.step + 1) / warm
-        if self.args.schedule == "constant":
-            return self.args.learning_rate
-        done = (self.step - warm) / max(1, self.num_steps - warm)
-        return self.args.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
-
-    def batch(self) -> list[tuple[list[int], list[int]]]:
-        """The examples of the next step: a function of seed and step alone, so a resumed run sees the same ones."""
-        per_epoch = math.ceil(len(self.examples) / self.args.batch_size)
-        epoch, index = divmod(self.step, per_epoch)
-        batches = bucketed(self.examples, self.args.batch_size, random.Random(f"{self.args.seed} {epoch}"))
-        return [self.examples[i] for i in batches[index]]
-
-
-def _fit(run: _Run, task: str, work: Path, identity: dict[str, Any], on_step: Callable[[Progress], None]) -> None:
-    run.model.train()
-    start = time.perf_counter() - run.seconds
-    with kept_memory() as give_back:
-        while run.step < run.num_steps:
-            loss = _step(run)
-            if not math.isfinite(loss):
-                raise TrainingError(f"{task}: the loss is {loss} at step {run.step}; lower the learning rate")
-            run.losses.append(loss)
-            run.seconds = time.perf_counter() - start
-            on_step(Progress(task=task, step=run.step, num_steps=run.num_steps, loss=loss))
-            if run.step % run.args.checkpoint_every == 0 and run.step < run.num_steps:
-                run.save(work, identity)
-                give_back()
-
-
-def _step(run: _Run) -> float:
-    """Learns the next batch, unless its loss is not finite; gives the loss."""
-    torch.manual_seed(run.args.seed * 1_000_003 + run.step)  # dropout, too, is the same after a resumption
-    for group in run.optimizer.param_groups:
-        group["lr"] = run.learning_rate()
-    loss = _backward(run.model, run.batch(), share=run.share)
-    if math.isfinite(loss):
-        torch.nn.utils.clip_grad_norm_(run.parameters.values(), run.args.max_grad_norm)
-        run.optimizer.step()
-    run.optimizer.zero_grad()
-    return loss
-
-
-def _backward(model: torch.nn.Module, batch: Sequence[tuple[list[int], list[int]]], *, share: bool) -> float:
-    """Adds the gradients of the batch's mean loss a token, part by part; gives the loss."""
-    num_tokens = sum(len(learned) for _, learned in batch)
-    total = 0.0
-    for part in micro_batches(batch, MAX_TOKENS):
-        loss = answer_loss(model, part, share=share) * (sum(len(learned) for _, learned in part) / num_tokens)
-        loss.backward()
-        total += loss.item()
-    return total
 
 
 def _encode(
@@ -416,7 +238,7 @@ def _trained(name: str, out: Path, record: dict[str, Any]) -> TrainedAdapter:
     return TrainedAdapter(name=name, path=out, **{key: record[key] for key in keys})
 
 
-def _loss_table(run: _Run) -> str:
+def _loss_table(run: Run) -> str:
     return "step,loss\n" + "".join(f"{i},{loss:.5f}\n" for i, loss in enumerate(run.losses, start=1))
 
 

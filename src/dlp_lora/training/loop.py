@@ -1,0 +1,151 @@
+"""The training loop: a model with a LoRA and encoded examples in, its steps taken, resumable from checkpoints."""
+
+import json
+import logging
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from dlp_lora.errors import TrainingError
+from dlp_lora.folders import recover_folder, replace_folder, write_text
+from dlp_lora.training.args import AdapterTrainingArgs
+from dlp_lora.training.batches import answer_loss, bucketed, has_dropout, micro_batches
+from dlp_lora.training.memory import kept_memory
+
+MAX_TOKENS = 2048  # of one pass; larger batches are summed up part by part
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a training run is: `step` of `num_steps`, and the last batch's mean loss a token."""
+
+    task: str
+    step: int
+    num_steps: int
+    loss: float
+
+
+class Run:
+    """The state of one training run, which a checkpoint holds in full."""
+
+    def __init__(
+        self, model: PeftModel, examples: Sequence[tuple[list[int], list[int]]], args: AdapterTrainingArgs
+    ) -> None:
+        self.model = model
+        self.examples = examples
+        self.args = args
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=args.learning_rate, weight_decay=args.weight_decay
+        )
+        self.num_steps = max(1, round(math.ceil(len(examples) / args.batch_size) * args.epochs))
+        self.share = not has_dropout(model)
+        self.losses: list[float] = []
+        self.seconds = 0.0
+
+    @property
+    def step(self) -> int:
+        """How many steps are done."""
+        return len(self.losses)
+
+    def save(self, work: Path, identity: dict[str, Any]) -> None:
+        """Writes a checkpoint, weights and optimiser moments as safetensors."""
+        tensors = {f"weight/{name}": p.detach() for name, p in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"{key}/{name}"] = value
+        with replace_folder(work) as folder:
+            save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "state.safetensors")
+            state = {"identity": identity, "losses": self.losses, "seconds": self.seconds}
+            write_text(folder / "state.json", json.dumps(state))
+
+    def resume(self, work: Path, identity: dict[str, Any]) -> None:
+        """Reads the checkpoint of the same run, if there is one."""
+        recover_folder(work)
+        if not (work / "state.json").is_file():
+            return
+        state = json.loads((work / "state.json").read_text())
+        if state["identity"] != identity:
+            logger.warning("%s holds a run with other settings or examples; it starts anew", work)
+            return
+        tensors = load_file(work / "state.safetensors")
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(tensors[f"weight/{name}"])
+                self.optimizer.state[parameter] = {
+                    key: tensors[f"{key}/{name}"].to(parameter.device if key != "step" else "cpu")
+                    for key in ("step", "exp_avg", "exp_avg_sq")
+                }
+        self.losses, self.seconds = state["losses"], state["seconds"]
+
+    def learning_rate(self) -> float:
+        """The learning rate of the next step."""
+        warm = max(1, round(self.args.warmup * self.num_steps))
+        if self.step < warm:
+            return self.args.learning_rate * (self.step + 1) / warm
+        if self.args.schedule == "constant":
+            return self.args.learning_rate
+        done = (self.step - warm) / max(1, self.num_steps - warm)
+        return self.args.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+    def batch(self) -> list[tuple[list[int], list[int]]]:
+        """The examples of the next step: a function of seed and step alone, so a resumed run sees the same ones."""
+        per_epoch = math.ceil(len(self.examples) / self.args.batch_size)
+        epoch, index = divmod(self.step, per_epoch)
+        batches = bucketed(self.examples, self.args.batch_size, random.Random(f"{self.args.seed} {epoch}"))
+        return [self.examples[i] for i in batches[index]]
+
+
+def fit(run: Run, task: str, work: Path, identity: dict[str, Any], on_step: Callable[[Progress], None]) -> None:
+    """Takes the steps that are left, with checkpoints in the folder `work`.
+
+    Raises:
+        TrainingError: if the loss is not finite.
+    """
+    run.model.train()
+    start = time.perf_counter() - run.seconds
+    with kept_memory() as give_back:
+        while run.step < run.num_steps:
+            loss = _step(run)
+            if not math.isfinite(loss):
+                raise TrainingError(f"{task}: the loss is {loss} at step {run.step}; lower the learning rate")
+            run.losses.append(loss)
+            run.seconds = time.perf_counter() - start
+            on_step(Progress(task=task, step=run.step, num_steps=run.num_steps, loss=loss))
+            if run.step % run.args.checkpoint_every == 0 and run.step < run.num_steps:
+                run.save(work, identity)
+                give_back()
+
+
+def _step(run: Run) -> float:
+    """Learns the next batch, unless its loss is not finite; gives the loss."""
+    torch.manual_seed(run.args.seed * 1_000_003 + run.step)  # dropout, too, is the same after a resumption
+    for group in run.optimizer.param_groups:
+        group["lr"] = run.learning_rate()
+    loss = backward(run.model, run.batch(), share=run.share)
+    if math.isfinite(loss):
+        torch.nn.utils.clip_grad_norm_(run.parameters.values(), run.args.max_grad_norm)
+        run.optimizer.step()
+    run.optimizer.zero_grad()
+    return loss
+
+
+def backward(model: torch.nn.Module, batch: Sequence[tuple[list[int], list[int]]], *, share: bool) -> float:
+    """Adds the gradients of the batch's mean loss a token, part by part; gives the loss."""
+    num_tokens = sum(len(learned) for _, learned in batch)
+    total = 0.0
+    for part in micro_batches(batch, MAX_TOKENS):
+        loss = answer_loss(model, part, share=share) * (sum(len(learned) for _, learned in part) / num_tokens)
+        loss.backward()
+        total += loss.item()
+    return total
