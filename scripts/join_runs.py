@@ -8,6 +8,7 @@ Each folder holds a run's record.json and outputs.jsonl.gz; DIR holds the tasks 
 import argparse
 import gzip
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ from typing import Any
 from dlp_lora.errors import DLPLoRAError
 from dlp_lora.evals.answers import data_hash
 from dlp_lora.evals.kept import differences
-from dlp_lora.evals.record import compared
+from dlp_lora.evals.record import compared, teacher_forced_scores
 from dlp_lora.evals.scores import tabulate
 from dlp_lora.folders import write_text
 from dlp_lora.tasks import Task
 from dlp_lora.tasks.hub import read_data
+
+Answers = dict[str, dict[tuple[str, int], dict[str, Any]]]
+"""Rows by method, then question."""
 
 ABOUT = ("name", "model", "model_hash", "dtype", "seeds", "args", "environment", "timings")
 
@@ -45,6 +49,8 @@ def main() -> None:
 def joined(runs: list[Path], data: str | Path) -> dict[str, Any]:
     """Scores, intervals and paired differences of all methods, over the questions that every one of them answered.
 
+    Teacher-forced scores stand beside them, of the methods that have them.
+
     Raises:
         ValueError: if the runs have no task in common, several seeds or a method twice, or were made from other data,
             with another model or other settings of answers.
@@ -55,7 +61,8 @@ def joined(runs: list[Path], data: str | Path) -> dict[str, Any]:
     if not shared:
         raise ValueError("the runs have no task in common")
     kinds = {name: known[name]["kind"] for name in shared}
-    answers: dict[str, dict[tuple[str, int], dict[str, Any]]] = {}  # by method and question
+    answers: Answers = {}
+    forced: Answers = {}
     tasks: dict[str, Task] = {}
     for run, record in zip(runs, records, strict=True):
         if record["model_hash"] != records[0]["model_hash"] or len(record["seeds"]) > 1:
@@ -63,23 +70,40 @@ def joined(runs: list[Path], data: str | Path) -> dict[str, Any]:
         if changed := differences(records[0]["args"]["answers"], record["args"]["answers"]):
             raise ValueError(f"{run} answers with other settings than {runs[0]}: {changed}")
         tasks |= {task.name: task for task in _tasks_of(record, data, run) if task.name in shared}
-        found: dict[str, dict[tuple[str, int], dict[str, Any]]] = {}
-        with gzip.open(run / record["outputs"], "rt", encoding="utf-8") as lines:
-            for row in map(json.loads, lines):
-                if row["part"] == "answers" and row["task"] in shared:
-                    found.setdefault(row["method"], {})[row["task"], row["index"]] = row
-        if twice := found.keys() & answers.keys():
+        found = _answers_of(run / record["outputs"], shared)
+        if twice := found["answers"].keys() & answers.keys():
             raise ValueError(f"{run} answers by {', '.join(sorted(twice))}, as a run before it does")
-        answers |= found
-    common = set.intersection(*(set(own) for own in answers.values()))
-    tables = {m: tabulate([own[key] for key in sorted(common)], tasks, kinds) for m, own in answers.items()}
+        answers |= found["answers"]
+        forced |= found["teacher-forced"]
+    rows, num_left_out = _common(answers)
+    tables = {method: tabulate(own, tasks, kinds) for method, own in rows.items()}
     return {
         "runs": [{key: record.get(key) for key in ABOUT} for record in records],
         "data": {"tasks": {name: known[name] for name in shared}},
-        "num_questions": len(common),
-        "num_left_out": len(set.union(*(set(own) for own in answers.values()))) - len(common),
+        "num_questions": len(next(iter(rows.values()))),
+        "num_left_out": num_left_out,
         **compared(tables, kinds),
+        **teacher_forced_scores(_common(forced)[0], tasks, kinds),
     }
+
+
+def _answers_of(outputs: Path, tasks: Sequence[str]) -> dict[str, Answers]:
+    """Free and teacher-forced answers, by part."""
+    parts: dict[str, Answers] = {"answers": {}, "teacher-forced": {}}
+    with gzip.open(outputs, "rt", encoding="utf-8") as lines:
+        for row in map(json.loads, lines):
+            if row["part"] in parts and row["task"] in tasks:
+                parts[row["part"]].setdefault(row["method"], {})[row["task"], row["index"]] = row
+    return parts
+
+
+def _common(answers: Answers) -> tuple[dict[str, list[dict[str, Any]]], int]:
+    """Each method's rows of the questions that all methods answered; how many questions only some of them did."""
+    if not answers:
+        return {}, 0
+    common = set.intersection(*(set(own) for own in answers.values()))
+    num_left_out = len(set.union(*(set(own) for own in answers.values()))) - len(common)
+    return {method: [own[key] for key in sorted(common)] for method, own in answers.items()}, num_left_out
 
 
 def _tasks_of(record: dict[str, Any], data: str | Path, run: Path) -> list[Task]:

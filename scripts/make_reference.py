@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from typer.main import get_command
 
@@ -71,13 +71,18 @@ def _parameter(parameter: Any, kind: Any) -> tuple[str, str]:
     notes = [parameter.help or ""]
     if parameter.required:
         notes.append("[required]")
-    elif parameter.default is not None and not isinstance(parameter.default, bool):
+    elif isinstance(parameter.default, bool):
+        if parameter.secondary_opts:
+            notes.append(f"[default: {(parameter.opts if parameter.default else parameter.secondary_opts)[0]}]")
+    elif parameter.default is not None:
         notes.append(f"[default: {parameter.default}]")
     if parameter.param_type_name == "argument":
         return parameter.name.upper(), " ".join(notes)
     names = ", ".join(sorted([*parameter.opts, *parameter.secondary_opts], key=len))
-    kinds = [found for found in (kind, *getattr(kind, "__args__", ())) if found in METAVARS]
-    return " ".join([names, *(METAVARS[found] for found in kinds)]), " ".join(notes)
+    kinds = (kind, *get_args(kind))
+    shown = [METAVARS[found] for found in kinds if found in METAVARS]
+    shown += ["|".join(get_args(found)) for found in kinds if get_origin(found) is Literal]
+    return " ".join([names, *shown]), " ".join(notes)
 
 
 def _row(left: str, right: str) -> str:

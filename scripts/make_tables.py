@@ -72,15 +72,20 @@ STEP: dict[str, Cell] = {"ms/token": _number("ms_per_token", 1), **RATIO}
 MEMORY: dict[str, Cell] = {"peak MB": _number("peak_mb", 0), "peak over base": _number("memory_ratio", 2)}
 
 
-def _decoding(name: str) -> Callable[[], str]:
+def _decoding(name: str, *, names: Sequence[str] = ()) -> Callable[[], str]:
+    """Time a token of each variant, or of the named ones in a narrower table."""
     columns = {
         **VARIANT,
         **STEP,
         "over a base alike": _number("ratio_over_alike", 3),
-        "of bandwidth": _percent("bandwidth_share", 0),
+        **({} if names else {"of bandwidth": _percent("bandwidth_share", 0)}),
         "peak over base": MEMORY["peak over base"],
     }
-    return lambda: _table(columns, [{**row, **_alike(row, name)} for row in _record(name)["rows"]], words=2)
+
+    def rows() -> list[dict[str, Any]]:
+        return [{**row, **_alike(row, name)} for row in _record(name)["rows"] if not names or row["name"] in names]
+
+    return lambda: _table(columns, rows(), words=2)
 
 
 def _alike(row: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -101,11 +106,54 @@ def _alike(row: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {"ratio_over_alike": row["ratio"] / next(r["ratio"] for r in rows if r["name"] == f"base, {base}")}
 
 
+SENTENCES = ("dlp-lora, routed, 3 of 26 a sentence", "dlp-lora, prepacked, 3 of 26 a sentence")
+DECODED = ("dlp-lora, 3 of 26", "dlp-lora, prepacked, 3 of 26")
+SPEED_TARGETS: tuple[tuple[str, str, tuple[str, ...], dict[str, float]], ...] = (
+    ("one prompt", "decode", DECODED, {"bfloat16": 1.00, "float32": 1.03}),
+    ("eight prompts with mixtures of their own", "decode_batch8", DECODED, {"bfloat16": 1.05}),
+    ("all linear layers adapted", "decode_all_linear", DECODED, {"bfloat16": 1.08}),
+    ("concatenated layers", "paths", ("dlp-lora, concatenated",), {"bfloat16": 1.08}),
+    ("prompts read by sentence, EPYC", "prefill_batch4", SENTENCES, {"bfloat16": 1.05}),
+    ("prompts read by sentence, Xeon", "prefill_xeon", SENTENCES, {"bfloat16": 1.05, "float32": 1.05}),
+)
+"""What, record, variants (plain, then prepacked), and the most that each precision may take over the base."""
+
+
+def _speed_targets() -> str:
+    """Time over the base beside what we aim at, bold where it is more."""
+
+    def cell(dtype: str, which: int) -> Cell:
+        def text(row: Mapping[str, Any]) -> str:
+            names, bound = row["names"], row["bounds"].get(dtype)
+            if bound is None or which >= len(names):
+                return "–"
+            found = _record(row["record"])["rows"]
+            ratio = next(each["ratio"] for each in found if (each["name"], each["dtype"]) == (names[which], dtype))
+            return f"**{ratio:.2f}**" if ratio > bound else f"{ratio:.2f}"
+
+        return text
+
+    def target(row: Mapping[str, Any]) -> str:
+        bounds = [f"{bound:.2f}" for bound in row["bounds"].values()]
+        return bounds[0] if len(set(bounds)) == 1 else f"{bounds[0]}, float32 {bounds[1]}"
+
+    columns: dict[str, Cell] = {
+        "what": lambda row: row["what"],
+        "target": target,
+        "bfloat16": cell("bfloat16", 0),
+        "bfloat16, prepacked": cell("bfloat16", 1),
+        "float32": cell("float32", 0),
+        "float32, prepacked": cell("float32", 1),
+    }
+    keys = ("what", "record", "names", "bounds")
+    return _table(columns, [dict(zip(keys, row, strict=True)) for row in SPEED_TARGETS])
+
+
 def _rows(name: str, columns: Mapping[str, Cell], *, words: int = 1) -> Callable[[], str]:
     return lambda: _table(columns, _record(name)["rows"], words=words)
 
 
-def _targets(*, judged: bool) -> str:
+def _targets() -> str:
     def shown(row: Mapping[str, Any], value: float) -> str:
         scale, digits = {"%": (100, 2), "points": (100, 2), "M": (1e-6, 2)}.get(row["unit"], (1, 3))
         return f"{value * scale:.{digits}f} {row['unit']}".strip()
@@ -117,7 +165,6 @@ def _targets(*, judged: bool) -> str:
         "target": lambda row: ("≥ " if row["at_least"] else "≤ ") + shown(row, row["bound"]),
         "met": lambda row: "yes" if row["met"] else "**no**",
     }
-    columns = columns if judged else dict(list(columns.items())[:3])
     return _table(columns, [row for row in _record("router_bench")["targets"] if row["value"] is not None])
 
 
@@ -340,12 +387,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "tasks26-serial-whole": partial(_serial, whole=True),
     "ablations": _ablations,
     "demo": _demo,
-    "router": partial(_targets, judged=False),
-    "router-targets": partial(_targets, judged=True),
+    "router-targets": _targets,
     "decode": _decoding("decode"),
+    "decode-short": _decoding("decode", names=("base", "base again", "dlp-lora, 3 of 26", "peft one adapter")),
     "decode-batch8": _decoding("decode_batch8"),
     "decode-all-linear": _decoding("decode_all_linear"),
     "paths": _decoding("paths"),
+    "speed-targets": _speed_targets,
     "prefill-xeon": _rows(
         "prefill_xeon",
         {**VARIANT, "ms": _number("ms", 0), **RATIO, "error of logits": _percent("logit_error", 1)},

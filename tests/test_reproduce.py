@@ -320,7 +320,7 @@ def test_runs_are_joined_into_what_one_run_of_all_methods_says(model: Path, tmp_
     for task in tasks():
         write_task(tmp_path / "data" / task.name, task)
     joined = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "join_runs.py"))["joined"]
-    first = replace(SMALL, methods=("base", "oracle", "dlp"), single_r=0, serial=(), teacher_forced=False)
+    first = replace(SMALL, methods=("base", "oracle", "dlp"), single_r=0, serial=())
     single = replace(first, methods=("lora-r64",), single_r=SMALL.single_r)
     runs = [
         reproduce(model, tasks(), tmp_path / name, args, infos=INFOS).parent
@@ -328,8 +328,9 @@ def test_runs_are_joined_into_what_one_run_of_all_methods_says(model: Path, tmp_
     ]
     found = json.loads(json.dumps(joined(runs, tmp_path / "data")))
     expected = json.loads(whole[0].read_text())
-    for part in ("scores", "intervals"):
-        assert found[part] == {name: expected[part][name] for name in ("base", "oracle", "dlp", "lora-r64")}
+    for part in ("scores", "intervals", "teacher_forced", "teacher_forced_intervals"):
+        names = expected[part].keys() & {"base", "oracle", "dlp", "lora-r64"}
+        assert found[part] == {name: expected[part][name] for name in names}
     assert found["differences"] == {
         f"dlp - {o}": expected["differences"][f"dlp - {o}"] for o in ("oracle", "base", "lora-r64")
     }

@@ -189,7 +189,8 @@ class Engine:
         """Answers a prompt (gives a Generation) or a list of prompts (gives a list of them).
 
         A string is raw text, as in `model.generate`; a list of messages with role and content is one chat and goes
-        through the tokenizer's chat template. Other arguments are those of Hugging Face's `generate`.
+        through the tokenizer's chat template. Other arguments are those of Hugging Face's `generate`, and answers are
+        sampled or greedy as there: by the model's generation config unless `do_sample` is given. `seed` seeds sampling.
 
         Raises:
             PromptError: if a prompt is empty, or too long for the model's context with its `max_new_tokens`.

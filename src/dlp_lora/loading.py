@@ -49,9 +49,15 @@ def load(
         adapters: a folder of PEFT adapter folders, or a path or hub id by name.
         router: a folder written by `train-router`, or any Router; None leaves the choice to `Engine.fixed`.
         policy: which adapters are fused; `TopP(0.6)` unless given or in the bundle.
+        segmenter: makes what finds the sentences of an answer, one a row.
+        switching: when a sentence may change the mixture, and what answers where no adapter fits.
+        kv_policy: what a switch does to the tokens before it: "keep" leaves them as they were encoded, "recompute"
+            encodes them anew.
         prompt_routing: "questions" answers those of a prompt that asks several in their turn, "whole" takes every
             prompt as one, "sentences" also encodes each sentence of a prompt under its own mixture.
         base_model: takes the place of the base model that a bundle names.
+        dtype: of the base model, "auto" as it was saved.
+        device: where the base model is moved; by default it stays where `from_pretrained` puts it, the CPU.
         budget_mb: keeps adapters on disk and at most so many megabytes of them in memory, those used last.
         prepack: on a CPU, holds the linear layers' weights once more as oneDNN multiplies them, for faster tokens.
             What is then done to the `.data` of the base's weights is not seen.

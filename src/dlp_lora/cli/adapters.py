@@ -37,11 +37,15 @@ def bundle(
     unsure: Annotated[
         str, typer.Option(help="Where no adapter fits: base, keep (the mixture in use), or likeliest (adapters).")
     ] = "base",
-    min_tokens: Annotated[int | None, typer.Option(help="Tokens before a sentence may switch again.")] = None,
-    margin: Annotated[float | None, typer.Option(help="By how much another adapter must be likelier.")] = None,
+    min_tokens: Annotated[
+        int | None, typer.Option(help="Tokens before a sentence may switch again. [default: 1]")
+    ] = None,
+    margin: Annotated[
+        float | None, typer.Option(help="By how much another adapter must be likelier. [default: 0.2]")
+    ] = None,
     kv_policy: Annotated[str, typer.Option(help="What a switch does to the KV cache: keep or recompute.")] = "keep",
     prompt_routing: Annotated[
-        str, typer.Option(help="Prompts as a whole, questions in turn, or sentences (Eq. 6).")
+        str, typer.Option(help="What is routed: whole (the prompt), questions (of it, in turn), or sentences (Eq. 6).")
     ] = "questions",
 ) -> None:
     """Put adapters, router and policy into one folder that `load` and every command take.

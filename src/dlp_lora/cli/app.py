@@ -87,7 +87,8 @@ PolicyOption = Annotated[
 PromptRoutingOption = Annotated[
     PromptRouting | None,
     typer.Option(
-        "--prompt-routing", help="A prompt whole, its questions in turn, or its sentences. [default: questions]"
+        "--prompt-routing",
+        help="What is routed: the prompt as one text, its questions in turn, or its sentences. [default: questions]",
     ),
 ]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ... [default: cpu]")]

@@ -24,7 +24,9 @@ def router_command(
     model: ModelOption = None,
     tasks: Annotated[str | None, typer.Option("--tasks", help="Comma-separated task names. [default: all]")] = None,
     only: Annotated[str | None, typer.Option(help="Comma-separated scenarios. [default: all]")] = None,
-    per_task: Annotated[int | None, typer.Option(min=1, help="Test questions of a task, at most.")] = None,
+    per_task: Annotated[
+        int | None, typer.Option(min=1, help="Test questions of a task, at most. [default: 100]")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the samples and of training.")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch. [default: its own choice]")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the record to this file, too.")] = None,

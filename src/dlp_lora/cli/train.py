@@ -35,15 +35,21 @@ OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Train anew w
 class AdapterOptions:
     """How adapters are trained, as changes to a preset."""
 
-    preset: Annotated[str, "default, or paper (q_proj and v_proj, AdamW 5e-5)."] = "default"
-    r: Annotated[int | None, "Rank."] = None
-    lora_alpha: Annotated[int | None, "Scaling is lora_alpha / r."] = None
-    learning_rate: Annotated[float | None, "Peak learning rate."] = None
-    epochs: Annotated[float | None, "Passes over the examples."] = None
-    batch_size: Annotated[int | None, "Examples a step."] = None
-    target_modules: Annotated[str | None, 'Comma-separated, or "all-linear".'] = None
-    prompt_format: Annotated[str | None, "auto, chat or plain."] = None
-    seed: Annotated[int | None, "Seed of initialisation, order and dropout."] = None
+    preset: Annotated[
+        str, "What is not given: default, or paper (q_proj and v_proj, AdamW 5e-5, batch 1, dropout 0.1)."
+    ] = "default"
+    r: Annotated[int | None, "Rank. [default: 8]"] = None
+    lora_alpha: Annotated[int | None, "Scaling is lora_alpha / r. [default: 16]"] = None
+    learning_rate: Annotated[float | None, "Peak learning rate. [default: 0.002]"] = None
+    epochs: Annotated[float | None, "Passes over the examples. [default: 1]"] = None
+    batch_size: Annotated[int | None, "Examples a step. [default: 8]"] = None
+    target_modules: Annotated[
+        str | None, 'Comma-separated, or "all-linear". [default: q_proj,k_proj,v_proj,o_proj]'
+    ] = None
+    prompt_format: Annotated[
+        str | None, "auto, chat or plain. [default: auto, the chat template of models that have one]"
+    ] = None
+    seed: Annotated[int | None, "Seed of initialisation, order and dropout. [default: 0]"] = None
 
     def training_args(self) -> "AdapterTrainingArgs":
         """The preset with what was given in place of its own."""
