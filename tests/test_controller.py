@@ -3,6 +3,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +11,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import Cache, DynamicCache, LogitsProcessor, LogitsProcessorList
+from transformers import Cache, DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache
 
-from conftest import EveryK, HashRouter, byte_tokenizer
+import dlp_lora
+from conftest import EveryK, HashRouter, byte_tokenizer, lively_model
 from dlp_lora import (
     Context,
     Engine,
@@ -544,6 +546,54 @@ class TestCaches:
         found = engine.generate("Why?", max_new_tokens=16, do_sample=False, cache_implementation="static")
         assert found.tokens == expected.tokens
         assert [s.mixture for s in found.trace] == [s.mixture for s in expected.trace]
+
+    @pytest.mark.parametrize("prompt_routing", ["questions", "sentences"])
+    @pytest.mark.parametrize("attention", ["sdpa", "eager"])
+    def test_what_pads_a_chat_under_a_static_cache_is_none_of_it(
+        self, make_engine: MakeEngine, attention: str, prompt_routing: str
+    ) -> None:
+        engine = make_engine(policy=TopK(k=2), prompt_routing=prompt_routing)
+        engine.model.set_attn_implementation(attention)
+        chats = [[{"role": "user", "content": text}] for text in ("Why?", "How far is it to the moon? And back?")]
+        settings: dict[str, Any] = {"max_new_tokens": 16, "do_sample": False}
+        together = engine.generate(chats, **settings, cache_implementation="static")
+        for chat, found in zip(chats, together, strict=True):
+            alone = engine.generate(chat, **settings)
+            assert found.tokens == alone.tokens
+            assert [s.mixture for s in found.trace] == [s.mixture for s in alone.trace]
+            assert [(s.text, s.start, s.end) for s in found.prompt_trace] == [
+                (s.text, s.start, s.end) for s in alone.prompt_trace
+            ]
+
+    @pytest.mark.parametrize("window", [None, 8])
+    @pytest.mark.parametrize("attention", ["sdpa", "eager"])
+    def test_padding_is_known_from_what_a_prompt_and_what_follows_it_attend_to(
+        self, lively_adapters: Path, attention: str, window: int | None
+    ) -> None:
+        model = lively_model("mistral")
+        model.config.sliding_window = window
+        model.set_attn_implementation(attention)
+        router = HashRouter()
+        engine = dlp_lora.load(model, tokenizer=byte_tokenizer(), adapters=lively_adapters, router=router)
+        short, long = tokens_of("Why is it?"), tokens_of("How far is it to the moon")
+        pad = len(long) - len(short)
+        ids = torch.tensor([[258] * pad + short, long])
+        mask = torch.tensor([[0] * pad + [1] * len(short), [1] * len(long)])
+        cache = StaticCache(config=engine.model.config, max_cache_len=64)
+        more = torch.tensor([tokens_of(" So?")] * 2)
+        with torch.no_grad():
+            for new in (ids, more):
+                seen = torch.cat([mask, torch.ones_like(more)], dim=1)[:, : cache.get_seq_length() + new.shape[1]]
+                inputs = engine.model.prepare_inputs_for_generation(
+                    new, past_key_values=cache, attention_mask=seen, use_cache=True
+                )
+                router.asked.clear()
+                engine.model(**inputs)
+                said = "" if new is ids else " So?"
+                assert [context.prompt for context in router.asked[:2]] == [
+                    f"Why is it?{said}",
+                    f"How far is it to the moon{said}",
+                ]
 
     def test_a_static_cache_cannot_be_recomputed(self, make_engine: MakeEngine) -> None:
         engine = make_engine(policy=TopK(k=2), kv_policy="recompute")

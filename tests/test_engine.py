@@ -558,10 +558,82 @@ class TestPrompts:
         with pytest.raises(PromptError, match="no chat template; give the prompt as a string"):
             engine.generate([{"role": "user", "content": "Why?"}])
 
-    @pytest.mark.parametrize("name", ["return_dict_in_generate", "input_ids", "attention_mask"])
+    @pytest.mark.parametrize("name", ["return_dict_in_generate", "input_ids", "inputs_embeds", "attention_mask"])
     def test_arguments_that_engine_generate_sets_itself_are_refused(self, make_engine: MakeEngine, name: str) -> None:
-        with pytest.raises(ValueError, match=rf"{name} is not an argument of engine\.generate"):
-            make_engine().generate("Why?", **{name: torch.ones(1)})
+        for answer in (make_engine().generate, make_engine().stream):
+            with pytest.raises(ValueError, match=rf"{name} is not an argument of engine\.generate"):
+                answer("Why?", **{name: torch.ones(1)})
+
+    @pytest.mark.parametrize(
+        "settings, message",
+        [
+            ({"use_cache": False}, "follows the KV cache; leave use_cache on"),
+            ({"return_dict_in_generate": True}, "return_dict_in_generate is not an argument"),
+            ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens reads several tokens at once"),
+        ],
+    )
+    def test_what_cannot_be_followed_is_refused_wherever_it_is_set(
+        self, make_engine: MakeEngine, settings: dict[str, Any], message: str
+    ) -> None:
+        engine = make_engine()
+        for answer in (engine.generate, engine.stream):
+            with pytest.raises(ValueError, match=message):
+                answer("Why?", generation_config=GenerationConfig(**settings))
+            with pytest.raises(ValueError, match=message):
+                answer("Why?", **settings)
+        vars(engine.model.generation_config).update(settings)
+        with pytest.raises(ValueError, match=message):
+            engine.generate("Why?")
+
+    @pytest.mark.parametrize(
+        "prompt, shown",
+        [
+            (TOKENIZER("Why?"), "BatchEncoding"),
+            ({"role": "user", "content": "Why?"}, "dict"),
+            (torch.tensor([[5, 6]]), "Tensor"),
+            ([5, 6], "int"),
+            (["Why?", None], "NoneType"),
+        ],
+    )
+    @pytest.mark.usefixtures("unchecked")
+    def test_a_prompt_that_is_neither_text_nor_messages_is_refused(
+        self, make_engine: MakeEngine, prompt: Any, shown: str
+    ) -> None:
+        with pytest.raises(
+            PromptError, match=rf"a string or a list of messages .* got {shown} .*engine\.model\.generate"
+        ):
+            make_engine().generate(prompt)
+
+    @pytest.mark.usefixtures("unchecked")
+    def test_the_content_of_a_message_is_text(self, make_engine: MakeEngine) -> None:
+        parts = [{"type": "text", "text": "Why?"}]
+        with pytest.raises(PromptError, match="content of a message must be a string, got list"):
+            make_engine().generate([{"role": "user", "content": parts}])
+
+    def test_a_detached_engine_answers_no_more(self, make_engine: MakeEngine) -> None:
+        with make_engine() as engine:
+            engine.generate("Why?", **ASCII)
+        for answer in (engine.generate, engine.stream):
+            with pytest.raises(ValueError, match=r"was detached from its model; make another one with dlp_lora\.load"):
+                answer("Why?", **ASCII)
+
+    def test_as_many_mixtures_are_fixed_as_there_are_prompts_or_one(self, make_engine: MakeEngine) -> None:
+        engine = make_engine()
+        mixtures = [{"math": 1.0}, {"poems": 1.0}]
+        with engine.fixed(mixtures), pytest.raises(ValueError, match="2 mixtures were fixed for 4 prompts; give one"):
+            engine.generate([*PROMPTS, "And?"], **ASCII)
+        with engine.fixed(mixtures):
+            found = engine.generate(PROMPTS[:2], **ASCII, num_beams=2, num_return_sequences=2)
+        assert [dict(each.trace[0].mixture) for each in found] == [mixtures[0]] * 2 + [mixtures[1]] * 2
+
+    @pytest.mark.parametrize("mixture", ["math", ["math", "poems"]])
+    @pytest.mark.usefixtures("unchecked")
+    def test_a_name_is_no_mixture(self, make_engine: MakeEngine, mixture: Any) -> None:
+        with (
+            pytest.raises(ValueError, match=r"weights by name, got 'math'; give for example \{'math': 1\.0\}"),
+            make_engine().fixed(mixture),
+        ):
+            pass
 
 
 class TestOrdinaryModel:
@@ -692,7 +764,7 @@ class TestSettings:
             engine.fixed([{"math": 1.0}, {"units": 1.0}]),
             pytest.raises(ValueError, match="2 mixtures were fixed for a batch of 3 rows"),
         ):
-            engine.generate(PROMPTS, max_new_tokens=2)
+            engine.model.generate(**left_padded(*PROMPTS), max_new_tokens=2)
 
     def test_fixed_contexts_nest(self, make_engine: MakeEngine) -> None:
         engine = make_engine()

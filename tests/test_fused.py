@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
 
 import dlp_lora.bank as bank_module
 import reference
@@ -28,6 +28,7 @@ from dlp_lora.fused import (
     is_faster_in_halves,
     linear,
     linear_layers,
+    merged,
     siblings,
 )
 from dlp_lora.group import ALIGNMENT
@@ -243,6 +244,31 @@ def test_detaching_gives_the_very_same_model_back(bench: tuple[str, dict[str, Pa
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
     detach(model)  # nothing is attached any more: nothing happens
     assert snapshot(model) == before
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_a_model_with_adapters_is_saved_and_loaded_as_the_base(
+    bench: tuple[str, dict[str, Path]], tmp_path: Path
+) -> None:
+    architecture, folders = bench
+    model, other = tiny_model(architecture), tiny_model(architecture, seed=9)
+    plain, keys, weights = logits(model), list(model.state_dict()), other.state_dict()
+    with fused(model, folders):
+        assert list(model.state_dict()) == keys
+        model.save_pretrained(tmp_path / "saved")
+        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()), plain)
+        model.load_state_dict(weights)
+    assert torch.equal(logits(model), logits(other))
+
+
+def test_a_merged_mixture_is_saved_as_an_ordinary_checkpoint(
+    llama: PreTrainedModel, adapters: Mapping[str, Path], tmp_path: Path
+) -> None:
+    name = next(iter(adapters))
+    wanted = logits(reference.with_mixture(llama, {name: 0.5}, adapters))
+    with fused(llama, adapters) as bank, merged(llama, bank, Mixture({name: 0.5})):
+        llama.save_pretrained(tmp_path / "merged")
+    assert error(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()), wanted) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -484,6 +510,17 @@ def test_attaching_twice_is_refused(llama: PreTrainedModel, adapters: Mapping[st
     ):
         linear_layers(llama)
     assert linear_layers(llama) == linear_layers(tiny_model())
+
+
+def test_a_model_that_carries_peft_layers_is_refused(llama: PreTrainedModel, adapters: Mapping[str, Path]) -> None:
+    plain = logits(llama)
+    peft_model = PeftModel.from_pretrained(llama, next(iter(adapters.values())))
+    for model in (peft_model, llama):
+        with pytest.raises(ModelError, match=r"carries PEFT adapters already.*unload\(\) gives it back"):
+            linear_layers(model)
+    base = peft_model.unload()
+    with fused(base, adapters):
+        assert torch.equal(logits(base), plain)
 
 
 def test_a_model_without_linear_layers_is_refused() -> None:

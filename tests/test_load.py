@@ -3,6 +3,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from dlp_lora import (
     TopP,
 )
 from dlp_lora.bundle import BUNDLE_FILE
+from dlp_lora.check import export_mixture
 from dlp_lora.router import MiniMLPConfig
 
 NAMES = ("math", "poems", "units")
@@ -63,6 +65,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lively_model().save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+def copied(adapters: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(adapters, folder))
 
 
 @pytest.fixture
@@ -126,6 +132,16 @@ class TestLoad:
         assert (loaded.policy, loaded.kv_policy, loaded.switching) == (TopP(0.6), "keep", Switching())
         assert loaded.prompt_routing == "questions"
         assert not loaded.model.training
+
+    def test_no_argument_is_dropped_for_a_model_in_memory_or_another_name_of_the_dtype(
+        self, base: Path, lively_adapters: Path
+    ) -> None:
+        parts: dict[str, Any] = {"tokenizer": byte_tokenizer(), "adapters": lively_adapters}
+        for strange in ({"swiching": Switching()}, {"dtype": torch.bfloat16}):
+            with pytest.raises(ValueError, match=f"{next(iter(strange))}: no argument for a model that is in memory"):
+                dlp_lora.load(lively_model(), **parts, **strange)
+        with pytest.raises(ValueError, match="is dtype= here, not torch_dtype="):
+            dlp_lora.load(base, adapters=lively_adapters, torch_dtype=torch.bfloat16)
 
     def test_adapters_may_be_given_by_name(self, base: Path, lively_adapters: Path) -> None:
         engine = dlp_lora.load(
@@ -412,3 +428,21 @@ class TestBundle:
         file.write_text(json.dumps(json.loads(file.read_text()) | changes))
         with pytest.raises(BundleError, match="is damaged"):
             dlp_lora.load(tmp_path / "bundle")
+
+
+def test_a_bundle_or_an_export_holds_what_the_engine_runs_with(
+    base: Path, lively_adapters: Path, tmp_path: Path
+) -> None:
+    adapters = copied(lively_adapters, tmp_path / "adapters")
+    engine = dlp_lora.load(base, adapters=adapters)
+    make_adapter(lively_model(), adapters / "math", seed=77)
+    for write in (engine.save_pretrained, partial(export_mixture, engine.bank, {"math": 0.5, "units": 0.5})):
+        with pytest.raises(AdapterError, match="math was written anew since it was added as 'math'"):
+            write(tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    shutil.rmtree(adapters / "math")
+    with pytest.raises(AdapterError, match="the folder of the adapter 'math', cannot be read"):
+        engine.save_pretrained(tmp_path / "out")
+    engine.remove_adapter("math")
+    engine.save_pretrained(tmp_path / "out")
+    assert dlp_lora.load(tmp_path / "out").bank.names == ("poems", "units")

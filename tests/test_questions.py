@@ -79,6 +79,10 @@ def test_a_prompt_that_surely_fits_is_not_looked_into() -> None:
     assert router.asked == []
 
 
+def test_without_adapters_no_prompt_is_cut() -> None:
+    assert route(lambda contexts: [{} for _ in contexts], Context("Add the sum? A rhyme?")) == {}
+
+
 def test_a_prompt_of_very_many_sentences_is_one_text() -> None:
     assert len(cut("Add it. " * 255 + "A rhyme?")) == 2
     assert cut("Add it. " * 256 + "A rhyme?") == ()

@@ -1,5 +1,9 @@
+import unicodedata
+from pathlib import Path
+
 import pytest
 import torch
+from tokenizers import normalizers
 
 import dlp_lora
 from conftest import byte_tokenizer, lively_model
@@ -109,3 +113,15 @@ def test_a_task_without_test_questions_is_not_asked_about() -> None:
     assert serial_prompts(tasks, 2, 20) == serial_prompts(TASKS, 2, 20)
     with pytest.raises(TaskError, match="serial-4 asks questions of 4 tasks, but there are 3"):
         serial_prompts(tasks, 4, 1)
+
+
+def test_the_method_that_is_told_the_tasks_knows_prompts_that_a_tokenizer_normalises(lively_adapters: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    engine = dlp_lora.load(lively_model(), tokenizer=tokenizer, adapters=lively_adapters)
+    asked = Example(prompt=unicodedata.normalize("NFD", "Cl\u00e9ment's  sum?"), answer="1")
+    assert asked.prompt != unicodedata.normalize("NFC", asked.prompt)
+    prompts = [SerialPrompt(tasks=("math", "poems"), examples=(asked, TASKS[1].test[0]))]
+    told = {m.name: m for m in serial_methods(engine.bank.names, prompts)}["oracle"]
+    rows = answer_serial(engine, told, prompts, max_new_tokens=30, prompt_format="plain")
+    assert rows[0]["routed"]

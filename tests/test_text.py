@@ -1,5 +1,6 @@
 import string
 from collections.abc import Sequence
+from datetime import date
 from itertools import pairwise
 from typing import Any
 
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from conftest import EveryK, byte_tokenizer
+from conftest import CHAT_TEMPLATE, EveryK, byte_tokenizer
 from dlp_lora.sentences import SentenceSegmenter
 from dlp_lora.text import Detokenizer, PromptReader, decode, decoder
 
@@ -242,6 +243,32 @@ class TestPromptReader:
         tokens = tokenizer("<s>" + text, add_special_tokens=False)["input_ids"]
         assert tokens[:2] == [tokenizer.bos_token_id] * 2
         assert PromptReader(tokenizer)(tokens).strip() == "Why?"
+
+    def test_a_template_that_prints_the_date_is_read_on_the_next_day_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Day(date):
+            now = date(2026, 11, 26)
+
+            @classmethod
+            def today(cls) -> date:  # type: ignore[override]
+                return cls.now
+
+        monkeypatch.setattr("dlp_lora.text.date", Day)
+        tokenizer = byte_tokenizer()
+        dated = "<|im_start|>system\nToday is {}.<|im_end|>\n" + str(CHAT_TEMPLATE)
+        chat = [{"role": "user", "content": "Why?"}]
+
+        def encoded(day: str) -> list[int]:
+            tokenizer.chat_template = dated.replace("{}", day, 1)
+            return list(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"])
+
+        before = encoded("Thursday")
+        read = PromptReader(tokenizer)
+        assert read.turns(before) == ("", "Why?")
+        after = encoded("Friday")
+        Day.now = date(2026, 11, 27)
+        assert read.turns(after) == ("", "Why?")
+        assert read.turns(before) == ("", "Why?")  # a conversation that goes on
+        assert [p.text.strip() for p in read.sentences(after, SentenceSegmenter)] == ["Why?"]
 
     def test_a_template_that_refuses_everything_reads_raw_text(self) -> None:
         tokenizer = chat_tokenizer("byte-level", "{{ raise_exception('no') }}")

@@ -22,6 +22,7 @@ import dlp_lora.training.batches as batches_module
 import dlp_lora.training.loop as loop_module
 from conftest import ARCHITECTURES, USUAL_TARGETS, byte_tokenizer, lively_model, tiny_model
 from dlp_lora import ModelError, TaskError, TrainingError
+from dlp_lora.environment import model_hash
 from dlp_lora.peft_format import WEIGHTS_FILE
 from dlp_lora.tasks import Example, Task
 from dlp_lora.training.adapters import (
@@ -266,6 +267,29 @@ def test_another_base_model_is_refused(tmp_path: Path) -> None:
     model.config._name_or_path = "somewhere/else"
     with pytest.raises(TrainingError, match="other settings: base_model; pass overwrite"):
         train_adapter(model, TOKENIZER, toy(), tmp_path / "toy", QUICK)
+
+
+def other_weights() -> PreTrainedModel:
+    return lively_model(seed=5)
+
+
+def test_a_base_of_the_same_name_and_other_weights_is_another(tmp_path: Path) -> None:
+    train(tmp_path / "toy")
+    with pytest.raises(TrainingError, match="other settings: the base model's weights; pass overwrite"):
+        train_adapter(other_weights(), TOKENIZER, toy(), tmp_path / "toy", QUICK)
+    record = json.loads((tmp_path / "toy" / TRAINING_FILE).read_text())
+    assert record.pop("model_hash") == model_hash(lively_model())
+    (tmp_path / "toy" / TRAINING_FILE).write_text(json.dumps(record))  # as earlier versions wrote it
+    assert train(tmp_path / "toy").was_there
+
+
+def test_a_checkpoint_of_other_weights_is_not_gone_on_with(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(KilledError):
+        train(tmp_path / "toy", on_step=kill_at(3))
+    seen: list[int] = []
+    train_adapter(other_weights(), TOKENIZER, toy(), tmp_path / "toy", QUICK, on_step=lambda now: seen.append(now.step))
+    assert seen[0] == 1
+    assert "holds a run with other settings or examples; it starts anew" in caplog.text
 
 
 def test_an_adapter_trained_elsewhere_is_left_alone(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ class AdapterBank:
         self._blocks: dict[str, dict[Place, Block]] = {}  # the least recently used first
         self._ranks: dict[str, dict[Place, int]] = {}
         self._on_disk: set[str] = set()  # their blocks may go, and are read again
-        self._stamps: dict[str, tuple[tuple[int, int], ...]] = {}  # of the files of those that were on disk
+        self._stamps: dict[str, tuple[tuple[int, int], ...]] = {}  # of their files as they were added
         self.unattached: set[str] = set()  # added since the model was last attached to
         self._retired: dict[str, Adapter] = {}  # removed, but still in use
         self.in_use: Callable[[], set[str]] = set
@@ -141,6 +141,20 @@ class AdapterBank:
             self._drop_retired()
             if name in self._union:
                 self._fused = None
+
+    def check_files(self, name: str) -> None:
+        """Checks that an adapter's folder holds what was added, so that it may be read or copied again.
+
+        Raises:
+            AdapterError: if it does not.
+        """
+        path = {**self.adapters, **self._retired}[name].path
+        try:
+            found = files_stamp(path)
+        except OSError as error:
+            raise AdapterError(f"{path}, the folder of the adapter {name!r}, cannot be read: {error}") from error
+        if found != self._stamps.get(name):
+            raise AdapterError(f"{path} was written anew since it was added as {name!r}; remove that and add it again")
 
     def touched(self) -> list[Group]:
         """The groups in which at least one adapter changes a module."""
@@ -237,11 +251,12 @@ class AdapterBank:
             place: max(adapter.modules[module].rank for module in layers.values())
             for place, layers in self._places(adapter).items()
         }
+        with suppress(OSError):  # one that was never in a folder
+            self._stamps[adapter.name] = files_stamp(adapter.path)
         if adapter.is_loaded:
             self._blocks[adapter.name] = self._make_blocks(adapter)
         else:
             self._on_disk.add(adapter.name)
-            self._stamps[adapter.name] = files_stamp(adapter.path)
         self.unattached.add(adapter.name)
 
     def _reserve(self) -> None:
@@ -281,10 +296,7 @@ class AdapterBank:
                 self._blocks[name] = self._blocks.pop(name)
                 continue
             found = read_adapter({**self.adapters, **self._retired}[name].path, name)
-            if files_stamp(found.path) != self._stamps[name]:
-                raise AdapterError(
-                    f"{found.path} was written anew since it was added as {name!r}; remove that and add it again"
-                )
+            self.check_files(name)
             self._blocks[name] = self._make_blocks(found)
             self.num_misses += 1
         if self.budget_mb is None:

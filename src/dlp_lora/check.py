@@ -61,13 +61,16 @@ def export_mixture(bank: AdapterBank, mixture: Mapping[str, float], path: str | 
     It reads the adapters' folders again: the bank holds their weights in its own dtype.
 
     Raises:
-        AdapterError: if the bank holds no adapter of a name, its folder cannot be read, or the mixture is empty.
+        AdapterError: if the bank holds no adapter of a name, its folder no longer holds what was added, or the
+            mixture is empty.
     """
     mixture = Mixture(mixture)
     unknown = set(mixture) - set(bank.names)
     if unknown or not mixture:
         what = f"no adapter {', '.join(sorted(unknown))}" if unknown else "the mixture is empty"
         raise AdapterError(f"{what}; there are {', '.join(sorted(bank.names))}")
+    for name in mixture:
+        bank.check_files(name)
     parts = [(read_adapter(bank.adapters[name].path, name), weight) for name, weight in mixture.items()]
     modules = {module: _concatenated(parts, module) for adapter, _ in parts for module in adapter.modules}
     bases = {adapter.base_model for adapter, _ in parts}

@@ -149,19 +149,21 @@ class Controller:
         cache = cache_among(kwargs.values())
         known = rows_of(cache)
         length = int(cache.get_seq_length()) if cache is not None else 0
-        mask = kwargs.get("attention_mask")
         switched = False
         if known is None or length == 0:
-            rows = CachedRows(self._prompt_rows(ids, mask), ids, self._alive)
+            kept = _kept(ids, kwargs.get("attention_mask"), num_cached=length)
+            rows = CachedRows(self._prompt_rows(ids, kept), ids, kept, self._alive)
         elif ids.shape[1] == 1 and known.ids.shape[1] == length:
-            known.ids = torch.cat([known.ids, ids], dim=1)
             rows = known
+            rows.append(ids, torch.ones_like(ids, dtype=torch.bool))
             is_fixed_anew = self._fix(known.rows)
             switched = self._step(known.rows, ids[:, 0].tolist()) or is_fixed_anew
         else:
             # A cropped cache, or several tokens at once (the next turn of a chat, a chunk of a long prompt).
             whole = torch.cat([known.ids[:, :length], ids], dim=1)
-            rows = CachedRows(self._prompt_rows(whole, mask), whole, self._alive)
+            new = _kept(ids, kwargs.get("attention_mask"), num_cached=length)
+            kept = torch.cat([known.kept[:, :length], new], dim=1)
+            rows = CachedRows(self._prompt_rows(whole, kept), whole, kept, self._alive)
             switched = any(
                 # What the cached tokens are sentences of has changed with the text.
                 bool(row.prompt_trace) or row.mixture != before.mixture
@@ -182,9 +184,9 @@ class Controller:
 
     def replay(self, inputs: Mapping[str, Tensor], answers: Sequence[Sequence[int]]) -> list[Row]:
         """Routes given answers without the model: what it decided, as decisions follow from the tokens alone."""
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        copies = len(answers) // ids.shape[0]
-        rows = self._prompt_rows(ids.repeat_interleave(copies, dim=0), mask.repeat_interleave(copies, dim=0))
+        copies = len(answers) // inputs["input_ids"].shape[0]
+        ids, mask = (inputs[key].repeat_interleave(copies, dim=0) for key in ("input_ids", "attention_mask"))
+        rows = self._prompt_rows(ids, _kept(ids, mask))
         for row, tokens in zip(rows, answers, strict=True):
             for token in tokens[:-1]:
                 self._step([row], [token])
@@ -198,8 +200,7 @@ class Controller:
         if num_tokens > 1 and self.fixed is None and any(row.prompt_trace for row in rows):
             if isinstance(kwargs.get("logits_to_keep"), Tensor):
                 raise ValueError("with prompt_routing='sentences', logits_to_keep must be a number, not positions")
-            kept = _kept(cached.ids, kwargs.get("attention_mask"))
-            self.bank.fuse(*_by_token(rows, kept, num_tokens=num_tokens))
+            self.bank.fuse(*_by_token(rows, cached.kept, num_tokens=num_tokens))
         else:
             # What is disabled is the base bit for bit, which a compiled pass is not.
             is_disabled = self.fixed is not None and not any(self.fixed)
@@ -210,8 +211,8 @@ class Controller:
             if row.decisions[-1].fuse_ms == 0.0:
                 row.decisions[-1].fuse_ms = fuse_ms
 
-    def _prompt_rows(self, ids: Tensor, mask: Tensor | None) -> list[Row]:
-        tokens = [row[kept].tolist() for row, kept in zip(ids, _kept(ids, mask), strict=True)]
+    def _prompt_rows(self, ids: Tensor, kept: Bool[Tensor, "batch seq"]) -> list[Row]:
+        tokens = [row[own].tolist() for row, own in zip(ids, kept, strict=True)]
         turns = [self._read_prompt.turns(own) for own in tokens]
         passages = [self._passages(own) for own in tokens]
         fixed = self._fixed_for(len(turns))
@@ -394,10 +395,22 @@ def _is_static(kwargs: Mapping[str, Any]) -> bool:
     return cache is not None and bool(cache.is_compileable)
 
 
-def _kept(ids: Tensor, mask: Any) -> Bool[Tensor, "batch seq"]:
-    """Which tokens are no padding. Only a mask of (batch, seq) tells."""
+def _kept(ids: Tensor, mask: Any, *, num_cached: int = 0) -> Bool[Tensor, "batch seq"]:
+    """Which of the tokens behind `num_cached` others are no padding.
+
+    A mask of (batch, seq) tells, or one of what tokens attend to, as static caches have it: what is no padding attends
+    to itself.
+    """
+    if isinstance(mask, Mapping):  # one for each kind of layer
+        mask = next(iter(mask.values()), None)
+    num_new = ids.shape[1]
     if isinstance(mask, Tensor) and mask.ndim == 2:
-        return mask[:, -ids.shape[1] :].bool()
+        return mask[:, -num_new:].bool()
+    if isinstance(mask, Tensor) and mask.ndim == 4:
+        attended = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0  # (batch, new tokens, places)
+        # A cache of a sliding window has places for the last tokens alone.
+        first = min(num_cached, attended.shape[2] - num_new)
+        return attended.diagonal(offset=first, dim1=-2, dim2=-1).expand(len(ids), -1)
     return torch.ones_like(ids, dtype=torch.bool)
 
 

@@ -25,13 +25,8 @@ class Endings:
     @classmethod
     def of_call(cls, kwargs: Mapping[str, Any], generation_config: Any) -> "Endings":
         """Those of one call of `generate`: its own arguments, before its config's, before the model's."""
-        configs = (kwargs.get("generation_config"), generation_config)
-
-        def first(name: str) -> frozenset[int]:
-            values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
-            return _ids(next((value for value in values if value is not None), None))
-
-        return cls(first("eos_token_id"), first("pad_token_id"))
+        eos, pad = (call_setting(name, kwargs, generation_config) for name in ("eos_token_id", "pad_token_id"))
+        return cls(_ids(eos), _ids(pad))
 
     def is_behind(self, token: int) -> bool:
         """Whether a token of a row that has ended is no part of its answer."""
@@ -47,6 +42,13 @@ class Endings:
             padding = self.pad_ids & set(special_ids)
             end = next((i + 1 for i in reversed(range(len(tokens))) if tokens[i] not in padding), 0)
         return tokens[:end]
+
+
+def call_setting(name: str, kwargs: Mapping[str, Any], generation_config: Any) -> Any:
+    """What a call of `generate` sets: its own argument, before its config's, before the model's; None if nothing."""
+    configs = (kwargs.get("generation_config"), generation_config)
+    values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+    return next((value for value in values if value is not None), None)
 
 
 def _ids(value: int | Sequence[int] | None) -> frozenset[int]:

@@ -23,7 +23,7 @@ from transformers import (
 from dlp_lora.bank import AdapterBank
 from dlp_lora.bundle import check_names, write_bundle
 from dlp_lora.controller import Controller
-from dlp_lora.endings import Endings
+from dlp_lora.endings import Endings, call_setting
 from dlp_lora.errors import AdapterError
 from dlp_lora.fused import attach, detach, merged
 from dlp_lora.hub import local_folder
@@ -46,7 +46,8 @@ from dlp_lora.sentences import Segmenter, SentenceSegmenter
 from dlp_lora.streaming import Abandoned, Piece, PieceStreamer
 
 SETTINGS = ("policy", "kv_policy", "prompt_routing", "switching", "segmenter", "router")
-Adapters = str | Path | Mapping[str, str | Path]
+# Of Hugging Face's `generate`, what is made from prompts here, or leads to another result than rows with a trace.
+NOT_ARGUMENTS = ("inputs", "input_ids", "inputs_embeds", "attention_mask", "return_dict_in_generate", "assistant_model")
 
 
 class Engine:
@@ -95,6 +96,7 @@ class Engine:
         # `generate` over a static cache on a GPU would compile the controller, too.
         vars(model)["get_compiled_call"] = MethodType(_own_call, model)
         self._controller.install(model)
+        self._is_attached = True
 
     @property
     def router(self) -> Router | None:
@@ -193,15 +195,12 @@ class Engine:
         sampled or greedy as there: by the model's generation config unless `do_sample` is given. `seed` seeds sampling.
 
         Raises:
-            PromptError: if a prompt is empty, or too long for the model's context with its `max_new_tokens`.
+            PromptError: if a prompt is neither text nor messages, is empty, or too long for the model's context with
+                its `max_new_tokens`.
+            ValueError: if an argument cannot be followed sentence by sentence, or the engine was detached.
         """
         chats, single = as_batch(prompts)
-        for name in ("return_dict_in_generate", "inputs", "input_ids", "attention_mask", "assistant_model"):
-            if kwargs.get(name) is not None:
-                raise ValueError(f"{name} is not an argument of engine.generate; use engine.model.generate")
-        if kwargs.get("use_cache") is False:
-            raise ValueError("routing by sentence follows the KV cache; leave use_cache on")
-        inputs = encode_prompts(self.model, self.tokenizer, chats, num_new=kwargs.get("max_new_tokens") or 1)
+        inputs = self._inputs(chats, kwargs)
         with self._ending(kwargs) as endings:
             with _seeded(seed, self.model.device), torch.no_grad():
                 output = cast(Any, self.model).generate(**inputs, **kwargs)
@@ -220,12 +219,37 @@ class Engine:
     def stream(self, prompt: str | Sequence[Message], *, seed: int | None = None, **kwargs: Any) -> Iterator[Piece]:
         """Answers one prompt piece by piece; the pieces concatenate to what `generate` gives.
 
-        Each Piece is a str that also knows its `mixture`. Leaving the loop early stops the model.
+        Each Piece is a str that also knows its `mixture`. Leaving the loop early stops the model. The model begins with
+        the first piece, so `fixed`, `using` and the like are to be around the loop.
+
+        Raises:
+            PromptError, ValueError: as `generate`.
         """
         chats, single = as_batch(prompt)
         if not single:
             raise ValueError("engine.stream takes one prompt; use engine.generate for several")
-        inputs = encode_prompts(self.model, self.tokenizer, chats, num_new=kwargs.get("max_new_tokens") or 1)
+        return self._pieces(self._inputs(chats, kwargs), seed, kwargs)
+
+    def _inputs(self, chats: Sequence[str | Sequence[Message]], kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """Checks a call of `generate` and encodes its prompts."""
+        if not self._is_attached:
+            raise ValueError("the engine was detached from its model; make another one with dlp_lora.load")
+        config = self.model.generation_config
+        for name in NOT_ARGUMENTS:
+            if call_setting(name, kwargs, config) not in (None, False):
+                raise ValueError(f"{name} is not an argument of engine.generate; use engine.model.generate")
+        if call_setting("prompt_lookup_num_tokens", kwargs, config) is not None:
+            raise ValueError(
+                "prompt_lookup_num_tokens reads several tokens at once, so sentences cannot be routed one by one"
+            )
+        if call_setting("use_cache", kwargs, config) is False:
+            raise ValueError("routing by sentence follows the KV cache; leave use_cache on")
+        fixed = self._controller.fixed or ()
+        if len(fixed) > 1 and len(fixed) != len(chats):
+            raise ValueError(f"{len(fixed)} mixtures were fixed for {len(chats)} prompts; give one, or one a prompt")
+        return encode_prompts(self.model, self.tokenizer, chats, num_new=kwargs.get("max_new_tokens") or 1)
+
+    def _pieces(self, inputs: dict[str, torch.Tensor], seed: int | None, kwargs: dict[str, Any]) -> Iterator[Piece]:
         streamer = PieceStreamer(self._controller)
         stopping = StoppingCriteriaList([*kwargs.pop("stopping_criteria", []), Abandoned(streamer)])
 
@@ -263,7 +287,11 @@ class Engine:
         Raises:
             AdapterError: if the bank holds no adapter of a name.
         """
-        mixtures = [mixture] if isinstance(mixture, Mapping) else list(mixture)
+        mixtures = [mixture] if isinstance(mixture, Mapping | str) else list(mixture)
+        if strange := [m for m in mixtures if not isinstance(m, Mapping)]:
+            raise ValueError(
+                f"a mixture is weights by name, got {strange[0]!r}; give for example {{{str(strange[0])!r}: 1.0}}"
+            )
         if self.bank.is_merged:
             raise ValueError("the base weights hold another mixture; leave engine.merged() first")
         if not mixtures:
@@ -339,10 +367,13 @@ class Engine:
 
         Raises:
             RouterError: if adapters were added or removed that the router does not know, or still knows.
+            AdapterError: if an adapter's folder no longer holds what the engine runs with.
             ValueError: if the policy is not one of this package's, which alone can be saved by name.
         """
         if self.router is not None:
             check_names(self.router.names, self.bank.names)
+        for name in self.bank.names:
+            self.bank.check_files(name)
         write_bundle(
             path,
             base_model=self.model.config._name_or_path,
@@ -369,6 +400,7 @@ class Engine:
                 if before is not None:
                     vars(self.model)[name] = before
             detach(self.model)
+            self._is_attached = False
         return self.model
 
     @contextmanager

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -70,6 +71,15 @@ class FusedLinear(nn.Module):
             return self._take(x)
         pairs = active[self.sibling]
         return self._base(x) if pairs is None else self._concatenated(x, pairs[self.layer])
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The base layer's, under its own names: what is saved is an ordinary checkpoint of the base model."""
+        return self.base_layer.state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            state_dict[f"{prefix}base_layer.{key.removeprefix(prefix)}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _base(self, x: Tensor) -> Tensor:
         base = self.base_layer
@@ -204,8 +214,13 @@ def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Maps each linear layer of a model to its (d_in, d_out), in the order of the model.
 
     Raises:
-        ModelError: if fused layers are attached to the model already, or it has no linear layer.
+        ModelError: if fused layers or PEFT's are attached to the model already, or it has no linear layer.
     """
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ModelError(
+            "the model carries PEFT adapters already, which would be part of every mixture; take the plain base "
+            "(PeftModel's unload() gives it back) and pass the adapters' folders"
+        )
     if any(isinstance(module, FusedLinear) for module in model.modules()):
         raise ModelError("the model has fused layers attached already; call detach() on its engine first")
     shapes = {name: shape for name, module in model.named_modules() if (shape := _shape(module)) is not None}

@@ -62,7 +62,7 @@ def load(
         prepack: on a CPU, holds the linear layers' weights once more as oneDNN multiplies them, for faster tokens.
             What is then done to the `.data` of the base's weights is not seen.
         strict: refuses adapters that say they were trained on a model of another name, instead of warning.
-        model_kwargs: go to `AutoModelForCausalLM.from_pretrained`.
+        model_kwargs: go to `AutoModelForCausalLM.from_pretrained`; none may be left for a model in memory.
 
     Raises:
         DLPLoRAError: of the kind that says which part cannot be used, and why.
@@ -119,8 +119,11 @@ def load_model(
 
     Raises:
         ModelError: if it cannot be loaded.
+        ValueError: if an argument is for models that are loaded, and this one is in memory.
     """
     if isinstance(model, str | Path):
+        if "torch_dtype" in kwargs:
+            raise ValueError("the base model's precision is dtype= here, not torch_dtype=")
         source = str(model)
         try:
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(source)
@@ -128,6 +131,8 @@ def load_model(
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **kwargs)
         except (OSError, ValueError) as error:
             raise ModelError(f"the base model {source!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    elif unused := [*kwargs, *(["dtype"] if dtype != "auto" else [])]:
+        raise ValueError(f"{', '.join(unused)}: no argument for a model that is in memory already")
     if tokenizer is None:
         raise ValueError("a model in memory comes with its tokenizer: load(model, tokenizer=...)")
     if device is not None:

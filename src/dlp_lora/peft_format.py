@@ -176,7 +176,7 @@ def check_base_name(adapter: Adapter, base: str, *, strict: bool = False, stackl
     message = f"{adapter.path} says it was trained on {adapter.base_model!r}, but the base model is {base!r}"
     if strict:
         raise AdapterError(f"{message}; load without strict=True if they are the same model")
-    warnings.warn(f"{message}; its shapes fit, so it is used", stacklevel=1 + stacklevel)
+    warnings.warn(f"{message}; if its shapes fit, it is used", stacklevel=1 + stacklevel)
 
 
 def write_adapter(

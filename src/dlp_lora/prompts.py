@@ -1,7 +1,7 @@
 """Prompts as people give them, strings and chats, in; padded token ids out."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,16 +18,21 @@ def as_batch(prompts: Any) -> tuple[list[str | Sequence[Message]], bool]:
     """Gives one prompt or several as a list, and whether it was one.
 
     Raises:
-        PromptError: if there is none.
+        PromptError: if there is none, or something else than text or messages.
     """
     if isinstance(prompts, str):
         return [prompts], True
-    prompts = list(prompts)
-    if not prompts:
+    if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
+        raise _strange(prompts)
+    found = list(prompts)
+    if not found:
         raise PromptError("there is no prompt; give a string, a list of strings, or messages")
-    if isinstance(prompts[0], Mapping):
-        return [prompts], True
-    return prompts, False
+    if _is_chat(found):
+        return [found], True
+    for prompt in found:
+        if not isinstance(prompt, str) and not _is_chat(prompt):
+            raise _strange(prompt)
+    return found, False
 
 
 def context_of(model: PreTrainedModel) -> int:
@@ -73,8 +78,26 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message])
         return list(tokenizer(prompt)["input_ids"]) if prompt.strip() else []
     if not getattr(tokenizer, "chat_template", None):
         raise PromptError("the tokenizer has no chat template; give the prompt as a string instead of messages")
-    if not any(message.get("content", "").strip() for message in prompt):
+    for message in prompt:
+        if not isinstance(message.get("content"), str):
+            raise PromptError(f"the content of a message must be a string, got {_shown(message.get('content'))}")
+    if not any(message["content"].strip() for message in prompt):
         return []
     messages = [dict(message) for message in prompt]
     encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
     return list(encoded["input_ids"])
+
+
+def _is_chat(prompt: Any) -> bool:
+    return isinstance(prompt, Sequence) and all(isinstance(message, Mapping) for message in prompt)
+
+
+def _strange(prompt: Any) -> PromptError:
+    return PromptError(
+        f"a prompt is a string or a list of messages with role and content, got {_shown(prompt)}; token ids go to "
+        "engine.model.generate"
+    )
+
+
+def _shown(value: Any) -> str:
+    return f"{type(value).__name__} {str(value)[:60]!r}"

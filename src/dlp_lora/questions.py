@@ -49,7 +49,7 @@ def read_in_turn(
 def questions_of(read: Read, context: Context, row: Mapping[str, float]) -> tuple[str, ...]:
     """Cuts a prompt into the questions that it asks, if there are several; `row` is the router's for the whole."""
     fit = sum(row.values())
-    if fit > SURE:
+    if not row or fit > SURE:  # without adapters there is nothing to cut for
         return ()
     parts = _runs(read, context)
     while len(parts) > 1:

@@ -30,7 +30,8 @@ class Sentence:
 
     `start` and `end` are positions among the generated tokens, or among those of the prompt, padding left out.
     `probabilities` is empty where no router was asked (`fixed`, `disabled`). `switched` is true where the mixture
-    differs from the sentence before; `abstained` where the policy chose no adapter, so the base model alone spoke.
+    differs from the sentence before; `abstained` where the policy chose no adapter: the base model alone went on,
+    or with `Switching(unsure="keep")` the mixture in use.
     Times are in milliseconds.
     """
 
@@ -160,17 +161,22 @@ class Row:
 
 @dataclass(eq=False)
 class CachedRows:
-    """The rows behind one KV cache, and every token in it, padding included."""
+    """The rows behind one KV cache, and every token in it, padding included; `kept` says which are none."""
 
     rows: list[Row]
     ids: Tensor  # (batch, seq)
+    kept: Tensor  # (batch, seq)
     alive: "Alive"
 
     def __post_init__(self) -> None:
         self.alive[id(self)] = self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CachedRows":
-        return CachedRows([row.copy() for row in self.rows], self.ids.clone(), self.alive)
+        return CachedRows([row.copy() for row in self.rows], self.ids.clone(), self.kept.clone(), self.alive)
+
+    def append(self, ids: Tensor, kept: Tensor) -> None:
+        """Adds tokens to every row."""
+        self.ids, self.kept = torch.cat([self.ids, ids], dim=1), torch.cat([self.kept, kept], dim=1)
 
 
 Alive = WeakValueDictionary[int, CachedRows]
@@ -251,4 +257,5 @@ def _select(cache: Any, indices: Tensor) -> None:
     known: CachedRows = getattr(cache, ROWS)
     order = indices.tolist()
     if order != list(range(len(known.rows))):
-        setattr(cache, ROWS, CachedRows([known.rows[i].copy() for i in order], known.ids[indices], known.alive))
+        rows = [known.rows[i].copy() for i in order]
+        setattr(cache, ROWS, CachedRows(rows, known.ids[indices], known.kept[indices], known.alive))

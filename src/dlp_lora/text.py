@@ -4,6 +4,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import partial
 from itertools import pairwise
 
@@ -89,7 +90,8 @@ class PromptReader:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._decode = decoder(tokenizer)
-        self._openings, self._glue = _chat_glue(tokenizer)
+        self._day = date.today()
+        self._templates = [_chat_glue(tokenizer)]
         specials = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, specials)) or "(?!)")
 
@@ -99,10 +101,10 @@ class PromptReader:
 
     def turns(self, tokens: Sequence[int]) -> tuple[str, str]:
         """Decodes a prompt into what was said before and the newest turn; without a template it is one turn."""
-        if self._glue is not None:
+        if getattr(self._tokenizer, "chat_template", None):
             text = _without_bos(self._tokenizer, decode(self._tokenizer, tokens, skip_special_tokens=False))
-            if text.startswith(self._openings):
-                turns = [turn for part in self._glue.split(text) if (turn := self._special.sub("", part).strip())]
+            if glue := self._glue_of(text):
+                turns = [turn for part in glue.split(text) if (turn := self._special.sub("", part).strip())]
                 return "\n".join(turns[:-1]), turns[-1] if turns else ""
         return "", decode(self._tokenizer, tokens).strip()
 
@@ -144,6 +146,13 @@ class PromptReader:
             if first < last
         ]
 
+    def _glue_of(self, text: str) -> re.Pattern[str] | None:
+        """What stands around the contents of a conversation, if the text is one of the chat template."""
+        if date.today() != self._day:  # templates may print it, and conversations last over midnight
+            self._day = date.today()
+            self._templates = [_chat_glue(self._tokenizer), self._templates[0]]
+        return next((glue for openings, glue in self._templates if glue and text.startswith(openings)), None)
+
     def _aligned(self, tokens: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
         """The whole text, and where in it the characters of a token, or of a few tokens together, begin."""
         detokenizer = Detokenizer(self._tokenizer, read=self._decode)
@@ -158,8 +167,8 @@ class PromptReader:
     def _visible(self, text: str) -> tuple[str, list[int], list[int]]:
         """What the router reads, where each character of it stands in the text, and where turns begin in it."""
         hidden = self._special
-        if self._glue is not None and _without_bos(self._tokenizer, text).startswith(self._openings):
-            hidden = re.compile(f"(?P<glue>{self._glue.pattern})|{hidden.pattern}")
+        if glue := self._glue_of(_without_bos(self._tokenizer, text)):
+            hidden = re.compile(f"(?P<glue>{glue.pattern})|{hidden.pattern}")
         read, end = "", 0
         places: list[int] = []
         turns = [0]

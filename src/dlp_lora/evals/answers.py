@@ -119,7 +119,7 @@ def identity_of(engine: Engine, tasks: Sequence[Task], method: Method) -> dict[s
 
 
 Likelihoods = dict[tuple[str, int, Mixture], list[float]]
-"""Of a question's choices, by its task, its place there and the mixture."""
+"""Of a question's choices, by its task, its place there and the mixture, its weights to four digits."""
 
 
 def known_likelihoods(rows: Sequence[Mapping[str, Any]]) -> Likelihoods:
@@ -221,23 +221,26 @@ def _answer(
         asked = list(own)
         prompts: list[Any] = [as_prompt(engine.tokenizer, q.example.prompt, args.prompt_format) for q in asked]
         with method.on(engine, [q.key for q in asked]):
+            # Choices are read after a prompt under one mixture: encoded by sentences it would be another method's.
+            is_scored = args.likelihoods and (method.mixture is not None or engine.prompt_routing != "sentences")
             answers += engine.generate(prompts, max_new_tokens=room, do_sample=False)
     seconds = (time.perf_counter() - start) / len(batch)
     rows = []
     for question, answer in zip(batch, answers, strict=True):
         mixture = answer.trace[0].mixture
+        weights = {name: round(weight, 4) for name, weight in mixture.items()}
         row: dict[str, Any] = {
             "task": question.task,
             "index": question.index,
             "text": answer.text,
             "num_tokens": len(answer.tokens),
             "ended": answer.tokens[-1] in engine.eos_ids,
-            "mixture": {name: round(weight, 4) for name, weight in mixture.items()},
+            "mixture": weights,
             "num_switches": sum(sentence.switched for sentence in answer.trace[1:]),
             "seconds": round(seconds, 4),
         }
-        if args.likelihoods and question.choices:
-            likelihoods = known.get((*question.key, mixture))
+        if is_scored and question.choices:
+            likelihoods = known.get((*question.key, Mixture(weights)))
             if likelihoods is None:
                 likelihoods = choice_likelihoods(engine, question.read, question.choices, mixture)
             row["likelihoods"] = likelihoods

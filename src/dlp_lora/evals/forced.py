@@ -17,7 +17,7 @@ from dlp_lora.policy import Mixture
 from dlp_lora.tasks.formats import encode_example
 
 Known = dict[tuple[str, int, Mixture], str]
-"""Texts by task, place in it, and mixture."""
+"""Texts by task, place in it, and mixture, its weights to four digits."""
 
 
 def answer_forced(
@@ -41,12 +41,12 @@ def answer_forced(
         rows = []
         for question in batch:
             mixture = _mixture(engine, method, question)
-            text = (known or {}).get((*question.key, mixture))
+            weights = {name: round(weight, 4) for name, weight in mixture.items()}
+            text = (known or {}).get((*question.key, Mixture(weights)))
             if text is None:
                 read, learned = encode_example(engine.tokenizer, question.example, args.prompt_format)
                 tokens = teacher_forced(engine, read, learned, mixture)
                 text = str(engine.tokenizer.decode(tokens, skip_special_tokens=True))
-            weights = {name: round(weight, 4) for name, weight in mixture.items()}
             rows.append({"task": question.task, "index": question.index, "text": text, "mixture": weights})
         return rows
 

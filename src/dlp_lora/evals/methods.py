@@ -56,7 +56,9 @@ _METHODS = (
         mixture=lambda key, names: Mixture({SINGLE: 1.0}),
         adapter=SINGLE,
     ),
-    Method(name="dlp", about="router, top-p 0.6, renormalised weights, sentence switching, KV kept"),
+    Method(
+        name="dlp", about="the router, as the engine is set: by default top-p 0.6, renormalised, by sentence, KV kept"
+    ),
     Method(
         name="never-abstain",
         about="as dlp, with the likeliest adapters where none fits",

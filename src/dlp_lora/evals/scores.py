@@ -15,8 +15,6 @@ from dlp_lora.evals.metrics import bleu_letters_each, bleu_of, bleu_statistics, 
 from dlp_lora.tasks.task import Task
 
 NUM_RESAMPLES = 1000
-MCQ_METRICS = ("accuracy", "accuracy_loglik")
-QA_METRICS = ("bleu", "rouge1", "rougeL")
 
 Interval = tuple[float, float]
 

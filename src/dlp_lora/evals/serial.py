@@ -6,6 +6,7 @@ that is where the router is asked again.
 """
 
 import random
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -26,7 +27,7 @@ from dlp_lora.router import Context
 from dlp_lora.rows import Generation
 from dlp_lora.sentences import LineSegmenter
 from dlp_lora.tasks.formats import PromptFormat, as_prompt, encode_example
-from dlp_lora.tasks.task import Example, Task
+from dlp_lora.tasks.task import Example, Task, same_prompt
 
 SEPARATOR = "\n\n"
 
@@ -188,18 +189,23 @@ class _Told:
 
     def __init__(self, names: Sequence[str], prompts: Sequence[SerialPrompt]) -> None:
         self.names = tuple(names)
-        self._tasks = {prompt.text.strip(): prompt.tasks for prompt in prompts}
+        self._tasks = {_as_read(prompt.text): prompt.tasks for prompt in prompts}
 
     def probabilities(self, contexts: Sequence[Context]) -> Float[Tensor, "batch adapters"]:
         found = torch.zeros(len(contexts), len(self.names))
         for i, context in enumerate(contexts):
-            tasks = self._tasks[context.prompt.strip()]
+            tasks = self._tasks[_as_read(context.prompt)]
             num_answered = sum(line.strip() != "" for line in context.answer.split("\n")[:-1])
             found[i, self.names.index(tasks[min(num_answered, len(tasks) - 1)])] = 1.0
         return found
 
     def save_pretrained(self, path: str | Path) -> None:
         raise ValueError("a router that is told the answers cannot be saved")
+
+
+def _as_read(text: str) -> str:
+    """What a prompt and its decoded tokens share: some tokenizers normalise letters and spaces."""
+    return same_prompt(unicodedata.normalize("NFKC", text))
 
 
 def _scored(prompt: SerialPrompt, text: str, led_by: Sequence[str | None]) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dlp_lora.environment import model_hash
 from dlp_lora.errors import TaskError, TrainingError
 from dlp_lora.folders import recover_folder, replace_folder
 from dlp_lora.fused import siblings
@@ -75,6 +76,7 @@ def train_adapter(
     examples, num_left_out = _encode(tokenizer, task, args, context=context_of(model))
     identity = {
         "base_model": Path(model.config._name_or_path).name,
+        "model_hash": model_hash(model),
         "examples": _hash(examples),
         "args": json.loads(json.dumps(asdict(args))),
     }
@@ -215,13 +217,15 @@ def _with_lora(model: PreTrainedModel, args: AdapterTrainingArgs) -> PeftModel:
 def _finished(name: str, out: Path, identity: dict[str, Any]) -> TrainedAdapter:
     try:
         record = json.loads((out / TRAINING_FILE).read_text())
-        known = {key: record[key] for key in identity}
+        # Earlier versions kept no hash.
+        known = {key: record[key] for key in identity if key != "model_hash" or key in record}
     except (OSError, ValueError, KeyError):
         raise TrainingError(
             f"{out} holds an adapter that was not trained here; pass overwrite or another out"
         ) from None
-    if known != identity:
-        changed = [k for k in ("base_model", "examples") if known[k] != identity[k]]
+    if {**identity, **known} != identity:
+        words = {"base_model": "base_model", "model_hash": "the base model's weights", "examples": "examples"}
+        changed = [word for key, word in words.items() if known.get(key, identity[key]) != identity[key]]
         changed += [
             f"{k} ({known['args'].get(k)!r}, now {v!r})"
             for k, v in identity["args"].items()

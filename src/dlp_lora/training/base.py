@@ -3,12 +3,11 @@
 import time
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dlp_lora.errors import ModelError
+from dlp_lora.loading import load_model
 
 
 def load_base(
@@ -20,13 +19,7 @@ def load_base(
         ModelError: if it cannot be loaded.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = dtype or training_dtype(device)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(model))
-        loaded: Any = AutoModelForCausalLM.from_pretrained(str(model), dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"the base model {str(model)!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-    return loaded.to(device).eval(), tokenizer
+    return load_model(model, dtype=dtype or training_dtype(device), device=device)
 
 
 @cache

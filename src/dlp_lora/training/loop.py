@@ -75,7 +75,7 @@ class Run:
         if not (work / "state.json").is_file():
             return
         state = json.loads((work / "state.json").read_text())
-        if state["identity"] != identity:
+        if {**identity, **state["identity"]} != identity:  # earlier versions kept no hash of the model
             logger.warning("%s holds a run with other settings or examples; it starts anew", work)
             return
         tensors = load_file(work / "state.safetensors")
