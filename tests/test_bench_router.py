@@ -640,6 +640,13 @@ def test_a_record_of_a_later_format_is_refused(record: Path, tmp_path: Path) -> 
         write_report(tmp_path / "router.json")
 
 
+def test_a_record_that_lacks_a_part_is_refused(record: Path, tmp_path: Path) -> None:
+    cut = {key: value for key, value in json.loads(record.read_text()).items() if key not in ("data", "targets")}
+    (tmp_path / "router.json").write_text(json.dumps(cut))
+    with pytest.raises(RecordError, match="is damaged: it has no data, targets; measure the router again"):
+        write_report(tmp_path / "router.json")
+
+
 def test_the_command_trains_measures_and_writes(tmp_path: Path) -> None:
     for one in TASKS[:3]:
         write_task(tmp_path / "data" / one.name, one)

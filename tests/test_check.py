@@ -112,6 +112,18 @@ def test_adapters_that_stay_on_disk_are_exported_like_those_in_memory(
     assert (tmp_path / "lazy" / WEIGHTS_FILE).read_bytes() == (tmp_path / "held" / WEIGHTS_FILE).read_bytes()
 
 
+def test_an_export_leaves_other_files_where_they_are_and_adapters_of_the_bank_alone(
+    engine: Engine, lively_adapters: Path, tmp_path: Path
+) -> None:
+    export_mixture(engine.bank, {"math": 1.0}, tmp_path / "out")
+    (tmp_path / "out" / "checkpoint-10").mkdir()
+    (tmp_path / "out" / "checkpoint-10" / "state").write_text("weeks of work")
+    export_mixture(engine.bank, {"units": 1.0}, tmp_path / "out")
+    assert (tmp_path / "out" / "checkpoint-10" / "state").read_text() == "weeks of work"
+    with pytest.raises(AdapterError, match=r"poems is the folder of the adapter 'poems', which would be lost"):
+        export_mixture(engine.bank, {"math": 1.0}, lively_adapters / "poems")
+
+
 def test_exporting_replaces_what_was_there(engine: Engine, tmp_path: Path) -> None:
     export_mixture(engine.bank, {"math": 1.0, "units": 1.0}, tmp_path / "mixed")
     export_mixture(engine.bank, {"math": 1.0}, tmp_path / "mixed")

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,8 +19,9 @@ from typer.testing import CliRunner, Result
 
 import dlp_lora
 from conftest import byte_tokenizer, lively_model, make_adapter
-from dlp_lora.cli.app import _add_commands, app
+from dlp_lora.cli.app import _add_commands, app, console
 from dlp_lora.cli.bench import COLUMNS, LABELS, cell, tables
+from dlp_lora.cli.run import routing_table
 from dlp_lora.tasks import Example, Task, write_task
 
 _add_commands()  # as `main` does
@@ -167,6 +169,61 @@ def test_each_sentence_of_a_prompt_may_have_its_own_adapters(work: Path) -> None
     assert "prompt's sentence" not in ok(*ask, "--show-routing")
 
 
+def test_paths_and_answers_are_printed_as_they_are(work: Path, tmp_path: Path) -> None:
+    out = tmp_path / "[bold]mixed[/x]"
+    done = run("export", "sums=0.5,days", "--bundle", work / "bundle", "--out", out)
+    assert (done.exit_code, str(out) in done.stderr.replace("\n", "")) == (0, True)
+    sentence = SimpleNamespace(text="fe80:a:b", mixture={}, abstained=False, route_ms=0.0, fuse_ms=0.0)
+    with console.capture() as shown:
+        console.print(routing_table((sentence,)))
+    assert "fe80:a:b" in shown.get()
+
+
+def test_spaces_between_words_of_an_option_are_none_of_them(work: Path, tmp_path: Path) -> None:
+    where = ("--data", work / "data", "--tasks", "sums, days", "--out", tmp_path, "--model", work / "model")
+    ok("train-adapters", *where, "--batch-size", "16", "--target-modules", "q_proj, v_proj")
+    for name in ("sums", "days"):
+        assert set(json.loads((tmp_path / name / "adapter_config.json").read_text())["target_modules"]) == {
+            "q_proj",
+            "v_proj",
+        }
+
+
+@pytest.mark.parametrize(
+    "command, goes_on", [(("generate", "Hi"), False), (("reproduce", "--data", "d", "--out", "o"), True)]
+)
+def test_an_interrupt_says_what_is_kept(
+    monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...], goes_on: bool
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dlp_lora.cli.run.open_engine", interrupted)
+    monkeypatch.setattr("dlp_lora.tasks.hub.read_data", interrupted)
+    done = run(*command)
+    assert done.exit_code == 130
+    assert ("goes on where it stopped" in done.stderr) is goes_on
+
+
+def test_a_bundle_of_a_nameless_base_takes_a_task_with_its_model_named(work: Path, tmp_path: Path) -> None:
+    shutil.copytree(work / "bundle", tmp_path / "bundle")
+    file = tmp_path / "bundle" / "bundle.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model": ""}))
+    shutil.copytree(work / "adapters" / "sums", tmp_path / "more")
+    task = (
+        "add-task",
+        "-b",
+        tmp_path / "bundle",
+        "-a",
+        tmp_path / "more",
+        "--examples",
+        work / "data/sums/train.jsonl",
+    )
+    assert "saved from a model without a name; give --model" in run(*task).stderr
+    ok(*task, "--model", work / "model")
+    assert (tmp_path / "bundle" / "adapters" / "more").is_dir()
+
+
 def test_a_fixed_mixture_needs_no_router(work: Path) -> None:
     parts = ("--model", work / "model", "--adapters", work / "adapters")
     (found,) = json_lines(ok("generate", "Hi", *parts, "--fixed", "sums=0.25,days", *QUICK, "--json"))
@@ -221,6 +278,8 @@ def test_a_bundle_keeps_its_policy(work: Path, tmp_path: Path) -> None:
         (found,) = json_lines(ok("route", "What is 18 plus 1?", "--bundle", tmp_path / "b", *more))
         assert found["abstained"] is True
         assert found["mixture"] == {}
+        (said,) = json_lines(ok("generate", "What is 18 plus 1?", "-b", tmp_path / "b", *QUICK, "--json", *more))
+        assert said["trace"][0]["mixture"] == {}
 
 
 def test_a_bundle_of_an_unknown_setting_is_not_made(work: Path, tmp_path: Path) -> None:
@@ -325,7 +384,7 @@ def test_the_router_is_reported_for_people_too(work: Path, tmp_path: Path) -> No
 
 ERRORS: dict[str, tuple[tuple[str, ...], str, str]] = {
     "no bundle": (("generate", "Hi", "--bundle", "{work}/nothing"), "", "nothing is not a folder"),
-    "no bundle to route": (("route", "Hi", "--bundle", "{work}/nothing"), "", "nothing is not a bundle"),
+    "no bundle to route": (("route", "Hi", "--bundle", "{work}/nothing"), "", "nothing is not a folder"),
     "not a bundle": (("generate", "Hi", "--bundle", "{work}/data"), "", "data is no bundle"),
     "nothing to load": (("generate", "Hi"), "", "give --bundle, or --adapters and --router"),
     "bundle and adapters": (
@@ -351,6 +410,34 @@ ERRORS: dict[str, tuple[tuple[str, ...], str, str]] = {
         ("route", "--router", "{work}/router"),
         '{{"prompt": "a \\ud800 b"}}\n',
         "must be Unicode, got half a character in 'a \\ud800 b'",
+    ),
+    "half a character to answer": (
+        ("generate", "--bundle", "{work}/bundle"),
+        '\n\n{{"prompt": "a \\ud800 b"}}\n',
+        "standard input, line 3: a prompt must be Unicode, got half a character in 'a \\ud800 b'",
+    ),
+    "adapter twice": (
+        ("generate", "Hi", "--bundle", "{work}/bundle", "--fixed", "sums=0.5,days,sums=0.5"),
+        "",
+        "'sums' stands in the mixture twice; give each adapter one weight",
+    ),
+    "tasks for adapters' own router": (
+        ("train-router", "--from-adapters", "{work}/adapters", "--tasks", "sums", "--epochs", "2", "-o", "{work}/out"),
+        "",
+        "--from-adapters does not read --tasks, --epochs; leave it out",
+    ),
+    "seed for descriptions": (
+        ("train-router", "--from-descriptions", "{work}/d.json", "--seed", "0", "-o", "{work}/out"),
+        "",
+        "--from-descriptions does not read --seed; leave it out",
+    ),
+    "tokenizer beside an encoder": (
+        (
+            *("train-router", "--data", "{work}/data", "--out", "{work}/out", "--router-kind", "encoder"),
+            *("--encoder", "{work}/model", "--tokenizer", "{work}/model"),
+        ),
+        "",
+        "--data with --encoder does not read --tokenizer; leave it out",
     ),
     "empty prompt": (("generate", " ", "--bundle", "{work}/bundle"), "", "the prompt is empty"),
     "unknown adapter": (

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import dlp_lora
 from conftest import byte_tokenizer, lively_model, make_adapter
-from dlp_lora import ModelError
+from dlp_lora import MiniMLP, ModelError
 from dlp_lora.default_model import NAME, PACKAGE, cache_dir, default_model
 from dlp_lora.demo import METHODS, DemoArgs, DemoEvent, DemoResult, run_demo, with_serial
 from dlp_lora.tasks import procedural_task
@@ -128,6 +129,21 @@ def test_a_finished_demo_does_nothing_again(model: Path, undisturbed: Undisturbe
     assert all(event.done == event.total for event in events)
     assert len(events) == len(SMALL.tasks) + 3
     assert record(out) == before
+
+
+def test_answers_of_another_router_are_given_anew(model: Path, tmp_path: Path) -> None:
+    first = run_demo(model, tmp_path, SMALL, on_event=lambda event: None)
+    kept = json.loads((tmp_path / "answers.json").read_text())
+    other = MiniMLP.from_pretrained(tmp_path / "router")
+    with torch.no_grad():
+        other.head.weight.neg_()
+        other.head.bias.neg_()
+    report = (tmp_path / "router" / "report.json").read_text()
+    other.save_pretrained(tmp_path / "router")
+    (tmp_path / "router" / "report.json").write_text(report)
+    again = run_demo(model, tmp_path, SMALL, on_event=lambda event: None)
+    assert json.loads((tmp_path / "answers.json").read_text())["identity"] != kept["identity"]
+    assert again.serial.trace[0]["probabilities"] != first.serial.trace[0]["probabilities"]
 
 
 def test_answers_of_other_lengths_are_given_anew(model: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:

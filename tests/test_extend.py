@@ -94,8 +94,23 @@ class TestAdding:
             add_tasks(router, [task("sums")])
 
     def test_a_task_without_examples_is_refused(self, router: MiniMLP) -> None:
-        with pytest.raises(TrainingError, match="the task 'codes' has no examples"):
+        with pytest.raises(TrainingError, match="the task 'codes' has no whole examples"):
             add_tasks(router, [replace(task("codes"), train=())])
+
+    def test_parts_of_answers_are_not_read_and_not_enough(
+        self, router: MiniMLP, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        whole = task("codes", 32)
+        parts = tuple(
+            replace(example, prompt=f"{example.prompt} {ASKED['sums'].format(i=i)}", complete=False)
+            for i, example in enumerate(whole.train)
+        )
+        found = add_tasks(router, [replace(whole, train=(*whole.train, *parts))])
+        assert "codes: the router does not read 32 examples that are parts of longer answers" in caplog.text
+        expected = add_tasks(router, [whole]).state_dict()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in found.state_dict().items())
+        with pytest.raises(TrainingError, match=r"'codes' has no whole examples .* give some, 32 are often enough"):
+            add_tasks(router, [replace(whole, train=parts)])
 
     def test_a_router_without_memory_is_refused(self) -> None:
         with pytest.raises(RouterError, match="trained with memory=0"):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dlp_lora.folders import recover_folder, replace_folder, write_text
+from dlp_lora.folders import name_of, recover_folder, replace_folder, write_text
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -229,7 +229,46 @@ def test_a_folder_that_was_not_written_here_is_never_replaced(tmp_path: Path) ->
     (tmp_path / "work" / "thesis.txt").write_text("years")
     with (
         pytest.raises(ValueError, match=r"work is there and has no bundle\.json: it would be lost"),
-        replace_folder(tmp_path / "work", marker="bundle.json"),
+        replace_folder(tmp_path / "work", own=("bundle.json",)),
     ):
         pass
     assert (tmp_path / "work" / "thesis.txt").read_text() == "years"
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_what_others_put_into_a_folder_stays_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(errno.EPERM, "this disk has no links")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refused)
+    folder, own = tmp_path / "bundle", ("bundle.json", "adapters")
+    (folder / ".git" / "refs").mkdir(parents=True)
+    (folder / ".git" / "refs" / "main").write_text("commit")
+    (folder / "README.md").write_text("mine")
+    (folder / "latest").symlink_to("README.md")
+    (folder / "adapters").mkdir()
+    (folder / "adapters" / "old").write_text("old")
+    (folder / "bundle.json").write_text("old")
+    with replace_folder(folder, own=own) as aside:
+        (aside / "bundle.json").write_text("new")
+    assert (folder / "bundle.json").read_text() == "new"
+    assert (folder / "README.md").read_text() == "mine"
+    assert (folder / ".git" / "refs" / "main").read_text() == "commit"
+    assert (folder / "latest").is_symlink()
+    assert not (folder / "adapters").exists()
+    with pytest.raises(RuntimeError), replace_folder(folder, own=own) as aside:
+        raise RuntimeError
+    assert (folder / "README.md").read_text() == "mine"
+
+
+def test_a_folder_is_named_after_itself_and_a_link_not_after_what_it_leads_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run42").mkdir()
+    (tmp_path / "sums").symlink_to("run42")
+    assert [name_of(tmp_path / name) for name in ("run42", "sums", "run42/../sums")] == ["run42", "sums", "sums"]
+    monkeypatch.chdir(tmp_path / "run42")
+    assert name_of(".") == "run42"

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import reference
+from dlp_lora.errors import RouterError
 from dlp_lora.policy import (
     FusionPolicy,
     Mixture,
@@ -17,6 +18,7 @@ from dlp_lora.policy import (
     choose,
     policy_from_dict,
     policy_to_dict,
+    with_p,
 )
 
 ROUTED = {"math": 0.5, "units": 0.3, "poems": 0.15, "dates": 0.05}
@@ -318,3 +320,16 @@ def test_where_none_of_them_is_the_likeliest_no_policy_chooses(policy: FusionPol
     assert choose(policy, {"a": 0.0, "b": 0.0}) == ({"a": 0.0, "b": 0.0}, Mixture())
     whole = {"a": 0.6, "b": 0.4}
     assert choose(policy, whole) == (whole, policy(whole))
+
+
+@pytest.mark.parametrize("p", [math.nan, math.inf, -0.1, 1.5])
+def test_what_is_no_probability_is_the_routers_error_not_the_base_model(p: float) -> None:
+    with pytest.raises(RouterError, match="where probabilities are expected"):
+        choose(TopP(), {"math": 0.5, "units": p})
+
+
+def test_another_p_keeps_the_rest_of_top_p_and_takes_the_place_of_other_policies() -> None:
+    assert with_p(TopP(0.9, weighting="paper", min_confidence=0.4), 0.5) == TopP(
+        0.5, weighting="paper", min_confidence=0.4
+    )
+    assert with_p(TopK(2), 0.5) == TopP(0.5)

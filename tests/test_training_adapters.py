@@ -261,6 +261,14 @@ def test_changed_examples_are_refused(tmp_path: Path) -> None:
         train(tmp_path / "toy", task=toy(13))
 
 
+def test_a_target_module_that_is_not_there_is_refused_beside_others_that_are(tmp_path: Path) -> None:
+    for missing in ("qkv_proj", " v_proj", "proj"):
+        with pytest.raises(TrainingError, match=rf"has no modules {missing}; its linear layers are .*q_proj"):
+            train(tmp_path / "toy", replace(QUICK, target_modules=("q_proj", missing)))
+    train(tmp_path / "toy", replace(QUICK, target_modules=("q_proj", "0.self_attn.v_proj")))
+    assert len(load_file(tmp_path / "toy" / WEIGHTS_FILE)) == 2 * (2 + 1)
+
+
 def test_another_base_model_is_refused(tmp_path: Path) -> None:
     train(tmp_path / "toy")
     model = lively_model()
@@ -319,7 +327,7 @@ def test_overwrite_trains_anew(tmp_path: Path) -> None:
 def test_unknown_target_modules_list_the_linear_layers(tmp_path: Path) -> None:
     with pytest.raises(
         TrainingError,
-        match=r"LlamaForCausalLM has no modules \['c_attn'\]; its linear layers are down_proj, .*v_proj: pass",
+        match=r"LlamaForCausalLM has no modules c_attn; its linear layers are down_proj, .*v_proj: pass",
     ):
         train(tmp_path / "toy", replace(QUICK, target_modules=("c_attn",)))
 

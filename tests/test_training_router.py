@@ -287,3 +287,15 @@ def test_a_router_remembers_contexts_of_each_task(trained: tuple[MiniMLP, Router
     assert router.memory.shape == (3, 8, router.config.hidden)
     found = router.head(router.memory.flatten(0, 1)).argmax(dim=-1).view(3, 8)
     assert (found == torch.arange(3)[:, None]).float().mean() > 0.6
+
+
+def test_two_tasks_that_learn_their_halves_of_one_prompt_are_told_apart_by_whole_ones() -> None:
+    halves = [
+        replace(mine, prompt=f"{mine.prompt} {other.prompt}", complete=False)
+        for mine, other in zip(TASKS[0].train, TASKS[1].train, strict=False)
+    ]
+    with_halves = [replace(task, train=(*task.train, *halves), test=(*task.test, *halves)) for task in TASKS]
+    found, report = train_router(with_halves, TOKENIZER, ARGS)
+    expected, plain = train_router(TASKS, TOKENIZER, ARGS)
+    assert report.num_test == plain.num_test
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), expected.parameters(), strict=True))

@@ -112,7 +112,7 @@ def write_bundle(
     """
     for name in adapters:
         _check_name(name)
-    with replace_folder(path, marker=BUNDLE_FILE) as folder:
+    with replace_folder(path, own=(BUNDLE_FILE, "adapters", "router")) as folder:
         hashes = {}
         for name, source in adapters.items():
             target = folder / "adapters" / name

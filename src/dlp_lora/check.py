@@ -10,9 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dlp_lora.bank import AdapterBank
 from dlp_lora.errors import AdapterError, DLPLoRAError, ModelError
-from dlp_lora.folders import replace_folder
+from dlp_lora.folders import name_of, replace_folder
 from dlp_lora.fused import linear_layers
-from dlp_lora.peft_format import CONFIG_FILE, Adapter, LoraWeights, find_adapters, read_adapter, write_adapter
+from dlp_lora.peft_format import CONFIG_FILE, FILES, Adapter, LoraWeights, find_adapters, read_adapter, write_adapter
 from dlp_lora.policy import Mixture
 
 
@@ -51,7 +51,7 @@ def check_adapters(layout: Mapping[str, tuple[int, int]], adapters: str | Path |
     """Checks each adapter folder on its own; a folder that is itself an adapter is checked as one."""
     if not isinstance(adapters, Mapping):
         single = (Path(adapters) / CONFIG_FILE).is_file()
-        adapters = {Path(adapters).resolve().name: Path(adapters)} if single else find_adapters(adapters)
+        adapters = {name_of(adapters): Path(adapters)} if single else find_adapters(adapters)
     return [_check(layout, name, Path(path)) for name, path in adapters.items()]
 
 
@@ -61,20 +61,25 @@ def export_mixture(bank: AdapterBank, mixture: Mapping[str, float], path: str | 
     It reads the adapters' folders again: the bank holds their weights in its own dtype.
 
     Raises:
-        AdapterError: if the bank holds no adapter of a name, its folder no longer holds what was added, or the
-            mixture is empty.
+        AdapterError: if the bank holds no adapter of a name, its folder no longer holds what was added or is `path`,
+            or the mixture is empty.
     """
     mixture = Mixture(mixture)
     unknown = set(mixture) - set(bank.names)
     if unknown or not mixture:
         what = f"no adapter {', '.join(sorted(unknown))}" if unknown else "the mixture is empty"
         raise AdapterError(f"{what}; there are {', '.join(sorted(bank.names))}")
+    for name, adapter in bank.adapters.items():
+        if adapter.path.resolve() == Path(path).resolve():
+            raise AdapterError(
+                f"{path} is the folder of the adapter {name!r}, which would be lost; write somewhere else"
+            )
     for name in mixture:
         bank.check_files(name)
     parts = [(read_adapter(bank.adapters[name].path, name), weight) for name, weight in mixture.items()]
     modules = {module: _concatenated(parts, module) for adapter, _ in parts for module in adapter.modules}
     bases = {adapter.base_model for adapter, _ in parts}
-    with replace_folder(path, marker=CONFIG_FILE) as folder:
+    with replace_folder(path, own=FILES) as folder:
         write_adapter(
             folder,
             modules,

@@ -20,7 +20,7 @@ from dlp_lora.folders import write_text
 from dlp_lora.loading import load
 from dlp_lora.peft_format import content_hash
 from dlp_lora.policy import Mixture, TopP
-from dlp_lora.router import MiniMLP
+from dlp_lora.router import MiniMLP, router_hash
 from dlp_lora.rows import Sentence
 from dlp_lora.tasks import Example, Task, compose, procedural_task, serial
 from dlp_lora.training.adapters import TrainedAdapter, train_adapter
@@ -214,7 +214,8 @@ def _evaluate(
 
 def _identity(engine: Engine, args: DemoArgs) -> dict[str, Any]:
     hashes = {name: content_hash(adapter.path) for name, adapter in engine.bank.adapters.items()}
-    return {"adapters": hashes, "args": json.loads(json.dumps(asdict(args)))}
+    router = engine.router and router_hash(engine.router)
+    return {"adapters": hashes, "router": router, "args": json.loads(json.dumps(asdict(args)))}
 
 
 def _answers(engine: Engine, method: Method, batch: Sequence[tuple[str, Example]], args: DemoArgs) -> list[str]:

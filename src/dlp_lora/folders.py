@@ -3,28 +3,31 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 
 @contextmanager
-def replace_folder(path: str | Path, *, marker: str | None = None) -> Iterator[Path]:
+def replace_folder(path: str | Path, *, own: Sequence[str] = ()) -> Iterator[Path]:
     """Yields an empty folder beside `path`, and puts it in the place of `path` if all went well.
 
-    With a `marker`, a folder that is there is replaced only if it is empty or holds a file of that name.
+    `own` names all that is ever written there. A folder that is there is then replaced only if it is empty or holds the
+    first of them, and what else it holds (a README, a repository's files) stays in it.
 
     Written aside and renamed: whatever interrupts the writing, a full disk included, the folder that was there
     before survives. `recover_folder` finds it even after a kill between the two renames.
     """
     path = Path(os.path.realpath(path))  # a link to a folder stays one
     recover_folder(path)
-    if marker is not None:
-        check_replaceable(path, marker)
+    if own:
+        check_replaceable(path, own[0])
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     try:
         yield aside
+        if own and path.exists():
+            _carry_over([entry for entry in path.iterdir() if entry.name not in own], aside)
         aside.chmod(0o777 & ~_umask())
         previous = _previous(path)
         if path.exists():
@@ -42,7 +45,7 @@ def replace_folder(path: str | Path, *, marker: str | None = None) -> Iterator[P
 
 
 def check_replaceable(path: str | Path, marker: str) -> None:
-    """Checks that replacing a folder loses nothing that was not written here.
+    """Checks that a folder may be replaced by what is written here.
 
     Raises:
         ValueError: if something else than an empty folder is there and it holds no file named `marker`.
@@ -64,6 +67,28 @@ def write_text(path: Path, text: str) -> None:
     aside = path.with_name(f".{path.name}.partial")
     aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)
+
+
+def name_of(path: str | Path) -> str:
+    """The name of a folder, that of "." too; a link has its own, whatever it leads to."""
+    return Path(os.path.abspath(path)).name
+
+
+def _carry_over(entries: Sequence[Path], folder: Path) -> None:
+    """Puts files and folders into another folder on the same disk, too, without a copy where it can have links."""
+    for entry in entries:
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, folder / entry.name, symlinks=True, copy_function=_link_or_copy)
+        else:
+            _link_or_copy(str(entry), str(folder / entry.name))
+
+
+def _link_or_copy(source: str, target: str) -> str:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
+    return target
 
 
 def _previous(path: Path) -> Path:

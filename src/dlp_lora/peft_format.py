@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dlp_lora.errors import AdapterError
+from dlp_lora.folders import name_of
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -152,7 +153,7 @@ def read_adapter(path: str | Path, name: str | None = None, *, weights: bool = T
     for key in copies.values():
         del tensors[key]
     modules = _modules(path, config, tensors)
-    return Adapter(name=name or path.resolve().name, modules=modules, config=config, path=path, base_copies=copies)
+    return Adapter(name=name or name_of(path), modules=modules, config=config, path=path, base_copies=copies)
 
 
 def read_base_copies(adapter: Adapter) -> dict[str, Tensor]:

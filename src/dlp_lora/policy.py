@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
+
+from dlp_lora.errors import RouterError
 
 Weighting = Literal["renormalised", "paper"]
 KVPolicy = Literal["keep", "recompute"]
@@ -186,11 +188,21 @@ def choose(policy: FusionPolicy, row: Mapping[str, float], unsure: Unsure = "bas
 
     What the row lacks to 1 is the probability that none of them fits; where that is half or more, the mixture is empty
     unless the "likeliest" are asked for. A row of zeros, that of a text that says nothing, never has one.
+
+    Raises:
+        RouterError: if the row holds something else than probabilities.
     """
+    if not all(0 <= p <= 1 + TOLERANCE for p in row.values()):  # false for NaN, too
+        raise RouterError(f"the router gave {dict(row)}, where probabilities are expected; it or its base is damaged")
     fits = math.fsum(row.values())
     is_whole = fits <= 0 or abs(fits - 1) < TOLERANCE
     probabilities = dict(row) if is_whole else {name: p / fits for name, p in row.items()}
     return probabilities, policy(probabilities) if fits > (0 if unsure == "likeliest" else 0.5) else Mixture()
+
+
+def with_p(policy: FusionPolicy, p: float) -> TopP:
+    """Top-p with another `p`, and else as it is; in the place of another policy, plain top-p."""
+    return replace(policy, p=p) if isinstance(policy, TopP) else TopP(p)
 
 
 def policy_to_dict(policy: FusionPolicy) -> dict[str, Any]:

@@ -74,6 +74,9 @@ def encode_prompts(
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message]) -> list[int]:
+    for text in [prompt] if isinstance(prompt, str) else [message.get("content") for message in prompt]:
+        if isinstance(text, str) and any("\ud800" <= c <= "\udfff" for c in text):
+            raise PromptError(f"a prompt must be Unicode, got half a character in {text[:60]!r}")
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"]) if prompt.strip() else []
     if not getattr(tokenizer, "chat_template", None):

@@ -16,13 +16,14 @@ from dlp_lora.cli.app import (
     ModelOption,
     app,
     base_model,
+    base_of,
     console,
     open_engine,
     print_json,
-    stderr,
+    say,
 )
 from dlp_lora.cli.run import parse_mixture
-from dlp_lora.folders import check_replaceable
+from dlp_lora.folders import check_replaceable, name_of
 
 
 @app.command()
@@ -79,7 +80,7 @@ def bundle(
         kv_policy=kv_policy,
         prompt_routing=prompt_routing,
     )
-    stderr.print(f"wrote {out}: {len(checks)} adapters, {'a router' if found else 'no router'}, base {escape(base)}")
+    say(f"wrote {out}: {len(checks)} adapters, {'a router' if found else 'no router'}, base {base}")
 
 
 @app.command()
@@ -88,6 +89,9 @@ def add_task(
     adapter: Annotated[Path, typer.Option("--adapter", "-a", help="PEFT adapter folder.")],
     examples: Annotated[Path, typer.Option(help="JSON lines with prompt and answer, as in a task folder.")],
     name: Annotated[str | None, typer.Option(help="The adapter's name. [default: its folder's]")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Base model: folder or hub id. [default: the bundle's]")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the contexts that are drawn.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -102,17 +106,17 @@ def add_task(
     from dlp_lora.training.extend import add_to_bundle
 
     check_replaceable(bundle, BUNDLE_FILE)
-    (fits,) = check_adapters(model_layout(base_model(read_bundle(bundle).base_model or None)), {"": adapter})
+    (fits,) = check_adapters(model_layout(base_of(read_bundle(bundle), model)), {"": adapter})
     if not fits.fits:
         raise AdapterError(fits.reason)
-    task = Task(name=name or adapter.resolve().name, train=read_examples(examples), test=())
+    task = Task(name=name or name_of(adapter), train=read_examples(examples), test=())
     done = add_to_bundle(bundle, task, adapter, seed=seed)
     if as_json:
         print_json(done.to_dict())
         return
     tried = "too few to leave some out" if done.accuracy is None else f"{done.accuracy:.0%} of those left out found"
-    stderr.print(f"{escape(task.name)}: {done.num_examples} examples ({tried}), {done.seconds:.1f} s")
-    stderr.print(f"wrote {bundle}: {len(done.names)} adapters")
+    say(f"{task.name}: {done.num_examples} examples ({tried}), {done.seconds:.1f} s")
+    say(f"wrote {bundle}: {len(done.names)} adapters")
 
 
 @app.command()
@@ -129,7 +133,7 @@ def remove_task(
 
     check_replaceable(bundle, BUNDLE_FILE)
     left = remove_from_bundle(bundle, name)
-    stderr.print(f"wrote {bundle}: {len(left)} adapters")
+    say(f"wrote {bundle}: {len(left)} adapters")
 
 
 @app.command()
@@ -178,4 +182,4 @@ def export(
     check_replaceable(out, CONFIG_FILE)
     engine = open_engine(EngineOptions(bundle=bundle, model=model, adapters=adapters), need_router=False)
     export_mixture(engine.bank, parse_mixture(mixture), out)
-    stderr.print(f"wrote {out}")
+    say(f"wrote {out}")

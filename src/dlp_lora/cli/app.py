@@ -22,9 +22,12 @@ from dlp_lora.policy import PromptRouting
 
 if TYPE_CHECKING:
     from dlp_lora import Engine
+    from dlp_lora.bundle import Bundle
 
-console = Console()
-stderr = Console(stderr=True)
+console = Console(emoji=False)  # ":a:" in an answer is no emoji
+stderr = Console(stderr=True, emoji=False)
+# What keeps its work as it goes; the others begin anew.
+RESUMABLE = ("demo", "reproduce", "train-adapter", "train-adapters")
 
 
 class _Commands(TyperGroup):
@@ -39,7 +42,8 @@ class _Commands(TyperGroup):
             stderr.print(f"[bold red]error:[/] {_escape(' '.join(str(error).split()))}", soft_wrap=True)
             raise typer.Exit(1) from error
         except KeyboardInterrupt:
-            stderr.print("interrupted; the same command goes on where it stopped")
+            goes_on = "; the same command goes on where it stopped" if ctx.invoked_subcommand in RESUMABLE else ""
+            stderr.print(f"interrupted{goes_on}")
             raise typer.Exit(130) from None
 
 
@@ -79,7 +83,9 @@ DataOption = Annotated[
 ]
 AdaptersOption = Annotated[Path | None, typer.Option("--adapters", "-a", help="Folder of PEFT adapter folders.")]
 RouterOption = Annotated[Path | None, typer.Option("--router", "-r", help="Router folder.")]
-BundleOption = Annotated[Path | None, typer.Option("--bundle", "-b", help="Bundle folder, instead of the three.")]
+BundleOption = Annotated[
+    str | None, typer.Option("--bundle", "-b", help="Bundle: folder or hub id, instead of the three.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 PolicyOption = Annotated[
     float | None, typer.Option("--p", help="Fuse the most likely adapters up to this probability. [default: 0.6]")
@@ -130,10 +136,10 @@ class EngineOptions:
 
 def open_engine(options: EngineOptions, *, need_router: bool = True) -> "Engine":
     """Loads the engine that the options describe."""
-    from dlp_lora import TopP, load
+    from dlp_lora import load
+    from dlp_lora.policy import with_p
 
     settings: dict[str, Any] = {
-        "policy": TopP(options.p) if options.p is not None else None,
         "prompt_routing": options.prompt_routing,
         "device": options.device,
         "prepack": options.prepack,
@@ -144,10 +150,14 @@ def open_engine(options: EngineOptions, *, need_router: bool = True) -> "Engine"
     if options.bundle is not None:
         if options.adapters is not None or options.router is not None:
             raise ValueError("--bundle holds adapters and router; leave --adapters and --router out")
-        return load(options.bundle, base_model=options.model, **settings)
-    if options.adapters is None or (options.router is None and need_router):
+        engine = load(options.bundle, base_model=options.model, **settings)
+    elif options.adapters is None or (options.router is None and need_router):
         raise ValueError("give --bundle, or --adapters and --router")
-    return load(base_model(options.model), adapters=options.adapters, router=options.router, **settings)
+    else:
+        engine = load(base_model(options.model), adapters=options.adapters, router=options.router, **settings)
+    if options.p is not None:
+        engine.policy = with_p(engine.policy, options.p)
+    return engine
 
 
 def base_model(model: str | None) -> str:
@@ -160,14 +170,32 @@ def base_model(model: str | None) -> str:
         return str(default_model())
 
 
+def base_of(bundle: "Bundle", model: str | None) -> str:
+    """The base model that was named, else the bundle's.
+
+    Raises:
+        BundleError: if neither is.
+    """
+    from dlp_lora.errors import BundleError
+
+    if not (named := model or bundle.base_model):
+        raise BundleError("the bundle was saved from a model without a name; give --model")
+    return named
+
+
+def say(text: str) -> None:
+    """Prints a line on standard error as it is: paths may look like markup."""
+    stderr.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def print_json(data: Any) -> None:
     """Prints one line of JSON."""
     sys.stdout.write(json.dumps(data, ensure_ascii=False) + "\n")
     sys.stdout.flush()
 
 
-def read_json_lines() -> Iterator[dict[str, Any]]:
-    """Reads JSON objects from standard input, one a line."""
+def read_json_lines() -> Iterator[tuple[int, dict[str, Any]]]:
+    """Reads JSON objects from standard input, one a line, with the line's number."""
     for number, line in enumerate(sys.stdin, start=1):
         if not line.strip():
             continue
@@ -182,7 +210,7 @@ def read_json_lines() -> Iterator[dict[str, Any]]:
                 f'standard input, line {number}: expected {{"prompt": "..."}} or {{"messages": [...]}}, '
                 f"got {line.strip()[:60]}"
             )
-        yield record
+        yield number, record
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from dlp_lora.cli.app import (
     check_device,
     console,
     progress_bar,
-    stderr,
+    say,
 )
 from dlp_lora.cli.options import with_options
 from dlp_lora.folders import write_text
@@ -235,10 +235,10 @@ def _run(measure: Callable[..., dict[str, Any]], device: str, output: Output) ->
     if output.json_file is not None:
         output.json_file.parent.mkdir(parents=True, exist_ok=True)
         write_text(output.json_file, json.dumps(record, indent=2) + "\n")
-        stderr.print(f"wrote {output.json_file}")
+        say(f"wrote {output.json_file}")
     if output.plot is not None:
         plot(record, output.plot)
-        stderr.print(f"wrote {output.plot}")
+        say(f"wrote {output.plot}")
 
 
 @contextmanager

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from dlp_lora.cli.app import DataOption, ModelOption, RouterOption, base_model, bench, console, stderr
+from dlp_lora.cli.app import DataOption, ModelOption, RouterOption, base_model, bench, console, say
 from dlp_lora.cli.bench import rounds_bar
+from dlp_lora.cli.options import words
 
 
 @bench.command("router")
@@ -60,7 +61,7 @@ def router_command(
     )
     with rounds_bar() as on_step:
         setting = Setting(
-            read_data(data, names=tasks.split(",") if tasks else None),
+            read_data(data, names=words(tasks) if tasks else None),
             load_tokenizer(tokenizer or router or base_model(model)),
             args,
             router=read_trained(router) if router else None,
@@ -69,14 +70,14 @@ def router_command(
             folder=work,
             on_step=on_step,
         )
-        record = bench_router(setting, only=only.split(",") if only else (), file=json_file, overwrite=overwrite)
+        record = bench_router(setting, only=words(only) if only else (), file=json_file, overwrite=overwrite)
     _show_router(record)
     if json_file is not None:
-        stderr.print(f"wrote {json_file}")
+        say(f"wrote {json_file}")
     if report is not None and json_file is not None:
         from dlp_lora.report import write_report
 
-        stderr.print(f"wrote {write_report(json_file, report).html}")
+        say(f"wrote {write_report(json_file, report).html}")
 
 
 def _show_router(record: dict[str, Any]) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from dlp_lora.cli.app import (
@@ -23,6 +22,7 @@ from dlp_lora.cli.app import (
     open_engine,
     print_json,
     progress_bar,
+    say,
     stderr,
 )
 from dlp_lora.cli.options import whole_numbers, words
@@ -83,7 +83,7 @@ def reproduce_command(
     asked = [key for key in GROWING if given[key] is not None or getattr(args, key) != getattr(default, key)]
     args = grown(out, args, given=asked)
     if more := added(out, args):
-        stderr.print(f"added to the run in {escape(str(out))}: {escape(more)}", soft_wrap=True)
+        say(f"added to the run in {out}: {more}")
     found = read_data(data, names=_names(tasks))
     infos = read_manifest(data)
     with progress_bar() as progress:
@@ -96,12 +96,12 @@ def reproduce_command(
     result = json.loads(record.read_text())
     _say_left_out(result["left_out"], result["scores"], list(result["data"]["tasks"]))
     for step, count in result["serial_skipped"].items():
-        stderr.print(f"{step} skipped: it asks questions of as many tasks of choice, and there are {count}")
+        say(f"{step} skipped: it asks questions of as many tasks of choice, and there are {count}")
     if result["serial_left_out"]:
-        stderr.print(f"prompts of several questions left out, too long: {escape(str(result['serial_left_out']))}")
+        say(f"prompts of several questions left out, too long: {result['serial_left_out']}")
     if result["without_choices"]:
-        stderr.print(f"questions without choices, not scored by likelihood: {escape(str(result['without_choices']))}")
-    stderr.print(f"wrote {record}; {_report(out)}")
+        say(f"questions without choices, not scored by likelihood: {result['without_choices']}")
+    say(f"wrote {record}; {_report(out)}")
     if as_json:
         print_json(result)
         return
@@ -111,7 +111,7 @@ def reproduce_command(
 
 @app.command("eval")
 def eval_command(
-    bundle: Annotated[Path, typer.Option("--bundle", "-b", help="Bundle folder.")],
+    bundle: Annotated[str, typer.Option("--bundle", "-b", help="Bundle: folder or hub id.")],
     data: DataOption,
     tasks: TasksOption = None,
     methods: Annotated[str, typer.Option(help="Methods, comma-separated.")] = "base,oracle,dlp",
@@ -169,7 +169,7 @@ def eval_command(
     identity = identity_of(engine, found, METHODS["dlp"])
     record: dict[str, Any] = {
         "format": FORMAT,
-        "bundle": bundle.name,
+        "bundle": Path(bundle).name,
         **{key: identity[key] for key in ("model", "model_hash", "adapters")},
         "router": identity.get("routing", {}).get("router"),
         "dtype": str(engine.model.dtype).removeprefix("torch."),
@@ -197,7 +197,7 @@ def eval_command(
         outputs = json_file.with_name(f"{json_file.stem}.outputs.jsonl.gz")
         write_outputs(outputs, evaluation.outputs())
         write_text(json_file, json.dumps({**record, "outputs": outputs.name}, indent=1) + "\n")
-        stderr.print(f"wrote {json_file}, and every answer to {outputs}", soft_wrap=True)
+        say(f"wrote {json_file}, and every answer to {outputs}")
 
 
 class _Shown:
@@ -242,11 +242,9 @@ def _names(tasks: str | None) -> list[str] | None:
 
 def _say_left_out(left_out: Mapping[str, int], scores: Mapping[str, Any], tasks: Sequence[str]) -> None:
     if left_out:
-        stderr.print(
-            f"questions left out, too long for the model or with an answer_prefix: {escape(str(dict(left_out)))}"
-        )
+        say(f"questions left out, too long for the model or with an answer_prefix: {dict(left_out)}")
     if unscored := [task for task in tasks if not any(task in own for own in scores.values())]:
-        stderr.print(f"not scored, for want of test questions: {escape(', '.join(unscored))}")
+        say(f"not scored, for want of test questions: {', '.join(unscored)}")
 
 
 def _report(out: Path) -> str:

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +18,7 @@ from dlp_lora.cli.app import (
     RouterOption,
     app,
     base_model,
+    base_of,
     console,
     open_engine,
     print_json,
@@ -57,15 +57,20 @@ def generate(
     """
     engine = open_engine(engine_options, need_router=fixed is None)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": seed is not None, "seed": seed}
-    records = [{"prompt": prompt}] if prompt is not None else read_json_lines()
     from contextlib import nullcontext
 
+    from dlp_lora.errors import PromptError
+
+    records = [(0, {"prompt": prompt})] if prompt is not None else read_json_lines()
     with engine.fixed(parse_mixture(fixed)) if fixed is not None else nullcontext():
-        for record in records:
+        for number, record in records:
             source: Any = record.get("messages") or record["prompt"]
             if chat and isinstance(source, str):
                 source = [{"role": "user", "content": source}]
-            answer = engine.generate(source, **options)
+            try:
+                answer = engine.generate(source, **options)
+            except PromptError as error:
+                raise PromptError(f"standard input, line {number}: {error}" if number else str(error)) from error
             if as_json or prompt is None:
                 print_json({**record, **answer.to_dict()})
                 continue
@@ -121,25 +126,28 @@ def route(
     `abstained`. Example: `echo '{"prompt": "Convert 3 km to metres."}' | dlp-lora route --router router/`
     """
     from dlp_lora import questions
-    from dlp_lora.bundle import check_names, read_bundle
+    from dlp_lora.bundle import FILES, check_names, read_bundle
+    from dlp_lora.errors import BundleError
+    from dlp_lora.hub import local_folder
     from dlp_lora.loading import load_model, load_router
-    from dlp_lora.policy import Switching, TopP, choose, policy_from_dict
+    from dlp_lora.policy import Switching, TopP, choose, policy_from_dict, with_p
     from dlp_lora.router import router_type
 
     if (router is None) == (bundle is None):
         raise ValueError("give --router or --bundle, and not both")
-    policy: Any = TopP(p) if p is not None else TopP()
+    policy: Any = TopP()
     is_whole, unsure = False, Switching().unsure
     if bundle is not None:
-        parts = read_bundle(bundle)
+        parts = read_bundle(local_folder(bundle, files=FILES, error=BundleError))
         if parts.router is None:
             raise ValueError(f"{bundle} has no router; train one with train-router")
-        router, kept = parts.router, policy_from_dict(parts.policy)
-        policy = kept if p is None else replace(kept, p=p) if isinstance(kept, TopP) else policy
-        model = model or parts.base_model or None
+        router, policy = parts.router, policy_from_dict(parts.policy)
         is_whole, unsure = parts.prompt_routing == "whole", Switching(**parts.switching).unsure
+    policy = policy if p is None else with_p(policy, p)
     router = router or Path()
-    base = load_model(base_model(model))[0] if router_type(router) == "arrow" else None
+    base = None
+    if router_type(router) == "arrow":
+        base = load_model(base_model(model) if bundle is None else base_of(parts, model))[0]
     chooser = load_router(router, base=base)
     if bundle is not None:
         check_names(chooser.names, list(parts.adapters))
@@ -147,7 +155,7 @@ def route(
     def read(contexts: Sequence[Any]) -> list[dict[str, float]]:
         return [dict(zip(chooser.names, row, strict=True)) for row in chooser.probabilities(contexts).tolist()]
 
-    for record in [{"prompt": prompt}] if prompt is not None else read_json_lines():
+    for _, record in [(0, {"prompt": prompt})] if prompt is not None else read_json_lines():
         context = _context(record)
         row = read([context])[0] if is_whole else questions.route(read, context)
         probs, mixture = choose(policy, row, unsure)
@@ -198,9 +206,11 @@ def routing_table(trace: tuple["Sentence", ...], *, of: str = "sentence") -> Tab
 
 def parse_mixture(text: str) -> dict[str, float]:
     """Reads "math=0.6,units=0.4"; a name alone has weight 1, and nothing at all is the base model."""
-    mixture = {}
+    mixture: dict[str, float] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, _, weight = part.partition("=")
+        if name.strip() in mixture:
+            raise ValueError(f"{name.strip()!r} stands in the mixture twice; give each adapter one weight")
         try:
             mixture[name.strip()] = float(weight or 1)
         except ValueError as error:

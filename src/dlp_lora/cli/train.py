@@ -1,6 +1,7 @@
 """Commands that train: train-adapter, train-adapters, train-router."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,9 +19,10 @@ from dlp_lora.cli.app import (
     console,
     print_json,
     progress_bar,
+    say,
     stderr,
 )
-from dlp_lora.cli.options import with_options
+from dlp_lora.cli.options import with_options, words
 from dlp_lora.folders import check_replaceable
 
 if TYPE_CHECKING:
@@ -59,8 +61,8 @@ class AdapterOptions:
             raise ValueError(f"no preset {self.preset!r}; choose {' or '.join(PRESETS)}")
         given: dict[str, Any] = {name: value for name, value in vars(self).items() if value is not None}
         del given["preset"]
-        if self.target_modules not in (None, "all-linear"):
-            given["target_modules"] = tuple(self.target_modules.split(","))
+        if self.target_modules is not None and self.target_modules != "all-linear":
+            given["target_modules"] = words(self.target_modules)
         return replace(PRESETS[self.preset], **given)
 
 
@@ -100,7 +102,7 @@ def train_adapters_command(
     Interrupted, the same command goes on where it stopped; finished adapters are left as they are. Example:
     `dlp-lora train-adapters --data data/ --out adapters/ --model Qwen/Qwen2-1.5B`
     """
-    args, names = options.training_args(), tasks.split(",") if tasks else None
+    args, names = options.training_args(), words(tasks) if tasks else None
     _train_adapters(data, names, out, model, args, overwrite=overwrite, as_json=as_json)
 
 
@@ -117,7 +119,9 @@ def train_router_command(
         Path | None, typer.Option(help="Instead of --data: folder of PEFT adapter folders, for the base --model.")
     ] = None,
     tasks: TasksOption = None,
-    router_kind: Annotated[str, typer.Option(help="What --data trains: mini-mlp or encoder.")] = "mini-mlp",
+    router_kind: Annotated[
+        str | None, typer.Option(help="What --data trains: mini-mlp or encoder. [default: mini-mlp]")
+    ] = None,
     encoder: Annotated[
         str | None,
         typer.Option(
@@ -131,7 +135,9 @@ def train_router_command(
     coverage: Annotated[
         float | None, typer.Option(help="Share of the tasks' own texts that some adapter is to fit. [default: 0.99]")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of initialisation, order and augmentation.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of initialisation, order and augmentation. [default: 0]")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train a router on the task folders' texts; report held-out accuracy, confusion and calibration.
@@ -144,13 +150,31 @@ def train_router_command(
     """
     from dlp_lora.router import CONFIG_FILE
 
-    if sum(source is not None for source in (data, from_descriptions, from_adapters)) != 1:
+    sources = {"--data": data, "--from-descriptions": from_descriptions, "--from-adapters": from_adapters}
+    named = [option for option, source in sources.items() if source is not None]
+    if len(named) != 1:
         raise ValueError("give one of --data, --from-descriptions and --from-adapters")
+    options = {
+        "--tasks": tasks,
+        "--router-kind": router_kind,
+        "--encoder": encoder,
+        "--tokenizer": tokenizer,
+        "--model": model,
+        "--epochs": epochs,
+        "--coverage": coverage,
+        "--seed": seed,
+    }
+    reads = {"--from-descriptions": ["--encoder"], "--from-adapters": ["--model", "--seed"]}.get(named[0], [*options])
+    if encoder is not None and data is not None:
+        reads.remove("--tokenizer")  # an encoder has its own
+    if unread := [option for option, value in options.items() if value is not None and option not in reads]:
+        also = " with --encoder" if "--tokenizer" in unread and data is not None else ""
+        raise ValueError(f"{named[0]}{also} does not read {', '.join(unread)}; leave it out")
     check_replaceable(out, CONFIG_FILE)
     if from_descriptions is not None:
         _router_from_descriptions(from_descriptions, out, encoder, as_json=as_json)
     elif from_adapters is not None:
-        _router_from_adapters(from_adapters, out, model, seed, as_json=as_json)
+        _router_from_adapters(from_adapters, out, model, seed or 0, as_json=as_json)
     elif data is not None:
         from dlp_lora.training.router import RouterTrainingArgs
 
@@ -162,14 +186,12 @@ def train_router_command(
             "seed": seed,
         }
         args = RouterTrainingArgs(**{key: value for key, value in given.items() if value is not None})
-        _train_router(
-            data, tasks.split(",") if tasks else None, out, tokenizer or encoder, model, args, as_json=as_json
-        )
+        _train_router(data, words(tasks) if tasks else None, out, tokenizer or encoder, model, args, as_json=as_json)
 
 
 def _train_adapters(
     data: str | Path,
-    names: list[str] | None,
+    names: Sequence[str] | None,
     out: Path,
     model: str | None,
     args: Any,
@@ -200,7 +222,7 @@ def _train_adapters(
 
 def _train_router(
     data: Path,
-    names: list[str] | None,
+    names: Sequence[str] | None,
     out: Path,
     tokenizer: str | None,
     model: str | None,
@@ -237,7 +259,7 @@ def _train_router(
     for name, accuracy, mistakes in report.mistakes():
         table.add_row(escape(name), f"{accuracy:.1%}", ", ".join(f"{other} {n}" for other, n in mistakes.items()))
     console.print(table if table.row_count else "no test prompt went to another task")
-    stderr.print(f"wrote {out} (the whole confusion table is in {out / 'report.json'})")
+    say(f"wrote {out} (the whole confusion table is in {out / 'report.json'})")
 
 
 def _router_from_descriptions(file: Path, out: Path, encoder: str | None, *, as_json: bool) -> None:
@@ -273,4 +295,4 @@ def _tell(names: tuple[str, ...], kind: str, temperature: float, out: Path, *, a
         print_json({"type": kind, "names": names, "temperature": temperature})
     else:
         console.print(f"{len(names)} adapters: {escape(', '.join(names))}; temperature {temperature:.2g}")
-        stderr.print(f"wrote {out}; see what it does: dlp-lora route --router {out}")
+        say(f"wrote {out}; see what it does: dlp-lora route --router {out}")

@@ -39,7 +39,7 @@ class SavedRouter:
 
 def write_router(path: str | Path, saved: SavedRouter) -> None:
     """Writes a router folder; the one that was there before is replaced at the very end."""
-    with replace_folder(path, marker=CONFIG_FILE) as folder:
+    with replace_folder(path, own=(*FILES, "report.json")) as folder:  # which is of the router that was there
         save_file({name: tensor.contiguous() for name, tensor in saved.weights.items()}, folder / WEIGHTS_FILE)
         saved.tokenizer.save(str(folder / TOKENIZER_FILE))
         tokenizer = _hash(folder / TOKENIZER_FILE)

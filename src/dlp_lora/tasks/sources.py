@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dlp_lora.errors import TaskError
+from dlp_lora.folders import name_of
 from dlp_lora.tasks.task import Example, Task, same_prompt
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
@@ -51,7 +52,7 @@ def read_task(folder: str | Path) -> Task:
     train = _read_split(train_file)
     test = _read_split(test_file) if test_file else {}
     _check_disjoint(train, test, train_file=train_file, test_file=test_file)
-    return Task(name=folder.resolve().name, train=tuple(train.values()), test=tuple(test.values()))
+    return Task(name=name_of(folder), train=tuple(train.values()), test=tuple(test.values()))
 
 
 def read_examples(file: str | Path) -> tuple[Example, ...]:

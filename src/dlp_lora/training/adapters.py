@@ -200,18 +200,27 @@ def lora_config(args: AdapterTrainingArgs) -> LoraConfig:
 
 
 def _with_lora(model: PreTrainedModel, args: AdapterTrainingArgs) -> PeftModel:
+    names = [name for name, _ in model.named_modules()]
+    asked = () if isinstance(args.target_modules, str) else args.target_modules
+    # PEFT takes those that there are.
+    if missing := [target for target in asked if not any(f".{name}".endswith(f".{target}") for name in names)]:
+        raise _no_modules(model, missing)
     torch.manual_seed(args.seed)
     together = siblings(model)
     try:
         peft_model = cast(PeftModel, get_peft_model(model, lora_config(args)))
     except ValueError as error:
-        linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
-        raise TrainingError(
-            f"{type(model).__name__} has no modules {list(args.target_modules)}; its linear layers are "
-            f"{', '.join(linear)}: pass target_modules"
-        ) from error
+        raise _no_modules(model, list(args.target_modules)) from error
     compute_together(model, together)
     return peft_model
+
+
+def _no_modules(model: PreTrainedModel, missing: Sequence[str]) -> TrainingError:
+    linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
+    return TrainingError(
+        f"{type(model).__name__} has no modules {', '.join(missing)}; its linear layers are {', '.join(linear)}: pass "
+        "target_modules"
+    )
 
 
 def _finished(name: str, out: Path, identity: dict[str, Any]) -> TrainedAdapter:

@@ -4,15 +4,19 @@ Examples are single questions with their answers. Out of them come conversations
 a prompt, prompts cut short or disguised, answers half written, and prompts of two questions in a row.
 """
 
+import logging
 import random
 import string
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from dlp_lora.errors import TrainingError
 from dlp_lora.router import Context
 from dlp_lora.sentences import split
-from dlp_lora.tasks.task import Example
+from dlp_lora.tasks.task import Example, Task
+
+logger = logging.getLogger(__name__)
 
 NUM_HISTORIES = 2_000  # conversations that the contexts share
 HISTORY_CHARS = 1_200
@@ -109,6 +113,30 @@ class Sample:
 
     context: Context
     label: int
+
+
+def whole_examples(examples: Sequence[Example]) -> tuple[Example, ...]:
+    """Those that are no part of a longer answer: the prompt of a part is of several tasks, and says nothing of one."""
+    return tuple(example for example in examples if example.complete and not example.answer_prefix)
+
+
+def routable(task: Task) -> Task:
+    """The task without parts of longer answers, which adapters alone learn from.
+
+    Raises:
+        TrainingError: if no training example is left.
+    """
+    whole = replace(task, train=whole_examples(task.train), test=whole_examples(task.test))
+    if num_parts := len(task.train) + len(task.test) - len(whole.train) - len(whole.test):
+        logger.warning(
+            "%s: the router does not read %d examples that are parts of longer answers", task.name, num_parts
+        )
+    if not whole.train:
+        raise TrainingError(
+            f"the task {task.name!r} has no whole examples (with answer_prefix or complete=false they are parts); give "
+            "some, 32 are often enough"
+        )
+    return whole
 
 
 def draw_contexts(

@@ -21,7 +21,7 @@ from dlp_lora.loading import load_router
 from dlp_lora.router import Context, MiniMLP
 from dlp_lora.router.nearness import Nearness
 from dlp_lora.tasks.task import Task
-from dlp_lora.training.contexts import MIX
+from dlp_lora.training.contexts import MIX, routable
 from dlp_lora.training.router import remember
 
 NUM_STEPS = 300
@@ -42,8 +42,7 @@ def add_tasks(router: MiniMLP, tasks: Sequence[Task], *, seed: int = 0) -> MiniM
     for task in tasks:
         if task.name in router.names:
             raise TrainingError(f"the router knows {task.name!r} already; remove it first, or choose another name")
-        if not task.train:
-            raise TrainingError(f"the task {task.name!r} has no examples; give some, 32 are often enough")
+    tasks = [routable(task) for task in tasks]
     if router.memory.shape[1] == 0:
         raise RouterError("the router was trained with memory=0, so nothing guards its adapters; train it anew")
     rng = random.Random(seed)
@@ -105,6 +104,7 @@ def add_to_bundle(path: str | Path, task: Task, adapter: str | Path, *, seed: in
         RouterError: if the router is no mini-MLP.
     """
     bundle, router = _opened(path)
+    task = routable(task)
     start = time.perf_counter()
     accuracy = None
     left_out = task.train[::5]

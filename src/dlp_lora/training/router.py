@@ -23,7 +23,7 @@ from dlp_lora.router import load_tokenizer as load_tokenizer  # for those who tr
 from dlp_lora.router.encoder import albert_config
 from dlp_lora.router.nearness import Nearness
 from dlp_lora.tasks.task import Example, Task
-from dlp_lora.training.contexts import GENERATION, KINDS, MIX, draw_contexts
+from dlp_lora.training.contexts import GENERATION, KINDS, MIX, draw_contexts, routable
 
 NUM_BINS = 15
 RATES = ("learning_rate", "embedding_learning_rate", "encoder_learning_rate")
@@ -132,11 +132,12 @@ def train_router(
 
     Raises:
         RouterError: if the encoder to start from cannot be loaded.
-        TrainingError: with fewer than two tasks.
+        TrainingError: with fewer than two tasks, or if one has no whole example.
     """
     args = args or RouterTrainingArgs()
     if len(tasks) < 2:
         raise TrainingError(f"a router chooses between tasks, but got {len(tasks)}; give at least two task folders")
+    tasks = [routable(task) for task in tasks]
     _check_tests(tasks)
     start = time.perf_counter()
     rng = random.Random(args.seed)

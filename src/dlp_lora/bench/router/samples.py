@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from dlp_lora.router import Context
 from dlp_lora.sentences import split
 from dlp_lora.tasks.task import Example, Task
+from dlp_lora.training.contexts import first_word, whole_examples
 
 BETWEEN_QUESTIONS = "\n\n"
 MIN_WORDS = 6  # of a sentence that is cut in half
@@ -69,7 +70,7 @@ def questions(tasks: Sequence[Task], *, limit: int | None = None, train: bool = 
     """
     found = []
     for task in tasks:
-        whole = [e for e in (task.train if train else task.test) if e.complete and not e.answer_prefix]
+        whole = whole_examples(task.train if train else task.test)
         step = max(1.0, len(whole) / limit) if limit else 1.0
         found += [Question(task.name, whole[int(i * step)]) for i in range(int(len(whole) / step + 1e-9))]
     return found
@@ -171,11 +172,6 @@ def other_than(asked: Sequence[Question], rng: random.Random) -> list[Question]:
 def has_changed(walk: Walk) -> list[bool]:
     """Of each sentence of a walk, whether it is the first of another task than the one before."""
     return [False, *(a.task != b.task for a, b in pairwise(walk))]
-
-
-def first_word(text: str) -> str:
-    """The first word, as the router meets a sentence that opens."""
-    return text.split(maxsplit=1)[0] if text.split() else text
 
 
 def _walk(asked: Sequence[Question]) -> Walk:

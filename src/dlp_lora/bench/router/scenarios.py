@@ -36,6 +36,7 @@ from dlp_lora.policy import Switching
 from dlp_lora.questions import in_turn, questions_of
 from dlp_lora.router import Context, Router
 from dlp_lora.sentences import split
+from dlp_lora.training.contexts import first_word
 
 Scenario = Callable[[Setting], dict[str, Any]]
 
@@ -216,7 +217,7 @@ def _timed(router: Router, asked: Sequence[Question]) -> tuple[list[float], list
             sentences = split(f"{q.example.answer.strip()}\n\n" * 3)
         at_prompt.append(_ms(router, Context(q.example.prompt)))
         at_sentence += [
-            _ms(router, Context(q.example.prompt, "".join(sentences[:k]), samples.first_word(sentences[k])))
+            _ms(router, Context(q.example.prompt, "".join(sentences[:k]), first_word(sentences[k])))
             for k in range(1, len(sentences))
         ]
     return at_prompt, at_sentence

@@ -9,6 +9,7 @@ from dlp_lora.errors import RecordError
 from dlp_lora.report.record import Measure
 
 BENCHMARK, FORMAT = "router", 1
+PARTS = ("data", "scenarios", "targets", "router", "settings", "environment")
 
 Found = Mapping[str, Any]
 """A record, or a part of one."""
@@ -26,11 +27,13 @@ def read_router_record(path: Path) -> Found:
     """Reads the record of a router.
 
     Raises:
-        RecordError: if it is of a later format.
+        RecordError: if it is of a later format, or lacks a part.
     """
     record: Found = json.loads(path.read_text(encoding="utf-8"))
     if record.get("format") != FORMAT:
         raise RecordError(f"{path} has record format {record.get('format')}; this version reads {FORMAT}; upgrade")
+    if missing := [part for part in PARTS if not isinstance(record.get(part), dict | list)]:
+        raise RecordError(f"{path} is damaged: it has no {', '.join(missing)}; measure the router again")
     return record
 
 
