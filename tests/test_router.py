@@ -410,13 +410,15 @@ class TestSaving:
             assert torch.equal(loaded.probabilities([context]), mlp.probabilities([context]))
         assert sorted(p.name for p in tmp_path.iterdir()) == ["router"]
 
-    def test_saving_again_replaces_the_router(self, tmp_path: Path) -> None:
+    def test_saving_again_replaces_the_router_and_its_report_alone(self, tmp_path: Path) -> None:
         router(seed=1).save_pretrained(tmp_path / "router")
-        (tmp_path / "router" / "stray.txt").write_text("old")
+        for file in ("report.json", "README.md"):
+            (tmp_path / "router" / file).write_text("old")
         router(seed=2).save_pretrained(str(tmp_path / "router"))
         loaded = MiniMLP.from_pretrained(str(tmp_path / "router"))
         assert torch.equal(loaded.probabilities(CONTEXTS), router(seed=2).probabilities(CONTEXTS))
-        assert not (tmp_path / "router" / "stray.txt").exists()
+        assert not (tmp_path / "router" / "report.json").exists()
+        assert (tmp_path / "router" / "README.md").read_text() == "old"
 
     def test_a_save_that_breaks_off_keeps_the_router_that_was_there(self, tmp_path: Path) -> None:
         router(seed=1).save_pretrained(tmp_path / "router")
