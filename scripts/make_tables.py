@@ -376,13 +376,10 @@ def _ablations() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "tasks26": partial(_means, "tasks26/record"),
+    "tasks26": partial(_means, "lora_r64/joined"),
     "tasks26-teacher-forced": partial(_teacher_forced, "tasks26/record"),
-    "tasks26-differences": partial(_differences, "tasks26/record"),
-    "lora-r64": partial(_means, "lora_r64/joined"),
-    "lora-r64-differences": partial(_differences, "lora_r64/joined"),
-    "tasks26-by-task": partial(_by_task, "tasks26/record"),
-    "lora-r64-by-task": partial(_by_task, "lora_r64/joined"),
+    "tasks26-differences": partial(_differences, "lora_r64/joined"),
+    "tasks26-by-task": partial(_by_task, "lora_r64/joined"),
     "tasks26-serial": partial(_serial, whole=False),
     "tasks26-serial-whole": partial(_serial, whole=True),
     "ablations": _ablations,
