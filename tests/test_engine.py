@@ -562,7 +562,7 @@ class TestPrompts:
     def test_arguments_that_engine_generate_sets_itself_are_refused(self, make_engine: MakeEngine, name: str) -> None:
         for answer in (make_engine().generate, make_engine().stream):
             with pytest.raises(ValueError, match=rf"{name} is not an argument of engine\.generate"):
-                answer("Why?", **{name: torch.ones(1)})
+                answer("Why?", **{name: torch.zeros(1, 2)})
 
     @pytest.mark.parametrize(
         "settings, message",

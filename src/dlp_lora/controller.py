@@ -26,10 +26,11 @@ from transformers import PreTrainedTokenizerBase
 
 from dlp_lora.bank import AdapterBank
 from dlp_lora.endings import Endings
-from dlp_lora.errors import PromptError, RouterError
-from dlp_lora.policy import FusionPolicy, KVPolicy, Mixture, PromptRouting, Switching, choose
-from dlp_lora.questions import questions_of, read_in_turn, route
-from dlp_lora.router import Context, Router
+from dlp_lora.errors import PromptError
+from dlp_lora.padding import kept_tokens
+from dlp_lora.policy import Mixture
+from dlp_lora.router import Context
+from dlp_lora.routing import Routing
 from dlp_lora.rows import (
     Alive,
     CachedRows,
@@ -43,7 +44,6 @@ from dlp_lora.rows import (
     cache_of,
     rows_of,
 )
-from dlp_lora.sentences import Segmenter
 from dlp_lora.text import Detokenizer, Passage, PromptReader
 
 
@@ -79,23 +79,13 @@ class Controller:
         self,
         bank: AdapterBank,
         tokenizer: PreTrainedTokenizerBase,
+        routing: Routing,
         *,
-        router: Router | None,
-        policy: FusionPolicy,
-        segmenter: Callable[[], Segmenter],
-        switching: Switching,
-        kv_policy: KVPolicy,
-        prompt_routing: PromptRouting = "questions",
         endings: Endings,
     ) -> None:
         self.bank = bank
         self.tokenizer = tokenizer
-        self.router = router
-        self.policy = policy
-        self.segmenter = segmenter
-        self.switching = switching
-        self.kv_policy = kv_policy
-        self.prompt_routing = prompt_routing
+        self.routing = routing
         self.calls = Calls(endings)
         self._compiled: Callable[..., Any] | None = None  # runs decoding steps over a static cache
         self.fixed: tuple[Mixture, ...] | None = None
@@ -151,7 +141,7 @@ class Controller:
         length = int(cache.get_seq_length()) if cache is not None else 0
         switched = False
         if known is None or length == 0:
-            kept = _kept(ids, kwargs.get("attention_mask"), num_cached=length)
+            kept = kept_tokens(ids, kwargs.get("attention_mask"), num_cached=length)
             rows = CachedRows(self._prompt_rows(ids, kept), ids, kept, self._alive)
         elif ids.shape[1] == 1 and known.ids.shape[1] == length:
             rows = known
@@ -161,7 +151,7 @@ class Controller:
         else:
             # A cropped cache, or several tokens at once (the next turn of a chat, a chunk of a long prompt).
             whole = torch.cat([known.ids[:, :length], ids], dim=1)
-            new = _kept(ids, kwargs.get("attention_mask"), num_cached=length)
+            new = kept_tokens(ids, kwargs.get("attention_mask"), num_cached=length)
             kept = torch.cat([known.kept[:, :length], new], dim=1)
             rows = CachedRows(self._prompt_rows(whole, kept), whole, kept, self._alive)
             switched = any(
@@ -172,7 +162,7 @@ class Controller:
         self.calls.latest = LatestRows(rows.rows, rows.ids)
         if cache is not None:
             bind(cache, rows)
-        if switched and self.kv_policy == "recompute":
+        if switched and self.routing.kv_policy == "recompute":
             self._fuse(rows, kwargs, num_tokens=rows.ids.shape[1])
             return Pass(rows, (), self._recompute(rows.ids, kwargs, num_logits=ids.shape[1]))
         self._fuse(rows, kwargs, num_tokens=ids.shape[1])
@@ -186,7 +176,7 @@ class Controller:
         """Routes given answers without the model: what it decided, as decisions follow from the tokens alone."""
         copies = len(answers) // inputs["input_ids"].shape[0]
         ids, mask = (inputs[key].repeat_interleave(copies, dim=0) for key in ("input_ids", "attention_mask"))
-        rows = self._prompt_rows(ids, _kept(ids, mask))
+        rows = self._prompt_rows(ids, kept_tokens(ids, mask))
         for row, tokens in zip(rows, answers, strict=True):
             for token in tokens[:-1]:
                 self._step([row], [token])
@@ -223,7 +213,7 @@ class Controller:
         else:
             contexts = [Context(prompt, history=history) for history, prompt in turns]
             sentences = [Context(p.text.strip(), history=p.history.strip()) for own in passages for p in own]
-            decisions, questions = self._decide_prompts(contexts, sentences)
+            decisions, questions = self.routing.decide_prompts(contexts, sentences)
             decisions, routed = decisions[: len(turns)], decisions[len(turns) :]
         following = iter(routed)
         return [
@@ -231,7 +221,7 @@ class Controller:
                 history,
                 prompt,
                 Detokenizer(self.tokenizer),
-                self.segmenter(),
+                self.routing.segmenter(),
                 [decision],
                 prompt_trace=self._prompt_trace(own, following),
                 questions=asked,
@@ -240,15 +230,15 @@ class Controller:
         ]
 
     def _passages(self, tokens: Sequence[int]) -> list[Passage]:
-        if self.prompt_routing != "sentences":
+        if self.routing.prompt_routing != "sentences":
             return []
-        return self._read_prompt.sentences(tokens, self.segmenter, min_tokens=self.switching.min_tokens)
+        return self._read_prompt.sentences(tokens, self.routing.segmenter, min_tokens=self.routing.switching.min_tokens)
 
     def _prompt_trace(self, passages: Sequence[Passage], decisions: Iterator[Decision]) -> tuple[Sentence, ...]:
         trace: list[Sentence] = []
         for passage, decision in zip(passages, decisions, strict=False):
             if trace:
-                self._hold(trace[-1].mixture, decision)
+                self.routing.hold(trace[-1].mixture, decision)
             trace.append(
                 Sentence(
                     text=passage.text,
@@ -281,7 +271,7 @@ class Controller:
                 continue
             row.ended = token in endings.eos_ids
             offsets = row.push(token)
-            if offsets and row.num_tokens - 1 - row.decisions[-1].start >= self.switching.min_tokens:
+            if offsets and row.num_tokens - 1 - row.decisions[-1].start >= self.routing.switching.min_tokens:
                 opening.append((row, offsets[-1]))
         if not opening:
             return False
@@ -291,76 +281,12 @@ class Controller:
                 row.decisions.append(Decision(start, offset, row.mixture))
             return False
         contexts = [Context(row.prompt, row.text[:at], row.text[at:], row.history) for row, at in opening]
-        decisions = self._decide(contexts, positions, [row.questions for row, _ in opening])
+        decisions = self.routing.decide(contexts, positions, [row.questions for row, _ in opening])
         for (row, _), decision in zip(opening, decisions, strict=True):
-            self._hold(row.mixture, decision)
+            self.routing.hold(row.mixture, decision)
             decision.switched = decision.mixture != row.mixture
             row.decisions.append(decision)
         return any(decision.switched for decision in decisions)
-
-    def route(self, context: Context) -> tuple[dict[str, float], Mixture]:
-        """Gives a probability for each adapter name, and the mixture that follows."""
-        row = self._read([context])[0] if self.prompt_routing == "whole" else route(self._read, context)
-        return choose(self.policy, row, self.switching.unsure)
-
-    def _read(self, contexts: Sequence[Context]) -> list[dict[str, float]]:
-        """Asks the router what it gives each adapter, for each context.
-
-        What it gives an adapter that the bank no longer holds is the probability that none fits.
-
-        Raises:
-            RouterError: if there is no router.
-        """
-        if self.router is None:
-            raise RouterError("this engine has no router; choose a mixture with engine.fixed() or engine.disabled()")
-        with self.bank.lock:  # a router may run the base model
-            rows = self.router.probabilities(contexts).tolist()
-            held = self.bank.adapters
-            named = [zip(self.router.names, row, strict=True) for row in rows]
-            return [{name: p for name, p in row if name in held} for row in named]
-
-    def _decide(
-        self,
-        contexts: Sequence[Context],
-        positions: Sequence[tuple[int, int]],
-        questions: Sequence[Sequence[str]],
-    ) -> list[Decision]:
-        start = time.perf_counter()
-        return self._decisions(read_in_turn(self._read, contexts, questions), positions, since=start)
-
-    def _decide_prompts(
-        self, prompts: Sequence[Context], sentences: Sequence[Context]
-    ) -> tuple[list[Decision], list[tuple[str, ...]]]:
-        """Routes prompts and sentences of theirs; and gives the questions of each prompt that asks several."""
-        start = time.perf_counter()
-        rows: list[Mapping[str, float]] = list(self._read([*prompts, *sentences]))
-        questions: list[tuple[str, ...]] = [()] * len(prompts)
-        if self.prompt_routing != "whole":
-            questions = [questions_of(self._read, c, row) for c, row in zip(prompts, rows, strict=False)]
-        for i, asked in enumerate(questions):
-            if asked:
-                (rows[i],) = read_in_turn(self._read, [prompts[i]], [asked])
-        return self._decisions(rows, [(0, 0)] * len(rows), since=start), questions
-
-    def _decisions(
-        self, rows: Sequence[Mapping[str, float]], positions: Sequence[tuple[int, int]], *, since: float
-    ) -> list[Decision]:
-        chosen = [choose(self.policy, row, self.switching.unsure) for row in rows]
-        route_ms = (time.perf_counter() - since) * 1e3
-        return [
-            Decision(token, offset, mixture, probabilities, abstained=not mixture, route_ms=route_ms)
-            for (token, offset), (probabilities, mixture) in zip(positions, chosen, strict=True)
-        ]
-
-    def _hold(self, current: Mixture, decision: Decision) -> None:
-        # Hysteresis: near a tie, going back and forth between adapters costs more than it gains.
-        if not decision.mixture and self.switching.unsure == "keep":
-            decision.mixture = current
-        if not current or not decision.mixture or not decision.probabilities:
-            return
-        in_use = decision.probabilities.get(next(iter(current)), 0.0)
-        if max(decision.probabilities.values()) - in_use < self.switching.margin:
-            decision.mixture = current
 
     def _fixed_for(self, batch: int) -> list[Mixture]:
         if self.fixed is None:
@@ -393,25 +319,6 @@ class Controller:
 def _is_static(kwargs: Mapping[str, Any]) -> bool:
     cache = cache_among(kwargs.values())
     return cache is not None and bool(cache.is_compileable)
-
-
-def _kept(ids: Tensor, mask: Any, *, num_cached: int = 0) -> Bool[Tensor, "batch seq"]:
-    """Which of the tokens behind `num_cached` others are no padding.
-
-    A mask of (batch, seq) tells, or one of what tokens attend to, as static caches have it: what is no padding attends
-    to itself.
-    """
-    if isinstance(mask, Mapping):  # one for each kind of layer
-        mask = next(iter(mask.values()), None)
-    num_new = ids.shape[1]
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        return mask[:, -num_new:].bool()
-    if isinstance(mask, Tensor) and mask.ndim == 4:
-        attended = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0  # (batch, new tokens, places)
-        # A cache of a sliding window has places for the last tokens alone.
-        first = min(num_cached, attended.shape[2] - num_new)
-        return attended.diagonal(offset=first, dim1=-2, dim2=-1).expand(len(ids), -1)
-    return torch.ones_like(ids, dtype=torch.bool)
 
 
 def _by_token(

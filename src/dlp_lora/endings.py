@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from dlp_lora.calls import call_setting
+
 
 @dataclass(frozen=True)
 class Endings:
@@ -42,13 +44,6 @@ class Endings:
             padding = self.pad_ids & set(special_ids)
             end = next((i + 1 for i in reversed(range(len(tokens))) if tokens[i] not in padding), 0)
         return tokens[:end]
-
-
-def call_setting(name: str, kwargs: Mapping[str, Any], generation_config: Any) -> Any:
-    """What a call of `generate` sets: its own argument, before its config's, before the model's; None if nothing."""
-    configs = (kwargs.get("generation_config"), generation_config)
-    values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
-    return next((value for value in values if value is not None), None)
 
 
 def _ids(value: int | Sequence[int] | None) -> frozenset[int]:

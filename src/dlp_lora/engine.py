@@ -5,10 +5,9 @@
 """
 
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import MethodType
 from typing import Any, cast
@@ -22,8 +21,9 @@ from transformers import (
 
 from dlp_lora.bank import AdapterBank
 from dlp_lora.bundle import check_names, write_bundle
+from dlp_lora.calls import check_call, seeded
 from dlp_lora.controller import Controller
-from dlp_lora.endings import Endings, call_setting
+from dlp_lora.endings import Endings
 from dlp_lora.errors import AdapterError
 from dlp_lora.fused import attach, detach, merged
 from dlp_lora.hub import local_folder
@@ -41,13 +41,12 @@ from dlp_lora.policy import (
 )
 from dlp_lora.prompts import Message, as_batch, encode_prompts
 from dlp_lora.router import Context, Router
+from dlp_lora.routing import Routing
 from dlp_lora.rows import Generation, LatestRows, Row
 from dlp_lora.sentences import Segmenter, SentenceSegmenter
 from dlp_lora.streaming import Abandoned, Piece, PieceStreamer
 
 SETTINGS = ("policy", "kv_policy", "prompt_routing", "switching", "segmenter", "router")
-# Of Hugging Face's `generate`, what is made from prompts here, or leads to another result than rows with a trace.
-NOT_ARGUMENTS = ("inputs", "input_ids", "inputs_embeds", "attention_mask", "return_dict_in_generate", "assistant_model")
 
 
 class Engine:
@@ -79,17 +78,17 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         self.bank = bank
-        self._controller = Controller(
-            bank,
-            tokenizer,
+        routing = Routing(
+            bank=bank,
             router=router,
             policy=policy or TopP(),
             segmenter=segmenter,
             switching=switching or Switching(),
             kv_policy=kv_policy,
             prompt_routing=prompt_routing,
-            endings=Endings.of_model(model.generation_config, tokenizer),
         )
+        endings = Endings.of_model(model.generation_config, tokenizer)
+        self._controller = Controller(bank, tokenizer, routing, endings=endings)
         bank.unattached.update(bank.names)  # to this model, whatever it was attached to before
         attach(model, bank, prepack=prepack)
         self._overridden = {name: vars(model).get(name) for name in ("forward", "get_compiled_call")}
@@ -101,31 +100,31 @@ class Engine:
     @property
     def router(self) -> Router | None:
         """The router, None where only `fixed` and `disabled` choose."""
-        return self._controller.router
+        return self._controller.routing.router
 
     @property
     def policy(self) -> FusionPolicy:
         """The policy that turns probabilities into a mixture; may be set."""
-        return self._controller.policy
+        return self._controller.routing.policy
 
     @policy.setter
     def policy(self, policy: FusionPolicy) -> None:
-        self._controller.policy = policy
+        self._controller.routing = replace(self._controller.routing, policy=policy)
 
     @property
     def kv_policy(self) -> KVPolicy:
         """What a switch does to the KV cache: "keep" it, or "recompute" it under the new mixture."""
-        return self._controller.kv_policy
+        return self._controller.routing.kv_policy
 
     @property
     def prompt_routing(self) -> PromptRouting:
         """Prompts are read "whole", as the "questions" that they ask, or so and encoded by "sentences" (Eq. 6)."""
-        return self._controller.prompt_routing
+        return self._controller.routing.prompt_routing
 
     @property
     def switching(self) -> Switching:
         """When a sentence start may switch."""
-        return self._controller.switching
+        return self._controller.routing.switching
 
     @torch.inference_mode(False)  # what is made here outlives the call
     def add_adapter(self, path: str | Path, name: str | None = None) -> str:
@@ -202,7 +201,7 @@ class Engine:
         chats, single = as_batch(prompts)
         inputs = self._inputs(chats, kwargs)
         with self._ending(kwargs) as endings:
-            with _seeded(seed, self.model.device), torch.no_grad():
+            with seeded(seed, self.model.device), torch.no_grad():
                 output = cast(Any, self.model).generate(**inputs, **kwargs)
             length = inputs["input_ids"].shape[1]
             special = self.tokenizer.all_special_ids
@@ -228,49 +227,24 @@ class Engine:
         chats, single = as_batch(prompt)
         if not single:
             raise ValueError("engine.stream takes one prompt; use engine.generate for several")
-        return self._pieces(self._inputs(chats, kwargs), seed, kwargs)
+        inputs, streamer = self._inputs(chats, kwargs), PieceStreamer(self._controller)
+        stopping = StoppingCriteriaList([*kwargs.pop("stopping_criteria", []), Abandoned(streamer)])
+
+        def run() -> None:
+            with self._ending(kwargs), seeded(seed, self.model.device), torch.no_grad():
+                cast(Any, self.model).generate(**inputs, streamer=streamer, stopping_criteria=stopping, **kwargs)
+
+        return streamer.pieces(run)
 
     def _inputs(self, chats: Sequence[str | Sequence[Message]], kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """Checks a call of `generate` and encodes its prompts."""
         if not self._is_attached:
             raise ValueError("the engine was detached from its model; make another one with dlp_lora.load")
-        config = self.model.generation_config
-        for name in NOT_ARGUMENTS:
-            if call_setting(name, kwargs, config) not in (None, False):
-                raise ValueError(f"{name} is not an argument of engine.generate; use engine.model.generate")
-        if call_setting("prompt_lookup_num_tokens", kwargs, config) is not None:
-            raise ValueError(
-                "prompt_lookup_num_tokens reads several tokens at once, so sentences cannot be routed one by one"
-            )
-        if call_setting("use_cache", kwargs, config) is False:
-            raise ValueError("routing by sentence follows the KV cache; leave use_cache on")
+        check_call(kwargs, self.model.generation_config)
         fixed = self._controller.fixed or ()
         if len(fixed) > 1 and len(fixed) != len(chats):
             raise ValueError(f"{len(fixed)} mixtures were fixed for {len(chats)} prompts; give one, or one a prompt")
         return encode_prompts(self.model, self.tokenizer, chats, num_new=kwargs.get("max_new_tokens") or 1)
-
-    def _pieces(self, inputs: dict[str, torch.Tensor], seed: int | None, kwargs: dict[str, Any]) -> Iterator[Piece]:
-        streamer = PieceStreamer(self._controller)
-        stopping = StoppingCriteriaList([*kwargs.pop("stopping_criteria", []), Abandoned(streamer)])
-
-        def run() -> None:
-            try:
-                with self._ending(kwargs), _seeded(seed, self.model.device), torch.no_grad():
-                    cast(Any, self.model).generate(**inputs, streamer=streamer, stopping_criteria=stopping, **kwargs)
-                streamer.queue.put(None)
-            except BaseException as error:
-                streamer.queue.put(error)
-
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        try:
-            while (event := streamer.queue.get()) is not None:
-                if isinstance(event, BaseException):
-                    raise event
-                yield event
-        finally:
-            streamer.stopped = True
-            thread.join()
 
     def route(self, prompt: str | Context) -> tuple[dict[str, float], Mixture]:
         """Says what would answer a prompt, without running the model: a probability by adapter name, and the mixture.
@@ -278,7 +252,7 @@ class Engine:
         Raises:
             RouterError: if there is no router.
         """
-        return self._controller.route(Context(prompt) if isinstance(prompt, str) else prompt)
+        return self._controller.routing.route(Context(prompt) if isinstance(prompt, str) else prompt)
 
     @contextmanager
     def fixed(self, mixture: Mapping[str, float] | Sequence[Mapping[str, float]]) -> Iterator["Engine"]:
@@ -335,12 +309,12 @@ class Engine:
         check_choices(**{name: settings[name] for name in CHOICES if name in settings})
         if settings.get("router") is not None:
             check_names(settings["router"].names, self.bank.names)
-        before = {name: getattr(self._controller, name) for name in settings}
-        self._controller.__dict__.update(settings)
+        before = {name: getattr(self._controller.routing, name) for name in settings}
+        self._controller.routing = replace(self._controller.routing, **settings)
         try:
             yield self
         finally:
-            self._controller.__dict__.update(before)
+            self._controller.routing = replace(self._controller.routing, **before)
 
     def compile(self, *, max_rank: int = 64, **kwargs: Any) -> None:
         """Compiles decoding steps over a static cache, once for each batch size and length of the cache.
@@ -425,13 +399,3 @@ class Engine:
 
 def _own_call(model: PreTrainedModel, _: Any) -> Callable[..., Any]:
     return model.__call__
-
-
-@contextmanager
-def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    with (
-        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []) if seed is not None else nullcontext()
-    ):
-        if seed is not None:
-            torch.manual_seed(seed)
-        yield

@@ -15,7 +15,7 @@ import torch
 from dlp_lora.engine import Engine
 from dlp_lora.errors import DLPLoRAError, RouterError
 from dlp_lora.loading import load
-from dlp_lora.policy import Mixture, TopP
+from dlp_lora.policy import Mixture, with_p
 from dlp_lora.router import Context
 from dlp_lora.text import PromptReader
 
@@ -111,7 +111,7 @@ class DLPLoRALM(EngineLM):
     """What `--model dlp_lora` names; its arguments are those of `--model_args`.
 
     Either `bundle`, or `model`, `adapters` and `router`. A `model` beside a bundle takes the place of its base model;
-    `p` is `TopP.p`, in the place of the bundle's policy; `prepack` and `budget_mb` are those of `dlp_lora.load`.
+    `p` is `TopP.p`, in the place of the bundle's; `prepack` and `budget_mb` are those of `dlp_lora.load`.
     """
 
     def __init__(
@@ -132,7 +132,6 @@ class DLPLoRALM(EngineLM):
             logger.warning("there is no CUDA device: running on the CPU")
             device = "cpu"  # lm-eval's command line asks for cuda:0 unless told otherwise
         settings: dict[str, Any] = {
-            "policy": None if p is None else TopP(p),
             "device": device,
             "dtype": dtype,
             "prepack": prepack,
@@ -146,6 +145,8 @@ class DLPLoRALM(EngineLM):
             engine = load(model, adapters=adapters, router=router, **settings)
         else:
             raise ValueError("give bundle=, or model=, adapters= and router=")
+        if p is not None:
+            engine.policy = with_p(engine.policy, p)
         super().__init__(engine, **options)
 
 

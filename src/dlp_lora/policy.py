@@ -193,7 +193,8 @@ def choose(policy: FusionPolicy, row: Mapping[str, float], unsure: Unsure = "bas
         RouterError: if the row holds something else than probabilities.
     """
     if not all(0 <= p <= 1 + TOLERANCE for p in row.values()):  # false for NaN, too
-        raise RouterError(f"the router gave {dict(row)}, where probabilities are expected; it or its base is damaged")
+        name = next(name for name, p in row.items() if not 0 <= p <= 1 + TOLERANCE)
+        raise RouterError(f"the router gave {name} {row[name]}, where a probability is expected; train it anew")
     fits = math.fsum(row.values())
     is_whole = fits <= 0 or abs(fits - 1) < TOLERANCE
     probabilities = dict(row) if is_whole else {name: p / fits for name, p in row.items()}

@@ -1,6 +1,8 @@
 """Streaming: the text of one row, handed piece by piece from the generating thread to the one that reads."""
 
 import queue
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -41,6 +43,27 @@ class PieceStreamer(BaseStreamer):
         self._controller = controller
         self._tokens: list[int] | None = None
         self._told = 0
+
+    def pieces(self, generate: Callable[[], None]) -> Iterator[Piece]:
+        """Runs `generate` in a thread and yields the pieces as they come; leaving early stops it."""
+
+        def run() -> None:
+            try:
+                generate()
+                self.queue.put(None)
+            except BaseException as error:
+                self.queue.put(error)
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        try:
+            while (event := self.queue.get()) is not None:
+                if isinstance(event, BaseException):
+                    raise event
+                yield event
+        finally:
+            self.stopped = True
+            thread.join()
 
     def put(self, value: Tensor) -> None:
         if self._tokens is None:

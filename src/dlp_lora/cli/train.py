@@ -154,7 +154,8 @@ def train_router_command(
     named = [option for option, source in sources.items() if source is not None]
     if len(named) != 1:
         raise ValueError("give one of --data, --from-descriptions and --from-adapters")
-    options = {
+    source = named[0] + " with --encoder" * (data is not None and encoder is not None)
+    given = {
         "--tasks": tasks,
         "--router-kind": router_kind,
         "--encoder": encoder,
@@ -164,12 +165,14 @@ def train_router_command(
         "--coverage": coverage,
         "--seed": seed,
     }
-    reads = {"--from-descriptions": ["--encoder"], "--from-adapters": ["--model", "--seed"]}.get(named[0], [*options])
-    if encoder is not None and data is not None:
-        reads.remove("--tokenizer")  # an encoder has its own
-    if unread := [option for option, value in options.items() if value is not None and option not in reads]:
-        also = " with --encoder" if "--tokenizer" in unread and data is not None else ""
-        raise ValueError(f"{named[0]}{also} does not read {', '.join(unread)}; leave it out")
+    reads = {
+        "--data": {*given},
+        "--data with --encoder": {*given} - {"--tokenizer"},  # an encoder has its own
+        "--from-descriptions": {"--encoder"},
+        "--from-adapters": {"--model", "--seed"},
+    }
+    if unread := [option for option, value in given.items() if value is not None and option not in reads[source]]:
+        raise ValueError(f"{source} does not read {', '.join(unread)}; leave it out")
     check_replaceable(out, CONFIG_FILE)
     if from_descriptions is not None:
         _router_from_descriptions(from_descriptions, out, encoder, as_json=as_json)
@@ -178,14 +181,14 @@ def train_router_command(
     elif data is not None:
         from dlp_lora.training.router import RouterTrainingArgs
 
-        given: dict[str, Any] = {
+        settings: dict[str, Any] = {
             "kind": router_kind,
             "encoder": encoder,
             "epochs": epochs,
             "coverage": coverage,
             "seed": seed,
         }
-        args = RouterTrainingArgs(**{key: value for key, value in given.items() if value is not None})
+        args = RouterTrainingArgs(**{key: value for key, value in settings.items() if value is not None})
         _train_router(data, words(tasks) if tasks else None, out, tokenizer or encoder, model, args, as_json=as_json)
 
 

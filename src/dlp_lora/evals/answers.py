@@ -118,6 +118,11 @@ def identity_of(engine: Engine, tasks: Sequence[Task], method: Method) -> dict[s
     return found
 
 
+def rounded(mixture: Mixture) -> Mixture:
+    """The mixture as rows keep it: weights to four digits."""
+    return Mixture({name: round(weight, 4) for name, weight in mixture.items()})
+
+
 Likelihoods = dict[tuple[str, int, Mixture], list[float]]
 """Of a question's choices, by its task, its place there and the mixture, its weights to four digits."""
 
@@ -228,19 +233,18 @@ def _answer(
     rows = []
     for question, answer in zip(batch, answers, strict=True):
         mixture = answer.trace[0].mixture
-        weights = {name: round(weight, 4) for name, weight in mixture.items()}
         row: dict[str, Any] = {
             "task": question.task,
             "index": question.index,
             "text": answer.text,
             "num_tokens": len(answer.tokens),
             "ended": answer.tokens[-1] in engine.eos_ids,
-            "mixture": weights,
+            "mixture": dict(rounded(mixture)),
             "num_switches": sum(sentence.switched for sentence in answer.trace[1:]),
             "seconds": round(seconds, 4),
         }
         if is_scored and question.choices:
-            likelihoods = known.get((*question.key, Mixture(weights)))
+            likelihoods = known.get((*question.key, rounded(mixture)))
             if likelihoods is None:
                 likelihoods = choice_likelihoods(engine, question.read, question.choices, mixture)
             row["likelihoods"] = likelihoods

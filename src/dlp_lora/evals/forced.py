@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dlp_lora.engine import Engine
-from dlp_lora.evals.answers import AnswerArgs, Question
+from dlp_lora.evals.answers import AnswerArgs, Question, rounded
 from dlp_lora.evals.kept import keep_rows
 from dlp_lora.evals.likelihood import teacher_forced
 from dlp_lora.evals.methods import Method
@@ -41,13 +41,14 @@ def answer_forced(
         rows = []
         for question in batch:
             mixture = _mixture(engine, method, question)
-            weights = {name: round(weight, 4) for name, weight in mixture.items()}
-            text = (known or {}).get((*question.key, Mixture(weights)))
+            text = (known or {}).get((*question.key, rounded(mixture)))
             if text is None:
                 read, learned = encode_example(engine.tokenizer, question.example, args.prompt_format)
                 tokens = teacher_forced(engine, read, learned, mixture)
                 text = str(engine.tokenizer.decode(tokens, skip_special_tokens=True))
-            rows.append({"task": question.task, "index": question.index, "text": text, "mixture": weights})
+            rows.append(
+                {"task": question.task, "index": question.index, "text": text, "mixture": dict(rounded(mixture))}
+            )
         return rows
 
     data = {"method": method.name, "identity": "teacher-forced", **identity, "args": asdict(args)}
