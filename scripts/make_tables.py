@@ -360,8 +360,8 @@ def _ablations() -> str:
             if pair not in record["differences"]:
                 return "–"
             found = record["differences"][pair][pools[metric]][metric]
-            low, high = sorted(100 * sign * x for x in found["interval"])
-            return f"{100 * sign * found['value']:+.2f} ({low:+.2f} to {high:+.2f})"
+            low, high = sorted(100 * sign * x + 0.0 for x in found["interval"])  # 0, not -0
+            return f"{100 * sign * found['value'] + 0.0:+.2f} ({low:+.2f} to {high:+.2f})"
 
         return text
 

@@ -1,13 +1,15 @@
 """The demo command."""
 
+import sys
 from pathlib import Path
+from shutil import which
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from dlp_lora.cli.app import JsonOption, ModelOption, app, base_model, console, print_json, progress_bar, stderr
+from dlp_lora.cli.app import JsonOption, ModelOption, app, base_model, console, print_json, progress_bar, say
 
 LABELS = {
     "base": "base model",
@@ -51,11 +53,10 @@ def demo(
     console.print(_accuracy_table(result.accuracy))
     console.print(_pairs_table(result.pairs))
     console.print(
-        "Right means that the value asked for stands in the answer. The base model is asked both ways; nobody told\n"
+        "Right means that the value asked for stands in the answer. The base model is asked both ways; nobody told "
         "DLP-LoRA which task a prompt belongs to.\n"
     )
-    command = f'dlp-lora generate --bundle {result.bundle} --show-routing "{result.serial.prompt}"'
-    stderr.print(f"The bundle is in {result.bundle}. Try:\n  {escape(command)}", soft_wrap=True, highlight=False)
+    _show_what_to_try(result.bundle, result.serial.prompt)
 
 
 def _show_answer(answer: dict[str, Any]) -> None:
@@ -76,7 +77,13 @@ def _show_two_questions(serial: Any) -> None:
         best = max(sentence["probabilities"].items(), key=lambda np: np[1])
         table.add_row(escape(sentence["text"].strip()), escape(used), f"{escape(best[0])} {best[1]:.1%}")
     console.print(table)
-    console.print(f"The base model says: [dim]{escape(' '.join(serial.base.split()))}[/]\n")
+    console.print(f"The base model says: [dim]{escape(' '.join(serial.base.split()) or '(nothing)')}[/]\n")
+
+
+def _show_what_to_try(bundle: Path, prompt: str) -> None:
+    program = "dlp-lora" if which("dlp-lora") else sys.argv[0]  # the environment may not be on the PATH
+    say(f"The bundle is in {bundle}. Try:")
+    say(f'  {program} generate --bundle {bundle} --show-routing "{prompt}"')
 
 
 def _accuracy_table(accuracy: dict[str, dict[str, float]]) -> Table:
