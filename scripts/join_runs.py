@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from dlp_lora.errors import DLPLoRAError
-from dlp_lora.evals.answers import data_hash
-from dlp_lora.evals.kept import differences
-from dlp_lora.evals.record import compared, teacher_forced_scores
-from dlp_lora.evals.scores import tabulate
-from dlp_lora.folders import write_text
+from dlp_lora.files import write_text
+from dlp_lora.kept import differences
+from dlp_lora.lab.evals.answers import data_hash
+from dlp_lora.lab.evals.record import compared, teacher_forced_scores
+from dlp_lora.lab.evals.scores import tabulate
 from dlp_lora.tasks import Task
 from dlp_lora.tasks.hub import read_data
 

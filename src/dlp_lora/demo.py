@@ -13,15 +13,15 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any, Literal
 
-from dlp_lora.engine import Engine
-from dlp_lora.environment import environment
-from dlp_lora.evals.metrics import contains
-from dlp_lora.folders import write_text
-from dlp_lora.loading import load
-from dlp_lora.peft_format import content_hash
+from dlp_lora.bank.peft_format import content_hash
+from dlp_lora.engine.engine import Engine
+from dlp_lora.engine.loading import load
+from dlp_lora.engine.trace import Sentence
+from dlp_lora.files import write_text
+from dlp_lora.lab.evals.metrics import contains
+from dlp_lora.lab.records.environment import environment
 from dlp_lora.policy import Mixture, TopP
 from dlp_lora.router import MiniMLP, router_hash
-from dlp_lora.rows import Sentence
 from dlp_lora.tasks import Example, Task, compose, procedural_task, serial
 from dlp_lora.training.adapters import TrainedAdapter, train_adapter
 from dlp_lora.training.args import AdapterTrainingArgs

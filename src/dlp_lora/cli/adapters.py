@@ -23,7 +23,7 @@ from dlp_lora.cli.app import (
     say,
 )
 from dlp_lora.cli.run import parse_mixture
-from dlp_lora.folders import check_replaceable, name_of
+from dlp_lora.files import check_replaceable, name_of
 
 
 @app.command()
@@ -54,8 +54,8 @@ def bundle(
     Example: `dlp-lora bundle --model M --adapters adapters/ --router router/ --out bundle/`
     """
     from dlp_lora import Switching, TopP, load_router
-    from dlp_lora.bundle import BUNDLE_FILE, check_names, write_bundle
-    from dlp_lora.check import check_adapters, model_layout
+    from dlp_lora.bank.check import check_adapters, model_layout
+    from dlp_lora.engine.bundle import BUNDLE_FILE, check_names, write_bundle
     from dlp_lora.errors import AdapterError
     from dlp_lora.policy import check_choices, policy_to_dict
 
@@ -99,8 +99,8 @@ def add_task(
 
     Example: `dlp-lora add-task --bundle bundle/ --adapter adapters/units --examples units.jsonl`
     """
-    from dlp_lora.bundle import BUNDLE_FILE, read_bundle
-    from dlp_lora.check import check_adapters, model_layout
+    from dlp_lora.bank.check import check_adapters, model_layout
+    from dlp_lora.engine.bundle import BUNDLE_FILE, read_bundle
     from dlp_lora.errors import AdapterError
     from dlp_lora.tasks import Task, read_examples
     from dlp_lora.training.extend import add_to_bundle
@@ -128,7 +128,7 @@ def remove_task(
 
     Example: `dlp-lora remove-task units --bundle bundle/`
     """
-    from dlp_lora.bundle import BUNDLE_FILE
+    from dlp_lora.engine.bundle import BUNDLE_FILE
     from dlp_lora.training.extend import remove_from_bundle
 
     check_replaceable(bundle, BUNDLE_FILE)
@@ -146,7 +146,7 @@ def check(
 
     Example: `dlp-lora check adapters/ --model Qwen/Qwen2-1.5B`
     """
-    from dlp_lora.check import check_adapters, model_layout
+    from dlp_lora.bank.check import check_adapters, model_layout
 
     checks = check_adapters(model_layout(base_model(model)), adapters)
     if as_json:
@@ -176,8 +176,8 @@ def export(
 
     Example: `dlp-lora export "math=0.6,units=0.4" --bundle bundle/ --out mixed/`
     """
-    from dlp_lora.check import export_mixture
-    from dlp_lora.peft_format import CONFIG_FILE
+    from dlp_lora.bank.export import export_mixture
+    from dlp_lora.bank.peft_format import CONFIG_FILE
 
     check_replaceable(out, CONFIG_FILE)
     engine = open_engine(EngineOptions(bundle=bundle, model=model, adapters=adapters), need_router=False)

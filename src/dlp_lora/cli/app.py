@@ -22,7 +22,7 @@ from dlp_lora.policy import PromptRouting
 
 if TYPE_CHECKING:
     from dlp_lora import Engine
-    from dlp_lora.bundle import Bundle
+    from dlp_lora.engine.bundle import Bundle
 
 console = Console(emoji=False)  # ":a:" in an answer is no emoji
 stderr = Console(stderr=True, emoji=False)

@@ -13,28 +13,19 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from dlp_lora.bench.bank import BankArgs, bench_bank
-from dlp_lora.bench.decode import DecodeArgs, bench_decode
-from dlp_lora.bench.paths import PathsArgs, bench_paths
-from dlp_lora.bench.peers import PeersArgs, bench_peers
-from dlp_lora.bench.plot import check_plot, plot
-from dlp_lora.bench.prefill import PrefillArgs, bench_prefill
-from dlp_lora.bench.routers import RoutersArgs, bench_routers
-from dlp_lora.bench.suite import PRESETS, suite
-from dlp_lora.bench.switch import SwitchArgs, bench_switch
-from dlp_lora.bench.train import TrainArgs, bench_train
-from dlp_lora.cli.app import (
-    DataOption,
-    ModelOption,
-    base_model,
-    bench,
-    check_device,
-    console,
-    progress_bar,
-    say,
-)
+from dlp_lora.cli.app import DataOption, ModelOption, base_model, bench, check_device, console, progress_bar, say
 from dlp_lora.cli.options import with_options
-from dlp_lora.folders import write_text
+from dlp_lora.files import write_text
+from dlp_lora.lab.bench.bank import BankArgs, bench_bank
+from dlp_lora.lab.bench.decode import DecodeArgs, bench_decode
+from dlp_lora.lab.bench.paths import PathsArgs, bench_paths
+from dlp_lora.lab.bench.peers import PeersArgs, bench_peers
+from dlp_lora.lab.bench.plot import check_plot, plot
+from dlp_lora.lab.bench.prefill import PrefillArgs, bench_prefill
+from dlp_lora.lab.bench.routers import RoutersArgs, bench_routers
+from dlp_lora.lab.bench.suite import PRESETS, suite
+from dlp_lora.lab.bench.switch import SwitchArgs, bench_switch
+from dlp_lora.lab.bench.train import TrainArgs, bench_train
 from dlp_lora.tasks.hub import read_data
 
 LABELS = ("name", "dtype", "task")

@@ -45,7 +45,7 @@ def router_command(
     """
     import torch
 
-    from dlp_lora.bench.router import RouterBenchArgs, Setting, bench_router, read_trained
+    from dlp_lora.lab.evals.router import RouterBenchArgs, Setting, bench_router, read_trained
     from dlp_lora.router import load_tokenizer
     from dlp_lora.tasks.hub import read_data
     from dlp_lora.tasks.manifest import read_manifest
@@ -75,7 +75,7 @@ def router_command(
     if json_file is not None:
         say(f"wrote {json_file}")
     if report is not None and json_file is not None:
-        from dlp_lora.report import write_report
+        from dlp_lora.lab.report import write_report
 
         say(f"wrote {write_report(json_file, report).html}")
 

@@ -15,6 +15,6 @@ def lm_eval(
 
     Example: `dlp-lora lm-eval --model dlp_lora --model_args bundle=demo/bundle --tasks arc_easy --limit 100`
     """
-    from dlp_lora.harness import run
+    from dlp_lora.integrations.lm_eval import run
 
     run(args or [])

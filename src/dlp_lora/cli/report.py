@@ -20,7 +20,7 @@ def report(
 
     Example: `dlp-lora report runs/tasks26`
     """
-    from dlp_lora.report import write_report
+    from dlp_lora.lab.report import write_report
 
     written = write_report(path, out)
     if as_json:

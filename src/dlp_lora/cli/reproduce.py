@@ -30,7 +30,7 @@ from dlp_lora.cli.options import whole_numbers, words
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from dlp_lora.reproduce import Estimate, Event
+    from dlp_lora.lab.reproduce import Estimate, Event
 
 TasksOption = Annotated[str | None, typer.Option("--tasks", help="Task names or composite-n, comma-separated.")]
 LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Use so many examples of each task.")]
@@ -59,9 +59,9 @@ def reproduce_command(
     run; what is not given comes from the recipe. Example:
     `dlp-lora reproduce --data data/ --out runs/first --limit 20 --tasks gsm8k,winowhy`
     """
-    from dlp_lora.evals.methods import METHODS
-    from dlp_lora.recipe import read_recipe, with_preset
-    from dlp_lora.reproduce import GROWING, LARGER, Estimate, ReproduceArgs, added, grown, reproduce, steps
+    from dlp_lora.lab.evals.methods import METHODS
+    from dlp_lora.lab.reproduce import GROWING, LARGER, Estimate, ReproduceArgs, added, grown, reproduce, steps
+    from dlp_lora.lab.reproduce.recipe import read_recipe, with_preset
     from dlp_lora.tasks.hub import read_data
     from dlp_lora.tasks.manifest import read_manifest
 
@@ -135,14 +135,14 @@ def eval_command(
     """
     import tempfile
 
-    from dlp_lora.environment import environment
-    from dlp_lora.evals.answers import AnswerArgs, batches, data_hash, identity_of
-    from dlp_lora.evals.evaluation import Evaluation
-    from dlp_lora.evals.kept import write_outputs
-    from dlp_lora.evals.methods import METHODS, methods_named
-    from dlp_lora.evals.metrics import bleu_signature, check_scoring
-    from dlp_lora.folders import write_text
-    from dlp_lora.reproduce.settings import FORMAT
+    from dlp_lora.files import write_text
+    from dlp_lora.kept import write_outputs
+    from dlp_lora.lab.evals.answers import AnswerArgs, batches, data_hash, identity_of
+    from dlp_lora.lab.evals.evaluation import Evaluation
+    from dlp_lora.lab.evals.methods import METHODS, methods_named
+    from dlp_lora.lab.evals.metrics import bleu_signature, check_scoring
+    from dlp_lora.lab.records.environment import environment
+    from dlp_lora.lab.reproduce.settings import FORMAT
     from dlp_lora.tasks.hub import read_data
     from dlp_lora.tasks.manifest import kind_of, read_manifest
 
@@ -253,7 +253,7 @@ def _report(out: Path) -> str:
 
     if find_spec("matplotlib") is None:
         return f'the report needs matplotlib: run `pip install "dlp-lora[report]"`, then `dlp-lora report {out}`'
-    from dlp_lora.report import write_report
+    from dlp_lora.lab.report import write_report
 
     return f"the report is {write_report(out).html}"
 

@@ -125,13 +125,12 @@ def route(
     `probs` (among the adapters), `mixture`, `confidence`, `fits` (the probability that any of them does) and
     `abstained`. Example: `echo '{"prompt": "Convert 3 km to metres."}' | dlp-lora route --router router/`
     """
-    from dlp_lora import questions
-    from dlp_lora.bundle import FILES, check_names, read_bundle
+    from dlp_lora.engine.bundle import FILES, check_names, read_bundle
+    from dlp_lora.engine.loading import load_model, load_router
     from dlp_lora.errors import BundleError
-    from dlp_lora.hub import local_folder
-    from dlp_lora.loading import load_model, load_router
+    from dlp_lora.files import local_folder
     from dlp_lora.policy import Switching, TopP, choose, policy_from_dict, with_p
-    from dlp_lora.router import router_type
+    from dlp_lora.router import questions, router_type
 
     if (router is None) == (bundle is None):
         raise ValueError("give --router or --bundle, and not both")

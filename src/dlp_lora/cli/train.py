@@ -23,7 +23,7 @@ from dlp_lora.cli.app import (
     stderr,
 )
 from dlp_lora.cli.options import with_options, words
-from dlp_lora.folders import check_replaceable
+from dlp_lora.files import check_replaceable
 
 if TYPE_CHECKING:
     from dlp_lora.training.args import AdapterTrainingArgs
@@ -233,8 +233,8 @@ def _train_router(
     *,
     as_json: bool,
 ) -> None:
-    from dlp_lora.environment import environment
-    from dlp_lora.folders import write_text
+    from dlp_lora.files import write_text
+    from dlp_lora.lab.records.environment import environment
     from dlp_lora.tasks.hub import read_data
     from dlp_lora.training.router import load_tokenizer, train_router
 
@@ -282,8 +282,8 @@ def _router_from_descriptions(file: Path, out: Path, encoder: str | None, *, as_
 
 
 def _router_from_adapters(adapters: Path, out: Path, model: str | None, seed: int, *, as_json: bool) -> None:
-    from dlp_lora.arrow import ArrowRouter
-    from dlp_lora.loading import load_model
+    from dlp_lora.engine.arrow import ArrowRouter
+    from dlp_lora.engine.loading import load_model
     from dlp_lora.training.router import load_tokenizer
 
     name = base_model(model)

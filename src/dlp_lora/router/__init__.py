@@ -2,7 +2,7 @@
 
 A router reads text only and never sees the language model. Each of these is one kind, told apart by the `type` in its
 folder: MiniMLP (the paper's plugin), EncoderRouter (the paper's ablation) and PrototypeRouter (no training).
-`dlp_lora.arrow` holds the one that reads adapters instead of texts, and `load_router` reads any of them.
+`dlp_lora.engine.arrow` holds the one that reads adapters instead of texts, and `load_router` reads any of them.
 """
 
 from dlp_lora.router.context import Calibration, Context, Encoded, Router

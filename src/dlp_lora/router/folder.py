@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from dlp_lora.errors import RouterError
-from dlp_lora.folders import recover_folder, replace_folder
+from dlp_lora.files import recover_folder, replace_folder
 from dlp_lora.router.context import Router
 
 CONFIG_FILE = "router_config.json"

@@ -6,9 +6,9 @@ from functools import partial
 from itertools import chain, count
 
 from dlp_lora.errors import TaskError
-from dlp_lora.tasks import questions
-from dlp_lora.tasks.questions import Question
+from dlp_lora.tasks import templates as questions
 from dlp_lora.tasks.task import Example, Task
+from dlp_lora.tasks.templates import Question
 
 NUM_MISSES_ALLOWED = 10_000
 TEST_SHARE = 1 / 8  # of the facts

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dlp_lora.errors import TaskError
-from dlp_lora.folders import name_of
+from dlp_lora.files import name_of
 from dlp_lora.tasks.task import Example, Task, same_prompt
 
 SUFFIXES = (".jsonl", ".jsonl.gz")

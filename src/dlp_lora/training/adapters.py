@@ -20,15 +20,15 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dlp_lora.environment import model_hash
+from dlp_lora.bank.attach import siblings
+from dlp_lora.bank.peft_format import CONFIG_FILE
+from dlp_lora.engine.prompts import context_of
 from dlp_lora.errors import TaskError, TrainingError
-from dlp_lora.folders import recover_folder, replace_folder
-from dlp_lora.fused import siblings
-from dlp_lora.peft_format import CONFIG_FILE
-from dlp_lora.prompts import context_of
+from dlp_lora.files import recover_folder, replace_folder
 from dlp_lora.tasks.formats import encode_example
 from dlp_lora.tasks.task import Task
 from dlp_lora.training.args import AdapterTrainingArgs
+from dlp_lora.training.base import model_hash
 from dlp_lora.training.loop import Progress, Run, fit
 from dlp_lora.training.lora import compute_together
 from dlp_lora.training.passes import lean_passes

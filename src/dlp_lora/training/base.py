@@ -1,5 +1,6 @@
 """The base model for training, in the precision that its hardware is fast at."""
 
+import hashlib
 import time
 from functools import cache
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dlp_lora.loading import load_model
+from dlp_lora.engine.loading import load_model
 
 
 def load_base(
@@ -52,3 +53,21 @@ def _seconds_of_products(*dtypes: torch.dtype) -> list[float]:
     finally:
         torch.set_num_threads(num_threads)
     return [min(own) for own in seconds]
+
+
+NUM_SAMPLES = 64  # of each parameter
+
+
+def model_hash(model: PreTrainedModel) -> str:
+    """A hash of values out of every parameter: the same for the same weights, whatever float they were loaded in.
+
+    Of a model with adapters attached, it is that of the model below them.
+    """
+    found = hashlib.sha256()
+    parameters = {name.replace(".base_layer.", "."): parameter for name, parameter in model.named_parameters()}
+    for name, parameter in sorted(parameters.items()):
+        values = parameter.detach().reshape(-1)
+        sample = values[:: max(1, values.numel() // NUM_SAMPLES)].cpu()
+        sample = sample.to(torch.bfloat16).view(torch.int16) if sample.is_floating_point() else sample
+        found.update(f"{name} {list(parameter.shape)} {sample.tolist()}".encode())
+    return found.hexdigest()[:16]

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from dlp_lora.rows import cache_argument
+from dlp_lora.engine.cache import cache_argument
 
 MIN_SHARED = 8  # tokens: a pass of its own costs more than fewer of them
 

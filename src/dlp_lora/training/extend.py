@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from dlp_lora.bundle import Bundle, read_bundle, write_bundle
+from dlp_lora.engine.bundle import Bundle, read_bundle, write_bundle
+from dlp_lora.engine.loading import load_router
 from dlp_lora.errors import BundleError, RouterError, TrainingError
-from dlp_lora.loading import load_router
 from dlp_lora.router import Context, MiniMLP
 from dlp_lora.router.nearness import Nearness
 from dlp_lora.tasks.task import Task

@@ -15,7 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from dlp_lora.errors import TrainingError
-from dlp_lora.folders import recover_folder, replace_folder, write_text
+from dlp_lora.files import recover_folder, replace_folder, write_text
 from dlp_lora.training.args import AdapterTrainingArgs
 from dlp_lora.training.batches import answer_loss, bucketed, has_dropout, micro_batches
 from dlp_lora.training.memory import kept_memory

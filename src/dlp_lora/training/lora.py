@@ -14,7 +14,7 @@ from jaxtyping import Float
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
-from dlp_lora.fused import Outputs, is_plain
+from dlp_lora.bank.linear import Outputs, is_plain
 
 
 def compute_together(model: nn.Module, siblings: Sequence[Sequence[str]]) -> None:

@@ -1,0 +1,1 @@
+"""Adapters in, exact deltas out (section 3.3)."""

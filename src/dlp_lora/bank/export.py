@@ -1,0 +1,60 @@
+"""Export: a fixed mixture written as one ordinary PEFT adapter."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from dlp_lora.bank.bank import AdapterBank
+from dlp_lora.bank.peft_format import (
+    FILES,
+    Adapter,
+    LoraWeights,
+    read_adapter,
+    write_adapter,
+)
+from dlp_lora.errors import AdapterError
+from dlp_lora.files import replace_folder
+from dlp_lora.policy import Mixture
+
+
+def export_mixture(bank: AdapterBank, mixture: Mapping[str, float], path: str | Path) -> None:
+    """Writes a fixed mixture as one ordinary PEFT adapter folder, exactly: the ranks are concatenated.
+
+    It reads the adapters' folders again: the bank holds their weights in its own dtype.
+
+    Raises:
+        AdapterError: if the bank holds no adapter of a name, its folder no longer holds what was added or is `path`,
+            or the mixture is empty.
+    """
+    mixture = Mixture(mixture)
+    unknown = set(mixture) - set(bank.names)
+    if unknown or not mixture:
+        what = f"no adapter {', '.join(sorted(unknown))}" if unknown else "the mixture is empty"
+        raise AdapterError(f"{what}; there are {', '.join(sorted(bank.names))}")
+    for name, adapter in bank.adapters.items():
+        if adapter.path.resolve() == Path(path).resolve():
+            raise AdapterError(
+                f"{path} is the folder of the adapter {name!r}, which would be lost; write somewhere else"
+            )
+    for name in mixture:
+        bank.check_files(name)
+    parts = [(read_adapter(bank.adapters[name].path, name), weight) for name, weight in mixture.items()]
+    modules = {module: _concatenated(parts, module) for adapter, _ in parts for module in adapter.modules}
+    bases = {adapter.base_model for adapter, _ in parts}
+    with replace_folder(path, own=FILES) as folder:
+        write_adapter(
+            folder,
+            modules,
+            base_model=next(iter(bases)) if len(bases) == 1 else None,
+            rank=max(lora.rank for lora in modules.values()),
+        )
+
+
+def _concatenated(parts: list[tuple[Adapter, float]], module: str) -> LoraWeights:
+    here = [(adapter.modules[module], weight) for adapter, weight in parts if module in adapter.modules]
+    return LoraWeights(
+        a=torch.cat([lora.a.float() for lora, _ in here], dim=0),
+        b=torch.cat([lora.b.float() * (lora.scaling * weight) for lora, weight in here], dim=1),
+        scaling=1.0,
+    )

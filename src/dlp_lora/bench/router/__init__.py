@@ -1,6 +1,0 @@
-"""The router benchmark: tasks and a router in, a record of what it gets right, how sure it is and what it costs out."""
-
-from dlp_lora.bench.router.run import SCENARIOS, bench_router
-from dlp_lora.bench.router.setting import RouterBenchArgs, Setting, Trained, read_trained
-
-__all__ = ["SCENARIOS", "RouterBenchArgs", "Setting", "Trained", "bench_router", "read_trained"]

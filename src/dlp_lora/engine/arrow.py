@@ -1,0 +1,257 @@
+"""Arrow routing: no text and no training, the adapters' own weights say what they are for (Ostapenko et al., 2024).
+
+An adapter's prototype in a layer is the top right singular vector of B A: the direction of the layer's input that it
+changes most. A text belongs to the adapter whose prototypes its hidden states excite.
+
+This is a simplification of Arrow, and an addition to it. Arrow routes every token in every layer; here one choice is
+made for the whole text, from the mean over its tokens and over the layers, as the rest of the method asks for. And
+Arrow compares |x . v| between adapters as it is, which is no fair race where they adapt different layers: some
+directions are excited by any text. Here each is measured against texts that the base model makes up by itself, in
+standard deviations; `docs/log.md` has what this changes, and what reading token embeddings alone would lose.
+
+It is the one router that runs the base model, which is why it lives here and not with the others.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from dlp_lora.bank.attach import linear_layers
+from dlp_lora.bank.bank import AdapterBank
+from dlp_lora.bank.linear import FusedLinear
+from dlp_lora.bank.peft_format import Adapter, LoraWeights, find_adapters, read_adapter
+from dlp_lora.errors import AdapterError, RouterError
+from dlp_lora.router import Context
+from dlp_lora.router.context import check_labels, speaks
+from dlp_lora.router.folder import SavedRouter, reading_router, write_router
+from dlp_lora.router.tokenizer import MAX_CHARS, plain_tokenizer, vocab_size
+
+MAX_TOKENS = 256
+TEMPERATURE = 0.5  # of standard deviations; with it, confidence and accuracy were near on five adapters
+NUM_SAMPLES, SAMPLE_TOKENS = 32, 24
+
+
+class ArrowRouter:
+    """Routes by the adapters' weights: needs no text, but a forward pass of the base model a choice.
+
+    It reads a context as one text (`Context.text`), whose last 256 tokens count; blank text fits none.
+    A router that was read from a folder has no base model until it is given one: `load_router(path, base=model)`.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        tokenizer: Tokenizer,
+        prototypes: Mapping[str, Float[Tensor, "here d_in"]],
+        owners: Int[Tensor, " prototypes"],
+        mean: Float[Tensor, " prototypes"],
+        std: Float[Tensor, " prototypes"],
+        *,
+        temperature: float = TEMPERATURE,
+        base: PreTrainedModel | None = None,
+    ) -> None:
+        """Puts given prototypes, by module, into use. In the modules' order, `owners` says which adapter each belongs
+        to, `mean` and `std` how much of it any text excites.
+        """
+        if not temperature > 0:
+            raise ValueError(f"a router's temperature must be positive, got {temperature}")
+        self.names = check_labels(names)
+        self.tokenizer = plain_tokenizer(tokenizer)
+        self.prototypes = dict(prototypes)
+        self.owners, self.mean, self.std = owners, mean, std
+        self.temperature = temperature
+        if base is not None:
+            _check_base(base, self.prototypes, self.tokenizer)
+        self.base = base
+
+    @classmethod
+    def from_adapters(
+        cls,
+        adapters: str | Path | Mapping[str, str | Path],
+        base: PreTrainedModel,
+        tokenizer: Tokenizer,
+        *,
+        temperature: float = TEMPERATURE,
+        seed: int = 0,
+    ) -> "ArrowRouter":
+        """Makes a router for a folder of PEFT adapters, or for adapter folders by name, and their base model.
+
+        Args:
+            base: the plain model; build the router before an engine.
+            seed: of the texts that the base makes up, 32 of 24 tokens.
+
+        Raises:
+            AdapterError: if an adapter cannot be read, does not fit the base, or was never trained.
+        """
+        found = adapters if isinstance(adapters, Mapping) else find_adapters(adapters)
+        read = [read_adapter(found[name], name) for name in sorted(found)]
+        base = base.eval()
+        AdapterBank(linear_layers(base), read, device="meta")  # refuses what does not fit
+        names = check_labels([adapter.name for adapter in read])
+        prototypes, owners = _prototypes(read, inside=base.base_model_prefix)
+        excited = excitation(base, prototypes, _samples(base, seed=seed))
+        std, mean = torch.std_mean(excited, dim=0)
+        return cls(names, tokenizer, prototypes, owners, mean, std.clamp(min=1e-6), temperature=temperature, base=base)
+
+    @torch.no_grad()
+    def probabilities(self, contexts: Sequence[Context]) -> Float[Tensor, "batch adapters"]:
+        """Gives a probability per adapter, on the CPU.
+
+        Raises:
+            RouterError: if the router has no base model.
+        """
+        # One by one: beside longer texts padding would shift the last digits, which the deviations multiply.
+        scores = torch.stack([self._scores(context.text) for context in contexts])
+        return (scores / self.temperature).softmax(dim=-1) * speaks(contexts)[:, None]
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Writes the router to a folder, without the base model; the folder is replaced as a whole."""
+        prototypes = {f"prototypes.{module}": vectors for module, vectors in self.prototypes.items()}
+        write_router(
+            path,
+            SavedRouter(
+                type="arrow",
+                names=self.names,
+                settings={"temperature": self.temperature, "modules": list(self.prototypes)},
+                weights={**prototypes, "owners": self.owners, "mean": self.mean, "std": self.std},
+                tokenizer=self.tokenizer,
+            ),
+        )
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, base: PreTrainedModel | None = None) -> "ArrowRouter":
+        """Reads a folder that `save_pretrained` wrote, and gives it its base model.
+
+        Raises:
+            RouterError: if a file is missing or damaged, the router is of another type or a later version, or was made
+                for another base model.
+        """
+        with reading_router(path, "arrow") as saved:
+            prototypes = {module: saved.weights[f"prototypes.{module}"] for module in saved.settings["modules"]}
+            parts = [saved.weights[part] for part in ("owners", "mean", "std")]
+            temperature = saved.settings["temperature"]
+            return cls(saved.names, saved.tokenizer, prototypes, *parts, temperature=temperature, base=base)
+
+    def _scores(self, text: str) -> Float[Tensor, " adapters"]:
+        if self.base is None:
+            raise RouterError("an Arrow router runs the base model; give it one with load_router(path, base=model)")
+        scores = torch.zeros(len(self.names))
+        ids = self.tokenizer.encode(text[-MAX_CHARS:], add_special_tokens=False).ids[-MAX_TOKENS:]
+        if not ids:
+            return scores
+        excited = excitation(self.base, self.prototypes, torch.tensor([ids], device=self.base.device))[0]
+        # The mean over an adapter's prototypes.
+        return scores.index_add(0, self.owners, (excited - self.mean) / self.std) / self.owners.bincount()
+
+
+@torch.no_grad()
+def excitation(
+    base: PreTrainedModel, prototypes: Mapping[str, Tensor], ids: Int[Tensor, "batch seq"]
+) -> Float[Tensor, "batch prototypes"]:
+    """Measures how much texts excite each prototype: the mean over tokens of |cosine| with its module's input."""
+    found: dict[str, Tensor] = {}
+
+    def reading(module: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def read(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = F.normalize(args[0].float(), dim=-1)
+            found[module] = (x @ prototypes[module].to(x.device).T).abs().mean(dim=1).cpu()
+
+        return read
+
+    handles = [base.get_submodule(module).register_forward_pre_hook(reading(module)) for module in prototypes]
+    try:
+        with _unfused(base):
+            base.base_model(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.cat([found[module] for module in prototypes], dim=1)
+
+
+def top_direction(lora: LoraWeights) -> Float[Tensor, " d_in"] | None:
+    """Gives the top right singular vector of B A; None where the product is zero."""
+    # Of its triangular factors, so that B A is never written out.
+    q, r_a = torch.linalg.qr(lora.a.float().T)
+    _, r_b = torch.linalg.qr(lora.b.float())
+    _, sizes, directions = torch.linalg.svd(r_b @ r_a.T)
+    return q @ directions[0] if sizes[0] > 0 else None
+
+
+def _prototypes(adapters: Sequence[Adapter], *, inside: str) -> tuple[dict[str, Tensor], Tensor]:
+    vectors: dict[str, list[Tensor]] = {}
+    owners: dict[str, list[int]] = {}
+    for owner, adapter in enumerate(adapters):
+        num_found = 0
+        for module, lora in adapter.modules.items():
+            # A head outside the decoder is not run for routing.
+            if module.startswith(f"{inside}.") and (vector := top_direction(lora)) is not None:
+                vectors.setdefault(module, []).append(vector)
+                owners.setdefault(module, []).append(owner)
+                num_found += 1
+        if not num_found:
+            raise AdapterError(
+                f"{adapter.path} changes nothing inside the decoder, so its weights do not say what it is for; "
+                f"train it, or describe it: train-router --from-descriptions"
+            )
+    modules = sorted(vectors)
+    flat = [owner for module in modules for owner in owners[module]]
+    return {module: torch.stack(vectors[module]) for module in modules}, torch.tensor(flat)
+
+
+def _samples(base: PreTrainedModel, *, seed: int) -> Int[Tensor, "batch seq"]:
+    """Lets the base model go on from random tokens: what it says when nobody asked anything."""
+    num_tokens = cast(nn.Embedding, base.get_input_embeddings()).num_embeddings
+    config = GenerationConfig(
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=SAMPLE_TOKENS - 1,
+        min_new_tokens=SAMPLE_TOKENS - 1,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng(devices=[base.device] if base.device.type == "cuda" else []), torch.no_grad():
+        torch.manual_seed(seed)
+        start = torch.randint(num_tokens, (NUM_SAMPLES, 1)).to(base.device)
+        samples: Tensor = cast(Any, base).generate(
+            start, attention_mask=torch.ones_like(start), generation_config=config
+        )
+    return samples
+
+
+@contextmanager
+def _unfused(base: nn.Module) -> Iterator[None]:
+    """The base model alone, whatever mixture an engine has fused into it."""
+    groups = {module.group for module in base.modules() if isinstance(module, FusedLinear)}
+    before = [(group, group.active, group.projections, group.gate) for group in groups]
+    for group in groups:
+        group.clear()
+    try:
+        yield
+    finally:
+        for group, active, projections, gate in before:
+            group.active, group.projections, group.gate = active, projections, gate
+
+
+def _check_base(base: PreTrainedModel, prototypes: Mapping[str, Tensor], tokenizer: Tokenizer) -> None:
+    num_tokens = cast(nn.Embedding, base.get_input_embeddings()).num_embeddings
+    if vocab_size(tokenizer) > num_tokens:
+        raise RouterError(
+            f"the router's tokenizer has ids up to {vocab_size(tokenizer) - 1}, but {base.config._name_or_path!r} "
+            f"embeds {num_tokens}; make the router anew for this base model"
+        )
+    modules = dict(base.named_modules())
+    for module, vectors in prototypes.items():
+        layer = getattr(modules.get(module), "base_layer", modules.get(module))
+        d_in = getattr(layer, "in_features", getattr(layer, "nx", None))
+        if d_in != vectors.shape[1]:
+            raise RouterError(
+                f"the router was made for a base model whose {module} reads {vectors.shape[1]} features, but that of "
+                f"{base.config._name_or_path!r} reads {d_in or 'nothing: there is none'}; make it anew for this one"
+            )

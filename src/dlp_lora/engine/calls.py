@@ -1,0 +1,110 @@
+"""A call of Hugging Face's `generate`: what may be asked of one that is followed sentence by sentence, and its seed."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+# What is made from prompts here, or leads to another result than rows with a trace.
+NOT_ARGUMENTS = ("inputs", "input_ids", "inputs_embeds", "attention_mask", "return_dict_in_generate", "assistant_model")
+
+
+def call_setting(name: str, kwargs: Mapping[str, Any], generation_config: Any) -> Any:
+    """What a call of `generate` sets: its own argument, before its config's, before the model's; None if nothing."""
+    configs = (kwargs.get("generation_config"), generation_config)
+    values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+    return next((value for value in values if value is not None), None)
+
+
+def check_call(kwargs: Mapping[str, Any], generation_config: Any) -> None:
+    """Checks the arguments of a call, its own generation config and the model's.
+
+    Raises:
+        ValueError: if one of them cannot be followed.
+    """
+    for name in NOT_ARGUMENTS:
+        given = call_setting(name, kwargs, generation_config)
+        if given is not None and given is not False:
+            raise ValueError(f"{name} is not an argument of engine.generate; use engine.model.generate")
+    if call_setting("prompt_lookup_num_tokens", kwargs, generation_config) is not None:
+        raise ValueError(
+            "prompt_lookup_num_tokens reads several tokens at once, so sentences cannot be routed one by one; leave "
+            "it out"
+        )
+    if call_setting("use_cache", kwargs, generation_config) is False:
+        raise ValueError("routing by sentence follows the KV cache; leave use_cache on")
+
+
+@contextmanager
+def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Samples with a seed, if there is one, and leaves PyTorch's random numbers as they were."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices) if seed is not None else nullcontext():
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
+
+
+@dataclass(frozen=True)
+class Endings:
+    """The token ids at which `generate` ends a row, and those with which it pads it."""
+
+    eos_ids: frozenset[int] = frozenset()
+    pad_ids: frozenset[int] = frozenset()
+
+    @classmethod
+    def of_model(cls, generation_config: Any, tokenizer: PreTrainedTokenizerBase) -> "Endings":
+        """Those of the model's generation config and of its tokenizer together, for passes outside `generate`."""
+        return cls(
+            _ids(generation_config.eos_token_id) | _ids(tokenizer.eos_token_id),
+            _ids(generation_config.pad_token_id) | _ids(tokenizer.pad_token_id),
+        )
+
+    @classmethod
+    def of_call(cls, kwargs: Mapping[str, Any], generation_config: Any) -> "Endings":
+        """Those of one call of `generate`: its own arguments, before its config's, before the model's."""
+        eos, pad = (call_setting(name, kwargs, generation_config) for name in ("eos_token_id", "pad_token_id"))
+        return cls(_ids(eos), _ids(pad))
+
+    def is_behind(self, token: int) -> bool:
+        """Whether a token of a row that has ended is no part of its answer."""
+        return token in self.pad_ids or token in self.eos_ids
+
+    def trim(self, tokens: list[int], special_ids: Collection[int]) -> list[int]:
+        """A row's answer with the token that ends it, without what pads the row.
+
+        Padding without such a token follows a stop string. It is told from text only where it is a special token.
+        """
+        end = next((i + 1 for i, token in enumerate(tokens) if token in self.eos_ids), None)
+        if end is None:
+            padding = self.pad_ids & set(special_ids)
+            end = next((i + 1 for i in reversed(range(len(tokens))) if tokens[i] not in padding), 0)
+        return tokens[:end]
+
+
+def _ids(value: int | Sequence[int] | None) -> frozenset[int]:
+    return frozenset() if value is None else frozenset([value] if isinstance(value, int) else value)
+
+
+def kept_tokens(ids: Tensor, mask: Any, *, num_cached: int = 0) -> Bool[Tensor, "batch seq"]:
+    """Which of the tokens behind `num_cached` others are no padding.
+
+    A mask of (batch, seq) tells, or one of what tokens attend to, as static caches have it: what is no padding attends
+    to itself.
+    """
+    if isinstance(mask, Mapping):  # one for each kind of layer
+        mask = next(iter(mask.values()), None)
+    num_new = ids.shape[1]
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return mask[:, -num_new:].bool()
+    if isinstance(mask, Tensor) and mask.ndim == 4:
+        attended = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0  # (batch, new tokens, places)
+        # A cache of a sliding window has places for the last tokens alone.
+        first = min(num_cached, attended.shape[2] - num_new)
+        return attended.diagonal(offset=first, dim1=-2, dim2=-1).expand(len(ids), -1)
+    return torch.ones_like(ids, dtype=torch.bool)

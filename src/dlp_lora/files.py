@@ -1,0 +1,121 @@
+"""Folders that are written whole or not at all."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from dlp_lora.errors import DLPLoRAError
+
+
+@contextmanager
+def replace_folder(path: str | Path, *, own: Sequence[str] = ()) -> Iterator[Path]:
+    """Yields an empty folder beside `path`, and puts it in the place of `path` if all went well.
+
+    `own` names all that is ever written there. A folder that is there is then replaced only if it is empty or holds the
+    first of them, and what else it holds (a README, a repository's files) stays in it.
+
+    Written aside and renamed: whatever interrupts the writing, a full disk included, the folder that was there
+    before survives. `recover_folder` finds it even after a kill between the two renames.
+    """
+    path = Path(os.path.realpath(path))  # a link to a folder stays one
+    recover_folder(path)
+    if own:
+        check_replaceable(path, own[0])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    try:
+        yield aside
+        if own and path.exists():
+            _carry_over([entry for entry in path.iterdir() if entry.name not in own], aside)
+        aside.chmod(0o777 & ~_umask())
+        previous = _previous(path)
+        if path.exists():
+            shutil.rmtree(previous, ignore_errors=True)
+            path.rename(previous)
+        aside.rename(path)
+        if previous.exists():
+            # Under this name, what a kill leaves of it is never recovered.
+            previous.rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        recover_folder(path)
+        raise
+
+
+def check_replaceable(path: str | Path, marker: str) -> None:
+    """Checks that a folder may be replaced by what is written here.
+
+    Raises:
+        ValueError: if something else than an empty folder is there and it holds no file named `marker`.
+    """
+    path = Path(path)
+    if path.exists() and not (path / marker).is_file() and (path.is_file() or any(path.iterdir())):
+        raise ValueError(f"{path} is there and has no {marker}: it would be lost; write somewhere else")
+
+
+def recover_folder(path: str | Path) -> None:
+    """Puts back the previous folder if a replacement was killed between its two renames."""
+    path = Path(os.path.realpath(path))
+    if not path.exists() and _previous(path).is_dir():
+        _previous(path).rename(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all."""
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def name_of(path: str | Path) -> str:
+    """The name of a folder, that of "." too; a link has its own, whatever it leads to."""
+    return Path(os.path.abspath(path)).name
+
+
+def _carry_over(entries: Sequence[Path], folder: Path) -> None:
+    """Puts files and folders into another folder on the same disk, too, without a copy where it can have links."""
+    for entry in entries:
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, folder / entry.name, symlinks=True, copy_function=_link_or_copy)
+        else:
+            _link_or_copy(str(entry), str(folder / entry.name))
+
+
+def _link_or_copy(source: str, target: str) -> str:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
+    return target
+
+
+def _previous(path: Path) -> Path:
+    return path.with_name(f".{path.name}.previous")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def local_folder(source: str | Path, *, files: Sequence[str], error: type[DLPLoRAError]) -> Path:
+    """Gives the local folder of a path or hub id; `files` are the patterns that are downloaded of a hub id.
+
+    Raises:
+        DLPLoRAError: of the given kind, if there is neither such a folder nor such a repository.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    if isinstance(source, Path) or source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise error(f"{source} is not a folder, and not a hub id of the form owner/name; check the path")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=list(files)))
+    except Exception as cause:  # the hub client raises its own errors, httpx's and OSError
+        raise error(f"{source} is not a folder, and cannot be had from the hub: {cause}") from cause

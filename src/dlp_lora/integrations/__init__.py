@@ -1,0 +1,1 @@
+"""Other tools that an engine plugs into."""

@@ -1,0 +1,1 @@
+"""The laboratory: what measures the method, and what writes and shows the records."""

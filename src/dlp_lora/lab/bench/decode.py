@@ -1,0 +1,85 @@
+"""The decode benchmark: time per generated token of DLP-LoRA and of PEFT over the plain base model.
+
+Sentence switching is live: the router, the policy and the fusing are inside the time. Beside the plain base stands a
+base with the same stacked products as ours, and one with prepacked weights, so that the price of the adapters alone is
+seen.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dlp_lora.lab.bench.agreement import Twin, check_paths
+from dlp_lora.lab.bench.case import Batch, Case, Dtypes, NewTokens, NumAdapters, Prepacked, Row, quiet, run_cases
+from dlp_lora.lab.bench.decoding import DecodingArgs, decoding_rows
+from dlp_lora.lab.bench.models import (
+    AGAIN,
+    PEFT_MIXED,
+    PEFT_ONE,
+    PREPACKED,
+    STACKED,
+    base_model,
+    engine_with,
+    peft_many,
+    peft_one,
+    stacked_base,
+)
+from dlp_lora.lab.bench.timing import BASE, OnRound
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeArgs(DecodingArgs):
+    """What is measured."""
+
+    num_adapters: NumAdapters = 26
+    batch: Batch = 1
+    new_tokens: NewTokens = 64
+    dtypes: Dtypes = ("bfloat16", "float32")
+    prepacked: Prepacked = True
+
+
+def bench_decode(model: str | Path, args: DecodeArgs | None = None, *, on_round: OnRound = quiet) -> dict[str, Any]:
+    """Measures decoding; gives the record as JSON data.
+
+    Raises:
+        DLPLoRAError: if paths that must agree differ.
+    """
+    args = args or DecodeArgs()
+
+    def measure(case: Case) -> list[Row]:
+        base, one, stacked = base_model(case), peft_one(case), stacked_base(case)
+        engine = engine_with(case, selected=args.selected)
+        prompts = case.prompts(args.batch)
+        twins = {STACKED: Twin(stacked, {}), PEFT_ONE: Twin(one, {case.names[0]: 1.0})}
+        given: dict[str, dict[str, Any]] = {}
+        if args.batch > 1:
+            num_rows = min(args.batch, len(case.names))
+            names = [case.names[i % num_rows] for i in range(args.batch)]
+            mixed, given[PEFT_MIXED] = peft_many(case, num_rows), {"adapter_names": names}
+            twins[PEFT_MIXED] = Twin(mixed, [{name: 1.0} for name in names], given[PEFT_MIXED])
+        check_paths(engine, base, prompts[0], twins)
+        variants = {
+            BASE: base,
+            AGAIN: base_model(case),
+            STACKED: stacked,
+            f"dlp-lora, {args.selected} of {args.num_adapters}": engine,
+            PEFT_ONE: one,
+            **({PEFT_MIXED: mixed} if given else {}),
+        }
+        if args.prepacked and case.device.type == "cpu":
+            ours = engine_with(case, selected=args.selected, prepack=True)
+            variants[PREPACKED] = stacked_base(case, prepack=True)
+            variants[f"dlp-lora, prepacked, {args.selected} of {args.num_adapters}"] = ours
+            check_paths(ours, base, prompts[0], {**twins, PREPACKED: Twin(variants[PREPACKED], {})})
+        rows = decoding_rows(case, variants, prompts, new_tokens=args.new_tokens, rounds=args.rounds, given=given)
+        return list(rows.values())
+
+    return run_cases(
+        "decode",
+        model,
+        args,
+        measure,
+        num_adapters=args.num_adapters,
+        on_round=on_round,
+        does_not_measure="prefill beyond the first token's time, trained adapters' answers",
+    )

@@ -1,0 +1,76 @@
+"""All benchmarks, with settings for a CPU or for a GPU."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dlp_lora.lab.bench.bank import BankArgs, bench_bank
+from dlp_lora.lab.bench.decode import DecodeArgs, bench_decode
+from dlp_lora.lab.bench.paths import PathsArgs, bench_paths
+from dlp_lora.lab.bench.peers import PeersArgs, bench_peers
+from dlp_lora.lab.bench.prefill import PrefillArgs, bench_prefill
+from dlp_lora.lab.bench.routers import RoutersArgs, bench_routers
+from dlp_lora.lab.bench.switch import SwitchArgs, bench_switch
+from dlp_lora.lab.bench.train import TrainArgs, bench_train
+from dlp_lora.tasks.hub import read_data
+from dlp_lora.tasks.procedural import procedural_task
+from dlp_lora.tasks.task import Task
+
+NUM_TASKS = 2  # that are trained on
+OWN_TASKS = ("unit_conversion", "object_counting")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """Where the benchmarks run, and what only some of them vary."""
+
+    device: str
+    dtypes: tuple[str, ...]
+    batches: tuple[int, ...]
+    prefill_batches: tuple[int, ...]
+
+
+PRESETS = {
+    "cpu": Preset(device="cpu", dtypes=("bfloat16", "float32"), batches=(1, 8), prefill_batches=(4,)),
+    "gpu": Preset(device="cuda", dtypes=("bfloat16",), batches=(1, 8, 32), prefill_batches=(1, 8, 32)),
+}
+
+
+def suite(
+    model: str | Path,
+    preset: Preset,
+    *,
+    rounds: int | None = None,
+    threads: int | None = None,
+    prompts: str | None = None,
+) -> dict[str, Callable[..., dict[str, Any]]]:
+    """Gives the benchmarks ready to run, by the names of their records; each takes `on_round` and gives a record."""
+    how: dict[str, Any] = {"device": preset.device, "threads": threads}
+    if rounds is not None:
+        how["rounds"] = rounds
+    both = {**how, "prompts": prompts, "dtypes": preset.dtypes}
+    one = {**how, "prompts": prompts, "dtypes": preset.dtypes[:1]}
+    found: dict[str, Callable[..., dict[str, Any]]] = {}
+    for batch in preset.batches:
+        name = "decode" if batch == 1 else f"decode_batch{batch}"
+        found[name] = partial(bench_decode, model, DecodeArgs(batch=batch, **both))
+    found["decode_all_linear"] = partial(bench_decode, model, DecodeArgs(target_modules=("all-linear",), **both))
+    for batch in preset.prefill_batches:
+        found[f"prefill_batch{batch}"] = partial(bench_prefill, model, PrefillArgs(batch=batch, **both))
+    return {
+        **found,
+        "paths": partial(bench_paths, model, PathsArgs(**one)),
+        "switch": partial(bench_switch, model, SwitchArgs(**one)),
+        "bank": partial(bench_bank, model, BankArgs(**one)),
+        "routers": partial(bench_routers, model, RoutersArgs(**one)),
+        "peers": partial(bench_peers, model, PeersArgs(**one)),
+        "train": partial(bench_train, model, _tasks(prompts), TrainArgs(**how)),
+    }
+
+
+def _tasks(data: str | None) -> list[Task]:
+    if data is not None:
+        return read_data(data)[:NUM_TASKS]
+    return [procedural_task(name, num_train=TrainArgs.num_samples, num_test=0) for name in OWN_TASKS]

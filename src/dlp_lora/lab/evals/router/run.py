@@ -1,0 +1,105 @@
+"""The run: the scenarios one by one, each kept in the record as soon as it is done."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dlp_lora.errors import RecordError
+from dlp_lora.files import write_text
+from dlp_lora.lab.evals.router import scenarios, trainings
+from dlp_lora.lab.evals.router.scenarios import Scenario
+from dlp_lora.lab.evals.router.setting import Setting
+from dlp_lora.lab.evals.router.targets import judged
+from dlp_lora.lab.records.environment import environment
+
+FORMAT = 1
+SCENARIOS: Mapping[str, Scenario] = {
+    "prompts": scenarios.prompts,
+    "answers": scenarios.answers,
+    "conversations": scenarios.conversations,
+    "serial": scenarios.serial,
+    "questions": scenarios.questions,
+    "junctions": scenarios.junctions,
+    "outside": scenarios.outside,
+    "robustness": scenarios.robustness,
+    "timing": scenarios.timing,
+    "left_out": trainings.left_out,
+    "scale": trainings.scale,
+    "synthetic": trainings.synthetic,
+    "extension": trainings.extension,
+    "skew": trainings.skew,
+    "ceilings": trainings.ceilings,
+}
+
+
+def bench_router(
+    setting: Setting, *, only: Sequence[str] = (), file: Path | None = None, overwrite: bool = False
+) -> dict[str, Any]:
+    """Measures a router in the scenarios, all of them unless told otherwise; gives the record as JSON data.
+
+    Args:
+        file: the record, which is written after each scenario; those that it has already are not measured again.
+        overwrite: begin the record anew.
+
+    Raises:
+        ValueError: for an unknown scenario.
+        RecordError: if the file is no such record, or one of other data, settings or router.
+    """
+    unknown = [name for name in only if name not in SCENARIOS]
+    if unknown:
+        raise ValueError(f"no scenario {unknown[0]!r}; choose from {', '.join(SCENARIOS)}")
+    key = setting.key()
+    record = _kept(file, key) if file and not overwrite else None
+    record = record or {"format": FORMAT, "benchmark": "router", "key": key, "scenarios": {}}
+    for name in only or SCENARIOS:
+        if name in record["scenarios"]:
+            continue
+        setting.on_step(name, 0, 1)
+        start = time.perf_counter()
+        found = SCENARIOS[name](setting)
+        record["scenarios"][name] = {**found, "seconds": round(time.perf_counter() - start, 2)}
+        record |= _described(setting)
+        record["targets"] = judged(record)
+        if file:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_text(file, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        setting.on_step(name, 1, 1)
+    return record
+
+
+def _described(setting: Setting) -> dict[str, Any]:
+    main = setting.main
+    return {
+        "settings": asdict(setting.args),
+        "environment": environment(),
+        "data": {
+            "tasks": [task.name for task in setting.tasks],
+            "extra": [task.name for task in setting.extra],
+            "labels": setting.labels,
+        },
+        "router": {
+            "type": type(main.router).__name__,
+            "given": setting.given is not None,
+            "num_parameters": main.num_parameters,
+            "seconds": main.seconds,
+        },
+    }
+
+
+def _kept(file: Path, key: str) -> dict[str, Any] | None:
+    if not file.exists():
+        return None
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecordError(f"{file} cannot be read as a record ({error}); name another file") from error
+    if not isinstance(record, dict) or record.get("benchmark") != "router":
+        raise RecordError(f"{file} is no record of `bench router`; name another file")
+    if record["key"] != key:
+        raise RecordError(
+            f"{file} holds a run of other data, settings or another router; name another file, or --overwrite it"
+        )
+    return record

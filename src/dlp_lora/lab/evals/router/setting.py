@@ -1,0 +1,200 @@
+"""The setting: what the scenarios share. Data, tokenizer, the measured router, and others trained on the way."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from dlp_lora.engine.loading import load_router
+from dlp_lora.errors import TaskError
+from dlp_lora.files import write_text
+from dlp_lora.lab.evals.answers import data_hash
+from dlp_lora.lab.evals.router.measures import Reading
+from dlp_lora.lab.evals.router.samples import Question, Sample, questions, whole
+from dlp_lora.router import CONFIG_FILE, Router, router_hash
+from dlp_lora.tasks.manifest import TaskInfo, kind_of
+from dlp_lora.tasks.task import Task
+from dlp_lora.training.router import RouterTrainingArgs, train_router
+
+BATCH = 128
+REPORT_FILE = "report.json"  # as train-router writes it
+
+OnStep = Callable[[str, int, int], None]
+"""Told what is being done, the steps done and all steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterBenchArgs:
+    """How much is measured, and how the routers are trained that the scenarios need."""
+
+    per_task: int = 100  # test questions of a task, at most
+    cuts: tuple[int, ...] = (8, 16, 32, 64)  # tokens
+    conversations: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8, 9, 10)  # questions
+    serial: tuple[int, ...] = (3, 5, 10)  # questions
+    splits: int = 2  # routers that are trained without a fifth of the tasks
+    added: tuple[int, ...] = (1, 5, 10)  # tasks at once
+    examples: tuple[int | None, ...] = (8, 32, 128, None)  # of an added task; None is all
+    tries: int = 5  # tasks that are added one at a time
+    shares: tuple[float, ...] = (0.02, 0.1)  # of the examples of generative tasks that a skewed mixture keeps
+    synthetic: int = 1000  # tasks
+    training: RouterTrainingArgs = field(default_factory=RouterTrainingArgs)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.per_task < 1:
+            raise ValueError(f"RouterBenchArgs.per_task must be at least 1, got {self.per_task}")
+        for name in ("conversations", "serial"):
+            if any(n < 2 for n in getattr(self, name)):
+                raise ValueError(f"RouterBenchArgs.{name} must be 2 or more questions each, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A router and how long its training took; None if nobody knows."""
+
+    router: Router
+    seconds: float | None
+
+    @property
+    def num_parameters(self) -> int | None:
+        """How many parameters the router has, if it tells."""
+        found: int | None = getattr(self.router, "num_parameters", None)
+        return found
+
+
+class Setting:
+    """Data, settings and routers; a router is trained when it is first asked for, and kept in `folder` if there is one.
+
+    Raises:
+        TaskError: if the router does not know one of the tasks, or no task has test examples.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        tokenizer: Tokenizer,
+        args: RouterBenchArgs,
+        *,
+        router: Trained | None = None,
+        extra: Sequence[Task] = (),
+        manifest: Mapping[str, TaskInfo] | None = None,
+        folder: Path | None = None,
+        on_step: OnStep = lambda *_: None,
+    ) -> None:
+        self.tasks = tuple(tasks)
+        self.extra = tuple(task for task in extra if task.name not in {t.name for t in tasks})
+        self.kinds = {task.name: kind_of(task, manifest) for task in tasks}
+        infos = manifest or {}
+        self.labels = {task.name: infos[task.name].paper_name or task.name for task in tasks if task.name in infos}
+        self.tokenizer = tokenizer
+        self.args = args
+        self.folder = folder
+        self.on_step = on_step
+        self.given = router
+        self._trained: dict[str, Trained] = {}
+        if not self.asked:
+            raise TaskError("no task has test examples to measure the router on; add test.jsonl files")
+        unknown = [t.name for t in tasks if router and t.name not in router.router.names]
+        if unknown:
+            raise TaskError(
+                f"the router does not know {', '.join(unknown)}; leave --router out to train one on these tasks, "
+                "or give them as --extra to see whether it abstains"
+            )
+
+    @cached_property
+    def asked(self) -> list[Question]:
+        """The test questions."""
+        return questions(self.tasks, limit=self.args.per_task)
+
+    @cached_property
+    def asked_outside(self) -> list[Question]:
+        """The test questions of the extra tasks."""
+        return questions(self.extra, limit=self.args.per_task)
+
+    @cached_property
+    def main(self) -> Trained:
+        """The router that is measured."""
+        return self.given or self.train("main", self.tasks)
+
+    @cached_property
+    def whole(self) -> Reading:
+        """What the measured router says of the whole prompts."""
+        return self.read(whole(self.asked))
+
+    @property
+    def num_tasks(self) -> int:
+        """How many tasks have test questions."""
+        return len({q.task for q in self.asked})
+
+    def train(self, name: str, tasks: Sequence[Task]) -> Trained:
+        """Trains a router on tasks, once for each name; one that was kept from other tasks or settings is replaced."""
+        if name not in self._trained:
+            place = self.folder / name if self.folder else None
+            key = _hash(self.args.training, data_hash(tasks), self.tokenizer.to_str())
+            is_kept = place is not None and (place / CONFIG_FILE).is_file() and _report(place).get("key") == key
+            self._trained[name] = read_trained(place) if place and is_kept else self._train(name, tasks, place, key)
+        return self._trained[name]
+
+    def read(self, samples: Sequence[Sample], router: Router | None = None) -> Reading:
+        """Asks a router, the measured one unless told otherwise, about samples of tasks that it knows or not.
+
+        The label of a task that it does not know is -1.
+        """
+        router = router or self.main.router
+        index = {name: i for i, name in enumerate(router.names)}
+        score = getattr(router, "scores", None)
+        probabilities, scores = [], []
+        for i in range(0, len(samples), BATCH):
+            contexts = [sample.context for sample in samples[i : i + BATCH]]
+            probabilities.append(router.probabilities(contexts))
+            scores.append(probabilities[-1].amax(dim=1) if score is None else score(contexts))
+            self.on_step("route", min(i + BATCH, len(samples)), len(samples))
+        rows = torch.cat(probabilities).double().numpy()
+        fits = rows.sum(axis=1)
+        return Reading(
+            names=router.names,
+            labels=np.array([index.get(sample.task, -1) for sample in samples]),
+            probabilities=rows / fits.clip(min=1e-12)[:, None],
+            fits=fits,
+            scores=torch.cat(scores).double().numpy(),
+        )
+
+    def key(self) -> str:
+        """What tells this setting from others, so that no record mixes two: data, settings and router."""
+        given = router_hash(self.given.router) if self.given else None
+        return _hash(self.args, data_hash(self.tasks), data_hash(self.extra), self.tokenizer.to_str(), given)
+
+    def _train(self, name: str, tasks: Sequence[Task], place: Path | None, key: str) -> Trained:
+        def on_step(step: int, num_steps: int, loss: float) -> None:
+            self.on_step(f"train {name}", step, num_steps)
+
+        start = time.perf_counter()
+        router, _ = train_router(tasks, self.tokenizer, self.args.training, on_step=on_step)
+        seconds = round(time.perf_counter() - start, 2)
+        if place:
+            router.save_pretrained(place)
+            write_text(place / REPORT_FILE, json.dumps({"seconds": seconds, "key": key}) + "\n")
+        return Trained(router=router, seconds=seconds)
+
+
+def read_trained(folder: str | Path) -> Trained:
+    """Reads a router folder, and from the report in it how long its training took."""
+    return Trained(router=load_router(folder), seconds=_report(Path(folder)).get("seconds"))
+
+
+def _report(folder: Path) -> dict[str, Any]:
+    file = folder / REPORT_FILE
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return found
+
+
+def _hash(*parts: Any) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

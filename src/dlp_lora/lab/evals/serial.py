@@ -1,0 +1,222 @@
+"""serial-n (MeteoRA's setting): n questions of different tasks in one prompt, answered in order, one line each.
+
+An adapter that learned single questions ends the text after its answer. So the end of an answer is written as a line
+break until n lines are there: one rule for all methods, inside one free-running `generate`. A line is a sentence, so
+that is where the router is asked again.
+"""
+
+import random
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+
+from dlp_lora.engine.engine import Engine
+from dlp_lora.engine.prompts import context_of
+from dlp_lora.engine.trace import Generation
+from dlp_lora.errors import TaskError
+from dlp_lora.lab.evals.metrics import exact_match
+from dlp_lora.policy import Mixture, Switching
+from dlp_lora.router import Context
+from dlp_lora.sentences import LineSegmenter
+from dlp_lora.tasks.formats import PromptFormat, as_prompt, encode_example
+from dlp_lora.tasks.task import Example, Task, same_prompt
+
+SEPARATOR = "\n\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SerialPrompt:
+    """Questions of different tasks asked at once."""
+
+    tasks: tuple[str, ...]
+    examples: tuple[Example, ...]
+
+    @property
+    def text(self) -> str:
+        """The prompt."""
+        return SEPARATOR.join(example.prompt for example in self.examples)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SerialMethod:
+    """A way to answer a serial prompt: settings of the engine, or one fixed mixture."""
+
+    name: str
+    settings: dict[str, Any]
+    mixture: Mixture | None = None
+
+
+def serial_prompts(tasks: Sequence[Task], n: int, num_prompts: int, *, seed: int = 0) -> list[SerialPrompt]:
+    """Draws prompts of `n` test questions, each of another task.
+
+    Raises:
+        TaskError: with fewer than `n` tasks that have any.
+    """
+    tasks = [task for task in tasks if task.test]
+    if len(tasks) < n:
+        raise TaskError(f"serial-{n} asks questions of {n} tasks, but there are {len(tasks)}")
+    rng = random.Random(f"serial {n} {seed}")
+    drawn = [rng.sample(list(tasks), n) for _ in range(num_prompts)]
+    return [
+        SerialPrompt(tasks=tuple(t.name for t in some), examples=tuple(rng.choice(t.test) for t in some))
+        for some in drawn
+    ]
+
+
+def fitting(
+    engine: Engine, prompts: Sequence[SerialPrompt], *, max_new_tokens: int, prompt_format: PromptFormat = "auto"
+) -> list[SerialPrompt]:
+    """The prompts that leave room for the answers in the model's context."""
+
+    def num_tokens(prompt: SerialPrompt) -> int:
+        example = Example(prompt=prompt.text, answer=prompt.examples[0].answer)
+        return len(encode_example(engine.tokenizer, example, prompt_format)[0])
+
+    return [prompt for prompt in prompts if num_tokens(prompt) + max_new_tokens <= context_of(engine.model)]
+
+
+def serial_methods(names: Sequence[str], prompts: Sequence[SerialPrompt]) -> list[SerialMethod]:
+    """The methods: base, each question's own adapter by its label, and routed by what the router reads.
+
+    `dlp` cuts the prompt into its questions, `whole` reads it as one text, `prompt-only` never switches.
+    """
+    lines = {"segmenter": LineSegmenter, "switching": Switching(min_tokens=1, margin=0.0)}
+    told = _Told(names, prompts)
+    return [
+        SerialMethod(name="base", settings={}, mixture=Mixture()),
+        SerialMethod(name="oracle", settings={**lines, "router": told, "kv_policy": "keep"}),
+        SerialMethod(name="oracle-recompute", settings={**lines, "router": told, "kv_policy": "recompute"}),
+        SerialMethod(name="dlp", settings={**lines, "kv_policy": "keep"}),
+        SerialMethod(name="recompute", settings={**lines, "kv_policy": "recompute"}),
+        SerialMethod(name="whole", settings={**lines, "prompt_routing": "whole", "kv_policy": "keep"}),
+        SerialMethod(name="by-sentence", settings={**lines, "prompt_routing": "sentences"}),
+        SerialMethod(name="prompt-only", settings={**lines, "switching": Switching(min_tokens=10**9)}),
+    ]
+
+
+def answer_serial(
+    engine: Engine,
+    method: SerialMethod,
+    prompts: Sequence[SerialPrompt],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 8,
+    prompt_format: PromptFormat = "auto",
+    on_batch: Callable[[int, int], None] = lambda done, total: None,
+) -> list[dict[str, Any]]:
+    """Answers serial prompts; for each question: the line that was given, whether it is right, which adapter led.
+
+    Where a switch encodes the context anew, prompts are answered one at a time: one that switches would have all rows
+    of its batch encoded.
+    """
+    rows: list[dict[str, Any]] = []
+    batch_size = 1 if method.settings.get("kv_policy") == "recompute" else batch_size
+    for start in range(0, len(prompts), batch_size):
+        on_batch(start, len(prompts))
+        batch = prompts[start : start + batch_size]
+        answers = generate_serial(engine, method, batch, max_new_tokens=max_new_tokens, prompt_format=prompt_format)
+        for prompt, answer in zip(batch, answers, strict=True):
+            rows += _scored(prompt, answer.text, [next(iter(s.mixture), None) for s in answer.trace])
+    return rows
+
+
+def generate_serial(
+    engine: Engine,
+    method: SerialMethod,
+    prompts: Sequence[SerialPrompt],
+    *,
+    max_new_tokens: int,
+    prompt_format: PromptFormat = "auto",
+) -> list[Generation]:
+    """Answers one batch of serial prompts, of as many questions each."""
+    asked: list[Any] = [as_prompt(engine.tokenizer, p.text, prompt_format) for p in prompts]
+    chosen = engine.fixed(method.mixture) if method.mixture is not None else engine.using(**method.settings)
+    with chosen:
+        answers: list[Generation] = engine.generate(
+            asked,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            logits_processor=LogitsProcessorList([LineBreaks(engine.tokenizer, engine.eos_ids, len(prompts[0].tasks))]),
+        )
+    return answers
+
+
+class LineBreaks(LogitsProcessor):
+    """Where an answer would end, writes a line break until there are `n` answers, and ends the text after the last."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_ids: Iterable[int], n: int) -> None:
+        self._eos = sorted(eos_ids)
+        self._newline = tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
+        self._blank, self._breaking = _line_breaks(tokenizer)
+        self._n = n
+        self._width: int | None = None  # of the prompt
+
+    def __call__(
+        self, input_ids: Int[Tensor, "batch seq"], scores: Float[Tensor, "batch vocab"]
+    ) -> Float[Tensor, "batch vocab"]:
+        self._width = self._width or input_ids.shape[1]
+        written = input_ids[:, self._width :]
+        ends = [*self._eos, *self._blank]
+        stop = scores[:, ends].max(dim=1).values
+        is_break = torch.isin(written, torch.tensor(self._breaking, device=written.device))
+        is_blank = is_break[:, -1] if written.shape[1] else torch.ones_like(stop, dtype=torch.bool)
+        stop[is_blank] = float("-inf")  # an empty line is no answer
+        is_last = is_break.sum(dim=1) >= self._n - 1
+        target = torch.where(is_last, self._eos[0], self._newline)
+        scores = scores.clone()
+        scores[:, ends] = float("-inf")
+        return scores.scatter(1, target[:, None], stop[:, None])
+
+
+@cache
+def _line_breaks(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The tokens that are nothing but line breaks and spaces, and all that end a line."""
+    texts = [str(tokenizer.decode([i])) for i in range(len(tokenizer))]
+    breaking = [i for i, text in enumerate(texts) if text.rstrip(" \t").endswith("\n")]
+    return [i for i in breaking if not texts[i].strip()], breaking
+
+
+class _Told:
+    """A router that is told the tasks: it counts the lines that are written."""
+
+    def __init__(self, names: Sequence[str], prompts: Sequence[SerialPrompt]) -> None:
+        self.names = tuple(names)
+        self._tasks = {_as_read(prompt.text): prompt.tasks for prompt in prompts}
+
+    def probabilities(self, contexts: Sequence[Context]) -> Float[Tensor, "batch adapters"]:
+        found = torch.zeros(len(contexts), len(self.names))
+        for i, context in enumerate(contexts):
+            tasks = self._tasks[_as_read(context.prompt)]
+            num_answered = sum(line.strip() != "" for line in context.answer.split("\n")[:-1])
+            found[i, self.names.index(tasks[min(num_answered, len(tasks) - 1)])] = 1.0
+        return found
+
+    def save_pretrained(self, path: str | Path) -> None:
+        raise ValueError("a router that is told the answers cannot be saved")
+
+
+def _as_read(text: str) -> str:
+    """What a prompt and its decoded tokens share: some tokenizers normalise letters and spaces."""
+    return same_prompt(unicodedata.normalize("NFKC", text))
+
+
+def _scored(prompt: SerialPrompt, text: str, led_by: Sequence[str | None]) -> list[dict[str, Any]]:
+    lines = [line for line in text.split("\n") if line.strip()]
+    return [
+        {
+            "task": task,
+            "position": i,
+            "text": lines[i].strip() if i < len(lines) else "",
+            "right": i < len(lines) and exact_match(lines[i], example.accepted),
+            "routed": i < len(led_by) and led_by[i] == task,
+        }
+        for i, (task, example) in enumerate(zip(prompt.tasks, prompt.examples, strict=True))
+    ]

@@ -1,0 +1,1 @@
+"""Records: what a measurement was made on."""

@@ -1,0 +1,19 @@
+"""The paper's experiments: a base model and task data in; adapters, router, answers and a record out."""
+
+from dlp_lora.lab.reproduce.args import LARGER, Event, ReproduceArgs, steps
+from dlp_lora.lab.reproduce.estimate import Estimate
+from dlp_lora.lab.reproduce.run import check_apart, reproduce
+from dlp_lora.lab.reproduce.settings import GROWING, added, grown
+
+__all__ = [
+    "GROWING",
+    "LARGER",
+    "Estimate",
+    "Event",
+    "ReproduceArgs",
+    "added",
+    "check_apart",
+    "grown",
+    "reproduce",
+    "steps",
+]

@@ -1,0 +1,77 @@
+"""What a run is asked to do, and what it says it is doing."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from dlp_lora.lab.evals.answers import AnswerArgs
+from dlp_lora.lab.evals.evaluation import FORCED, FREE
+from dlp_lora.lab.evals.methods import MAIN, METHODS, SINGLE, Method, methods_named
+from dlp_lora.tasks import Task
+from dlp_lora.training.args import AdapterTrainingArgs
+from dlp_lora.training.router import RouterTrainingArgs
+
+LARGER = "larger"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReproduceArgs:
+    """What is run. `limit` takes so many training and test examples of each task."""
+
+    training: AdapterTrainingArgs = field(default_factory=AdapterTrainingArgs)
+    single_r: int = 64  # the rank of the one LoRA on all tasks, trained for the method lora-r64; 0 leaves both out
+    router: RouterTrainingArgs = field(default_factory=RouterTrainingArgs)
+    answers: AnswerArgs = field(default_factory=AnswerArgs)
+    methods: tuple[str, ...] = MAIN
+    teacher_forced: bool = True
+    serial: tuple[int, ...] = (3, 5, 10)
+    serial_questions: int = 120  # asked in all at each of these lengths
+    limit: int | None = None
+    seeds: tuple[int, ...] = (0,)
+
+    def __post_init__(self) -> None:
+        for name, kind in (("methods", str), ("seeds", int), ("serial", int)):
+            found = getattr(self, name)
+            if not isinstance(found, tuple) or not all(isinstance(value, kind) for value in found):
+                raise ValueError(f"ReproduceArgs.{name} is a list of {kind.__name__}, got {found!r}")
+        if self.single_r < 0:
+            raise ValueError(f"ReproduceArgs.single_r is a rank, or 0 for none, got {self.single_r}")
+        methods_named(self.methods)
+        if any(n < 2 for n in self.serial):
+            raise ValueError(f"ReproduceArgs.serial asks at least 2 questions at once, got {self.serial}")
+        if self.serial_questions < 1:
+            raise ValueError(f"ReproduceArgs.serial_questions must be at least 1, got {self.serial_questions}")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"ReproduceArgs.limit must be at least 1, got {self.limit}")
+        if not self.seeds:
+            raise ValueError("ReproduceArgs.seeds is empty; give at least one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """What the run is doing: `done` of `total` in a step of a seed."""
+
+    seed: int
+    step: str
+    done: int
+    total: int
+    note: str = ""
+
+
+def steps(tasks: Sequence[Task], args: ReproduceArgs) -> list[str]:
+    """The steps of one seed, in order."""
+    methods = methods_of(args)
+    single = [SINGLE] if METHODS[SINGLE] in methods else []
+    named = [f"{FREE}: {m.name}" for m in methods]
+    forced = [f"{FORCED}: {m.name}" for m in methods if args.teacher_forced and m.name in MAIN]
+    own, router = ([t.name for t in tasks], ["router"]) if needs_adapters(args) else ([], [])
+    return [*own, *single, *router, *named, *forced, *(f"serial-{n}" for n in args.serial)]
+
+
+def needs_adapters(args: ReproduceArgs) -> bool:
+    """Whether anything is asked for that takes the tasks' own adapters and the router."""
+    return bool(args.serial) or any(not method.adapter for method in methods_of(args))
+
+
+def methods_of(args: ReproduceArgs) -> list[Method]:
+    """The methods to compare; without the single LoRA where none is trained."""
+    return [m for m in methods_named(args.methods) if m.name != SINGLE or args.single_r]

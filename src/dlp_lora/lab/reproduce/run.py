@@ -1,0 +1,139 @@
+"""The paper's experiments as one run: a base model and task data in, adapters, router, answers and a record out.
+
+Every step is kept on disk and none is done twice: a run that was interrupted, at any moment, goes on to the same
+results. Methods, seeds, lengths of serial prompts and a larger model may be added to a run; one with other settings
+is refused, and the difference is named.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dlp_lora.errors import TaskError
+from dlp_lora.files import write_text
+from dlp_lora.kept import read_rows, write_outputs
+from dlp_lora.lab.evals.answers import batches
+from dlp_lora.lab.evals.metrics import check_scoring
+from dlp_lora.lab.evals.record import merged
+from dlp_lora.lab.reproduce.args import LARGER, Event, ReproduceArgs
+from dlp_lora.lab.reproduce.environments import Environments
+from dlp_lora.lab.reproduce.larger import answer_plainly
+from dlp_lora.lab.reproduce.seed import Seed, Shared
+from dlp_lora.lab.reproduce.settings import check_settings, grown, keep_settings, kept_dtype, settings_of
+from dlp_lora.tasks import Task
+from dlp_lora.tasks.manifest import TaskInfo, kind_of
+from dlp_lora.tasks.task import same_prompt
+from dlp_lora.training.adapters import check_lengths
+from dlp_lora.training.base import load_base, model_hash
+
+RECORD_FILE = "record.json"
+OUTPUTS_FILE = "outputs.jsonl.gz"
+
+
+def reproduce(
+    model: str | Path,
+    tasks: Sequence[Task],
+    out: str | Path,
+    args: ReproduceArgs | None = None,
+    *,
+    infos: dict[str, TaskInfo] | None = None,
+    larger: str | Path | None = None,
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> Path:
+    """Runs everything into the folder `out`, or goes on with it; gives the record's path.
+
+    What can be known to fail is checked before anything is trained.
+
+    Args:
+        args: with methods, seeds and lengths of serial prompts that are added to those of a run in `out`.
+        larger: another model, which answers without adapters (Table 5); it may be given to a finished run, too.
+
+    Raises:
+        RecordError: if `out` holds a run with other settings.
+        TaskError: if there are fewer than two tasks, one has no training example that is short enough or none a test
+            question that fits the model's context, or a test example is also a training example.
+    """
+    out, infos = Path(out), infos or {}
+    args = grown(out, args or ReproduceArgs())
+    tasks = [replace(t, train=t.train[: args.limit], test=t.test[: args.limit]) for t in tasks]
+    if len(tasks) < 2:
+        raise TaskError(f"a router chooses between tasks, but there are {len(tasks)}; give at least two task folders")
+    check_apart(tasks)
+    kinds = {task.name: kind_of(task, infos) for task in tasks}
+    check_scoring(kinds.values())
+    settings = settings_of(model, tasks, args)
+    check_settings(out, settings)
+    base, tokenizer = load_base(model, dtype=kept_dtype(out))
+    settings |= {"model_hash": model_hash(base), "dtype": str(base.dtype).removeprefix("torch.")}
+    check_settings(out, settings)
+    check_lengths(base, tokenizer, tasks, args.training)
+    questions, left_out = batches(base, tokenizer, tasks, args.answers)
+    keep_settings(out, settings)
+    environments = Environments(out)
+
+    def kept_event(event: Event) -> None:
+        environments.keep()
+        on_event(event)
+
+    if larger is None:
+        plain = _larger_before(out)
+    else:
+        plain = answer_plainly(larger, base.dtype, tasks, kinds, out / LARGER, args, kept_event)
+    shared = Shared(
+        model=model,
+        base=base,
+        tokenizer=tokenizer,
+        tasks=tuple(tasks),
+        infos=infos,
+        args=args,
+        questions=questions,
+        left_out=left_out,
+        on_event=kept_event,
+    )
+    runs = [Seed(shared, out / f"seed-{seed}", seed) for seed in args.seeds]
+    records = [run.run() for run in runs]
+    record = {
+        **settings,
+        "name": out.name,
+        "seeds": list(args.seeds),
+        **environments.summary(),
+        **merged(records, args.seeds),
+        "larger": plain,
+        "outputs": OUTPUTS_FILE,
+    }
+    sources = (*(run.outputs() for run in runs), _outputs_of(plain, out / LARGER))
+    write_outputs(out / OUTPUTS_FILE, (row for source in sources for row in source))
+    write_text(out / RECORD_FILE, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    return out / RECORD_FILE
+
+
+def check_apart(tasks: Sequence[Task]) -> None:
+    """Checks that no test prompt was learned, with other white space neither.
+
+    Raises:
+        TaskError: naming the first test example that is among the training examples of any task.
+    """
+    learned = {same_prompt(example.prompt): task.name for task in tasks for example in task.train}
+    for task in tasks:
+        for i, example in enumerate(task.test):
+            if same_prompt(example.prompt) in learned:
+                raise TaskError(
+                    f"test example {i} of {task.name} is also a training example of "
+                    f"{learned[same_prompt(example.prompt)]}; "
+                    f"remove one of the two: a score on learned prompts says nothing"
+                )
+
+
+def _larger_before(out: Path) -> dict[str, Any] | None:
+    """What a larger model gave when the run was finished before."""
+    file = out / RECORD_FILE
+    record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return record.get(LARGER)
+
+
+def _outputs_of(plain: dict[str, Any] | None, folder: Path) -> Iterator[dict[str, Any]]:
+    if plain is not None:
+        for row in read_rows(folder / f"{plain['model']}.jsonl"):
+            yield {"part": LARGER, "model": plain["model"], **row}

@@ -1,0 +1,127 @@
+import unicodedata
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import normalizers
+
+import dlp_lora
+from conftest import byte_tokenizer, lively_model
+from dlp_lora import Engine, Mixture, TaskError
+from dlp_lora.lab.evals.serial import (
+    LineBreaks,
+    SerialPrompt,
+    _scored,
+    answer_serial,
+    fitting,
+    serial_methods,
+    serial_prompts,
+)
+from dlp_lora.sentences import LineSegmenter, split
+from dlp_lora.tasks import Example, Task
+
+TASKS = [
+    Task(name=name, train=(), test=tuple(Example(prompt=f"{name} {i}?", answer=f"{i}") for i in range(3)))
+    for name in ("math", "poems", "units")
+]
+
+
+@pytest.fixture
+def engine(lively_adapters: object) -> Engine:
+    return dlp_lora.load(lively_model(), tokenizer=byte_tokenizer(), adapters=lively_adapters)  # type: ignore[arg-type]
+
+
+def test_a_line_starts_with_the_line_break_before_it() -> None:
+    segmenter = LineSegmenter()
+    assert [segmenter.push(piece) for piece in ("Yes.", " No", "\n", "Or\n\n", "So")] == [[], [], [8], [11, 12], []]
+    other = segmenter.copy()
+    assert other.push("\n") == segmenter.push("\n") == [15]
+    assert split("a\nb\nc", LineSegmenter()) == ["a\n", "b\n", "c"]
+
+
+def test_prompts_ask_questions_of_different_tasks_and_are_the_same_for_the_same_seed() -> None:
+    prompts = serial_prompts(TASKS, 2, 20)
+    assert all(len(set(prompt.tasks)) == 2 for prompt in prompts)
+    assert prompts == serial_prompts(TASKS, 2, 20)
+    assert prompts != serial_prompts(TASKS, 2, 20, seed=1)
+    assert {task for prompt in prompts for task in prompt.tasks} == {"math", "poems", "units"}
+    with pytest.raises(TaskError, match="serial-4 asks questions of 4 tasks, but there are 3"):
+        serial_prompts(TASKS, 4, 1)
+
+
+def test_the_end_of_an_answer_becomes_a_line_break_until_all_are_given(engine: Engine) -> None:
+    eos, newline, vocab = 256, engine.tokenizer("\n")["input_ids"][-1], 260
+    breaks = LineBreaks(engine.tokenizer, engine.eos_ids, 2)
+    prompt = torch.tensor([[5, 6], [5, 6]])
+    scores = torch.zeros(2, vocab)
+    scores[:, eos] = 9.0
+    first = breaks(prompt, scores)
+    assert not first.argmax(-1).eq(newline).any()  # an answer is not empty
+    assert not first.argmax(-1).eq(eos).any()
+    said = torch.tensor([[5, 6, 70], [5, 6, 70]])
+    assert breaks(said, scores).argmax(-1).tolist() == [newline, newline]
+    one_line = torch.tensor([[5, 6, 70, newline, 71], [5, 6, 70, 71, 72]])
+    assert breaks(one_line, scores).argmax(-1).tolist() == [eos, newline]
+    scores[:, eos], scores[:, newline] = 0.0, 9.0
+    assert breaks(one_line, scores).argmax(-1).tolist() == [eos, newline]
+
+
+def test_tokens_of_several_line_breaks_end_one_answer() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["\n\n", ".\n"])
+    blank, full_stop = tokenizer.convert_tokens_to_ids(["\n\n", ".\n"])
+    newline, eos = tokenizer("\n")["input_ids"][-1], 256
+    breaks = LineBreaks(tokenizer, {eos}, 2)
+    prompt = torch.tensor([[5, 6]])
+    scores = torch.zeros(1, len(tokenizer))
+    scores[:, blank] = 9.0
+    assert breaks(prompt, scores).argmax(-1) not in (newline, blank, eos)
+    assert breaks(torch.tensor([[5, 6, 70]]), scores).argmax(-1) == newline
+    assert breaks(torch.tensor([[5, 6, 70, full_stop, 71]]), scores).argmax(-1) == eos
+
+
+def test_blank_lines_are_no_answers() -> None:
+    prompt = SerialPrompt(tasks=("math", "poems"), examples=(TASKS[0].test[1], TASKS[1].test[2]))
+    assert [row["right"] for row in _scored(prompt, "\n1\n \n\n2\n", ["math", "poems"])] == [True, True]
+
+
+def test_the_method_that_is_told_the_tasks_gives_each_line_its_own_adapter(engine: Engine) -> None:
+    prompts = serial_prompts(TASKS, 3, 4)
+    methods = {m.name: m for m in serial_methods(engine.bank.names, prompts)}
+    assert methods["base"].mixture == Mixture()
+    rows = answer_serial(engine, methods["oracle"], prompts, max_new_tokens=40, batch_size=3, prompt_format="plain")
+    assert len(rows) == 12
+    assert [row["task"] for row in rows] == [task for prompt in prompts for task in prompt.tasks]
+    answered = [row for row in rows if row["text"]]
+    assert answered
+    assert all(row["routed"] for row in answered)
+
+
+def test_prompts_that_leave_no_room_for_the_answers_are_left_out(engine: Engine) -> None:
+    prompts = serial_prompts(TASKS, 2, 5)
+    lengths = [len(prompt.text.encode()) for prompt in prompts]
+    context = engine.model.config.max_position_embeddings
+    room = context - sorted(lengths)[2]
+    found = fitting(engine, prompts, max_new_tokens=room, prompt_format="plain")
+    assert found == [p for p, length in zip(prompts, lengths, strict=True) if length <= sorted(lengths)[2]]
+    assert fitting(engine, prompts, max_new_tokens=room - 100, prompt_format="plain") == prompts
+    assert fitting(engine, prompts, max_new_tokens=context, prompt_format="plain") == []
+
+
+def test_a_task_without_test_questions_is_not_asked_about() -> None:
+    tasks = [*TASKS, Task(name="untested", train=(), test=())]
+    assert serial_prompts(tasks, 2, 20) == serial_prompts(TASKS, 2, 20)
+    with pytest.raises(TaskError, match="serial-4 asks questions of 4 tasks, but there are 3"):
+        serial_prompts(tasks, 4, 1)
+
+
+def test_the_method_that_is_told_the_tasks_knows_prompts_that_a_tokenizer_normalises(lively_adapters: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    engine = dlp_lora.load(lively_model(), tokenizer=tokenizer, adapters=lively_adapters)
+    asked = Example(prompt=unicodedata.normalize("NFD", "Cl\u00e9ment's  sum?"), answer="1")
+    assert asked.prompt != unicodedata.normalize("NFC", asked.prompt)
+    prompts = [SerialPrompt(tasks=("math", "poems"), examples=(asked, TASKS[1].test[0]))]
+    told = {m.name: m for m in serial_methods(engine.bank.names, prompts)}["oracle"]
+    rows = answer_serial(engine, told, prompts, max_new_tokens=30, prompt_format="plain")
+    assert rows[0]["routed"]
