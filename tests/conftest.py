@@ -3,6 +3,8 @@
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ _hook.__enter__()
 import torch  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
+from torch import Tensor  # noqa: E402
 from transformers import (  # noqa: E402
     GemmaConfig,
     GemmaForCausalLM,
@@ -194,6 +197,34 @@ def make_engine(lively_adapters: Path) -> Callable[..., Engine]:
         return dlp_lora.load(lively_model(), adapters=lively_adapters, **settings)
 
     return make
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a forward pass ran under."""
+
+    gates: list[Tensor | None]  # of the groups that some adapter changes
+    ranks: list[int]  # fused in their first siblings
+    is_padded: bool
+
+
+@contextmanager
+def watching(engine: Engine) -> Iterator[list[Seen]]:
+    """Notes what each forward pass of an engine runs under: nothing of it stays behind."""
+    passes: list[Seen] = []
+
+    def note(*_: Any) -> None:
+        groups = engine.bank.touched()
+        first = [group.active[0] if group.active else None for group in groups]
+        ranks = [layers[0].a.shape[1] if layers else 0 for layers in first]
+        gates = [None if group.gate is None else group.gate.clone() for group in groups]
+        passes.append(Seen(gates, ranks, engine.bank.is_padded))
+
+    handle = engine.model.get_input_embeddings().register_forward_pre_hook(note)
+    try:
+        yield passes
+    finally:
+        handle.remove()
 
 
 @pytest.fixture(autouse=True)

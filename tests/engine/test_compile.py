@@ -138,7 +138,7 @@ def test_generating_switches_within_one_graph(engine: Engine, plain: Engine, cou
             assert found.tokens == wanted.tokens
             assert [s.mixture for s in found.trace] == [s.mixture for s in wanted.trace]
             assert len({s.mixture for s in found.trace}) > 1
-        with engine.using(policy=TopP(min_confidence=0.5)):
+        with engine.using(policy=TopP(min_confidence=0.5), kv_policy="keep"):
             trace = engine.generate(PROMPTS[0], **STATIC).trace
         assert {s.abstained for s in trace} == {True, False}
         sentences = {"prompt_routing": "sentences"}

@@ -8,12 +8,13 @@ adapters and a gate of shape (batch, 1, rank) or (batch, seq, rank) weighs the l
 by token.
 """
 
-import gc
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,13 @@ START_CAPACITY = 512
 
 Place = tuple[int, int]
 """Where an adapter's LoRAs go: the number of a group, and which of its siblings."""
+
+
+@dataclass(frozen=True, eq=False)
+class Lease:
+    """Keeps adapters in the bank while somebody holds it."""
+
+    names: frozenset[str]
 
 
 class AdapterBank:
@@ -72,7 +80,7 @@ class AdapterBank:
         self._stamps: dict[str, tuple[tuple[int, int], ...]] = {}  # of their files as they were added
         self.unattached: set[str] = set()  # added since the model was last attached to
         self._retired: dict[str, Adapter] = {}  # removed, but still in use
-        self.in_use: Callable[[], set[str]] = set
+        self._leases: WeakSet[Lease] = WeakSet()
         self.adapters: dict[str, Adapter] = {}
         self.groups = [
             Group(modules, d_in, d_outs, dtype=dtype, device=self._device)
@@ -132,7 +140,7 @@ class AdapterBank:
         with self.lock:
             if name not in self.adapters:
                 raise AdapterError(self._unknown(name))
-            if name in self.in_use():
+            if name in self._leased():
                 with suppress(AdapterError):
                     self._load([name])  # its files may go, too
             self._retired[name] = self.adapters.pop(name)
@@ -229,6 +237,15 @@ class AdapterBank:
                 group.write(blocks, ones, gate, batch=len(mixtures) if self.is_padded else None)
         self._fused = asked if tokens is None else None
 
+    def lease(self, mixtures: Iterable[Mixture]) -> "Lease":
+        """Keeps the adapters of mixtures, removed or not, as long as somebody holds what it gives."""
+        lease = Lease(frozenset(name for mixture in mixtures for name in mixture))
+        self._leases.add(lease)
+        return lease
+
+    def _leased(self) -> set[str]:
+        return {name for lease in self._leases for name in lease.names}
+
     def clear(self) -> None:
         """Fuses nothing: the base model."""
         self.fuse([Mixture()])
@@ -238,9 +255,6 @@ class AdapterBank:
             raise AdapterError(f"two adapters are named {adapter.name!r} (the second: {adapter.path}); rename one")
         self.check(adapter)
         self._drop_retired()
-        if adapter.name in self._retired:
-            gc.collect()  # their KV cache may be gone but for a cycle
-            self._drop_retired()
         if adapter.name in self._retired:
             raise AdapterError(
                 f"rows still run with the removed adapter {adapter.name!r}; let them end and drop their KV caches, or "
@@ -305,7 +319,7 @@ class AdapterBank:
         over = sum(size.values()) - self.budget_mb * 2**20
         if over <= 0:
             return
-        in_use = self.in_use()
+        in_use = self._leased()
         idle = [name for name in self._blocks if name in self._on_disk and name not in names]
         for name in sorted(idle, key=in_use.__contains__):  # else rows that take turns would evict each other's
             if over <= 0:
@@ -328,7 +342,7 @@ class AdapterBank:
         """Frees the removed adapters that no row runs with any more."""
         if not self._retired:
             return
-        for name in set(self._retired) - self.in_use():
+        for name in set(self._retired) - self._leased():
             del self._retired[name], self._ranks[name]
             self._blocks.pop(name, None)
             self._stamps.pop(name, None)

@@ -176,7 +176,7 @@ def eval_command(
         "environment": environment(),
         "metrics": {"bleu": bleu_signature()} if "qa" in kinds.values() else {},
         "data": {"hash": data_hash(found), "tasks": {task.name: {"kind": kinds[task.name]} for task in found}},
-        "settings": {**asdict(settings), **engine.routing_settings()},
+        "settings": {**asdict(settings), **engine.settings.to_dict()},
         "left_out": left_out,
     }
     with tempfile.TemporaryDirectory() as scratch, progress_bar() as progress:

@@ -129,7 +129,7 @@ def route(
     from dlp_lora.engine.loading import load_model, load_router
     from dlp_lora.errors import BundleError
     from dlp_lora.files import local_folder
-    from dlp_lora.policy import Switching, TopP, choose, policy_from_dict, with_p
+    from dlp_lora.policy import Switching, TopP, choose, with_p
     from dlp_lora.router import questions, router_type
 
     if (router is None) == (bundle is None):
@@ -140,8 +140,8 @@ def route(
         parts = read_bundle(local_folder(bundle, files=FILES, error=BundleError))
         if parts.router is None:
             raise ValueError(f"{bundle} has no router; train one with train-router")
-        router, policy = parts.router, policy_from_dict(parts.policy)
-        is_whole, unsure = parts.prompt_routing == "whole", Switching(**parts.switching).unsure
+        router, policy = parts.router, parts.settings.policy
+        is_whole, unsure = parts.settings.prompt_routing == "whole", parts.settings.switching.unsure
     policy = policy if p is None else with_p(policy, p)
     router = router or Path()
     base = None

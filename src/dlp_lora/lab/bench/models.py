@@ -84,6 +84,7 @@ def engine_with(
         policy=TopK(selected),
         # A router of random weights is never sure: without a margin it switches at every sentence.
         switching=Switching(min_tokens=4, margin=0.0),
+        kv_policy="keep",  # a token's own cost; `bench switch` has what a switch costs under either
         budget_mb=budget_mb,
         prepack=prepack,
     )
