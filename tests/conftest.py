@@ -201,6 +201,14 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _fixed_paths() -> Iterator[None]:
+    """Layers are multiplied in one way, whatever this machine is like and whatever else it does now."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dlp_lora.bank.attach.DEFAULT", "stacked")
+        yield
+
+
 @pytest.fixture
 def unchecked() -> Iterator[None]:
     """Calls the package as a user does, without the type checks of the tests: its own checks must do."""

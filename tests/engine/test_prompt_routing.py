@@ -110,7 +110,7 @@ class TestPrefill:
 
     def test_the_last_token_alone_is_encoded_under_the_mixture_of_the_answer(self, engine: Engine) -> None:
         engine.model(torch.tensor([tokens_of(PROMPTS[0])]))
-        assert engine.bank.groups[0].gate is not None
+        assert engine.bank.groups[0].active.gate is not None
         [row] = engine._controller.latest.rows
         assert [(s.start, s.end) for s in row.prompt_trace] == [(0, 6), (6, 12), (12, 16)]
         assert row.mixture == route(PROMPTS[0])
@@ -142,21 +142,21 @@ class TestPrefill:
     def test_decoding_fuses_the_answers_mixture_alone(self, engine: Engine) -> None:
         with torch.no_grad():
             output = engine.model(torch.tensor([tokens_of(PROMPTS[0])]))
-            wide = [group.gate.shape for group in engine.bank.touched() if group.gate is not None]
+            wide = [g.active.gate.shape for g in engine.bank.touched() if g.active and g.active.gate is not None]
             assert {shape[:2] for shape in wide} == {(1, len(PROMPTS[0]))}
             steps(engine, [40], output.past_key_values)
-        assert all(group.gate is None for group in engine.bank.groups)
+        assert all(g.active is None or g.active.gate is None for g in engine.bank.groups)
         q = engine.bank.touched()[0]
         ranks = {"math": 4, "poems": 2, "units": 8}
         assert q.active is not None
-        assert q.active[0][0].a.shape[1] == sum(ranks[name] for name in route(PROMPTS[0]))
+        assert q.active.pairs[0][0].a.shape[1] == sum(ranks[name] for name in route(PROMPTS[0]))
 
     def test_equal_mixtures_need_no_gate(self, make: MakeEngine) -> None:
         engine = make(policy=dlp_lora.Only("math"))
         ids = torch.tensor([tokens_of(PROMPTS[0])])
         with torch.no_grad():
             logits = engine.model(ids).logits
-            assert all(group.gate is None for group in engine.bank.groups)
+            assert all(g.active is None or g.active.gate is None for g in engine.bank.groups)
             with engine.using(prompt_routing="whole"):
                 assert torch.equal(engine.model(ids).logits, logits)
 
@@ -398,7 +398,7 @@ class TestCaches:
         wanted = expected(lively_adapters, [mixtures], torch.tensor([tokens_of(prompt)]))
         assert error(torch.cat([first.logits, second.logits], dim=1), wanted) < 1e-5
         used = {name for mixture in by_token(prompt)[cut:] for name in mixture}
-        assert set(engine.bank._union) == used
+        assert set(engine.bank.plan.adapters) == used
 
     @pytest.mark.parametrize("kv_policy", ["keep", "recompute"])
     def test_a_next_turn_keeps_the_cache_or_encodes_all_sentences_anew(

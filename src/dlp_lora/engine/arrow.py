@@ -229,14 +229,14 @@ def _samples(base: PreTrainedModel, *, seed: int) -> Int[Tensor, "batch seq"]:
 def _unfused(base: nn.Module) -> Iterator[None]:
     """The base model alone, whatever mixture an engine has fused into it."""
     groups = {module.group for module in base.modules() if isinstance(module, FusedLinear)}
-    before = [(group, group.active, group.projections, group.gate) for group in groups]
+    before = [(group, group.active) for group in groups]
     for group in groups:
         group.clear()
     try:
         yield
     finally:
-        for group, active, projections, gate in before:
-            group.active, group.projections, group.gate = active, projections, gate
+        for group, active in before:
+            group.active = active
 
 
 def _check_base(base: PreTrainedModel, prototypes: Mapping[str, Tensor], tokenizer: Tokenizer) -> None:

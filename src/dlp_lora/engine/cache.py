@@ -4,13 +4,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 from transformers import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from dlp_lora.bank.store import Lease
 from dlp_lora.engine.trace import Row
 
 ROWS = "_dlp_lora_rows"
@@ -22,18 +22,18 @@ CACHE_NAME = next(name for name in CACHE_NAMES if name in CausalLMOutputWithPast
 
 @dataclass(eq=False)
 class CachedRows:
-    """The rows behind one KV cache, and every token in it, padding included; `kept` says which are none."""
+    """The rows behind one KV cache, and every token in it, padding included; `kept` says which are none.
+
+    `lease` keeps the adapters that the rows run with.
+    """
 
     rows: list[Row]
     ids: Tensor  # (batch, seq)
     kept: Tensor  # (batch, seq)
-    alive: "Alive"
-
-    def __post_init__(self) -> None:
-        self.alive[id(self)] = self
+    lease: Lease
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CachedRows":
-        return CachedRows([row.copy() for row in self.rows], self.ids.clone(), self.kept.clone(), self.alive)
+        return CachedRows([row.copy() for row in self.rows], self.ids.clone(), self.kept.clone(), self.lease)
 
     def append(self, ids: Tensor, kept: Tensor) -> None:
         """Adds tokens to every row."""
@@ -46,18 +46,6 @@ class LatestRows:
 
     rows: list[Row]
     ids: Tensor  # (batch, seq)
-
-
-Alive = WeakValueDictionary[int, CachedRows]
-"""The rows of every KV cache that is still there."""
-
-
-def adapters_of(alive: Alive) -> set[str]:
-    """Names the adapters that rows run with: those of their mixtures, and of the sentences of their prompts."""
-    caches = [cached for found in alive.valuerefs() if (cached := found()) is not None]
-    rows = [row for cached in caches for row in cached.rows]
-    mixtures = [mixture for row in rows for mixture in (row.mixture, *(s.mixture for s in row.prompt_trace))]
-    return {name for mixture in mixtures for name in mixture}
 
 
 def cache_argument(cache: Cache | None) -> dict[str, Any]:
@@ -119,4 +107,4 @@ def _select(cache: Any, indices: Tensor) -> None:
     order = indices.tolist()
     if order != list(range(len(known.rows))):
         rows = [known.rows[i].copy() for i in order]
-        setattr(cache, ROWS, CachedRows(rows, known.ids[indices], known.kept[indices], known.alive))
+        setattr(cache, ROWS, CachedRows(rows, known.ids[indices], known.kept[indices], known.lease))

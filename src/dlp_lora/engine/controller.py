@@ -25,7 +25,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dlp_lora.bank.bank import AdapterBank
-from dlp_lora.engine.cache import Alive, CachedRows, LatestRows, adapters_of, bind, cache_among, cache_of, rows_of
+from dlp_lora.bank.store import Lease
+from dlp_lora.engine.cache import CachedRows, LatestRows, bind, cache_among, cache_of, rows_of
 from dlp_lora.engine.calls import Endings, kept_tokens
 from dlp_lora.engine.routing import Routing
 from dlp_lora.engine.text import Detokenizer, Passage, PromptReader
@@ -78,8 +79,6 @@ class Controller:
         self._compiled: Callable[..., Any] | None = None  # runs decoding steps over a static cache
         self.fixed: tuple[Mixture, ...] | None = None
         self._read_prompt = PromptReader(tokenizer)
-        self._alive = Alive()
-        bank.in_use = self._in_use
 
     @property
     def latest(self) -> LatestRows | None:
@@ -130,18 +129,22 @@ class Controller:
         switched = False
         if known is None or length == 0:
             kept = kept_tokens(ids, kwargs.get("attention_mask"), num_cached=length)
-            rows = CachedRows(self._prompt_rows(ids, kept), ids, kept, self._alive)
+            new_rows = self._prompt_rows(ids, kept)
+            rows = CachedRows(new_rows, ids, kept, self._lease(new_rows))
         elif ids.shape[1] == 1 and known.ids.shape[1] == length:
             rows = known
             rows.append(ids, torch.ones_like(ids, dtype=torch.bool))
             is_fixed_anew = self._fix(known.rows)
             switched = self._step(known.rows, ids[:, 0].tolist()) or is_fixed_anew
+            if switched:
+                rows.lease = self._lease(rows.rows)
         else:
             # A cropped cache, or several tokens at once (the next turn of a chat, a chunk of a long prompt).
             whole = torch.cat([known.ids[:, :length], ids], dim=1)
             new = kept_tokens(ids, kwargs.get("attention_mask"), num_cached=length)
             kept = torch.cat([known.kept[:, :length], new], dim=1)
-            rows = CachedRows(self._prompt_rows(whole, kept), whole, kept, self._alive)
+            new_rows = self._prompt_rows(whole, kept)
+            rows = CachedRows(new_rows, whole, kept, self._lease(new_rows))
             switched = any(
                 # What the cached tokens are sentences of has changed with the text.
                 bool(row.prompt_trace) or row.mixture != before.mixture
@@ -156,9 +159,9 @@ class Controller:
         self._fuse(rows, kwargs, num_tokens=ids.shape[1])
         return Pass(rows, args, kwargs)
 
-    def _in_use(self) -> set[str]:
-        """Names the adapters that no pass to come may find gone."""
-        return adapters_of(self._alive) | {name for mixture in self.fixed or () for name in mixture}
+    def _lease(self, rows: Sequence[Row]) -> Lease:
+        """Keeps the adapters that rows run with: those of their mixtures, and of the sentences of their prompts."""
+        return self.bank.lease(m for row in rows for m in (row.mixture, *(s.mixture for s in row.prompt_trace)))
 
     def replay(self, inputs: Mapping[str, Tensor], answers: Sequence[Sequence[int]]) -> list[Row]:
         """Routes given answers without the model: what it decided, as decisions follow from the tokens alone."""
@@ -183,7 +186,7 @@ class Controller:
             # What is disabled is the base bit for bit, which a compiled pass is not.
             is_disabled = self.fixed is not None and not any(self.fixed)
             padded = self._compiled is not None and num_tokens == 1 and not is_disabled and _is_static(kwargs)
-            self.bank.fuse([row.mixture for row in rows], goes_on=num_tokens == 1, padded=padded)
+            self.bank.fuse([row.mixture for row in rows], reuse=num_tokens == 1, padded=padded)
         fuse_ms = (time.perf_counter() - start) * 1e3
         for row in rows:
             if row.decisions[-1].fuse_ms == 0.0:

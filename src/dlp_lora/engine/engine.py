@@ -21,6 +21,7 @@ from transformers import (
 
 from dlp_lora.bank.attach import attach, detach, merged
 from dlp_lora.bank.bank import AdapterBank
+from dlp_lora.bank.paths import Paths, Setting
 from dlp_lora.bank.peft_format import FILES, check_base_name, read_adapter
 from dlp_lora.engine.bundle import check_names, write_bundle
 from dlp_lora.engine.cache import LatestRows
@@ -71,6 +72,7 @@ class Engine:
         kv_policy: KVPolicy = "keep",
         prompt_routing: PromptRouting = "questions",
         prepack: bool = False,
+        paths: Setting | Paths | None = None,
     ) -> None:
         check_choices(kv_policy=kv_policy, prompt_routing=prompt_routing)
         if router is not None:
@@ -89,8 +91,7 @@ class Engine:
         )
         endings = Endings.of_model(model.generation_config, tokenizer)
         self._controller = Controller(bank, tokenizer, routing, endings=endings)
-        bank.unattached.update(bank.names)  # to this model, whatever it was attached to before
-        attach(model, bank, prepack=prepack)
+        self.paths = attach(model, bank, paths="prepacked" if prepack else paths)
         self._overridden = {name: vars(model).get(name) for name in ("forward", "get_compiled_call")}
         # `generate` over a static cache on a GPU would compile the controller, too.
         vars(model)["get_compiled_call"] = MethodType(_own_call, model)
@@ -138,14 +139,14 @@ class Engine:
                 a removed adapter of its name.
         """
         folder = local_folder(path, files=FILES, error=AdapterError)
-        adapter = read_adapter(folder, name, weights=self.bank.budget_mb is None)
+        adapter = read_adapter(folder, name, weights=self.bank.store.budget_mb is None)
         check_base_name(adapter, self.model.config._name_or_path, stacklevel=4)
         with self.bank.lock:
             if self.bank.is_merged:
                 raise ValueError("the base weights hold a mixture; leave engine.merged() first")
             self.bank.add(adapter)
             try:
-                attach(self.model, self.bank)
+                attach(self.model, self.bank, paths=self.paths, added=[adapter.name])
             except BaseException:
                 self.bank.remove(adapter.name)
                 raise
@@ -275,12 +276,13 @@ class Engine:
             raise AdapterError(
                 f"no adapter {', '.join(sorted(unknown))}; there are {', '.join(sorted(self.bank.names))}"
             )
-        before = self._controller.fixed
+        before, lease = self._controller.fixed, self.bank.lease(mixtures)
         self._controller.fixed = tuple(Mixture(m) for m in mixtures)
         try:
             yield self
         finally:
             self._controller.fixed = before
+            del lease
 
     @contextmanager
     def merged(self, mixture: Mapping[str, float]) -> Iterator["Engine"]:
@@ -347,7 +349,7 @@ class Engine:
         if self.router is not None:
             check_names(self.router.names, self.bank.names)
         for name in self.bank.names:
-            self.bank.check_files(name)
+            self.bank.store.check_files(name)
         write_bundle(
             path,
             base_model=self.model.config._name_or_path,
