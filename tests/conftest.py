@@ -215,9 +215,10 @@ def watching(engine: Engine) -> Iterator[list[Seen]]:
 
     def note(*_: Any) -> None:
         groups = engine.bank.touched()
-        first = [group.active[0] if group.active else None for group in groups]
+        active = [group.active for group in groups]
+        first = [fused.pairs[0] if fused else None for fused in active]
         ranks = [layers[0].a.shape[1] if layers else 0 for layers in first]
-        gates = [None if group.gate is None else group.gate.clone() for group in groups]
+        gates = [None if fused is None or fused.gate is None else fused.gate.clone() for fused in active]
         passes.append(Seen(gates, ranks, engine.bank.is_padded))
 
     handle = engine.model.get_input_embeddings().register_forward_pre_hook(note)
@@ -230,6 +231,14 @@ def watching(engine: Engine) -> Iterator[list[Seen]]:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fixed_paths() -> Iterator[None]:
+    """Layers are multiplied in one way, whatever this machine is like and whatever else it does now."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dlp_lora.bank.attach.DEFAULT", "stacked")
+        yield
 
 
 @pytest.fixture

@@ -107,7 +107,7 @@ class TestLoad:
             with engine.fixed({name: 1.0}), whole.fixed({name: 1.0}):
                 assert engine.generate("Hello", **SETTINGS).text == whole.generate("Hello", **SETTINGS).text
             held.append(len(engine.bank.tensors()))
-        assert engine.bank.num_misses == len(NAMES)
+        assert engine.bank.store.num_misses == len(NAMES)
         # Blocks of one adapter at a time: "poems" changes every layer, the others only two of them.
         assert held[0] == held[2] < held[1] < len(whole.bank.tensors())
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import Cache, cache_utils
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from dlp_lora.bank.store import Lease
 from dlp_lora.engine.routing import RowRouter
 
 ROWS = "_dlp_lora_rows"
@@ -37,7 +38,7 @@ class CachedRows:
     rows: list[RowRouter]
     ids: Tensor  # (batch, seq)
     kept: Tensor  # (batch, seq)
-    lease: Any = None  # on the adapters that the rows run with
+    lease: Lease | None = None  # on the adapters that the rows run with
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CachedRows":
         return CachedRows([row.copy() for row in self.rows], self.ids.clone(), self.kept.clone(), self.lease)

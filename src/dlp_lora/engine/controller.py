@@ -335,7 +335,7 @@ class Controller:
             self._fused = _by_token(rows, cached.kept, num_tokens=num_tokens)
         else:
             self._fused = [row.mixture for row in rows], None
-        self.bank.fuse(*self._fused, goes_on=num_tokens == 1, padded=padded)
+        self.bank.fuse(*self._fused, reuse=num_tokens == 1, padded=padded)
 
 
 @cached

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dlp_lora.bank.attach import attach, detach, merged
 from dlp_lora.bank.bank import AdapterBank
+from dlp_lora.bank.paths import Paths, Setting
 from dlp_lora.bank.peft_format import FILES, check_base_name, read_adapter
 from dlp_lora.engine.bundle import check_names, write_bundle
 from dlp_lora.engine.calls import Call, Endings, check_call, seeded
@@ -55,6 +56,7 @@ class Engine:
         settings: RoutingSettings | None = None,
         segmenter: Callable[[], Segmenter] = SentenceSegmenter,
         prepack: bool = False,
+        paths: Setting | Paths | None = None,
     ) -> None:
         if router is not None:
             check_names(router.names, bank.names)
@@ -68,8 +70,7 @@ class Engine:
             endings=Endings.of_model(model.generation_config, tokenizer),
         )
         self._controller = Controller(bank, tokenizer, defaults)
-        bank.unattached.update(bank.names)  # to this model, whatever it was attached to before
-        attach(model, bank, prepack=prepack)
+        self.paths = attach(model, bank, paths="prepacked" if prepack else paths)
         self._controller.install(model)
         self._is_attached = True
 
@@ -149,14 +150,14 @@ class Engine:
                 a removed adapter of its name.
         """
         folder = local_folder(path, files=FILES, error=AdapterError)
-        adapter = read_adapter(folder, name, weights=self.bank.budget_mb is None)
+        adapter = read_adapter(folder, name, weights=self.bank.store.budget_mb is None)
         check_base_name(adapter, self.model.config._name_or_path, stacklevel=4)
         with self.bank.lock:
             if self.bank.is_merged:
                 raise ValueError("the base weights hold a mixture; leave engine.merged() first")
             self.bank.add(adapter)
             try:
-                attach(self.model, self.bank)
+                attach(self.model, self.bank, paths=self.paths, added=[adapter.name])
             except BaseException:
                 self.bank.remove(adapter.name)
                 raise
@@ -328,10 +329,12 @@ class Engine:
             ModelError: if a layer has no weight of its own to add to, as a quantised or tied one.
         """
         mixtures = self._checked(mixture)
-        with self._overriding({"mixtures": mixtures}) as override, merged(self.model, self.bank, mixtures[0]):
-            self._controller.merged = override
+        with self._overriding({"mixtures": mixtures}) as override:
+            with self.bank.lock:
+                self._controller.merged = override
             try:
-                yield self
+                with merged(self.model, self.bank, mixtures[0]):
+                    yield self
             finally:
                 self._controller.merged = None
 
@@ -414,7 +417,7 @@ class Engine:
         if self.router is not None:
             check_names(self.router.names, self.bank.names)
         for name in self.bank.names:
-            self.bank.check_files(name)
+            self.bank.store.check_files(name)
         write_bundle(
             path,
             base_model=self.model.config._name_or_path,

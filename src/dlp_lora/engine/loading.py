@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from dlp_lora.bank.attach import linear_layers, pair_dtype, siblings
 from dlp_lora.bank.bank import AdapterBank
+from dlp_lora.bank.paths import Paths, Setting
 from dlp_lora.bank.peft_format import FILES as ADAPTER_FILES
 from dlp_lora.bank.peft_format import Adapter, check_base_name, find_adapters, read_adapter
 from dlp_lora.engine.arrow import ArrowRouter
@@ -39,6 +40,7 @@ def load(
     strict: bool = False,
     budget_mb: float | None = None,
     prepack: bool = False,
+    paths: Setting | Paths | None = None,
     **kwargs: Any,
 ) -> Engine:
     """Makes an engine out of a base model, adapters and a router; or out of a bundle, which holds all of it.
@@ -55,8 +57,12 @@ def load(
         device: where the base model is moved; by default it stays where `from_pretrained` puts it, the CPU.
         strict: refuses adapters that say they were trained on a model of another name, instead of warning.
         budget_mb: keeps adapters on disk and at most so many megabytes of them in memory, those used last.
-        prepack: on a CPU, holds the linear layers' weights once more as oneDNN multiplies them, for faster tokens.
-            What is then done to the `.data` of the base's weights is not seen.
+        paths: in which way layers are multiplied: "auto" times the ways on this CPU, for about a second, and takes the
+            base's own unless another is faster; "plain", "stacked", "columns", "halves", "prepacked", or the `paths`
+            of another engine. "prepacked", which "auto" takes only if it needs less than a quarter of the free memory,
+            holds the linear layers' weights once more as oneDNN multiplies them: what is then done to the `.data` of
+            the base's weights is not seen.
+        prepack: the same as `paths="prepacked"`.
         kwargs: routing settings; others go to `AutoModelForCausalLM.from_pretrained`, and none may be left for a model
             in memory.
 
@@ -99,6 +105,7 @@ def load(
         settings=settings,
         segmenter=segmenter,
         prepack=prepack,
+        paths=paths,
     )
 
 

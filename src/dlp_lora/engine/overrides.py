@@ -10,11 +10,12 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from dlp_lora.bank.store import Lease
 from dlp_lora.engine.calls import Call
 
 
@@ -28,7 +29,7 @@ class Override:
 
     key: EngineKey
     changes: Mapping[str, Any]
-    lease: Any = field(default=None, repr=False)  # on the adapters that it names
+    lease: Lease  # on the adapters that it names
 
 
 @dataclass(frozen=True, eq=False)

@@ -183,8 +183,8 @@ def test_no_figures_are_given_when_a_step_on_the_cache_differs(
     check_paths(engine, base, case.prompts(3)[0], {"peft": twin})
     fuse = engine.bank.fuse
 
-    def turned(mixtures: list[Mixture], *args: Any, goes_on: bool = False, **kwargs: Any) -> None:
-        fuse(mixtures[::-1] if goes_on else mixtures, *args, goes_on=goes_on, **kwargs)
+    def turned(mixtures: list[Mixture], *args: Any, reuse: bool = False, **kwargs: Any) -> None:
+        fuse(mixtures[::-1] if reuse else mixtures, *args, reuse=reuse, **kwargs)
 
     monkeypatch.setattr(engine.bank, "fuse", turned)
     with pytest.raises(DLPLoRAError, match="peft and the engine under the same mixture differ by"):
@@ -398,7 +398,7 @@ def test_no_figures_are_given_when_the_bank_keeps_more_than_its_budget(
 ) -> None:
     def load_without_limit(*args: Any, **kwargs: Any) -> Engine:
         engine = load(*args, **kwargs)
-        engine.bank.budget_mb = None
+        engine.bank.store.budget_mb = None
         return engine
 
     load = models.load

@@ -97,9 +97,9 @@ def stacked_base(case: Case, *, prepack: bool = False) -> Any:
     bank = AdapterBank(
         linear_layers(found), [read_adapter(first)], siblings=siblings(found), dtype=found.dtype, device=found.device
     )
-    attach(found, bank, prepack=prepack)
+    attach(found, bank, paths="prepacked" if prepack else None)
     for group in bank.groups:
-        group.rest(plain=False)
+        group.idle()
     return found
 
 
@@ -119,7 +119,7 @@ def compiled_base(case: Case) -> Any:
 def concatenated(engine: Engine) -> None:
     """Has an engine compute layer by layer, as where weights cannot be stacked."""
     detach(engine.model)
-    attach(engine.model, engine.bank, stack=False)
+    attach(engine.model, engine.bank, paths="plain")
 
 
 def peft_many(case: Case, num_adapters: int) -> Any:
