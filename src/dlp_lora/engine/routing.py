@@ -13,7 +13,7 @@ from dlp_lora.engine.trace import Decision
 from dlp_lora.errors import RouterError
 from dlp_lora.policy import FusionPolicy, KVPolicy, Mixture, PromptRouting, Switching, choose
 from dlp_lora.router import Context, Router
-from dlp_lora.router.questions import questions_of, read_in_turn, route
+from dlp_lora.router.questions import decide, questions_of, read_held, read_in_turn
 from dlp_lora.sentences import Segmenter
 
 
@@ -31,8 +31,14 @@ class Routing:
 
     def route(self, context: Context) -> tuple[dict[str, float], Mixture]:
         """Gives a probability for each adapter name, and the mixture that follows."""
-        row = self.read([context])[0] if self.prompt_routing == "whole" else route(self.read, context)
-        return choose(self.policy, row, self.switching.unsure)
+        routed = decide(
+            self.read,
+            context,
+            policy=self.policy,
+            unsure=self.switching.unsure,
+            prompt_routing=self.prompt_routing,
+        )
+        return dict(routed.probabilities), routed.mixture
 
     def read(self, contexts: Sequence[Context]) -> list[dict[str, float]]:
         """Asks the router what it gives each adapter, for each context.
@@ -45,10 +51,7 @@ class Routing:
         if self.router is None:
             raise RouterError("this engine has no router; choose a mixture with engine.fixed() or engine.disabled()")
         with self.bank.lock:  # a router may run the base model
-            rows = self.router.probabilities(contexts).tolist()
-            held = self.bank.adapters
-            named = [zip(self.router.names, row, strict=True) for row in rows]
-            return [{name: p for name, p in row if name in held} for row in named]
+            return read_held(self.router, contexts, self.bank.adapters)
 
     def decide(
         self,
