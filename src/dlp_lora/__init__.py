@@ -1,6 +1,7 @@
 """Many LoRA adapters, one model: sentence-level dynamic LoRA fusion (DLP-LoRA, arXiv 2410.01497)."""
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 # torch and transformers take seconds to import: a name is imported when it is asked for.
@@ -57,6 +58,7 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
+    __version__: str
     from dlp_lora.engine.arrow import ArrowRouter as ArrowRouter
     from dlp_lora.engine.engine import Engine as Engine
     from dlp_lora.engine.loading import load as load
@@ -92,6 +94,8 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            return version("dlp-lora")
         if name not in _HOME:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         globals()[name] = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

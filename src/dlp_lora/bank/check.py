@@ -15,6 +15,7 @@ from dlp_lora.bank.peft_format import (
     find_adapters,
     read_adapter,
 )
+from dlp_lora.bank.stored_layout import layout_of
 from dlp_lora.errors import DLPLoRAError, ModelError
 from dlp_lora.files import name_of
 
@@ -37,11 +38,15 @@ class Check:
 
 
 def model_layout(model: str | Path) -> dict[str, tuple[int, int]]:
-    """Maps the linear layers of a base model to their (d_in, d_out), from its config alone: no weights are read.
+    """Maps the linear layers of a base model to their (d_in, d_out), without its weights.
+
+    The headers of its files say them, or else the model is built without weights from its config.
 
     Raises:
         ModelError: if there is no such model.
     """
+    if (stored := layout_of(model)) is not None:
+        return dict(stored.layers)
     try:
         config = AutoConfig.from_pretrained(str(model))
         with torch.device("meta"):

@@ -196,7 +196,7 @@ def _prototypes(adapters: Sequence[Adapter], *, inside: str) -> tuple[dict[str, 
         if not num_found:
             raise AdapterError(
                 f"{adapter.path} changes nothing inside the decoder, so its weights do not say what it is for; "
-                f"train it, or describe it: train-router --from-descriptions"
+                f"train it, or describe it: router-from-descriptions"
             )
     modules = sorted(vectors)
     flat = [owner for module in modules for owner in owners[module]]

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -20,7 +20,7 @@ from dlp_lora.engine.engine import Engine
 from dlp_lora.errors import AdapterError, BundleError, ModelError
 from dlp_lora.files import local_folder
 from dlp_lora.policy import RoutingSettings
-from dlp_lora.router import EncoderRouter, MiniMLP, PrototypeRouter, Router, router_type
+from dlp_lora.router import Router, load_text_router, router_type
 from dlp_lora.sentences import Segmenter, SentenceSegmenter
 
 Adapters = str | Path | Mapping[str, str | Path]
@@ -151,11 +151,9 @@ def load_router(path: str | Path, *, base: PreTrainedModel | None = None) -> Rou
     Raises:
         RouterError: if a file is missing or damaged, the router is of a later version or was made for another base.
     """
-    found = router_type(path)
-    if found == "arrow":
+    if router_type(path) == "arrow":
         return ArrowRouter.from_pretrained(path, base)
-    kinds = {"mini-mlp": MiniMLP, "encoder": EncoderRouter, "prototypes": PrototypeRouter}
-    return cast(Router, kinds[found].from_pretrained(path))  # type: ignore[attr-defined]
+    return load_text_router(path)
 
 
 def _bundle_path(model: Any, adapters: Adapters | None) -> Path | None:

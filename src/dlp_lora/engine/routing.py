@@ -13,8 +13,8 @@ from dlp_lora.engine.text import Detokenizer, Passage
 from dlp_lora.engine.trace import Decision, Generation, Sentence
 from dlp_lora.errors import RouterError
 from dlp_lora.policy import Mixture, Switching, choose
-from dlp_lora.router import Context, Router
-from dlp_lora.router.questions import questions_of, read_in_turn, route
+from dlp_lora.router import Context
+from dlp_lora.router.questions import decide, questions_of, read_held, read_in_turn
 from dlp_lora.sentences import Segmenter
 
 
@@ -31,9 +31,8 @@ class Routing:
         Raises:
             RouterError: if there is no router.
         """
-        settings = self.call.settings
-        row = self.read([context])[0] if settings.prompt_routing == "whole" else route(self.read, context)
-        return choose(settings.policy, row, settings.switching.unsure)
+        routed = decide(self.read, context, self.call.settings)
+        return dict(routed.probabilities), routed.mixture
 
     def read(self, contexts: Sequence[Context]) -> list[dict[str, float]]:
         """Asks the router what it gives each adapter, for each context.
@@ -288,12 +287,6 @@ def hold(current: Mixture, decision: Decision, switching: Switching) -> Decision
     in_use = decision.probabilities.get(next(iter(current)), 0.0)
     is_close = max(decision.probabilities.values()) - in_use < switching.margin
     return replace(decision, mixture=current) if is_close else decision
-
-
-def read_held(router: Router, contexts: Sequence[Context], held: Collection[str]) -> list[dict[str, float]]:
-    """Asks a router what it gives each of the adapters that are held, for each context."""
-    rows = router.probabilities(contexts).tolist()
-    return [{name: p for name, p in zip(router.names, row, strict=True) if name in held} for row in rows]
 
 
 def _prompt_trace(

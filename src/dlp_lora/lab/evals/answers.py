@@ -26,8 +26,8 @@ from dlp_lora.lab.evals.likelihood import choice_likelihoods
 from dlp_lora.lab.evals.methods import Key, Method
 from dlp_lora.policy import Mixture
 from dlp_lora.router import router_hash
-from dlp_lora.tasks.formats import PromptFormat, as_prompt, encode_example
-from dlp_lora.tasks.task import Example, Task
+from dlp_lora.tasks.formats import as_prompt, encode_example
+from dlp_lora.tasks.task import Example, PromptFormat, Task
 from dlp_lora.training.base import model_hash
 
 

@@ -1,32 +1,16 @@
-"""Commands on adapter folders and bundles: bundle, add-task, remove-task, check, export."""
+"""Commands on bundles: bundle, add-task, remove-task."""
 
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
-from dlp_lora.cli.app import (
-    AdaptersOption,
-    BundleOption,
-    EngineOptions,
-    JsonOption,
-    ModelOption,
-    app,
-    base_model,
-    base_of,
-    console,
-    open_engine,
-    print_json,
-    say,
-)
-from dlp_lora.cli.run import parse_mixture
+from dlp_lora.cli.common import JsonOption, ModelOption, base_model, base_of, say
+from dlp_lora.cli.json_lines import print_json
 from dlp_lora.files import check_replaceable, name_of
 from dlp_lora.policy import RoutingSettings
 
 
-@app.command()
 def bundle(
     adapters: Annotated[Path, typer.Option("--adapters", "-a", help="Folder of PEFT adapter folders.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Bundle folder to write.")],
@@ -86,7 +70,6 @@ def bundle(
     say(f"wrote {out}: {len(checks)} adapters, {'a router' if found else 'no router'}, base {base}")
 
 
-@app.command()
 def add_task(
     bundle: Annotated[Path, typer.Option("--bundle", "-b", help="The bundle to extend.")],
     adapter: Annotated[Path, typer.Option("--adapter", "-a", help="PEFT adapter folder.")],
@@ -122,7 +105,6 @@ def add_task(
     say(f"wrote {bundle}: {len(done.names)} adapters")
 
 
-@app.command()
 def remove_task(
     name: Annotated[str, typer.Argument(help="The adapter to take out.")],
     bundle: Annotated[Path, typer.Option("--bundle", "-b", help="The bundle.")],
@@ -137,52 +119,3 @@ def remove_task(
     check_replaceable(bundle, BUNDLE_FILE)
     left = remove_from_bundle(bundle, name)
     say(f"wrote {bundle}: {len(left)} adapters")
-
-
-@app.command()
-def check(
-    adapters: Annotated[Path, typer.Argument(help="A PEFT adapter folder, or a folder of them.")],
-    model: ModelOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Check adapter folders against a base model: what would be refused, and why. Exit code 1 if any would.
-
-    Example: `dlp-lora check adapters/ --model Qwen/Qwen2-1.5B`
-    """
-    from dlp_lora.bank.check import check_adapters, model_layout
-
-    checks = check_adapters(model_layout(base_model(model)), adapters)
-    if as_json:
-        print_json([check.to_dict() for check in checks])
-    else:
-        table = Table()
-        for column in ("adapter", "", "rank", "targets", "reason"):
-            table.add_column(column, overflow="fold")
-        for c in checks:
-            mark = "[green]fits[/]" if c.fits else "[red]refused[/]"
-            rank = str(c.rank) if c.fits else ""
-            table.add_row(escape(c.name), mark, rank, ", ".join(c.targets), escape(c.reason))
-        console.print(table)
-    if not all(c.fits for c in checks):
-        raise typer.Exit(1)
-
-
-@app.command()
-def export(
-    mixture: Annotated[str, typer.Argument(help='The mixture: "math=0.6,units=0.4".')],
-    out: Annotated[Path, typer.Option("--out", "-o", help="PEFT adapter folder to write.")],
-    bundle: BundleOption = None,
-    model: ModelOption = None,
-    adapters: AdaptersOption = None,
-) -> None:
-    """Write a fixed mixture as one ordinary PEFT adapter folder, exactly, for any engine that reads them.
-
-    Example: `dlp-lora export "math=0.6,units=0.4" --bundle bundle/ --out mixed/`
-    """
-    from dlp_lora.bank.export import export_mixture
-    from dlp_lora.bank.peft_format import CONFIG_FILE
-
-    check_replaceable(out, CONFIG_FILE)
-    engine = open_engine(EngineOptions(bundle=bundle, model=model, adapters=adapters), need_router=False)
-    export_mixture(engine.bank, parse_mixture(mixture), out)
-    say(f"wrote {out}")
