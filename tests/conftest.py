@@ -42,6 +42,33 @@ from dlp_lora import Context, Engine, Switching  # noqa: E402
 
 torch.set_num_threads(1)
 
+# Folders and files that take longer than the inner loop may. `models`, `engines` and `clients` are marked in place.
+CI = (
+    *(
+        "lab",
+        "cli",
+        "training",
+        "test_demo.py",
+        "test_examples.py",
+        "test_public_api.py",
+        "tasks/test_tasks_procedural.py",
+    ),
+    *("bank/test_linear.py", "bank/test_paths.py"),
+    *("engine/test_compile.py", "engine/test_engine.py", "engine/test_load.py", "engine/test_recompute.py"),
+    *("engine/test_threads.py", "engine/test_prompt_routing.py"),
+)
+OTHER_TIERS = {"models", "engines", "clients"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts tests into the tier `ci`; those without a tier are the inner loop."""
+    root = Path(__file__).parent
+    for item in items:
+        place = item.path.relative_to(root).as_posix()
+        if place.startswith(CI) and not OTHER_TIERS & {mark.name for mark in item.iter_markers()}:
+            item.add_marker("ci")
+
+
 EOS = "<|im_end|>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

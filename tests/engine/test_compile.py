@@ -228,7 +228,6 @@ def test_other_architectures_compile(architecture: str, tmp_path: Path) -> None:
     assert counter.frame_count == 1
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
 def test_inductor_switches_without_compiling_anew(lively_adapters: Path, plain: Engine) -> None:
     torch._dynamo.reset()  # graphs of other engines count against the limit

@@ -22,6 +22,7 @@ from dlp_lora.lab.bench import models, train
 from dlp_lora.lab.bench.agreement import Twin, check_paths, check_sentences
 from dlp_lora.lab.bench.bank import BankArgs, bench_bank
 from dlp_lora.lab.bench.case import PROMPTS, BenchArgs, Case, read_prompts
+from dlp_lora.lab.bench.contexts import bench_contexts
 from dlp_lora.lab.bench.decode import DecodeArgs, bench_decode
 from dlp_lora.lab.bench.memory import Memory, bandwidth_gb_s, counted, growth_mb, held_mb, peak_mb, read_mb
 from dlp_lora.lab.bench.paths import PathsArgs, bench_paths
@@ -48,6 +49,7 @@ BENCHES: dict[str, Callable[[Path], dict[str, Any]]] = {
     ),
     "prefill": lambda model: bench_prefill(model, PrefillArgs(num_adapters=4, selected=2, batch=3, length=9, **QUICK)),
     "switch": lambda model: bench_switch(model, SwitchArgs(sizes=(3, 5), selected=2, num_switches=250, **QUICK)),
+    "switch_context": lambda model: bench_contexts(model, SwitchArgs(context=(8, 24), selected=1, **QUICK)),
     "bank": lambda model: bench_bank(
         model, BankArgs(sizes=(1, 3), on_disk=(40,), budget_mb=0.02, new_tokens=3, **QUICK)
     ),
@@ -361,6 +363,14 @@ def test_hundreds_of_switches_allocate_and_move_nothing_and_every_part_is_timed(
         assert row["growth_mb"] is None or row["growth_mb"] < 8
         parts = row["route_ms"] + row["policy_ms"] + row["fuse_ms"]
         assert 0 < row["route_ms"] < parts == pytest.approx(row["switch_ms"], abs=1e-2)
+
+
+def test_a_switch_under_each_kv_policy_stands_beside_a_sentence(record_of: RecordOf) -> None:
+    rows = {row["name"]: row for row in record_of("switch_context")["rows"]}
+    assert set(rows) == {f"{n} tokens, {way}" for n in (8, 24) for way in ("no switch", "keep", "recompute")}
+    assert all(row["pass_ms"] > 0 for row in rows.values())
+    assert rows["24 tokens, recompute"]["extra_ms"] > 0
+    assert rows["24 tokens, no switch"]["over_sentence"] == 0
 
 
 def test_no_figures_are_given_when_switches_allocate(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
