@@ -1,11 +1,11 @@
 """Timing: the ways of a model's layers, each tried on the layers themselves, and the paths that follow."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,48 +17,87 @@ from dlp_lora.errors import ModelError
 
 NUM_ROWS = (1, 8)
 RANK = 24  # of the pairs that are timed: three adapters of rank 8
-NUM_ROUNDS = 6  # after the one that warms up
-LIMIT_S = 0.8  # no round begins after it
-SAMPLE_MB = 16  # of weights in each group, so that they come from memory as in a pass
-HOPELESS = 1.5  # times as long as the fastest in the first round: not tried again
+NUM_TURNS = 16
+MIN_TURNS = 3
+LIMIT_S = 0.05  # for one kind of layers and number of rows, after which it is given MIN_TURNS at most
+SAMPLE_MB = 32  # of weights in each group
+HOPELESS = 1.5  # times as long as the fastest at first: not tried again
 
 
-@dataclass
+@dataclass(frozen=True)
 class Trial:
     """One group that is timed, with its layers: `layers[i]` are the fused siblings of layer `i`."""
 
     group: Group
     layers: Sequence[Sequence[nn.Module]]
     is_touched: bool  # an adapter changes it
-    seconds: dict[int, dict[Way, list[float]]] = field(default_factory=dict)  # by number of rows and way
+
+    @property
+    def num_sampled(self) -> int:
+        """How many of its layers are timed."""
+        nbytes = _base_nbytes(self.group) // self.group.num_layers
+        return min(self.group.num_layers, max(len(get_args(Way)), SAMPLE_MB * 2**20 // max(1, nbytes)))
 
 
 @torch.no_grad()
 def time_paths(trials: Sequence[Trial]) -> Paths:
     """Times each way in each group, for one row and for eight, and chooses; leaves the groups with nothing active.
 
-    Takes about a second; layers that take longer for a product are tried less often, but at least twice.
+    Takes about a second; where one layer takes long, three products of each way.
     """
-    start = time.perf_counter()
     trials = list({trial.group.label: trial for trial in trials}.values())
     can_prepack = _can_prepack([trial.group for trial in trials])
-    inputs: dict[tuple[int, int], Tensor] = {}
+    if can_prepack:
+        for trial in trials:
+            trial.group.prepack(prepack, layers=range(trial.num_sampled))
+    runs = [[_Run(trial, num_rows, can_prepack=can_prepack) for num_rows in NUM_ROWS] for trial in trials]
+    for turn in range(NUM_TURNS):
+        for run in (run for of_trial in runs for run in of_trial):
+            run.take_turn(turn)
     for trial in trials:
-        if can_prepack:
-            trial.group.prepack(prepack, layers=range(_num_sampled(trial.group)))
-        weight: Tensor = trial.layers[0][0].weight  # type: ignore[assignment]
-        for rows in NUM_ROWS:
-            inputs[rows, trial.group.d_in] = weight.new_ones(rows, 1, trial.group.d_in).detach()
-            trial.seconds[rows] = {way: [] for way in _ways(trial, rows, can_prepack=can_prepack)}
-    for i in range(NUM_ROUNDS + 1):
-        _run_round(trials, inputs)
-        if i == 0:
-            _prune(trials)
-        elif i > 1 and time.perf_counter() - start > LIMIT_S:
-            break
-    for trial in trials:
+        trial.group.prepack(prepack, layers=())
         trial.group.clear()
-    return Paths(tuple((trial.group.label, Ways(*map(choose, trial.seconds.values()))) for trial in trials))
+    chosen = [Ways(*(choose(run.seconds) for run in of_trial)) for of_trial in runs]
+    return Paths(tuple((trial.group.label, ways) for trial, ways in zip(trials, chosen, strict=True)))
+
+
+class _Run:
+    """The ways of one trial, for so many rows."""
+
+    def __init__(self, trial: Trial, num_rows: int, *, can_prepack: bool) -> None:
+        self._trial = trial
+        weight: Tensor = trial.layers[0][0].weight  # type: ignore[assignment]
+        self._x = weight.new_ones(num_rows, 1, trial.group.d_in).detach()
+        ways = list(_ways(trial, num_rows, can_prepack=can_prepack))
+        for way in ways:
+            self._time(way, 0)  # to warm up
+        first = {way: self._time(way, i) for i, way in enumerate(ways)}
+        limit = HOPELESS * min(first.values())
+        self.seconds: dict[Way, list[float]] = {
+            way: [] for way, seconds in first.items() if way == "plain" or seconds < limit
+        }
+        self._spent = 0.0
+
+    def take_turn(self, turn: int) -> None:
+        """Times each way once, unless enough time was spent; ways take different layers, which are in no cache."""
+        if turn >= MIN_TURNS and self._spent > LIMIT_S:
+            return
+        for i, way in enumerate(self.seconds):
+            self.seconds[way].append(self._time(way, turn + i))
+            self._spent += self.seconds[way][-1]
+
+    def _time(self, way: Way, layer: int) -> float:
+        """The seconds that the siblings of one layer take."""
+        trial, x = self._trial, self._x
+        siblings = trial.layers[layer % trial.num_sampled]
+        if way == "plain" and not trial.is_touched:  # then they are not replaced
+            siblings = [module.base_layer for module in siblings]  # type: ignore[misc]
+        trial.group.ways = Ways(way, way)
+        trial.group.rehearse(RANK if trial.is_touched else 0)
+        start = time.perf_counter()
+        for module in siblings:
+            module(x)
+        return time.perf_counter() - start
 
 
 def _ways(trial: Trial, num_rows: int, *, can_prepack: bool) -> Iterator[Way]:
@@ -70,44 +109,6 @@ def _ways(trial: Trial, num_rows: int, *, can_prepack: bool) -> Iterator[Way]:
         yield "halves"
     if can_prepack:
         yield "prepacked"
-
-
-def _run_round(trials: Sequence[Trial], inputs: Mapping[tuple[int, int], Tensor]) -> None:
-    """Takes each way through the layers once; groups take turns, so that no weight stays in a cache."""
-    for rows in NUM_ROWS:
-        for way in dict.fromkeys(way for trial in trials for way in trial.seconds[rows]):
-            for trial in trials:
-                if way in trial.seconds[rows]:
-                    trial.seconds[rows][way].append(_time(trial, way, inputs[rows, trial.group.d_in]))
-
-
-def _time(trial: Trial, way: Way, x: Tensor) -> float:
-    """The median over layers of the seconds that all siblings take."""
-    group = trial.group
-    group.ways = Ways(way, way)
-    group.rehearse(RANK if trial.is_touched else 0)
-    layers = trial.layers[: _num_sampled(group)]
-    if way == "plain" and not trial.is_touched:  # then they are not replaced
-        layers = [[module.base_layer for module in siblings] for siblings in layers]  # type: ignore[misc]
-    seconds = []
-    for siblings in layers:
-        start = time.perf_counter()
-        for module in siblings:
-            module(x)
-        seconds.append(time.perf_counter() - start)
-    return median(seconds)
-
-
-def _prune(trials: Sequence[Trial]) -> None:
-    """Drops what warmed up, and the ways that are hopeless."""
-    for trial in trials:
-        for rows, by_way in trial.seconds.items():
-            limit = HOPELESS * min(times[0] for times in by_way.values())
-            trial.seconds[rows] = {way: [] for way, times in by_way.items() if way == "plain" or times[0] < limit}
-
-
-def _num_sampled(group: Group) -> int:
-    return max(1, min(group.num_layers, SAMPLE_MB * 2**20 // max(1, _base_nbytes(group) // group.num_layers)))
 
 
 def _base_nbytes(group: Group) -> int:

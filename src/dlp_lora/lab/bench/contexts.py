@@ -8,8 +8,9 @@ import torch
 
 from dlp_lora.engine.cache import cache_argument, cache_of
 from dlp_lora.engine.engine import Engine
+from dlp_lora.lab.bench.agreement import check_paths
 from dlp_lora.lab.bench.case import Case, Row, quiet, run_cases
-from dlp_lora.lab.bench.models import engine_with
+from dlp_lora.lab.bench.models import base_model, engine_with
 from dlp_lora.lab.bench.switch import SwitchArgs
 from dlp_lora.lab.bench.timing import OnRound, Run, interleave, synchronise
 from dlp_lora.policy import KVPolicy, Mixture
@@ -22,10 +23,14 @@ def bench_contexts(model: str | Path, args: SwitchArgs, *, on_round: OnRound = q
     """Measures a decoding step after each number of tokens: without a switch, and with one under each KV policy.
 
     Gives the record as JSON data.
+
+    Raises:
+        DLPLoRAError: if the engine with its adapters disabled differs from the base model.
     """
 
     def measure(case: Case) -> list[Row]:
         engine = engine_with(case, num_adapters=2 * args.selected, selected=args.selected)
+        check_paths(engine, base_model(case), case.prompts()[0])
         names = engine.bank.names
         halves = [Mixture(dict.fromkeys(part, 1 / len(part))) for part in (names[::2], names[1::2])]
         ways: dict[str, KVPolicy | None] = {"no switch": None, **{policy: policy for policy in get_args(KVPolicy)}}
