@@ -175,6 +175,11 @@ class Engine:
         self.bank.remove(name)
 
     @property
+    def is_compiled(self) -> bool:
+        """Whether decoding steps over a static cache are compiled."""
+        return self._controller.is_compiled
+
+    @property
     def eos_ids(self) -> frozenset[int]:
         """The tokens that end an answer."""
         return self.call.endings.eos_ids
