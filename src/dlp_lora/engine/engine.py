@@ -450,6 +450,15 @@ class Engine:
             self._is_attached = False
         return self.model
 
+    def __repr__(self) -> str:
+        model, names = self.model, self.bank.names
+        shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+        return (
+            f"Engine({type(model).__name__} {model.config._name_or_path!r} on {model.device}, {model.dtype}; "
+            f"{len(names)} adapters: {shown or 'none'}; "
+            f"router: {type(self.router).__name__ if self.router else 'none'}; {self.settings}; {self.paths})"
+        )
+
     def __enter__(self) -> "Engine":
         return self
 
