@@ -1,7 +1,8 @@
 """Attaching: fused layers in the place of a model's linear layers, and the very same base layers back."""
 
+import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,9 +14,10 @@ from transformers.pytorch_utils import Conv1D
 from dlp_lora.bank.bank import AdapterBank
 from dlp_lora.bank.cpu import _has_faster_way, check_prepacking, prepacked
 from dlp_lora.bank.group import LowRank, keep_alignment
+from dlp_lora.bank.layout import Layout
 from dlp_lora.bank.linear import FusedLinear, Outputs, is_plain
-from dlp_lora.bank.peft_format import Adapter, read_base_copies
-from dlp_lora.errors import AdapterError, ModelError
+from dlp_lora.bank.peft_format import check_base_copies
+from dlp_lora.errors import ModelError
 from dlp_lora.policy import Mixture
 
 # Names of layers of one parent that read one input, in the order they are called.
@@ -27,7 +29,7 @@ SIBLINGS = (
 )
 
 
-def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
+def linear_layers(model: nn.Module) -> Layout:
     """Maps each linear layer of a model to its (d_in, d_out), in the order of the model.
 
     Raises:
@@ -43,7 +45,25 @@ def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
     shapes = {name: shape for name, module in model.named_modules() if (shape := _shape(module)) is not None}
     if not shapes:
         raise ModelError(f"{type(model).__name__} has no linear layer to attach to")
-    return shapes
+    source = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
+    layout = Layout(shapes, build=weakref.ref(model), tensor=_weights_of(model), source=source)  # type: ignore[arg-type]
+    assert layout.skeleton is not None  # copied now, before anything is attached
+    return layout
+
+
+def _weights_of(model: nn.Module) -> Callable[[str], Tensor | None]:
+    """Gives the weights of a model by name as long as it lives."""
+    alive = weakref.ref(model)
+
+    def tensor(name: str) -> Tensor | None:
+        module, _, attribute = name.rpartition(".")
+        try:
+            found = getattr(alive().get_submodule(module), attribute, None)  # type: ignore[union-attr]
+        except AttributeError:
+            return None
+        return found if isinstance(found, Tensor) and not found.is_meta else None
+
+    return tensor
 
 
 def pair_dtype(model: nn.Module) -> torch.dtype:
@@ -83,7 +103,7 @@ def attach(model: nn.Module, bank: AdapterBank, *, stack: bool = True, prepack: 
     if prepack:
         check_prepacking(next(model.parameters()))
     for name in bank.unattached:
-        check_base_copies(model, bank.adapters[name])
+        check_base_copies(bank.adapters[name], _weights_of(model))
     bank.unattached.clear()
     bank.clear()
     touched = bank.touched()
@@ -170,22 +190,6 @@ def _are_alike(layers: Sequence[nn.Module]) -> bool:
     if any(w.is_meta for w in weights) or len({id(w) for w in weights}) < len(weights):
         return False  # layers that share one weight cannot have a place each
     return len({(w.dtype, w.device, w.shape[1]) for w in weights}) == 1 and keep_alignment(weights)
-
-
-def check_base_copies(model: nn.Module, adapter: Adapter) -> None:
-    """Checks base weights that an adapter brings along.
-
-    Raises:
-        AdapterError: if they differ from the model's.
-    """
-    for name, copy in read_base_copies(adapter).items():
-        module, _, parameter = name.rpartition(".")
-        weight = getattr(model.get_submodule(module), parameter)
-        if weight is None or not torch.equal(copy.to(weight), weight):
-            raise AdapterError(
-                f"{adapter.path} holds a copy of the base model's {name} that differs from the base model's own; "
-                f"it was trained on another base ({adapter.base_model})"
-            )
 
 
 def _shape(module: nn.Module) -> tuple[int, int] | None:

@@ -20,8 +20,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dlp_lora.bank.adapter_folder import check_shapes
 from dlp_lora.bank.group import Block, Group
-from dlp_lora.bank.peft_format import Adapter, files_stamp, read_adapter
+from dlp_lora.bank.layout import Layout
+from dlp_lora.bank.peft_format import Adapter, files_stamp
 from dlp_lora.errors import AdapterError
 from dlp_lora.policy import Mixture
 
@@ -63,7 +65,7 @@ class AdapterBank:
         self.budget_mb = budget_mb
         self.num_misses = 0  # adapters that had to be loaded to be fused
         self.lock = threading.RLock()
-        self._layout = dict(layout)
+        self._layout = layout if isinstance(layout, Layout) else Layout(layout)
         self._dtype = dtype
         self._device = torch.device(device)
         self._blocks: dict[str, dict[Place, Block]] = {}  # the least recently used first
@@ -101,6 +103,11 @@ class AdapterBank:
 
     def __len__(self) -> int:
         return len(self.adapters)
+
+    @property
+    def layout(self) -> Layout:
+        """The linear layers of the base model that the adapters are for."""
+        return self._layout
 
     @property
     def num_parameters(self) -> int:
@@ -295,7 +302,7 @@ class AdapterBank:
             if name in self._blocks:
                 self._blocks[name] = self._blocks.pop(name)
                 continue
-            found = read_adapter({**self.adapters, **self._retired}[name].path, name)
+            found = {**self.adapters, **self._retired}[name].with_weights()
             self.check_files(name)
             self._blocks[name] = self._make_blocks(found)
             self.num_misses += 1
@@ -362,21 +369,8 @@ class AdapterBank:
         Raises:
             AdapterError: if it does not.
         """
-        unknown = [module for module in adapter.modules if module not in self._layout]
-        if unknown:
-            matched = len(adapter.modules) - len(unknown)
-            raise AdapterError(
-                f"{adapter.path}: {matched} of its {len(adapter.modules)} modules are linear layers of the base "
-                f"model; {unknown[0]} is not. It was trained on another architecture ({adapter.base_model})"
-            )
-        for module, lora in adapter.modules.items():
-            found = (lora.a.shape[1], lora.b.shape[0])
-            if found != self._layout[module]:
-                raise AdapterError(
-                    f"{adapter.path}: {module} maps {found[0]} to {found[1]} features, but the base model's maps "
-                    f"{self._layout[module][0]} to {self._layout[module][1]}; it was trained on another base "
-                    f"({adapter.base_model})"
-                )
+        shapes = {module: (lora.a.shape[1], lora.b.shape[0]) for module, lora in adapter.modules.items()}
+        check_shapes(adapter.path, shapes, self._layout, adapter.base_model)
 
     def _unknown(self, name: str) -> str:
         return f"no adapter {name!r}; there are {', '.join(sorted(self.names)) or 'none'}"

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from dlp_lora.bank.attach import linear_layers, pair_dtype, siblings
 from dlp_lora.bank.bank import AdapterBank
+from dlp_lora.bank.layout import Layout
 from dlp_lora.bank.peft_format import FILES as ADAPTER_FILES
 from dlp_lora.bank.peft_format import Adapter, check_base_name, find_adapters, read_adapter
 from dlp_lora.engine.arrow import ArrowRouter
@@ -85,9 +86,10 @@ def load(
         what = model if isinstance(model, str | Path) else f"a {type(model).__name__} in memory"
         raise BundleError(f"{what} is no bundle; give adapters=, a folder of PEFT adapters or {{name: path}}")
     model, tokenizer = load_model(model, tokenizer, dtype=dtype, device=device, **model_kwargs)
+    layout = linear_layers(model)
     bank = AdapterBank(
-        linear_layers(model),
-        _read_adapters(adapters, model.config._name_or_path, weights=budget_mb is None, strict=strict),
+        layout,
+        _read_adapters(adapters, layout, model.config._name_or_path, weights=budget_mb is None, strict=strict),
         siblings=siblings(model),
         dtype=pair_dtype(model),
         device=model.device,
@@ -167,13 +169,14 @@ def _bundle_path(model: Any, adapters: Adapters | None) -> Path | None:
     return None
 
 
-def _read_adapters(adapters: Adapters, base: str, *, weights: bool, strict: bool) -> Iterator[Adapter]:
+def _read_adapters(adapters: Adapters, layout: Layout, base: str, *, weights: bool, strict: bool) -> Iterator[Adapter]:
     """One at a time: the bank holds them in a form of its own."""
     if not isinstance(adapters, Mapping):
         adapters = find_adapters(adapters)
     if not adapters:
         raise AdapterError("adapters= is empty; give at least one adapter")
     for name, source in adapters.items():
-        found = read_adapter(local_folder(source, files=ADAPTER_FILES, error=AdapterError), name, weights=weights)
+        folder = local_folder(source, files=ADAPTER_FILES, error=AdapterError)
+        found = read_adapter(folder, name, weights=weights, layout=layout, stacklevel=4)
         check_base_name(found, base, strict=strict, stacklevel=4)  # load's caller
         yield found
