@@ -91,11 +91,7 @@ class Adapter:
             return self
         if not self.entries:
             raise AdapterError(f"the adapter {self.name!r} was never in a folder: its weights cannot be read again")
-        found = _weights(self.path, self.entries)
-        for module, lora in self.modules.items():
-            if (found[module].a.shape, found[module].b.shape) != (lora.a.shape, lora.b.shape):
-                raise AdapterError(f"{self.path} was written again since it was read; remove the adapter and add it")
-        return replace(self, modules=found)
+        return replace(self, modules=_weights(self.path, self.entries))
 
     @property
     def base_model(self) -> str | None:
@@ -232,19 +228,20 @@ def _weights(path: Path, entries: Mapping[str, LoraEntry]) -> dict[str, LoraWeig
     file = path / WEIGHTS_FILE
     try:
         with safe_open(file, framework="pt") as tensors:
-            found = {
-                module: LoraWeights(
-                    a=tensors.get_tensor(entry.key_a), b=tensors.get_tensor(entry.key_b), scaling=entry.scaling
-                )
+            pairs = {
+                module: (tensors.get_tensor(entry.key_a), tensors.get_tensor(entry.key_b))
                 for module, entry in entries.items()
             }
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{file} is truncated or not a safetensors file ({error}); copy it again") from error
-    for module, lora in found.items():
-        for key, tensor in ((entries[module].key_a, lora.a), (entries[module].key_b, lora.b)):
+    for module, (a, b) in pairs.items():
+        entry = entries[module]
+        if (*a.shape, *b.shape) != (entry.rank, entry.d_in, entry.d_out, entry.rank):
+            raise AdapterError(f"{path} was written again since it was read; remove the adapter and add it")
+        for key, tensor in ((entry.key_a, a), (entry.key_b, b)):
             if not torch.isfinite(tensor.float()).all():  # float: PyTorch cannot tell for all 8-bit types
                 raise AdapterError(not_finite(path, key))
-    return found
+    return {m: LoraWeights(a=a, b=b, scaling=entries[m].scaling) for m, (a, b) in pairs.items()}
 
 
 def _is_same(copy: Tensor, weight: Tensor) -> bool:

@@ -241,13 +241,12 @@ def _check_usable(model: PreTrainedModel, args: AdapterTrainingArgs, layout: Lay
     except ValueError as error:
         raise TrainingError(f"{start}: {error}") from error
     linear = sorted({name.rsplit(".", 1)[-1] for name in layout if "lora" not in name} - _PEFT_EXPERTS)
-    for name, layer in layers.items():
-        if name in layout and isinstance(layer, Linear):
-            continue
+    others = [pair for pair in layers.items() if pair[0] not in layout or not isinstance(pair[1], Linear)]
+    for name, layer in sorted(others, key=lambda pair: ".experts" not in pair[0]):
         what = (
             f"PEFT adapts {name}.{layer.parameter_name}, a bare parameter, as it does with experts"
             if isinstance(layer, ParamWrapper)
-            else f"{name} is no linear layer but a {layout.modules.get(name, type(layer).__name__)}"
+            else f"{name} is no linear layer but of type {layout.modules.get(name, type(layer).__name__)}"
         )
         raise TrainingError(
             f"{start}: {what}, and only linear layers can be fused; pass target_modules of these: {', '.join(linear)}"
