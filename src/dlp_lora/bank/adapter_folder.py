@@ -19,7 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from dlp_lora.bank.layout import Layout
+from dlp_lora.bank.base_layers import BaseLayers
 from dlp_lora.bank.tensor_file import TensorFile
 from dlp_lora.errors import AdapterError
 from dlp_lora.files import name_of
@@ -150,7 +150,7 @@ def find_adapters(folder: str | Path) -> dict[str, Path]:
 
 
 def read_folder(
-    path: str | Path, name: str | None = None, *, layout: Layout | Mapping[str, Any] | None = None
+    path: str | Path, name: str | None = None, *, layout: BaseLayers | Mapping[str, Any] | None = None
 ) -> AdapterFolder:
     """Reads one adapter folder for the base model of a layout; without one, by its names alone.
 
@@ -161,7 +161,7 @@ def read_folder(
     name = check_adapter_name(name_of(path) if name is None else name, path)
     config, notes = _read_config(path)
     file = TensorFile(_weights_file(path))
-    layout = layout if isinstance(layout, Layout) or layout is None else Layout(layout)
+    layout = layout if isinstance(layout, BaseLayers) or layout is None else BaseLayers(layout)
     keys = _sorted_keys(path, file, layout)
     notes += keys.notes
     modules = _modules(path, config, file, keys, layout, notes)
@@ -482,7 +482,7 @@ class _Keys:
     notes: list[str]
 
 
-def _sorted_keys(path: Path, file: TensorFile, layout: Layout | None) -> _Keys:
+def _sorted_keys(path: Path, file: TensorFile, layout: BaseLayers | None) -> _Keys:
     segments = {part for name in layout.modules for part in name.split(".")} if layout is not None else set()
     loras: list[tuple[str, str, str, str | None, str]] = []  # key, module, kind, adapter name, attribute
     others: dict[str, str] = {}
@@ -524,7 +524,7 @@ def _no_pairs(path: Path, file: TensorFile, extras: Iterable[tuple[str, str, str
     return f"{path} holds no weights; expected lora_A and lora_B tensors{found}"
 
 
-def _without_wrappers(key: str, segments: set[str], layout: Layout | None) -> str:
+def _without_wrappers(key: str, segments: set[str], layout: BaseLayers | None) -> str:
     parts = [part for part in key.split(".") if part not in _WRAPPERS or part in segments]
     tops = set() if layout is None else {name.split(".")[0] for name in layout.modules}
     if "base_model" not in segments:  # PEFT's own prefix, however often and whatever stands before it
@@ -569,7 +569,7 @@ def _of_one_adapter(
 
 
 def _modules(
-    path: Path, config: Mapping[str, Any], file: TensorFile, keys: _Keys, layout: Layout | None, notes: list[str]
+    path: Path, config: Mapping[str, Any], file: TensorFile, keys: _Keys, layout: BaseLayers | None, notes: list[str]
 ) -> dict[str, str]:
     """Gives the modules of the base that the LoRAs change, with the names that these have in the weights.
 
@@ -596,14 +596,14 @@ def _modules(
     return found
 
 
-def _needs_peft(config: Mapping[str, Any], layout: Layout) -> bool:
+def _needs_peft(config: Mapping[str, Any], layout: BaseLayers) -> bool:
     target = config.get("target_modules")
     is_broad = target is None or (isinstance(target, str) and target.lower() == ALL_LINEAR)
     return is_broad or layout.is_renamed or bool(config.get("ensure_weight_tying"))
 
 
 def _placed_by_peft(
-    path: Path, config: Mapping[str, Any], file: TensorFile, keys: _Keys, layout: Layout
+    path: Path, config: Mapping[str, Any], file: TensorFile, keys: _Keys, layout: BaseLayers
 ) -> tuple[dict[str, str], list[str]]:
     from dlp_lora.bank.peft_names import placement
 
@@ -635,7 +635,7 @@ def _placed_by_peft(
 
 
 def _placed_by_name(
-    path: Path, config: Mapping[str, Any], keys: _Keys, layout: Layout | None
+    path: Path, config: Mapping[str, Any], keys: _Keys, layout: BaseLayers | None
 ) -> tuple[dict[str, str], list[str]]:
     found: dict[str, str] = {}
     untargeted = []
@@ -679,7 +679,7 @@ def _targets(config: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={config[key]!r}" for key in keys if _is_set(config.get(key)))
 
 
-def _in_text_model(name: str, layout: Layout) -> str | None:
+def _in_text_model(name: str, layout: BaseLayers) -> str | None:
     """The name in the base's decoder of a layer that is called otherwise in another class of the same family."""
     parts = name.split(".")
     for cut in range(len(parts)):
@@ -704,7 +704,7 @@ def _unknown_modules(
     start = (
         f"{path}: {total - len(unknown)} of its {total} modules are linear layers of the base model; {first} is not."
     )
-    kind = layout.modules.get(first) if isinstance(layout, Layout) else None
+    kind = layout.modules.get(first) if isinstance(layout, BaseLayers) else None
     if kind is not None:
         return f"{start} It is a {kind}, and only linear layers can be fused; retrain with other target_modules"
     leaves = {name.rsplit(".", 1)[-1] for name in layout}
@@ -779,7 +779,7 @@ def _patterns_without_match(config: Mapping[str, Any], modules: Iterable[str]) -
 
 
 def _check_extras(
-    path: Path, config: Mapping[str, Any], file: TensorFile, keys: _Keys, layout: Layout | None, notes: list[str]
+    path: Path, config: Mapping[str, Any], file: TensorFile, keys: _Keys, layout: BaseLayers | None, notes: list[str]
 ) -> None:
     # An embedding's delta is zero if either half is.
     idle = {module for key, module, kind in keys.extras if kind.startswith("embedding") and file.is_zero(key)}
@@ -804,7 +804,7 @@ def _base_copies(
     config: Mapping[str, Any],
     file: TensorFile,
     others: Mapping[str, str],
-    layout: Layout | None,
+    layout: BaseLayers | None,
     notes: list[str],
 ) -> dict[str, BaseCopy]:
     copies: dict[str, BaseCopy] = {}
@@ -875,7 +875,7 @@ def _copy(path: Path, config: Mapping[str, Any], key: str, name: str, *, is_toke
 
 
 def _check_presence(
-    path: Path, config: Mapping[str, Any], copies: Mapping[str, BaseCopy], layout: Layout | None
+    path: Path, config: Mapping[str, Any], copies: Mapping[str, BaseCopy], layout: BaseLayers | None
 ) -> None:
     """Refuses what was trained beside the LoRAs and is not in the folder."""
     if layout is None or layout.skeleton is None:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dlp_lora.bank.bank import AdapterBank
+from dlp_lora.bank.base_layers import BaseLayers
 from dlp_lora.bank.cpu import _has_faster_way, check_prepacking, prepacked
 from dlp_lora.bank.group import LowRank, keep_alignment
-from dlp_lora.bank.layout import Layout
 from dlp_lora.bank.linear import FusedLinear, Outputs, is_plain
 from dlp_lora.bank.peft_format import check_base_copies
 from dlp_lora.errors import ModelError
@@ -29,7 +29,7 @@ SIBLINGS = (
 )
 
 
-def linear_layers(model: nn.Module) -> Layout:
+def linear_layers(model: nn.Module) -> BaseLayers:
     """Maps each linear layer of a model to its (d_in, d_out), in the order of the model.
 
     Raises:
@@ -46,7 +46,7 @@ def linear_layers(model: nn.Module) -> Layout:
     if not shapes:
         raise ModelError(f"{type(model).__name__} has no linear layer to attach to")
     source = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
-    layout = Layout(shapes, build=weakref.ref(model), tensor=_weights_of(model), source=source)  # type: ignore[arg-type]
+    layout = BaseLayers(shapes, build=weakref.ref(model), tensor=_weights_of(model), source=source)  # type: ignore[arg-type]
     assert layout.skeleton is not None  # copied now, before anything is attached
     return layout
 

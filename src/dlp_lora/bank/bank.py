@@ -21,8 +21,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dlp_lora.bank.adapter_folder import check_shapes
+from dlp_lora.bank.base_layers import BaseLayers
 from dlp_lora.bank.group import Block, Group
-from dlp_lora.bank.layout import Layout
 from dlp_lora.bank.peft_format import Adapter, files_stamp
 from dlp_lora.errors import AdapterError
 from dlp_lora.policy import Mixture
@@ -65,7 +65,7 @@ class AdapterBank:
         self.budget_mb = budget_mb
         self.num_misses = 0  # adapters that had to be loaded to be fused
         self.lock = threading.RLock()
-        self._layout = layout if isinstance(layout, Layout) else Layout(layout)
+        self._layout = layout if isinstance(layout, BaseLayers) else BaseLayers(layout)
         self._dtype = dtype
         self._device = torch.device(device)
         self._blocks: dict[str, dict[Place, Block]] = {}  # the least recently used first
@@ -105,7 +105,7 @@ class AdapterBank:
         return len(self.adapters)
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> BaseLayers:
         """The linear layers of the base model that the adapters are for."""
         return self._layout
 

@@ -14,7 +14,7 @@ from dlp_lora.bank.adapter_folder import (
     other_base,
     read_folder,
 )
-from dlp_lora.bank.layout import Layout, Module, Tensor
+from dlp_lora.bank.base_layers import BaseLayers, Module, Tensor
 from dlp_lora.bank.tokens import BaseTokens, foreign_tokens
 from dlp_lora.errors import AdapterError, DLPLoRAError, ModelError
 from dlp_lora.files import name_of
@@ -40,7 +40,7 @@ class Check:
         return {**self.__dict__, "path": str(self.path)}
 
 
-def model_layout(model: str | Path) -> Layout:
+def model_layout(model: str | Path) -> BaseLayers:
     """Maps the linear layers of a base model to their (d_in, d_out), from its config alone.
 
     Weights are read only where an adapter's folder holds copies of them.
@@ -61,7 +61,7 @@ def model_layout(model: str | Path) -> Layout:
     except (OSError, ValueError) as error:
         raise ModelError(f"the base model {source!r} cannot be read: {str(error).splitlines()[0]}") from error
     layout = linear_layers(skeleton)
-    return Layout(layout, build=lambda: skeleton, tensor=_stored_weights(source, skeleton), source=source)
+    return BaseLayers(layout, build=lambda: skeleton, tensor=_stored_weights(source, skeleton), source=source)
 
 
 def check_adapters(
@@ -74,12 +74,12 @@ def check_adapters(
     if not isinstance(adapters, Mapping):
         single = (Path(adapters) / CONFIG_FILE).is_file()
         adapters = {name_of(adapters): Path(adapters)} if single else find_adapters(adapters)
-    layout = layout if isinstance(layout, Layout) or layout is None else Layout(layout)
+    layout = layout if isinstance(layout, BaseLayers) or layout is None else BaseLayers(layout)
     tokens = BaseTokens(layout.source if layout is not None else "")
     return [_check(layout, tokens, name, Path(path)) for name, path in adapters.items()]
 
 
-def _check(layout: Layout | None, tokens: BaseTokens, name: str, path: Path) -> Check:
+def _check(layout: BaseLayers | None, tokens: BaseTokens, name: str, path: Path) -> Check:
     try:
         folder = read_folder(path, name or None, layout=layout)
         notes = [*folder.notes, *check_numbers(folder), *_copies(folder, layout)]
@@ -101,7 +101,7 @@ def _check(layout: Layout | None, tokens: BaseTokens, name: str, path: Path) -> 
     )
 
 
-def _copies(folder: AdapterFolder, layout: Layout | None) -> Sequence[str]:
+def _copies(folder: AdapterFolder, layout: BaseLayers | None) -> Sequence[str]:
     """Compares copies of base weights with the base; says which cannot be compared.
 
     Raises:

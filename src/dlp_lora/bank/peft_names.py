@@ -14,7 +14,7 @@ from peft.utils.integrations import init_empty_weights
 from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from torch import nn
 
-from dlp_lora.bank.layout import without_weights
+from dlp_lora.bank.base_layers import without_weights
 from dlp_lora.errors import AdapterError
 
 # What starts the training of a LoRA, or changes embeddings, says nothing about names.

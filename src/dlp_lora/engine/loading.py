@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from dlp_lora.bank.attach import linear_layers, pair_dtype, siblings
 from dlp_lora.bank.bank import AdapterBank
-from dlp_lora.bank.layout import Layout
+from dlp_lora.bank.base_layers import BaseLayers
 from dlp_lora.bank.peft_format import FILES as ADAPTER_FILES
 from dlp_lora.bank.peft_format import Adapter, check_base_name, find_adapters, read_adapter
 from dlp_lora.engine.arrow import ArrowRouter
@@ -169,7 +169,9 @@ def _bundle_path(model: Any, adapters: Adapters | None) -> Path | None:
     return None
 
 
-def _read_adapters(adapters: Adapters, layout: Layout, base: str, *, weights: bool, strict: bool) -> Iterator[Adapter]:
+def _read_adapters(
+    adapters: Adapters, layout: BaseLayers, base: str, *, weights: bool, strict: bool
+) -> Iterator[Adapter]:
     """One at a time: the bank holds them in a form of its own."""
     if not isinstance(adapters, Mapping):
         adapters = find_adapters(adapters)

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dlp_lora.bank.adapter_folder import CONFIG_FILE, check_adapter_name
 from dlp_lora.bank.attach import linear_layers, siblings
-from dlp_lora.bank.layout import Layout
+from dlp_lora.bank.base_layers import BaseLayers
 from dlp_lora.bank.peft_names import lora_layers, placement
 from dlp_lora.engine.prompts import context_of
 from dlp_lora.errors import TaskError, TrainingError
@@ -228,7 +228,7 @@ def _with_lora(model: PreTrainedModel, args: AdapterTrainingArgs) -> PeftModel:
     return peft_model
 
 
-def _check_usable(model: PreTrainedModel, args: AdapterTrainingArgs, layout: Layout) -> None:
+def _check_usable(model: PreTrainedModel, args: AdapterTrainingArgs, layout: BaseLayers) -> None:
     """Checks that an adapter that is trained so can be fused.
 
     Raises:

@@ -10,7 +10,7 @@ Module = Any
 Tensor = Any
 
 
-class Layout(dict[str, tuple[int, int]]):
+class BaseLayers(dict[str, tuple[int, int]]):
     """Maps the linear layers of a base model to their (d_in, d_out), in the order of the model.
 
     It also knows the model's other modules, so that adapters are read as PEFT reads them for this very model. It
