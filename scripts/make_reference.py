@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from typer.main import get_command
 
 import dlp_lora
-from dlp_lora.cli.app import _add_commands, app
+from dlp_lora.cli.app import app
 
 REFERENCE = Path(__file__).parents[1] / "docs" / "reference"
 GENERATED = "<!-- Written by scripts/make_reference.py; run `make docs`. -->"
@@ -33,7 +33,6 @@ def pages() -> dict[str, str]:
 
 def cli_reference() -> str:
     """Gives the help of every command as one page."""
-    _add_commands()
     program = get_command(app)
     parts = [GENERATED, "# Command line", _help(program), *_commands(program, "dlp-lora")]
     return "\n\n".join(parts) + "\n"

@@ -6,9 +6,7 @@ from typing import Any
 
 from typer.testing import CliRunner, Result
 
-from dlp_lora.cli.app import _add_commands, app
-
-_add_commands()  # as `main` does
+from dlp_lora.cli.app import app
 
 
 def run(*args: str | Path, stdin: str = "") -> Result:

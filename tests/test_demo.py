@@ -1,5 +1,4 @@
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
@@ -12,7 +11,6 @@ import torch
 import dlp_lora
 from conftest import byte_tokenizer, lively_model, make_adapter
 from dlp_lora import MiniMLP, ModelError
-from dlp_lora.cli.demo import _show_what_to_try
 from dlp_lora.default_model import NAME, PACKAGE, cache_dir, default_model
 from dlp_lora.demo import METHODS, DemoArgs, DemoEvent, DemoResult, run_demo, with_serial
 from dlp_lora.tasks import procedural_task
@@ -99,16 +97,6 @@ def test_the_bundle_of_the_demo_gives_the_answers_that_it_shows(model: Path, und
         assert (
             engine.generate(result.serial.prompt, max_new_tokens=8, do_sample=False).text.strip() == result.serial.base
         )
-
-
-def test_what_to_try_can_be_pasted_whether_or_not_the_environment_is_on_the_path(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", [".venv/bin/dlp-lora", "demo"])
-    for found, program in ((None, ".venv/bin/dlp-lora"), ("/usr/bin/dlp-lora", "dlp-lora")):
-        monkeypatch.setattr("dlp_lora.cli.demo.which", lambda _, found=found: found)
-        _show_what_to_try(Path("a/[bundle]"), "Why?")
-        assert f'  {program} generate --bundle a/[bundle] --show-routing "Why?"' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
@@ -218,7 +206,7 @@ def test_the_default_model_is_converted_once(monkeypatch: pytest.MonkeyPatch, tm
     assert default_model() == tmp_path / NAME
 
 
-@pytest.mark.slow
+@pytest.mark.models
 def test_the_demo_runs_on_the_default_model(tmp_path: Path) -> None:
     for package in (PACKAGE, "gguf"):
         if find_spec(package) is None:

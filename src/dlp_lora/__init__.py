@@ -1,6 +1,7 @@
 """Many LoRA adapters, one model: sentence-level dynamic LoRA fusion (DLP-LoRA, arXiv 2410.01497)."""
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 # torch and transformers take seconds to import: a name is imported when it is asked for.
@@ -11,7 +12,10 @@ _HOMES = {
         "load",
         "load_router",
     ),
-    "engine.streaming": ("Piece",),
+    "engine.streaming": (
+        "Piece",
+        "Stream",
+    ),
     "engine.trace": (
         "Generation",
         "Sentence",
@@ -30,6 +34,7 @@ _HOMES = {
         "FusionPolicy",
         "Mixture",
         "Only",
+        "RoutingSettings",
         "Switching",
         "Threshold",
         "TopK",
@@ -53,11 +58,13 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
+    __version__: str
     from dlp_lora.engine.arrow import ArrowRouter as ArrowRouter
     from dlp_lora.engine.engine import Engine as Engine
     from dlp_lora.engine.loading import load as load
     from dlp_lora.engine.loading import load_router as load_router
     from dlp_lora.engine.streaming import Piece as Piece
+    from dlp_lora.engine.streaming import Stream as Stream
     from dlp_lora.engine.trace import Generation as Generation
     from dlp_lora.engine.trace import Sentence as Sentence
     from dlp_lora.errors import AdapterError as AdapterError
@@ -71,6 +78,7 @@ if TYPE_CHECKING:
     from dlp_lora.policy import FusionPolicy as FusionPolicy
     from dlp_lora.policy import Mixture as Mixture
     from dlp_lora.policy import Only as Only
+    from dlp_lora.policy import RoutingSettings as RoutingSettings
     from dlp_lora.policy import Switching as Switching
     from dlp_lora.policy import Threshold as Threshold
     from dlp_lora.policy import TopK as TopK
@@ -86,6 +94,8 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            return version("dlp-lora")
         if name not in _HOME:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         globals()[name] = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -10,9 +10,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from dlp_lora.errors import ModelError
 from dlp_lora.files import replace_folder
 
@@ -30,9 +27,14 @@ def default_model() -> Path:
         ModelError: if the packages that carry and read it are not installed.
     """
     folder = cache_dir() / NAME
-    if not (folder / "config.json").is_file():
+    if not is_converted():
         _convert(folder)
     return folder
+
+
+def is_converted() -> bool:
+    """Whether the default model is there already."""
+    return (cache_dir() / NAME / "config.json").is_file()
 
 
 def cache_dir() -> Path:
@@ -46,6 +48,9 @@ def _convert(folder: Path) -> None:
     package = find_spec(PACKAGE)
     if package is None or package.origin is None or find_spec("gguf") is None:
         raise ModelError(f"the default model is not installed; run `{INSTALL}`, or name a model of your own")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     source = Path(package.origin).parent
     (file,) = source.glob("*.gguf")
     logger.info("converting %s to %s, once", file.name, folder)

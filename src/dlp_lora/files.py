@@ -1,11 +1,13 @@
-"""Folders that are written whole or not at all."""
+"""Folders that are written whole or not at all, and files that people write."""
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from dlp_lora.errors import DLPLoRAError
 
@@ -69,6 +71,24 @@ def write_text(path: Path, text: str) -> None:
     aside = path.with_name(f".{path.name}.partial")
     aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)
+
+
+def parse_json(text: str) -> Any:
+    """Parses JSON that a person wrote.
+
+    Raises:
+        ValueError: if it is none, or an object has a key twice, of which one would be lost.
+    """
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} stands in one object twice; leave one of them out")
+    return data
 
 
 def name_of(path: str | Path) -> str:

@@ -354,7 +354,7 @@ def test_settings_that_are_ignored_are_named_once_read(squad: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "base"),
+    ("told", "name"),
     [
         ("Qwen/Qwen2-1.5B", "/data/Qwen2-1.5B/"),
         (r"C:\models\Qwen2-1.5B", "Qwen/Qwen2-1.5B"),
@@ -363,14 +363,14 @@ def test_settings_that_are_ignored_are_named_once_read(squad: Path) -> None:
         (r"D:\hub\models--Qwen--Qwen2-1.5B\snapshots\8a16abf2848eda07", "Qwen/Qwen2-1.5B"),
     ],
 )
-def test_a_base_is_known_by_its_name_wherever_it_lay(told: str, base: str, squad: Path) -> None:
+def test_a_base_is_known_by_its_name_wherever_it_lay(told: str, name: str, squad: Path) -> None:
     edit_config(squad, base_model_name_or_path=told)
     adapter = read_adapter(squad)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_base_name(adapter, base, strict=True)
+        check_base_name(adapter, name, strict=True)
     with pytest.raises(AdapterError, match="says it was trained on"):
-        check_base_name(adapter, base.replace("1", "7"), strict=True)
+        check_base_name(adapter, name.replace("1", "7"), strict=True)
 
 
 def test_an_adapter_without_weights_gets_them_from_its_folder(squad: Path) -> None:

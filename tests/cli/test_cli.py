@@ -19,9 +19,10 @@ from typer.main import get_command
 import dlp_lora
 from commands import json_lines, ok, run, visible
 from conftest import byte_tokenizer, lively_model, make_adapter
-from dlp_lora.cli.app import app, console
+from dlp_lora.cli.app import app
 from dlp_lora.cli.bench import COLUMNS, LABELS, cell, tables
-from dlp_lora.cli.run import routing_table
+from dlp_lora.cli.common import console
+from dlp_lora.cli.generate import routing_table
 from dlp_lora.tasks import Example, Task, write_task
 
 QUICK = ("--max-new-tokens", "8")
@@ -84,7 +85,15 @@ def test_help_needs_none_of_the_large_libraries(args: tuple[str, ...]) -> None:
 def test_every_command_is_there() -> None:
     names = {" ".join(command) for command in commands()}
     assert names >= {"generate", "chat", "route", "bundle", "check", "export", "demo"}
-    assert names >= {"train-adapter", "train-adapters", "train-router", "bench decode", "bench switch", "bench suite"}
+    assert names >= {
+        "train-adapter",
+        "train-adapters",
+        "train-router",
+        "router-from-adapters",
+        "bench decode",
+        "bench switch",
+        "bench suite",
+    }
 
 
 def test_generating_by_command_is_generating_by_engine(work: Path) -> None:
@@ -176,7 +185,7 @@ def test_an_interrupt_says_what_is_kept(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dlp_lora.cli.run.open_engine", interrupted)
+    monkeypatch.setattr("dlp_lora.cli.generate.open_engine", interrupted)
     monkeypatch.setattr("dlp_lora.tasks.hub.read_data", interrupted)
     done = run(*command)
     assert done.exit_code == 130
@@ -260,6 +269,7 @@ def test_a_bundle_keeps_its_policy(work: Path, tmp_path: Path) -> None:
         assert said["trace"][0]["mixture"] == {}
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_bundle_of_an_unknown_setting_is_not_made(work: Path, tmp_path: Path) -> None:
     parts = ("--model", work / "model", "-a", work / "adapters", "-o", tmp_path / "b")
     assert "kv_policy must be 'keep' or 'recompute'" in run("bundle", *parts, "--kv-policy", "forget").stderr
@@ -399,23 +409,13 @@ ERRORS: dict[str, tuple[tuple[str, ...], str, str]] = {
         "",
         "'sums' stands in the mixture twice; give each adapter one weight",
     ),
-    "tasks for adapters' own router": (
-        ("train-router", "--from-adapters", "{work}/adapters", "--tasks", "sums", "--epochs", "2", "-o", "{work}/out"),
-        "",
-        "--from-adapters does not read --tasks, --epochs; leave it out",
-    ),
-    "seed for descriptions": (
-        ("train-router", "--from-descriptions", "{work}/d.json", "--seed", "0", "-o", "{work}/out"),
-        "",
-        "--from-descriptions does not read --seed; leave it out",
-    ),
     "tokenizer beside an encoder": (
         (
             *("train-router", "--data", "{work}/data", "--out", "{work}/out", "--router-kind", "encoder"),
             *("--encoder", "{work}/model", "--tokenizer", "{work}/model"),
         ),
         "",
-        "--data with --encoder does not read --tokenizer; leave it out",
+        "an encoder has its own tokenizer; leave --tokenizer or --encoder out",
     ),
     "empty prompt": (("generate", " ", "--bundle", "{work}/bundle"), "", "the prompt is empty"),
     "unknown adapter": (
@@ -544,6 +544,20 @@ def test_an_error_is_one_line_on_standard_error_and_code_one(work: Path, case: s
     assert result.stdout == ""
     # A progress bar may stand before it; nothing comes after.
     assert result.stderr.rstrip().endswith(lines[0].rstrip())
+
+
+@pytest.mark.parametrize(
+    "args, option",
+    [
+        (("--from-adapters", "a", "--tasks", "sums"), "--tasks"),
+        (("--from-descriptions=d.json", "--seed", "0"), "--seed"),
+    ],
+    ids=["adapters", "descriptions"],
+)
+def test_options_of_a_router_that_would_not_be_read_are_refused(args: tuple[str, ...], option: str) -> None:
+    result = run("train-router", *args, "--out", "r")
+    assert result.exit_code == 2
+    assert f"No such option: {option}" in result.stderr
 
 
 def test_the_lines_before_a_bad_one_are_answered(work: Path) -> None:

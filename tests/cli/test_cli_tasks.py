@@ -5,10 +5,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from dlp_lora.cli.app import _add_commands, app
+from dlp_lora.cli.app import app
 from dlp_lora.tasks import CATALOG, COMPOSITES, Example, Task, write_task
-
-_add_commands()  # as `main` does
 
 
 def run(*args: str | Path) -> Result:

@@ -19,7 +19,7 @@ from transformers import DynamicCache
 import dlp_lora
 from conftest import byte_tokenizer, lively_model
 from dlp_lora import Context, MiniMLP, Router, RouterError
-from dlp_lora.cli.run import _context
+from dlp_lora.cli.route import context_of
 from dlp_lora.router import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, Calibration, Encoded, MiniMLPConfig
 from dlp_lora.router.context import speaks
 from dlp_lora.router.nearness import RIDGE, Nearness
@@ -270,7 +270,7 @@ class TestEncoding:
         drawn = draw_contexts([[example], [example]], 200, {"whole": 1, "answer": 1}, random.Random(0))
         learned = {sample.context for sample in drawn if not sample.context.history}
         asked = [{"role": "user", "content": example.prompt}, {"role": "assistant", "content": "As far. Y"}]
-        routed = [_context({"messages": asked[:1]}), _context({"messages": asked})]
+        routed = [context_of({"messages": asked[:1]}), context_of({"messages": asked})]
 
         class Listening(MiniMLP):
             def probabilities(self, contexts: Sequence[Context]) -> Tensor:

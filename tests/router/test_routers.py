@@ -628,8 +628,7 @@ class TestArrow:
         with engine.fixed({"math": 0.5, "poems": 0.5}), torch.no_grad():
             before = engine.model(ids).logits
             found = engine.router.probabilities(CONTEXTS)
-            active = [group.active for group in engine.bank.touched()]
-            assert any(a is not None for a in active)
+            assert all(group.active is None for group in engine.bank.groups)
             torch.testing.assert_close(engine.model(ids).logits, before, rtol=0, atol=0)
         torch.testing.assert_close(found, routers["arrow"].probabilities(CONTEXTS), rtol=0, atol=1e-5)
 
@@ -716,21 +715,31 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lively_model().save_pretrained(root / "model")
     byte_tokenizer().save_pretrained(root / "model")
     written(root / "encoder", weights=True)
-    (root / "descriptions.json").write_text(json.dumps(TEXTS))
+    (root / "descriptions.json").write_text(json.dumps(TEXTS), encoding="utf-8-sig")  # as Windows writes it
+    (root / "twice.json").write_text('{"math": "sums", "poems": "rhymes", "math": "products"}')
     return root
 
 
 class TestCommands:
     def test_descriptions_become_a_router(self, work: Path) -> None:
-        source = ("--from-descriptions", work / "descriptions.json", "--encoder", work / "encoder")
-        report = json.loads(ok("train-router", *source, "--out", work / "described", "--json"))
+        source = (work / "descriptions.json", "--encoder", work / "encoder")
+        report = json.loads(ok("router-from-descriptions", *source, "--out", work / "described", "--json"))
         assert report == {"type": "prototypes", "names": list(NAMES), "temperature": 0.05}
-        assert "3 adapters: math, poems, units" in ok("train-router", *source, "--out", work / "described")
+        assert "3 adapters: math, poems, units" in ok("router-from-descriptions", *source, "--out", work / "described")
         self.check(work, "described")
 
+    @pytest.mark.parametrize("glue", ["=", " "])
+    def test_the_options_that_became_commands_still_work_and_say_so(self, work: Path, glue: str) -> None:
+        source = [*f"--from-descriptions{glue}{work / 'descriptions.json'}".split(), "--encoder", work / "encoder"]
+        result = run("train-router", *source, "--out", work / f"old{len(glue.strip())}", "--json")
+        assert result.exit_code == 0
+        assert json.loads(result.stdout)["type"] == "prototypes"
+        assert "train-router --from-descriptions is a command now: " in result.stderr
+        assert f"router-from-descriptions {work / 'descriptions.json'} --encoder" in result.stderr
+
     def test_adapters_become_a_router(self, work: Path, lively_adapters: Path) -> None:
-        source = ("--from-adapters", lively_adapters, "--model", work / "model")
-        report = json.loads(ok("train-router", *source, "--out", work / "arrow", "--json"))
+        source = (lively_adapters, "--model", work / "model")
+        report = json.loads(ok("router-from-adapters", *source, "--out", work / "arrow", "--json"))
         assert report["type"] == "arrow"
         self.check(work, "arrow", "--model", work / "model")
         ok(
@@ -756,15 +765,17 @@ class TestCommands:
     @pytest.mark.parametrize(
         "args, message",
         [
-            ((), "give one of --data, --from-descriptions and --from-adapters"),
-            (("--data", "x", "--from-adapters", "y"), "give one of --data"),
-            (("--data", "x", "--router-kind", "oracle"), "kind must be mini-mlp or encoder, got 'oracle'"),
-            (("--from-descriptions", "{work}/model/config.json"), "config.json does not hold"),
-            (("--from-descriptions", "{work}/model/model.safetensors"), "is not JSON"),
+            (
+                ("train-router", "--data", "x", "--router-kind", "oracle"),
+                "kind must be mini-mlp or encoder, got 'oracle'",
+            ),
+            (("router-from-descriptions", "{work}/model/config.json"), "config.json does not hold"),
+            (("router-from-descriptions", "{work}/model/model.safetensors"), "is not JSON"),
+            (("router-from-descriptions", "{work}/twice.json"), "the key 'math' stands in one object twice"),
         ],
     )
     def test_wrong_calls_say_what_to_do(self, work: Path, args: tuple[str, ...], message: str, unchecked: None) -> None:
-        result = run("train-router", "--out", work / "nothing", *(arg.format(work=work) for arg in args))
+        result = run(*(arg.format(work=work) for arg in args), "--out", work / "nothing")
         assert result.exit_code == 1
         assert message in " ".join(result.stderr.split())
 

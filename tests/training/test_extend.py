@@ -12,13 +12,12 @@ from typer.testing import CliRunner
 import dlp_lora
 from conftest import byte_tokenizer, lively_model
 from dlp_lora import BundleError, Context, MiniMLP, RouterError, TrainingError
-from dlp_lora.cli.app import _add_commands, app
+from dlp_lora.cli.app import app
 from dlp_lora.tasks import Example, Task, write_task
 from dlp_lora.training.extend import add_tasks, add_to_bundle, remove_from_bundle, remove_tasks
 from dlp_lora.training.router import RouterTrainingArgs, train_router
 
 TOKENIZER = byte_tokenizer().backend_tokenizer
-_add_commands()
 ASKED = {
     "sums": "What is {i} plus {i}?",
     "tales": "Tell a tale about king number {i}.",

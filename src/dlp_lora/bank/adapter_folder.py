@@ -579,7 +579,7 @@ def _modules(
     for module, pair in keys.pairs.items():
         if set(pair) != {"A", "B"}:
             raise AdapterError(f"{path} has only lora_{next(iter(pair))} for {module}; expected both lora_A and lora_B")
-    if layout is not None and layout.skeleton is not None and _needs_peft(config, layout):
+    if layout is not None and _needs_peft(config, layout) and layout.skeleton is not None:
         found, untargeted = _placed_by_peft(path, config, file, keys, layout)
     else:
         found, untargeted = _placed_by_name(path, config, keys, layout)
@@ -878,7 +878,7 @@ def _check_presence(
     path: Path, config: Mapping[str, Any], copies: Mapping[str, BaseCopy], layout: BaseLayers | None
 ) -> None:
     """Refuses what was trained beside the LoRAs and is not in the folder."""
-    if layout is None or layout.skeleton is None:
+    if layout is None or layout.parameters is None:
         return
     for name in config.get("modules_to_save") or []:
         trained = [module for module in layout.modules if module.endswith(name)]

@@ -20,6 +20,8 @@ class BaseLayers(dict[str, tuple[int, int]]):
         layers: the linear layers.
         build: gives the model, or one like it on the meta device; it is called once, when its modules are asked for.
         tensor: gives a weight of the model by its name, or None where it has or reaches none.
+        parameters: the shapes of all weights by name, where they are known without the model; it is then of a type of
+            which nothing is renamed, and its text model is called "model".
         source: the model's name or path, "" where it has none.
     """
 
@@ -29,10 +31,12 @@ class BaseLayers(dict[str, tuple[int, int]]):
         *,
         build: Callable[[], Module] | None = None,
         tensor: Callable[[str], Tensor | None] | None = None,
+        parameters: Mapping[str, tuple[int, ...]] | None = None,
         source: str = "",
     ) -> None:
         super().__init__(layers)
         self._build = build
+        self._parameters = parameters
         self._tensor = tensor
         self.source = source
 
@@ -43,11 +47,16 @@ class BaseLayers(dict[str, tuple[int, int]]):
     @cached_property
     def skeleton(self) -> Module:
         """A copy of the model without its weights, None where only names of layers are known; not to be changed."""
-        return None if self._build is None else without_weights(self._build(), self)
+        build, self._build = self._build, None  # nothing of the model is kept
+        return None if build is None else without_weights(build(), self)
 
     @cached_property
     def modules(self) -> Mapping[str, str]:
         """The types of all modules by name; those of linear layers alone where no more is known."""
+        if self._parameters is not None:
+            parts = [name.split(".") for name in self._parameters]
+            names = [".".join(part[:i]) for part in parts for i in range(1, len(part))]
+            return {name: "Linear" if name in self else "module" for name in names}
         if self.skeleton is None:
             return dict.fromkeys(self, "Linear")
         return {name: type(module).__name__ for name, module in self.skeleton.named_modules() if name}
@@ -55,14 +64,16 @@ class BaseLayers(dict[str, tuple[int, int]]):
     @cached_property
     def parameters(self) -> Mapping[str, tuple[int, ...]] | None:
         """The shapes of all weights by name, None where they are not known."""
-        if self.skeleton is None:
-            return None
+        if self._parameters is not None or self.skeleton is None:
+            return self._parameters
         named = [*self.skeleton.named_parameters(remove_duplicate=False), *self.skeleton.named_buffers()]
         return {name: tuple(weight.shape) for name, weight in named}
 
     @cached_property
     def is_renamed(self) -> bool:
         """Whether transformers, and so PEFT, renames layers of older checkpoints for this type of model."""
+        if self._parameters is not None:
+            return False
         config: Any = getattr(self.skeleton, "config", None)
         if getattr(config, "model_type", None) is None:
             return False
@@ -73,6 +84,8 @@ class BaseLayers(dict[str, tuple[int, int]]):
     @cached_property
     def text_model(self) -> str:
         """The name of the decoder, which in a multimodal model is a part among others; "" for the model itself."""
+        if self._parameters is not None:
+            return "model"
         if not hasattr(self.skeleton, "get_decoder"):
             return ""
         decoder = self.skeleton.get_decoder()

@@ -15,6 +15,7 @@ from dlp_lora.bank.adapter_folder import (
     read_folder,
 )
 from dlp_lora.bank.base_layers import BaseLayers, Module, Tensor
+from dlp_lora.bank.stored_layout import layout_of
 from dlp_lora.bank.tokens import BaseTokens, foreign_tokens
 from dlp_lora.errors import AdapterError, DLPLoRAError, ModelError
 from dlp_lora.files import name_of
@@ -41,27 +42,43 @@ class Check:
 
 
 def model_layout(model: str | Path) -> BaseLayers:
-    """Maps the linear layers of a base model to their (d_in, d_out), from its config alone.
+    """Maps the linear layers of a base model to their (d_in, d_out), without its weights.
 
-    Weights are read only where an adapter's folder holds copies of them.
+    The headers of its files say them, or else the model is built without weights from its config; so it is, too, where
+    an adapter asks for more. Weights are read only where an adapter's folder holds copies of them.
 
     Raises:
         ModelError: if there is no such model.
     """
+    source = str(model)
+    if (stored := layout_of(model)) is not None:
+        return BaseLayers(
+            stored.layers,
+            parameters=stored.parameters,
+            build=lambda: _built(source),
+            tensor=_stored_weights(source, {"lm_head.weight": "model.embed_tokens.weight"}),
+            source=source,
+        )
+    from dlp_lora.bank.attach import linear_layers
+
+    skeleton = _built(source)
+    tied = getattr(skeleton, "all_tied_weights_keys", None) or {}
+    return BaseLayers(
+        linear_layers(skeleton), build=lambda: skeleton, tensor=_stored_weights(source, tied), source=source
+    )
+
+
+def _built(source: str) -> Module:
+    """Builds a model without weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from dlp_lora.bank.attach import linear_layers
-
-    source = str(model)
     try:
         config = AutoConfig.from_pretrained(source)
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config)
+            return AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError) as error:
         raise ModelError(f"the base model {source!r} cannot be read: {str(error).splitlines()[0]}") from error
-    layout = linear_layers(skeleton)
-    return BaseLayers(layout, build=lambda: skeleton, tensor=_stored_weights(source, skeleton), source=source)
 
 
 def check_adapters(
@@ -125,9 +142,8 @@ def _copies(folder: AdapterFolder, layout: BaseLayers | None) -> Sequence[str]:
     ]
 
 
-def _stored_weights(source: str, skeleton: Module) -> Callable[[str], Tensor | None]:
-    """Gives the weights of a model that is stored on this machine, by name."""
-    tied: Mapping[str, Any] = getattr(skeleton, "all_tied_weights_keys", None) or {}
+def _stored_weights(source: str, tied: Mapping[str, Any]) -> Callable[[str], Tensor | None]:
+    """Gives the weights of a model that is stored on this machine, by name; tied ones by that of the other."""
 
     def tensor(name: str) -> Tensor | None:
         from safetensors import safe_open

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,17 +12,20 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from dlp_lora.cli.app import DataOption, ModelOption, base_model, bench, check_device, console, progress_bar, say
-from dlp_lora.cli.options import with_options
+from dlp_lora.cli.common import DataOption, ModelOption, base_model, check_device, console, say
+from dlp_lora.cli.options import with_options, words
+from dlp_lora.cli.progress import progress
 from dlp_lora.files import write_text
 from dlp_lora.lab.bench.bank import BankArgs, bench_bank
+from dlp_lora.lab.bench.contexts import bench_contexts
 from dlp_lora.lab.bench.decode import DecodeArgs, bench_decode
 from dlp_lora.lab.bench.paths import PathsArgs, bench_paths
 from dlp_lora.lab.bench.peers import PeersArgs, bench_peers
 from dlp_lora.lab.bench.plot import check_plot, plot
 from dlp_lora.lab.bench.prefill import PrefillArgs, bench_prefill
 from dlp_lora.lab.bench.routers import RoutersArgs, bench_routers
-from dlp_lora.lab.bench.suite import PRESETS, suite
+from dlp_lora.lab.bench.suite import PRESETS
+from dlp_lora.lab.bench.suite import suite as all_benchmarks
 from dlp_lora.lab.bench.switch import SwitchArgs, bench_switch
 from dlp_lora.lab.bench.train import TrainArgs, bench_train
 from dlp_lora.tasks.hub import read_data
@@ -64,6 +66,13 @@ COLUMNS = {
         "moved": "num_moved",
         "grown, MB": "growth_mb",
     },
+    "switch_context": {
+        **_VARIANT,
+        "tokens before": "context",
+        "pass, ms": "pass_ms",
+        "more than a token, ms": "extra_ms",
+        "of a sentence": "over_sentence",
+    },
     "bank": {
         **_DECODING,
         "share of parameters": "share_of_parameters",
@@ -103,7 +112,6 @@ class Output:
     plot: Annotated[Path | None, typer.Option("--plot", help="Draw it into this file, .png or .svg.")] = None
 
 
-@bench.command()
 @with_options
 def decode(args: DecodeArgs, output: Output, model: ModelOption = None) -> None:
     """Time per generated token over the base model, with sentence switching live.
@@ -113,7 +121,6 @@ def decode(args: DecodeArgs, output: Output, model: ModelOption = None) -> None:
     _run(partial(bench_decode, base_model(model), args), args.device, output)
 
 
-@bench.command()
 @with_options
 def paths(args: PathsArgs, output: Output, model: ModelOption = None) -> None:
     """Time per generated token of every way to compute a mixture: stacked, concatenated, prepacked, merged, compiled.
@@ -123,7 +130,6 @@ def paths(args: PathsArgs, output: Output, model: ModelOption = None) -> None:
     _run(partial(bench_paths, base_model(model), args), args.device, output)
 
 
-@bench.command()
 @with_options
 def prefill(args: PrefillArgs, output: Output, model: ModelOption = None) -> None:
     """Time to read prompts over the base model, routing and fusing included.
@@ -133,17 +139,17 @@ def prefill(args: PrefillArgs, output: Output, model: ModelOption = None) -> Non
     _run(partial(bench_prefill, base_model(model), args), args.device, output)
 
 
-@bench.command()
 @with_options
 def switch(args: SwitchArgs, output: Output, model: ModelOption = None) -> None:
     """Time of a switch in its parts, for mixtures of 1 to --selected adapters, beside PEFT's add_weighted_adapter.
 
-    Example: `dlp-lora bench switch --sizes 10,100`
+    With `--context`, what a switch costs in the middle of a text under each KV policy, beside a sentence of 25 tokens.
+    Examples: `dlp-lora bench switch --sizes 10,100`, or `dlp-lora bench switch --context 128,512,2048`
     """
-    _run(partial(bench_switch, base_model(model), args), args.device, output)
+    measure = bench_contexts if args.context else bench_switch
+    _run(partial(measure, base_model(model), args), args.device, output)
 
 
-@bench.command()
 @with_options
 def bank(args: BankArgs, output: Output, model: ModelOption = None) -> None:
     """Time per generated token, start-up and memory as the bank grows, in memory and on disk (the paper's Table 6).
@@ -153,7 +159,6 @@ def bank(args: BankArgs, output: Output, model: ModelOption = None) -> None:
     _run(partial(bench_bank, base_model(model), args), args.device, output)
 
 
-@bench.command()
 @with_options
 def routers(args: RoutersArgs, output: Output, model: ModelOption = None) -> None:
     """The mini-MLP beside an encoder of ALBERT's shape as router, alone and inside decoding (the paper's Table 4).
@@ -163,7 +168,6 @@ def routers(args: RoutersArgs, output: Output, model: ModelOption = None) -> Non
     _run(partial(bench_routers, base_model(model), args), args.device, output)
 
 
-@bench.command()
 @with_options
 def peers(args: PeersArgs, output: Output, model: ModelOption = None) -> None:
     """Time per generated token of every peer: PEFT's ways, and other papers' methods as we wrote them (Table 7).
@@ -173,7 +177,6 @@ def peers(args: PeersArgs, output: Output, model: ModelOption = None) -> None:
     _run(partial(bench_peers, base_model(model), args), args.device, output)
 
 
-@bench.command()
 @with_options
 def train(
     data: DataOption,
@@ -186,12 +189,11 @@ def train(
 
     Example: `dlp-lora bench train --data data/ --tasks gsm8k,winowhy`
     """
-    found = read_data(data, names=tasks.split(",") if tasks else None)
-    _run(partial(bench_train, base_model(model), found, args), args.device, output)
+    examples = read_data(data, names=words(tasks) if tasks else None)
+    _run(partial(bench_train, base_model(model), examples, args), args.device, output)
 
 
-@bench.command("suite")
-def suite_command(
+def suite(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the records.")],
     model: ModelOption = None,
     preset: Annotated[str, typer.Option(help="cpu or gpu.")] = "cpu",
@@ -207,20 +209,20 @@ def suite_command(
     """
     if preset not in PRESETS:
         raise ValueError(f"no preset {preset!r}; choose {' or '.join(PRESETS)}")
-    found = suite(base_model(model), PRESETS[preset], rounds=rounds, threads=threads, prompts=prompts)
-    chosen = only.split(",") if only else list(found)
-    if unknown := [name for name in chosen if name not in found]:
-        raise ValueError(f"no benchmark {unknown[0]!r}; there are {', '.join(found)}")
+    benchmarks = all_benchmarks(base_model(model), PRESETS[preset], rounds=rounds, threads=threads, prompts=prompts)
+    chosen = words(only) if only else tuple(benchmarks)
+    if unknown := [name for name in chosen if name not in benchmarks]:
+        raise ValueError(f"no benchmark {unknown[0]!r}; there are {', '.join(benchmarks)}")
     for name in chosen:
         output = Output(json_file=out / f"{name}.json", plot=out / f"{name}.svg" if plots else None)
-        _run(found[name], PRESETS[preset].device, output)
+        _run(benchmarks[name], PRESETS[preset].device, output)
 
 
 def _run(measure: Callable[..., dict[str, Any]], device: str, output: Output) -> None:
     check_device(device)
     if output.plot is not None:
         check_plot(output.plot)
-    with rounds_bar() as on_round:
+    with progress() as on_round:
         record = measure(on_round=on_round)
     _show(record)
     if output.json_file is not None:
@@ -230,20 +232,6 @@ def _run(measure: Callable[..., dict[str, Any]], device: str, output: Output) ->
     if output.plot is not None:
         plot(record, output.plot)
         say(f"wrote {output.plot}")
-
-
-@contextmanager
-def rounds_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar for each scenario of a benchmark."""
-    with progress_bar() as progress:
-        bars: dict[str, Any] = {}
-
-        def on_round(scenario: str, done: int, total: int) -> None:
-            if scenario not in bars:
-                bars[scenario] = progress.add_task(scenario, total=total, note="")
-            progress.update(bars[scenario], completed=done, total=total)
-
-        yield on_round
 
 
 def _show(record: dict[str, Any]) -> None:

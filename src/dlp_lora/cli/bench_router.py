@@ -7,18 +7,17 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from dlp_lora.cli.app import DataOption, ModelOption, RouterOption, base_model, bench, console, say
-from dlp_lora.cli.bench import rounds_bar
+from dlp_lora.cli.common import DataOption, ModelOption, RouterOption, base_model, console, say
 from dlp_lora.cli.options import words
+from dlp_lora.cli.progress import progress
 
 
-@bench.command("router")
-def router_command(
+def router(
     data: DataOption,
     extra: Annotated[
         str | None, typer.Option(help="Folder of task folders that the router is not to know: out of domain, scale.")
     ] = None,
-    router: RouterOption = None,
+    router_folder: RouterOption = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="Tokenizer: folder or hub id. [default: the router's, else the model's]")
     ] = None,
@@ -59,12 +58,12 @@ def router_command(
     args = RouterBenchArgs(
         training=RouterTrainingArgs(seed=seed), **{key: value for key, value in given.items() if value is not None}
     )
-    with rounds_bar() as on_step:
+    with progress() as on_step:
         setting = Setting(
             read_data(data, names=words(tasks) if tasks else None),
-            load_tokenizer(tokenizer or router or base_model(model)),
+            load_tokenizer(tokenizer or router_folder or base_model(model)),
             args,
-            router=read_trained(router) if router else None,
+            router=read_trained(router_folder) if router_folder else None,
             extra=read_data(extra) if extra else (),
             manifest=read_manifest(data),
             folder=work,

@@ -1,15 +1,15 @@
 """The demo command."""
 
-import sys
 from pathlib import Path
-from shutil import which
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from dlp_lora.cli.app import JsonOption, ModelOption, app, base_model, console, print_json, progress_bar, say
+from dlp_lora.cli.common import JsonOption, ModelOption, base_model, console, say, to_try
+from dlp_lora.cli.json_lines import print_json
+from dlp_lora.cli.progress import progress
 
 LABELS = {
     "base": "base model",
@@ -19,7 +19,6 @@ LABELS = {
 }
 
 
-@app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; started again, it goes on there.")] = Path(
         "demo"
@@ -35,13 +34,10 @@ def demo(
 
     base = base_model(model)
     args = DemoArgs()
-    with progress_bar() as progress:
-        stages = (*args.tasks, "router", "answers", "two questions")
-        bars = {stage: progress.add_task(stage, total=None, start=False, note="") for stage in stages}
+    with progress((*args.tasks, "router", "answers", "two questions")) as show:
 
         def on_event(event: DemoEvent) -> None:
-            progress.start_task(bars[event.stage])
-            progress.update(bars[event.stage], completed=event.done, total=event.total, note=event.note)
+            show(event.stage, event.done, event.total, event.note)
 
         result = run_demo(base, out, args, on_event=on_event)
     if as_json:
@@ -56,7 +52,8 @@ def demo(
         "Right means that the value asked for stands in the answer. The base model is asked both ways; nobody told "
         "DLP-LoRA which task a prompt belongs to.\n"
     )
-    _show_what_to_try(result.bundle, result.serial.prompt)
+    say(f"The bundle is in {result.bundle}. Try:")
+    say(f"  {to_try('generate', '--bundle', result.bundle, '--show-routing', result.serial.prompt)}")
 
 
 def _show_answer(answer: dict[str, Any]) -> None:
@@ -78,12 +75,6 @@ def _show_two_questions(serial: Any) -> None:
         table.add_row(escape(sentence["text"].strip()), escape(used), f"{escape(best[0])} {best[1]:.1%}")
     console.print(table)
     console.print(f"The base model says: [dim]{escape(' '.join(serial.base.split()) or '(nothing)')}[/]\n")
-
-
-def _show_what_to_try(bundle: Path, prompt: str) -> None:
-    program = "dlp-lora" if which("dlp-lora") else sys.argv[0]  # the environment may not be on the PATH
-    say(f"The bundle is in {bundle}. Try:")
-    say(f'  {program} generate --bundle {bundle} --show-routing "{prompt}"')
 
 
 def _accuracy_table(accuracy: dict[str, dict[str, float]]) -> Table:

@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from dlp_lora.cli.app import JsonOption, app, console, print_json
+from dlp_lora.cli.common import JsonOption, console
+from dlp_lora.cli.json_lines import print_json
 
 
-@app.command()
 def report(
     path: Annotated[Path, typer.Argument(help="A run's folder, or its record as a JSON file.")],
     out: Annotated[

@@ -8,13 +8,13 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from dlp_lora.cli.app import JsonOption, app, console, print_json
+from dlp_lora.cli.common import JsonOption, console
+from dlp_lora.cli.json_lines import print_json
 
 METRIC_NAMES = {"accuracy": "accuracy", "bleu": "BLEU", "rouge1": "ROUGE-1", "rougeL": "ROUGE-L"}
 
 
-@app.command("tasks")
-def tasks_command(
+def tasks(
     data: Annotated[
         Path | None, typer.Option("--data", "-d", help="List the tasks of this folder instead of the catalog.")
     ] = None,
@@ -37,8 +37,8 @@ def _list_catalog(*, as_json: bool) -> None:
     from dlp_lora.tasks import CATALOG, COMPOSITES
 
     if as_json:
-        tasks = [{**asdict(task), "metrics": task.metrics} for task in CATALOG.values()]
-        print_json({"tasks": tasks, "composites": COMPOSITES})
+        catalog = [{**asdict(task), "metrics": task.metrics} for task in CATALOG.values()]
+        print_json({"tasks": catalog, "composites": COMPOSITES})
         return
     table = _table("task", "paper", "kind", "scored by", "source")
     for task in CATALOG.values():

@@ -1,5 +1,6 @@
 """PrototypeRouter: no training at all. A frozen sentence encoder, and the mean vector of a few texts per adapter."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dlp_lora.errors import RouterError
+from dlp_lora.files import parse_json
 from dlp_lora.router.context import Context, check_labels, speaks
 from dlp_lora.router.encoder import TextEncoder
 from dlp_lora.router.folder import SavedRouter, reading_router, write_router
@@ -136,6 +138,23 @@ class PrototypeRouter(nn.Module):
 def embed(encoder: TextEncoder, texts: Sequence[str]) -> Float[Tensor, "batch dim"]:
     """Gives the unit vectors of texts."""
     return F.normalize(encoder([encoder.frame(ids) for ids in encoder.encode_all(texts)]), dim=-1)
+
+
+def read_descriptions(file: str | Path) -> dict[str, str | list[str]]:
+    """Reads a JSON file that describes each adapter: by a sentence, or by a few examples of what it is asked.
+
+    Raises:
+        RouterError: if it is something else.
+    """
+    try:
+        texts = parse_json(Path(file).read_text(encoding="utf-8-sig"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RouterError(f"{file} is not JSON: {error}") from error
+    except ValueError as error:
+        raise RouterError(f"{file}: {error}") from error
+    if not isinstance(texts, dict) or not all(isinstance(value, str | list) for value in texts.values()):
+        raise RouterError(f'{file} does not hold {{"name": "description" or ["example", ...]}}')
+    return texts
 
 
 def _own_texts(name: str, texts: str | Sequence[str]) -> list[str]:

@@ -5,11 +5,13 @@ So a prompt is several questions where each of them fits an adapter better than 
 to be a line each, in order (serial-n of MeteoRA, arXiv 2405.13053).
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Any
 
-from dlp_lora.router import Context
+from dlp_lora.policy import Mixture, RoutingSettings, choose
+from dlp_lora.router.context import Context, Router
 from dlp_lora.sentences import split
 
 Read = Callable[[Sequence[Context]], Sequence[Mapping[str, float]]]
@@ -18,6 +20,43 @@ Read = Callable[[Sequence[Context]], Sequence[Mapping[str, float]]]
 SURE = 0.99  # how well a prompt fits to be one question without a look at its parts
 MAX_SENTENCES = 256  # beyond, a prompt is one text
 MARGIN = 0.2  # by which another adapter is more probable where another question begins
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routed:
+    """What a context asks for: the adapters' probabilities among themselves, that any fits, and the mixture."""
+
+    probabilities: Mapping[str, float]
+    fits: float
+    mixture: Mixture
+
+    def to_dict(self) -> dict[str, Any]:
+        """Gives it as JSON data."""
+        return {
+            "probs": dict(self.probabilities),
+            "mixture": dict(self.mixture),
+            "confidence": max(self.probabilities.values()),
+            "fits": self.fits,
+            "abstained": not self.mixture,
+        }
+
+
+def decide(read: Read, context: Context, settings: RoutingSettings) -> Routed:
+    """Asks a router what a context needs, and turns its answer into a mixture."""
+    row = read([context])[0] if settings.prompt_routing == "whole" else route(read, context)
+    probabilities, mixture = choose(settings.policy, row, settings.switching.unsure)
+    return Routed(probabilities=probabilities, fits=sum(row.values()), mixture=mixture)
+
+
+def read_held(
+    router: Router, contexts: Sequence[Context], held: Collection[str] | None = None
+) -> list[dict[str, float]]:
+    """Asks a router what it gives each adapter, by name, for each context; of those in `held`, unless that is None.
+
+    What it gives an adapter that is not held is the probability that none fits.
+    """
+    rows = [dict(zip(router.names, row, strict=True)) for row in router.probabilities(contexts).tolist()]
+    return rows if held is None else [{name: p for name, p in row.items() if name in held} for row in rows]
 
 
 def route(read: Read, context: Context) -> Mapping[str, float]:

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import cast
 
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer
 
 from dlp_lora.errors import RouterError
 
@@ -17,6 +16,8 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     Raises:
         RouterError: if there is none, or none of the fast kind.
     """
+    from transformers import AutoTokenizer  # seconds, and only who makes a router needs it
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(source))
     except (OSError, ValueError) as error:

@@ -1,13 +1,11 @@
 """How a task's prompt and answer become tokens: the one way for training, evaluation and the command line."""
 
-from typing import Any, Literal
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from dlp_lora.errors import TaskError
-from dlp_lora.tasks.task import Example
-
-PromptFormat = Literal["auto", "chat", "plain"]
+from dlp_lora.tasks.task import Example, PromptFormat
 
 
 def resolve_format(tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat) -> PromptFormat:

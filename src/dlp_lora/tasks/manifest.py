@@ -1,12 +1,12 @@
 """The manifest of a data directory: what `manifest.json` says of its tasks, and what kind of task each is."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 from dlp_lora.errors import TaskError
+from dlp_lora.files import parse_json
 from dlp_lora.tasks.catalog import CATALOG, Kind
 from dlp_lora.tasks.task import Task
 
@@ -41,7 +41,7 @@ def read_manifest(data: str | Path) -> dict[str, TaskInfo]:
     if not file.is_file():
         return {}
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = parse_json(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise TaskError(f"{file} cannot be read ({error.strerror}); check its permissions") from error
     except (ValueError, RecursionError) as error:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dlp_lora.errors import TaskError
-from dlp_lora.files import name_of
+from dlp_lora.files import name_of, parse_json
 from dlp_lora.tasks.task import Example, Task, same_prompt
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
@@ -127,15 +127,17 @@ def _rows(path: Path) -> Iterator[tuple[int, object]]:
         if not text.strip():
             continue
         try:
-            yield number, json.loads(text.rstrip())
-        except (ValueError, RecursionError) as error:
+            yield number, parse_json(text.rstrip())
+        except (json.JSONDecodeError, RecursionError) as error:
             raise TaskError(
                 f"{path}:{number}: not JSON ({_reason(error)}); expected one whole object on the line; "
                 "correct the line, or write the file again"
             ) from error
+        except ValueError as error:
+            raise TaskError(f"{path}:{number}: {error}") from error
 
 
-def _reason(error: ValueError | RecursionError) -> str:
+def _reason(error: json.JSONDecodeError | RecursionError) -> str:
     # json counts lines within the one line it was given: its own message would name line 1.
     return f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
 

@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from dlp_lora.errors import TaskError
 
 REQUIRED_KEYS = ("prompt", "answer")
 OPTIONAL_KEYS = ("choices", "references", "answer_prefix", "complete")
 IGNORED_KEYS = ("id", "meta")
+
+PromptFormat = Literal["auto", "chat", "plain"]
+"""How a prompt is put to the model: in its chat template, as it is, or in the template if there is one."""
 
 
 @dataclass(frozen=True, kw_only=True)

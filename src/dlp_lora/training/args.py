@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from dlp_lora.tasks.formats import PromptFormat
+from dlp_lora.tasks.task import PromptFormat
 
 
 @dataclass(frozen=True, kw_only=True)

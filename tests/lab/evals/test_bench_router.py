@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from conftest import byte_tokenizer
 from dlp_lora import Context, MiniMLP, Switching, TopK
-from dlp_lora.cli.app import _add_commands, app
+from dlp_lora.cli.app import app
 from dlp_lora.errors import RecordError, TaskError
 from dlp_lora.lab.evals.router import SCENARIOS, RouterBenchArgs, Setting, Trained, bench_router, samples
 from dlp_lora.lab.evals.router import measures as m
@@ -33,8 +33,6 @@ from dlp_lora.sentences import split
 from dlp_lora.tasks import Example, Task, write_task
 from dlp_lora.training.router import RouterTrainingArgs
 from dlp_lora.training.router import calibration_error as trained_calibration_error
-
-_add_commands()  # as `main` does
 
 TOKENIZER = byte_tokenizer().backend_tokenizer
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from dlp_lora.cli.app import _add_commands, app
+from dlp_lora.cli.app import app
 from dlp_lora.errors import DLPLoRAError, RecordError
 from dlp_lora.lab.report import Report, charts, findings, paper, provenance, tables, write_report
 from dlp_lora.lab.report.markup import MISSING, Cell, Table, escape_markdown, number, to_html, to_markdown
@@ -773,7 +773,6 @@ def test_the_report_needs_nothing_of_the_package_but_errors_and_folders() -> Non
 
 
 def test_the_command_prints_what_it_wrote(tmp_path: Path) -> None:
-    _add_commands()
     folder = written(tmp_path / "run", full())
     found = CliRunner().invoke(app, ["report", str(folder), "--out", str(tmp_path / "out"), "--json"])
     assert found.exit_code == 0, found.output

@@ -26,8 +26,8 @@ from dlp_lora.lab.evals.metrics import exact_match
 from dlp_lora.policy import Mixture, Switching
 from dlp_lora.router import Context
 from dlp_lora.sentences import LineSegmenter
-from dlp_lora.tasks.formats import PromptFormat, as_prompt, encode_example
-from dlp_lora.tasks.task import Example, Task, same_prompt
+from dlp_lora.tasks.formats import as_prompt, encode_example
+from dlp_lora.tasks.task import Example, PromptFormat, Task, same_prompt
 
 SEPARATOR = "\n\n"
 

@@ -2,6 +2,7 @@
 
 from dlp_lora.lab.reproduce.args import LARGER, Event, ReproduceArgs, steps
 from dlp_lora.lab.reproduce.estimate import Estimate
+from dlp_lora.lab.reproduce.evaluate import Evaluated, evaluate_bundle
 from dlp_lora.lab.reproduce.run import check_apart, reproduce
 from dlp_lora.lab.reproduce.settings import GROWING, added, grown
 
@@ -9,10 +10,12 @@ __all__ = [
     "GROWING",
     "LARGER",
     "Estimate",
+    "Evaluated",
     "Event",
     "ReproduceArgs",
     "added",
     "check_apart",
+    "evaluate_bundle",
     "grown",
     "reproduce",
     "steps",

@@ -3,29 +3,29 @@
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from dlp_lora.cli.app import (
+from dlp_lora.cli.common import (
     DataOption,
     DeviceOption,
     EngineOptions,
     JsonOption,
     ModelOption,
-    app,
     base_model,
     console,
     open_engine,
-    print_json,
-    progress_bar,
     say,
     stderr,
+    to_try,
 )
+from dlp_lora.cli.json_lines import print_json
 from dlp_lora.cli.options import whole_numbers, words
+from dlp_lora.cli.progress import SILENCE_S, bars, progress
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -37,8 +37,7 @@ LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Use so 
 FormatOption = Annotated[str | None, typer.Option("--prompt-format", help="auto, chat or plain.")]
 
 
-@app.command("reproduce")
-def reproduce_command(
+def reproduce(
     data: DataOption,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run.")],
     model: ModelOption = None,
@@ -60,7 +59,8 @@ def reproduce_command(
     `dlp-lora reproduce --data data/ --out runs/first --limit 20 --tasks gsm8k,winowhy`
     """
     from dlp_lora.lab.evals.methods import METHODS
-    from dlp_lora.lab.reproduce import GROWING, LARGER, Estimate, ReproduceArgs, added, grown, reproduce, steps
+    from dlp_lora.lab.reproduce import GROWING, LARGER, Estimate, ReproduceArgs, added, grown, steps
+    from dlp_lora.lab.reproduce import reproduce as run
     from dlp_lora.lab.reproduce.recipe import read_recipe, with_preset
     from dlp_lora.tasks.hub import read_data
     from dlp_lora.tasks.manifest import read_manifest
@@ -84,15 +84,15 @@ def reproduce_command(
     args = grown(out, args, given=asked)
     if more := added(out, args):
         say(f"added to the run in {out}: {more}")
-    found = read_data(data, names=_names(tasks))
+    examples = read_data(data, names=_names(tasks))
     infos = read_manifest(data)
-    with progress_bar() as progress:
-        names = steps(found, args)
+    with bars() as shown_bars:
+        names = steps(examples, args)
         rows = [(args.seeds[0], LARGER)] if larger else []
         rows += [(seed, step) for seed in args.seeds for step in names]
-        estimate = Estimate(rows, tasks=[task.name for task in found])
-        shown = _Shown(progress, estimate, num_seeds=len(args.seeds))
-        record = reproduce(base_model(model), found, out, args, infos=infos, larger=larger, on_event=shown.show)
+        estimate = Estimate(rows, tasks=[task.name for task in examples])
+        shown = _Shown(shown_bars, estimate, num_seeds=len(args.seeds))
+        record = run(base_model(model), examples, out, args, infos=infos, larger=larger, on_event=shown.show)
     result = json.loads(record.read_text())
     _say_left_out(result["left_out"], result["scores"], list(result["data"]["tasks"]))
     for step, count in result["serial_skipped"].items():
@@ -109,8 +109,7 @@ def reproduce_command(
         console.print(_table(name, own, result["composite_intervals"][name]))
 
 
-@app.command("eval")
-def eval_command(
+def evaluate(
     bundle: Annotated[str, typer.Option("--bundle", "-b", help="Bundle: folder or hub id.")],
     data: DataOption,
     tasks: TasksOption = None,
@@ -133,71 +132,38 @@ def eval_command(
 
     Example: `dlp-lora eval --bundle b/ --data data/ --tasks composite-17 --methods base,oracle,dlp --json out.json`
     """
-    import tempfile
-
-    from dlp_lora.files import write_text
-    from dlp_lora.kept import write_outputs
-    from dlp_lora.lab.evals.answers import AnswerArgs, batches, data_hash, identity_of
-    from dlp_lora.lab.evals.evaluation import Evaluation
-    from dlp_lora.lab.evals.methods import METHODS, methods_named
-    from dlp_lora.lab.evals.metrics import bleu_signature, check_scoring
-    from dlp_lora.lab.records.environment import environment
-    from dlp_lora.lab.reproduce.settings import FORMAT
+    from dlp_lora.lab.evals.answers import AnswerArgs
+    from dlp_lora.lab.evals.methods import methods_named
+    from dlp_lora.lab.reproduce import evaluate_bundle
     from dlp_lora.tasks.hub import read_data
-    from dlp_lora.tasks.manifest import kind_of, read_manifest
+    from dlp_lora.tasks.manifest import read_manifest
 
     if json_file is not None and not json_file.parent.is_dir():
         raise ValueError(f"--json: no folder {json_file.parent}; make it first, or write somewhere else")
     chosen = methods_named(words(methods))
-    args: Any = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "limit": limit}
+    settings: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "limit": limit}
     if prompt_format is not None:
-        args["prompt_format"] = prompt_format
-    settings = AnswerArgs(**args)
-    found = read_data(data, names=_names(tasks))
-    infos = read_manifest(data)
+        settings["prompt_format"] = prompt_format
+    args = AnswerArgs(**settings)
+    examples, infos = read_data(data, names=_names(tasks)), read_manifest(data)
     engine = open_engine(EngineOptions(bundle=bundle, model=model, device=device))
-    missing = [m.adapter for m in chosen if m.adapter and m.adapter not in engine.bank.names]
-    if missing:
-        raise ValueError(f"the bundle has no adapter {missing[0]!r}, which that method needs")
-    unknown = [task.name for task in found if task.name not in engine.bank.names]
-    if unknown and any(m.name == "oracle" for m in chosen):
-        raise ValueError(f"the bundle has no adapter for {', '.join(unknown)}; choose other tasks or leave oracle out")
-    kinds = {task.name: kind_of(task, infos) for task in found}
-    check_scoring(kinds.values())
-    questions, left_out = batches(engine.model, engine.tokenizer, found, settings)
-    evaluation = Evaluation(found, kinds, questions, settings)
-    identity = identity_of(engine, found, METHODS["dlp"])
-    record: dict[str, Any] = {
-        "format": FORMAT,
-        "bundle": Path(bundle).name,
-        **{key: identity[key] for key in ("model", "model_hash", "adapters")},
-        "router": identity.get("routing", {}).get("router"),
-        "dtype": str(engine.model.dtype).removeprefix("torch."),
-        "environment": environment(),
-        "metrics": {"bleu": bleu_signature()} if "qa" in kinds.values() else {},
-        "data": {"hash": data_hash(found), "tasks": {task.name: {"kind": kinds[task.name]} for task in found}},
-        "settings": {**asdict(settings), **engine.routing_settings()},
-        "left_out": left_out,
-    }
-    with tempfile.TemporaryDirectory() as scratch, progress_bar() as progress:
-        bars: dict[str, Any] = {}
-
-        def on_batch(step: str, done: int, total: int) -> None:
-            if step not in bars:
-                bars[step] = progress.add_task(step, note="")
-            progress.update(bars[step], completed=done, total=total)
-
-        forced = [method.name for method in chosen] if teacher_forced else []
-        evaluation.answer(engine, chosen, out or Path(scratch), forced=forced, on_batch=on_batch)
-    record |= evaluation.record()
-    for title, means in record["composites"].items():
-        console.print(_table(title, means, record["composite_intervals"][title]))
-    _say_left_out(left_out, record["scores"], list(kinds))
+    with progress() as on_batch:
+        done = evaluate_bundle(
+            engine,
+            examples,
+            chosen,
+            args,
+            name=Path(bundle).name,
+            infos=infos,
+            folder=out,
+            teacher_forced=teacher_forced,
+            on_batch=on_batch,
+        )
+    for title, means in done.record["composites"].items():
+        console.print(_table(title, means, done.record["composite_intervals"][title]))
+    _say_left_out(done.record["left_out"], done.record["scores"], list(done.record["data"]["tasks"]))
     if json_file is not None:
-        outputs = json_file.with_name(f"{json_file.stem}.outputs.jsonl.gz")
-        write_outputs(outputs, evaluation.outputs())
-        write_text(json_file, json.dumps({**record, "outputs": outputs.name}, indent=1) + "\n")
-        say(f"wrote {json_file}, and every answer to {outputs}")
+        say(f"wrote {json_file}, and every answer to {done.write(json_file)}")
 
 
 class _Shown:
@@ -224,7 +190,7 @@ class _Shown:
         if now.done >= now.total and step not in self.done:
             self.done.add(step)
             self._say(f"{step}: done", now.note)
-        elif not stderr.is_terminal and time.monotonic() - self.told_at > 60:
+        elif not stderr.is_terminal and time.monotonic() - self.told_at > SILENCE_S:
             self._say(f"{step}: {now.done} of {now.total}", now.note)
 
     def _say(self, text: str, note: str) -> None:
@@ -252,7 +218,7 @@ def _report(out: Path) -> str:
     from importlib.util import find_spec
 
     if find_spec("matplotlib") is None:
-        return f'the report needs matplotlib: run `pip install "dlp-lora[report]"`, then `dlp-lora report {out}`'
+        return f'the report needs matplotlib: run `pip install "dlp-lora[report]"`, then `{to_try("report", out)}`'
     from dlp_lora.lab.report import write_report
 
     return f"the report is {write_report(out).html}"

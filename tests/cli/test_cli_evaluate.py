@@ -15,14 +15,12 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from conftest import byte_tokenizer, lively_model
-from dlp_lora.cli.app import _add_commands, app
+from dlp_lora.cli.app import app
 from dlp_lora.lab.evals.methods import MAIN
 from dlp_lora.lab.reproduce import ReproduceArgs, grown
 from dlp_lora.lab.reproduce.recipe import read_recipe
 from dlp_lora.tasks import Task, write_task
 from runs import outputs, read, tasks
-
-_add_commands()  # as `main` does
 
 RECIPE = """
 model = "default"

@@ -1,32 +1,16 @@
-"""Commands on adapter folders and bundles: bundle, add-task, remove-task, check, export."""
+"""Commands on bundles: bundle, add-task, remove-task."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
-from dlp_lora.cli.app import (
-    AdaptersOption,
-    BundleOption,
-    EngineOptions,
-    JsonOption,
-    ModelOption,
-    app,
-    base_model,
-    base_of,
-    console,
-    open_engine,
-    print_json,
-    say,
-)
-from dlp_lora.cli.run import parse_mixture
+from dlp_lora.cli.common import JsonOption, ModelOption, base_model, base_of, say
+from dlp_lora.cli.json_lines import print_json
 from dlp_lora.files import check_replaceable, name_of
+from dlp_lora.policy import RoutingSettings
 
 
-@app.command()
 def bundle(
     adapters: Annotated[Path, typer.Option("--adapters", "-a", help="Folder of PEFT adapter folders.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Bundle folder to write.")],
@@ -44,7 +28,9 @@ def bundle(
     margin: Annotated[
         float | None, typer.Option(help="By how much another adapter must be likelier. [default: 0.2]")
     ] = None,
-    kv_policy: Annotated[str, typer.Option(help="What a switch does to the KV cache: keep or recompute.")] = "keep",
+    kv_policy: Annotated[
+        str, typer.Option(help="What a switch does to the KV cache: recompute or keep.")
+    ] = RoutingSettings.kv_policy,
     prompt_routing: Annotated[
         str, typer.Option(help="What is routed: whole (the prompt), questions (of it, in turn), or sentences (Eq. 6).")
     ] = "questions",
@@ -57,12 +43,16 @@ def bundle(
     from dlp_lora.bank.check import check_adapters, model_layout
     from dlp_lora.engine.bundle import BUNDLE_FILE, check_names, write_bundle
     from dlp_lora.errors import AdapterError
-    from dlp_lora.policy import check_choices, policy_to_dict
 
     check_replaceable(out, BUNDLE_FILE)
-    check_choices(kv_policy=kv_policy, prompt_routing=prompt_routing)
     given: dict[str, Any] = {"unsure": unsure, "min_tokens": min_tokens, "margin": margin}
     switching = {key: value for key, value in given.items() if value is not None}
+    settings = RoutingSettings(
+        policy=TopP(p, weighting=weighting, min_confidence=min_confidence),  # type: ignore[arg-type]
+        switching=Switching(**switching),
+        kv_policy=kv_policy,  # type: ignore[arg-type]
+        prompt_routing=prompt_routing,  # type: ignore[arg-type]
+    )
     base = base_model(model)
     checks = check_adapters(model_layout(base), adapters)
     if refused := [check for check in checks if not check.fits]:
@@ -75,15 +65,11 @@ def bundle(
         base_model=base,
         adapters={check.name: check.path for check in checks},
         router=found,
-        policy=policy_to_dict(TopP(p, weighting=weighting, min_confidence=min_confidence)),  # type: ignore[arg-type]
-        switching=asdict(Switching(**switching)),
-        kv_policy=kv_policy,
-        prompt_routing=prompt_routing,
+        settings=settings,
     )
     say(f"wrote {out}: {len(checks)} adapters, {'a router' if found else 'no router'}, base {base}")
 
 
-@app.command()
 def add_task(
     bundle: Annotated[Path, typer.Option("--bundle", "-b", help="The bundle to extend.")],
     adapter: Annotated[Path, typer.Option("--adapter", "-a", help="PEFT adapter folder.")],
@@ -119,7 +105,6 @@ def add_task(
     say(f"wrote {bundle}: {len(done.names)} adapters")
 
 
-@app.command()
 def remove_task(
     name: Annotated[str, typer.Argument(help="The adapter to take out.")],
     bundle: Annotated[Path, typer.Option("--bundle", "-b", help="The bundle.")],
@@ -134,52 +119,3 @@ def remove_task(
     check_replaceable(bundle, BUNDLE_FILE)
     left = remove_from_bundle(bundle, name)
     say(f"wrote {bundle}: {len(left)} adapters")
-
-
-@app.command()
-def check(
-    adapters: Annotated[Path, typer.Argument(help="A PEFT adapter folder, or a folder of them.")],
-    model: ModelOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Check adapter folders against a base model: what would be refused, and why. Exit code 1 if any would.
-
-    Example: `dlp-lora check adapters/ --model Qwen/Qwen2-1.5B`
-    """
-    from dlp_lora.bank.check import check_adapters, model_layout
-
-    checks = check_adapters(model_layout(base_model(model)), adapters)
-    if as_json:
-        print_json([check.to_dict() for check in checks])
-    else:
-        table = Table()
-        for column in ("adapter", "", "rank", "targets", "reason"):
-            table.add_column(column, overflow="fold")
-        for c in checks:
-            mark = "[green]fits[/]" if c.fits else "[red]refused[/]"
-            rank = str(c.rank) if c.fits else ""
-            table.add_row(escape(c.name), mark, rank, ", ".join(c.targets), escape(c.reason))
-        console.print(table)
-    if not all(c.fits for c in checks):
-        raise typer.Exit(1)
-
-
-@app.command()
-def export(
-    mixture: Annotated[str, typer.Argument(help='The mixture: "math=0.6,units=0.4".')],
-    out: Annotated[Path, typer.Option("--out", "-o", help="PEFT adapter folder to write.")],
-    bundle: BundleOption = None,
-    model: ModelOption = None,
-    adapters: AdaptersOption = None,
-) -> None:
-    """Write a fixed mixture as one ordinary PEFT adapter folder, exactly, for any engine that reads them.
-
-    Example: `dlp-lora export "math=0.6,units=0.4" --bundle bundle/ --out mixed/`
-    """
-    from dlp_lora.bank.export import export_mixture
-    from dlp_lora.bank.peft_format import CONFIG_FILE
-
-    check_replaceable(out, CONFIG_FILE)
-    engine = open_engine(EngineOptions(bundle=bundle, model=model, adapters=adapters), need_router=False)
-    export_mixture(engine.bank, parse_mixture(mixture), out)
-    say(f"wrote {out}")

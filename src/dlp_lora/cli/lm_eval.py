@@ -4,10 +4,7 @@ from typing import Annotated
 
 import typer
 
-from dlp_lora.cli.app import app
 
-
-@app.command("lm-eval", context_settings={"ignore_unknown_options": True})
 def lm_eval(
     args: Annotated[list[str] | None, typer.Argument(help="The arguments of lm_eval; -h shows its own help.")] = None,
 ) -> None:

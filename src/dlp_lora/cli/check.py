@@ -1,0 +1,38 @@
+"""The check command."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from dlp_lora.cli.common import JsonOption, ModelOption, base_model, console
+from dlp_lora.cli.json_lines import print_json
+
+
+def check(
+    adapters: Annotated[Path, typer.Argument(help="A PEFT adapter folder, or a folder of them.")],
+    model: ModelOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check adapter folders against a base model: what would be refused, and why. Exit code 1 if any would.
+
+    Example: `dlp-lora check adapters/ --model Qwen/Qwen2-1.5B`
+    """
+    from dlp_lora.bank.check import check_adapters, model_layout
+
+    checks = check_adapters(model_layout(base_model(model)), adapters)
+    if as_json:
+        print_json([check.to_dict() for check in checks])
+    else:
+        table = Table()
+        for column in ("adapter", "", "rank", "targets", "reason"):
+            table.add_column(column, overflow="fold")
+        for c in checks:
+            mark = "[green]fits[/]" if c.fits else "[red]refused[/]"
+            rank = str(c.rank) if c.fits else ""
+            table.add_row(escape(c.name), mark, rank, ", ".join(c.targets), escape(c.reason))
+        console.print(table)
+    if not all(c.fits for c in checks):
+        raise typer.Exit(1)

@@ -1,0 +1,146 @@
+"""What the commands share: consoles, options, the engine that a command runs, and commands to try next."""
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import which
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from dlp_lora.policy import PromptRouting
+
+if TYPE_CHECKING:
+    from dlp_lora import Engine
+    from dlp_lora.engine.bundle import Bundle
+
+
+console = Console(emoji=False)  # ":a:" in an answer is no emoji
+stderr = Console(stderr=True, emoji=False)
+
+ModelOption = Annotated[
+    str | None, typer.Option("--model", "-m", help="Base model: folder or hub id. [default: SmolLM2-135M-Instruct]")
+]
+DataOption = Annotated[
+    str, typer.Option("--data", "-d", help='Folder of task folders (docs/data-format.md), or "hub" for the catalog.')
+]
+OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")]
+AdaptersOption = Annotated[Path | None, typer.Option("--adapters", "-a", help="Folder of PEFT adapter folders.")]
+RouterOption = Annotated[Path | None, typer.Option("--router", "-r", help="Router folder.")]
+BundleOption = Annotated[
+    str | None, typer.Option("--bundle", "-b", help="Bundle: folder or hub id, instead of the three.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+PolicyOption = Annotated[
+    float | None, typer.Option("--p", help="Fuse the most likely adapters up to this probability. [default: 0.6]")
+]
+PromptRoutingOption = Annotated[
+    PromptRouting | None,
+    typer.Option(
+        "--prompt-routing",
+        help="What is routed: the prompt as one text, its questions in turn, or its sentences. [default: questions]",
+    ),
+]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ... [default: cpu]")]
+PrepackOption = Annotated[
+    bool, typer.Option("--prepack", help="Faster tokens on a CPU for a second copy of the linear layers' weights.")
+]
+BudgetOption = Annotated[
+    float | None, typer.Option("--budget-mb", help="Keep adapters on disk, and so many megabytes of them in memory.")
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """Which engine a command runs: a bundle, or its parts."""
+
+    bundle: BundleOption = None
+    model: ModelOption = None
+    adapters: AdaptersOption = None
+    router: RouterOption = None
+    p: PolicyOption = None
+    prompt_routing: PromptRoutingOption = None
+    device: DeviceOption = None
+    prepack: PrepackOption = False
+    budget_mb: BudgetOption = None
+
+
+def open_engine(options: EngineOptions, *, need_router: bool = True) -> "Engine":
+    """Loads the engine that the options describe."""
+    from dlp_lora import load
+    from dlp_lora.policy import with_p
+
+    settings: dict[str, Any] = {
+        "prompt_routing": options.prompt_routing,
+        "device": options.device,
+        "prepack": options.prepack,
+        "budget_mb": options.budget_mb,
+    }
+    if options.device is not None:
+        check_device(options.device)
+    if options.bundle is not None:
+        if options.adapters is not None or options.router is not None:
+            raise ValueError("--bundle holds adapters and router; leave --adapters and --router out")
+        engine = load(options.bundle, base_model=options.model, **settings)
+    elif options.adapters is None or (options.router is None and need_router):
+        raise ValueError("give --bundle, or --adapters and --router")
+    else:
+        engine = load(base_model(options.model), adapters=options.adapters, router=options.router, **settings)
+    if options.p is not None:
+        engine.policy = with_p(engine.policy, options.p)
+    return engine
+
+
+def base_model(model: str | None) -> str:
+    """The base model that was named, else the embedded default one."""
+    from dlp_lora.default_model import default_model, is_converted
+
+    if model is not None:
+        return model
+    if not is_converted():
+        say("preparing the default model (once: about 40 s)")
+    return str(default_model())
+
+
+def base_of(bundle: "Bundle", model: str | None) -> str:
+    """The base model that was named, else the bundle's.
+
+    Raises:
+        BundleError: if neither is.
+    """
+    from dlp_lora.errors import BundleError
+
+    if not (base := model or bundle.base_model):
+        raise BundleError("the bundle was saved from a model without a name; give --model")
+    return base
+
+
+def check_device(device: str) -> None:
+    """Raises a ValueError if a device cannot be used."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # a CPU build of torch asserts that there is a GPU
+        raise ValueError(f"the device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def say(text: str) -> None:
+    """Prints a line on standard error as it is: paths may look like markup."""
+    stderr.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def to_try(*args: str | Path) -> str:
+    """A command of this program as a person can paste it into a shell."""
+    return shlex.join([*_program(), *map(str, args)])
+
+
+def _program() -> list[str]:
+    # As it was started: the environment may not be on the PATH, or another one may.
+    started = Path(sys.argv[0])
+    if started.name == "__main__.py":
+        return [sys.executable, "-m", "dlp_lora"]
+    on_path = which("dlp-lora")
+    return ["dlp-lora"] if on_path and Path(on_path).resolve() == started.resolve() else [str(started)]

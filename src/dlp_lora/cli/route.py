@@ -1,0 +1,87 @@
+"""The route command."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dlp_lora.cli.common import BundleOption, ModelOption, PolicyOption, RouterOption, base_model, base_of
+from dlp_lora.cli.json_lines import print_json, questions
+
+if TYPE_CHECKING:
+    from dlp_lora.router import Context, Router
+
+
+def route(
+    prompt: Annotated[
+        str | None, typer.Argument(help="The prompt; without it, JSON lines are read from stdin.")
+    ] = None,
+    router: RouterOption = None,
+    bundle: BundleOption = None,
+    model: ModelOption = None,
+    p: PolicyOption = None,
+) -> None:
+    """Say which adapters a prompt would use, without loading a language model (but for a router made from adapters).
+
+    Reads lines `{"prompt": ...}` or `{"messages": [...]}`, optionally with `"history"`, what was said before the
+    prompt, and `"answer"`, what was answered so far (or a last message of the assistant). Prints one line each with
+    `probs` (among the adapters), `mixture`, `confidence`, `fits` (the probability that any of them does) and
+    `abstained`. Example: `echo '{"prompt": "Convert 3 km to metres."}' | dlp-lora route --router router/`
+    """
+    from dlp_lora.engine.bundle import FILES, check_names, read_bundle
+    from dlp_lora.errors import BundleError
+    from dlp_lora.files import local_folder
+    from dlp_lora.policy import RoutingSettings, with_p
+    from dlp_lora.router.questions import decide, read_held
+
+    if bundle is not None and router is None:
+        parts = read_bundle(local_folder(bundle, files=FILES, error=BundleError))
+        if parts.router is None:
+            raise ValueError(f"{bundle} has no router; train one with train-router")
+        chooser = _load(parts.router, lambda: base_of(parts, model))
+        check_names(chooser.names, list(parts.adapters))
+        settings = parts.settings
+    elif router is not None and bundle is None:
+        chooser = _load(router, lambda: base_model(model))
+        settings = RoutingSettings()
+    else:
+        raise ValueError("give --router or --bundle, and not both")
+    if p is not None:
+        settings = replace(settings, policy=with_p(settings.policy, p))
+    read = partial(read_held, chooser)
+    for _, record in questions(prompt):
+        print_json(decide(read, context_of(record), settings).to_dict())
+
+
+def context_of(record: dict[str, Any]) -> "Context":
+    """Reads a line of JSON as a router reads an answer while it is written: the newest sentence after those before."""
+    from dlp_lora.router import Context
+    from dlp_lora.sentences import split
+
+    messages = list(record.get("messages", ()))
+    begun = messages.pop()["content"] if len(messages) > 1 and messages[-1].get("role") == "assistant" else ""
+    turns = [message["content"] for message in messages] or [record["prompt"]]
+    history, answer = record.get("history", ""), record.get("answer", begun)
+    for text in (history, answer, *turns):
+        if not isinstance(text, str):
+            raise ValueError(f"prompt, messages, history and answer must be strings, got {text!r}")
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise ValueError(f"prompt, messages, history and answer must be Unicode, got half a character in {text!r}")
+    sentences = split(answer) or [""]
+    return Context(
+        turns[-1], "".join(sentences[:-1]), sentences[-1], history="\n".join(filter(None, [history, *turns[:-1]]))
+    )
+
+
+def _load(folder: Path, base: Callable[[], str]) -> "Router":
+    """Reads a router; only one made from adapters runs the base model, and imports what loads it."""
+    from dlp_lora.router import load_text_router, router_type
+
+    if router_type(folder) != "arrow":
+        return load_text_router(folder)
+    from dlp_lora.engine.loading import load_model, load_router
+
+    return load_router(folder, base=load_model(base())[0])

@@ -1,0 +1,141 @@
+"""Commands that make routers: train-router, router-from-descriptions, router-from-adapters."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from dlp_lora.cli.common import DataOption, JsonOption, ModelOption, OutOption, base_model, console, say, to_try
+from dlp_lora.cli.json_lines import print_json
+from dlp_lora.cli.options import words
+from dlp_lora.cli.progress import progress, working
+from dlp_lora.files import check_replaceable
+
+TasksOption = Annotated[str | None, typer.Option("--tasks", help="Comma-separated task names. [default: all]")]
+
+
+def train_router(
+    data: DataOption,
+    out: OutOption,
+    tasks: TasksOption = None,
+    router_kind: Annotated[str | None, typer.Option(help="mini-mlp or encoder. [default: mini-mlp]")] = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(
+            help="Where --router-kind encoder starts: folder or hub id, such as albert/albert-base-v2. "
+            "[default: ALBERT's shape and random weights]"
+        ),
+    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer: folder or hub id. [default: the model's]")] = None,
+    model: ModelOption = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the texts.")] = None,
+    coverage: Annotated[
+        float | None, typer.Option(help="Share of the tasks' own texts that some adapter is to fit. [default: 0.99]")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of initialisation, order and augmentation. [default: 0]")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a router on the task folders' texts; report held-out accuracy, confusion and calibration.
+
+    Without task folders, see `router-from-descriptions` and `router-from-adapters`. Example:
+    `dlp-lora train-router --data data/ --out router/`
+    """
+    from dlp_lora.files import write_text
+    from dlp_lora.lab.records.environment import environment
+    from dlp_lora.router import CONFIG_FILE, load_tokenizer
+    from dlp_lora.tasks.hub import read_data
+    from dlp_lora.training import router as training
+
+    if encoder is not None and tokenizer is not None:
+        raise ValueError("an encoder has its own tokenizer; leave --tokenizer or --encoder out")
+    check_replaceable(out, CONFIG_FILE)
+    options = {"kind": router_kind, "encoder": encoder, "epochs": epochs, "coverage": coverage, "seed": seed}
+    settings: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    args = training.RouterTrainingArgs(**settings)
+    examples = read_data(data, names=words(tasks) if tasks else None)
+    with progress(["router"]) as show:
+        router, report = training.train_router(
+            examples,
+            load_tokenizer(tokenizer or encoder or base_model(model)),
+            args,
+            on_step=lambda step, num_steps, loss: show("router", step, num_steps, f"loss {loss:.3f}"),
+        )
+    router.save_pretrained(out)
+    write_text(out / "report.json", json.dumps({**report.to_dict(), "environment": environment()}, indent=2) + "\n")
+    if as_json:
+        print_json(report.to_dict())
+        return
+    _show_report(report)
+    say(f"wrote {out} (the whole confusion table is in {out / 'report.json'})")
+
+
+def router_from_descriptions(
+    descriptions: Annotated[Path, typer.Argument(help='JSON file, {"adapter": "description" or ["example", ...]}.')],
+    out: OutOption,
+    encoder: Annotated[
+        str | None, typer.Option(help="Sentence encoder: folder or hub id. [default: all-MiniLM-L6-v2 from PyPI]")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a router from a sentence or a few examples of each adapter; nothing is trained.
+
+    Example: `dlp-lora router-from-descriptions adapters.json --out router/`
+    """
+    from dlp_lora.router import CONFIG_FILE, PrototypeRouter
+    from dlp_lora.router.encoder import default_encoder
+    from dlp_lora.router.prototypes import read_descriptions
+
+    check_replaceable(out, CONFIG_FILE)
+    router = PrototypeRouter.from_texts(read_descriptions(descriptions), encoder or default_encoder())
+    router.save_pretrained(out)
+    _show_made(router.names, "prototypes", router.temperature, out, as_json=as_json)
+
+
+def router_from_adapters(
+    adapters: Annotated[Path, typer.Argument(help="Folder of PEFT adapter folders, for the base --model.")],
+    out: OutOption,
+    model: ModelOption = None,
+    seed: Annotated[int, typer.Option(help="Seed of the texts that the base model makes up.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a router from the adapters alone: it routes by their weights, and runs the base model to do so.
+
+    Example: `dlp-lora router-from-adapters adapters/ --model M --out router/`
+    """
+    from dlp_lora.engine.arrow import ArrowRouter
+    from dlp_lora.engine.loading import load_model
+    from dlp_lora.router import CONFIG_FILE, load_tokenizer
+
+    check_replaceable(out, CONFIG_FILE)
+    base = base_model(model)
+    with working("reading the adapters against the base model"):
+        router = ArrowRouter.from_adapters(adapters, load_model(base)[0], load_tokenizer(base), seed=seed)
+    router.save_pretrained(out)
+    _show_made(router.names, "arrow", router.temperature, out, as_json=as_json)
+
+
+def _show_report(report: Any) -> None:
+    console.print(
+        f"{report.num_parameters:,} parameters, trained in {report.seconds:.0f} s\n"
+        f"held-out accuracy {report.accuracy:.2%} on {report.num_test:,} test prompts of {len(report.names)} tasks\n"
+        f"calibration error {report.ece:.2%} (before temperature {report.temperature:.2f}: {report.ece_before:.2%})"
+    )
+    table = Table(title="confusion: test prompts that went to another task")
+    for column in ("task", "accuracy", "went to"):
+        table.add_column(column)
+    for name, accuracy, mistakes in report.mistakes():
+        table.add_row(escape(name), f"{accuracy:.1%}", ", ".join(f"{other} {n}" for other, n in mistakes.items()))
+    console.print(table if table.row_count else "no test prompt went to another task")
+
+
+def _show_made(names: tuple[str, ...], kind: str, temperature: float, out: Path, *, as_json: bool) -> None:
+    if as_json:
+        print_json({"type": kind, "names": names, "temperature": temperature})
+    else:
+        console.print(f"{len(names)} adapters: {escape(', '.join(names))}; temperature {temperature:.2g}")
+        say(f"wrote {out}; see what it does: {to_try('route', 'a prompt', '--router', out)}")
