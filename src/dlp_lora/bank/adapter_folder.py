@@ -483,11 +483,11 @@ class _Keys:
 
 
 def _sorted_keys(path: Path, file: TensorFile, layout: BaseLayers | None) -> _Keys:
-    segments = {part for name in layout.modules for part in name.split(".")} if layout is not None else set()
+    segments = layout.segments if layout is not None else frozenset()
     loras: list[tuple[str, str, str, str | None, str]] = []  # key, module, kind, adapter name, attribute
     others: dict[str, str] = {}
     for key in file.tensors:
-        plain = _without_wrappers(key, segments, layout)
+        plain = _without_wrappers(key, segments)
         match = _LORA.fullmatch(plain)
         if match is None:
             others[key] = plain
@@ -524,15 +524,15 @@ def _no_pairs(path: Path, file: TensorFile, extras: Iterable[tuple[str, str, str
     return f"{path} holds no weights; expected lora_A and lora_B tensors{found}"
 
 
-def _without_wrappers(key: str, segments: set[str], layout: BaseLayers | None) -> str:
+def _without_wrappers(key: str, segments: frozenset[str]) -> str:
+    """Takes what tools and PEFT put into names out of a key, unless the base, whose names have `segments`, has it."""
     parts = [part for part in key.split(".") if part not in _WRAPPERS or part in segments]
-    tops = set() if layout is None else {name.split(".")[0] for name in layout.modules}
     if "base_model" not in segments:  # PEFT's own prefix, however often and whatever stands before it
         for i in range(len(parts) - 2, -1, -1):
             if parts[i : i + 2] == ["base_model", "model"]:
                 parts = parts[i + 2 :]
                 break
-    while parts[0] == "module" and "module" not in tops and len(parts) > 1:
+    while parts[0] == "module" and "module" not in segments and len(parts) > 1:
         parts = parts[1:]
     return ".".join(parts)
 

@@ -62,6 +62,11 @@ class BaseLayers(dict[str, tuple[int, int]]):
         return {name: type(module).__name__ for name, module in self.skeleton.named_modules() if name}
 
     @cached_property
+    def segments(self) -> frozenset[str]:
+        """The parts of all modules' names."""
+        return frozenset(part for name in self.modules for part in name.split("."))
+
+    @cached_property
     def parameters(self) -> Mapping[str, tuple[int, ...]] | None:
         """The shapes of all weights by name, None where they are not known."""
         if self._parameters is not None or self.skeleton is None:
