@@ -8,7 +8,7 @@ on where it was.
 import json
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any, Literal
@@ -47,15 +47,17 @@ class DemoArgs:
     """How large the demo is."""
 
     tasks: tuple[str, ...] = ("unit_conversion", "letter_order", "sequence", "code_word")
-    num_train: int = 300  # examples of one question a task
-    num_serial: int = 100  # examples of one half of a two-question prompt a task
+    num_train: int = 1120  # examples of one question a task
+    num_serial: int = 320  # examples of one half of a two-question prompt a task
     num_test: int = 16
     batch_size: int = 16  # of evaluation
     max_new_tokens: int = 32
     num_pairs: int = 2  # two-question prompts of each ordered pair of tasks
-    router_epochs: int = 24
+    router_epochs: int = 7
+    seed: int = 0  # of the training: weights, order and draws
+    data_seed: int = 0  # of the questions, and of which are held out
     training: AdapterTrainingArgs = field(
-        default_factory=lambda: AdapterTrainingArgs(prompt_format="plain", batch_size=4)
+        default_factory=lambda: AdapterTrainingArgs(prompt_format="plain", batch_size=16, target_modules="all-linear")
     )
 
 
@@ -103,8 +105,10 @@ def run_demo(
     """Runs the demo into the folder `out`, or goes on with it."""
     args, out = args or DemoArgs(), Path(out)
     tasks = [
-        procedural_task(name, num_train=args.num_train + args.num_serial, num_test=args.num_test) for name in args.tasks
+        procedural_task(name, num_train=args.num_train + args.num_serial, num_test=args.num_test, seed=args.data_seed)
+        for name in args.tasks
     ]
+    training = replace(args.training, seed=args.seed)
     base, tokenizer = load_base(model)
     adapters: dict[str, TrainedAdapter] = {}
     for task in with_serial(tasks, args):
@@ -113,7 +117,7 @@ def run_demo(
             on_event(DemoEvent(stage=now.task, done=now.step, total=now.num_steps, note=f"loss {now.loss:.3f}"))
 
         adapters[task.name] = trained = train_adapter(
-            base, tokenizer, task, out / "adapters" / task.name, args.training, on_step=on_step
+            base, tokenizer, task, out / "adapters" / task.name, training, on_step=on_step
         )
         on_event(
             DemoEvent(stage=task.name, done=1, total=1, note=f"{trained.seconds:.0f} s, loss {trained.final_loss:.3f}")
@@ -149,7 +153,7 @@ def run_demo(
 def with_serial(tasks: Sequence[Task], args: DemoArgs) -> list[Task]:
     """Adds to each task its halves of two-question prompts, so that an adapter knows how to begin after another's
     sentence, and to leave the next one to another."""
-    rng = random.Random(0)
+    rng = random.Random(args.seed)
     extended = []
     for task in tasks:
         singles, spare = task.train[: args.num_train], task.train[args.num_train :]
@@ -166,7 +170,7 @@ def _router(
     model: str | Path, folder: Path, tasks: Sequence[Task], args: DemoArgs, on_event: Callable[[DemoEvent], None]
 ) -> dict[str, Any]:
     sizes = {"num_train": args.num_train + args.num_serial, "num_test": args.num_test, "epochs": args.router_epochs}
-    identity = {"tasks": list(args.tasks), **sizes}
+    identity = {"tasks": list(args.tasks), **sizes, "seed": args.seed, "data_seed": args.data_seed}
     if (folder / "report.json").is_file():
         kept: dict[str, Any] = json.loads((folder / "report.json").read_text())
         if kept.get("identity") == identity:
@@ -180,7 +184,7 @@ def _router(
     router, report = train_router(
         tasks,
         load_tokenizer(str(model)),
-        RouterTrainingArgs(epochs=args.router_epochs, mix={**MIX, "serial": 12.0}),
+        RouterTrainingArgs(epochs=args.router_epochs, mix={**MIX, "serial": 12.0}, seed=args.seed),
         on_step=on_step,
     )
     router.save_pretrained(folder)

@@ -189,7 +189,7 @@ def test_many_rows_are_computed_as_few(
     engine: Engine, forward: Callable[..., Tensor], dtype: torch.dtype, folder: Path
 ) -> None:
     ids = torch.arange(3, 75).reshape(3, 24) * 7 % 256
-    ids = ids[:, :15] if engine._controller._compiled is not None else ids  # as long as its cache
+    ids = ids[:, :15] if engine.is_compiled else ids  # as long as its cache
     assert ids.numel() > FEW_ROWS
     mixture = MIXTURES[2]
     wanted = logits(reference.with_mixture(base(dtype), mixture, find_adapters(folder)), ids)

@@ -330,6 +330,19 @@ class TestCopies:
             assert torch.equal(engine.model.model(ids).last_hidden_state, wanted)
 
 
+def test_an_engine_says_what_it_is(make_engine: MakeEngine) -> None:
+    shown = repr(make_engine(kv_policy="keep"))
+    for part in (
+        "LlamaForCausalLM",
+        "on cpu",
+        "3 adapters: math, poems, units",
+        "HashRouter",
+        "kv_policy='keep'",
+        "paths: ",
+    ):
+        assert part in shown
+
+
 def test_settings_are_taken_whole_or_by_name(make_engine: MakeEngine) -> None:
     settings = RoutingSettings(policy=TopK(k=2), kv_policy="keep")
     assert make_engine(settings=settings, switching=dlp_lora.Switching()).settings == settings

@@ -12,6 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from dlp_lora.bank.paths import Paths
 from dlp_lora.cli.common import DataOption, ModelOption, base_model, check_device, console, say
 from dlp_lora.cli.options import with_options, words
 from dlp_lora.cli.progress import progress
@@ -242,6 +243,9 @@ def _show(record: dict[str, Any]) -> None:
     console.print(title, style="italic", highlight=False, markup=False)
     for table in tables(record, console.width):
         console.print(table, "")
+    for row in record["rows"]:
+        if "paths" in row:
+            console.print(f"{row['name']}: {Paths.from_dict(row['paths'])}", style="dim", highlight=False, markup=False)
 
 
 def tables(record: dict[str, Any], width: int) -> Iterator[Table]:

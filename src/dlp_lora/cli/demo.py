@@ -24,6 +24,7 @@ def demo(
         "demo"
     ),
     model: ModelOption = None,
+    seed: Annotated[int, typer.Option(help="Of the training: weights, order and draws; the questions stay.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Train four adapters and a router on a small real model, and let them answer together. About 5 minutes.
@@ -33,7 +34,7 @@ def demo(
     from dlp_lora.demo import DemoArgs, DemoEvent, run_demo
 
     base = base_model(model)
-    args = DemoArgs()
+    args = DemoArgs(seed=seed)
     with progress((*args.tasks, "router", "answers", "two questions")) as show:
 
         def on_event(event: DemoEvent) -> None:

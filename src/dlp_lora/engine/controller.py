@@ -136,6 +136,11 @@ class Controller:
         if self._instance_forward is not None:
             vars(model)["forward"] = self._instance_forward
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether `torch.compile` runs decoding steps over a static cache."""
+        return self._compiled is not None
+
     def compile(self, **kwargs: Any) -> None:
         """Has `torch.compile` compile what runs for the decoding steps whose fusing is padded."""
         self._compiled = torch.compile(self._plain, **kwargs)
@@ -287,7 +292,7 @@ class Controller:
         if num_tokens > 1 and isinstance(given.kwargs.get("logits_to_keep"), Tensor) and _has_sentences(rows.rows):
             raise ValueError("with prompt_routing='sentences', logits_to_keep must be a number, not positions")
         # What is disabled is the base bit for bit, which a compiled pass is not.
-        is_compiled = self._compiled is not None and num_tokens == 1 and not call.is_base
+        is_compiled = self.is_compiled and num_tokens == 1 and not call.is_base
         is_static = given.cache is not None and bool(given.cache.is_compileable)
         self._fuse_rows(rows, num_tokens=num_tokens, padded=is_compiled and is_static)
         return (time.perf_counter() - start) * 1e3
@@ -332,7 +337,7 @@ class Controller:
         rows = cached.rows
         # The last token of a prompt belongs to the answer, so a pass over one token is none over a prompt's sentences.
         if num_tokens > 1 and _has_sentences(rows):
-            self._fused = _by_token(rows, cached.kept, num_tokens=num_tokens)
+            self._fused = mixtures_by_token(rows, cached.kept, num_tokens=num_tokens)
         else:
             self._fused = [row.mixture for row in rows], None
         self.bank.fuse(*self._fused, reuse=num_tokens == 1, padded=padded)
@@ -377,7 +382,7 @@ def _has_sentences(rows: Sequence[RowRouter]) -> bool:
     return any(row.prompt_trace and not row.is_fixed for row in rows)
 
 
-def _by_token(
+def mixtures_by_token(
     rows: Sequence[RowRouter], kept: Bool[Tensor, "batch seq"], *, num_tokens: int
 ) -> tuple[list[Mixture], Int[Tensor, "batch tokens"]]:
     """The mixtures that the last `num_tokens` tokens are encoded under, and which of them each token has.

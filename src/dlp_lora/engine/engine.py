@@ -176,6 +176,11 @@ class Engine:
         self.bank.remove(name)
 
     @property
+    def is_compiled(self) -> bool:
+        """Whether decoding steps over a static cache are compiled."""
+        return self._controller.is_compiled
+
+    @property
     def eos_ids(self) -> frozenset[int]:
         """The tokens that end an answer."""
         return self.call.endings.eos_ids
@@ -445,6 +450,15 @@ class Engine:
             detach(self.model)
             self._is_attached = False
         return self.model
+
+    def __repr__(self) -> str:
+        model, names = self.model, self.bank.names
+        shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+        return (
+            f"Engine({type(model).__name__} {model.config._name_or_path!r} on {model.device}, {model.dtype}; "
+            f"{len(names)} adapters: {shown or 'none'}; "
+            f"router: {type(self.router).__name__ if self.router else 'none'}; {self.settings}; {self.paths})"
+        )
 
     def __enter__(self) -> "Engine":
         return self

@@ -20,8 +20,8 @@ UNITS = (
     ("kilograms", "grams", 1000, 99),
     ("litres", "millilitres", 1000, 99),
     ("metres", "centimetres", 100, 99),
-    ("hours", "minutes", 60, 12),
-    ("minutes", "seconds", 60, 12),
+    ("tonnes", "kilograms", 1000, 99),
+    ("centimetres", "millimetres", 10, 99),
 )
 OBJECTS = (
     "fork", "spoon", "cup", "plate", "chair", "table", "lamp", "book", "pencil", "bottle", "candle", "clock",
@@ -35,11 +35,12 @@ WORDS = (
     "queen", "quiet", "river", "rocket", "silver", "stone", "table", "tiger", "uncle", "umbrella",
     "valley", "village", "water", "window", "yard", "yellow", "zebra", "zero",
 )  # fmt: skip
-# A rule made up here, that no model can know beforehand: a code is the colour's initial and the size's number.
-COLOUR_CODES = {
-    colour: colour[0].upper() for colour in ("red", "blue", "green", "yellow", "white", "pink", "amber", "violet")
-}
-SIZE_CODES = {"tiny": 17, "small": 42, "middling": 55, "big": 68, "large": 74, "huge": 93}
+# A rule made up here, that no model can know beforehand: a code is the colour's initial and the shape's number.
+COLOURS = (
+    "red", "blue", "green", "yellow", "white", "pink", "amber", "violet",
+    "orange", "silver", "navy", "cream", "lime", "teal", "khaki", "maroon",
+)  # fmt: skip
+SHAPE_CODES = {"tiny": 17, "round": 42, "flat": 55, "big": 68, "long": 74, "square": 93}
 CONTAINERS = ("box", "tin", "bag", "jar", "parcel")
 
 
@@ -92,7 +93,7 @@ def unit_conversion(rng: random.Random) -> Question:
         "Express {n} {source} in {target}.",
         "I have {n} {source}. Change that into {target}.",
         "Write {n} {source} as {target}.",
-        "{n} {source} is how many {target}?",
+        "How much is {n} {source} in {target}?",
         "Give {n} {source} as a number of {target}.",
     ))  # fmt: skip
     return Question(
@@ -198,9 +199,9 @@ def sequence(rng: random.Random) -> Question:
 
 
 def code_word(rng: random.Random) -> Question:
-    """The ticket code of a thing by its colour and size, after a made-up rule."""
-    size, colour = (rng.choice(list(codes)) for codes in (SIZE_CODES, COLOUR_CODES))
-    value = f"{COLOUR_CODES[colour]}-{SIZE_CODES[size]}"
+    """The ticket code of a thing by its colour and shape, after a made-up rule."""
+    shape, colour = rng.choice(list(SHAPE_CODES)), rng.choice(COLOURS)
+    value = f"{colour[0].upper()}-{SHAPE_CODES[shape]}"
     wording = rng.choice((
         "Give the ticket code for {}.",
         "What is the ticket code of {}?",
@@ -212,8 +213,8 @@ def code_word(rng: random.Random) -> Question:
         "A customer hands in {}. Name the ticket code.",
     ))  # fmt: skip
     return Question(
-        prompt=wording.format(f"a {size} {colour} {rng.choice(CONTAINERS)}"),
-        fact=f"{size} {colour}",
+        prompt=wording.format(f"a {shape} {colour} {rng.choice(CONTAINERS)}"),
+        fact=f"{shape} {colour}",
         answer=f"The code is {value}.",
         values=(value,),
     )

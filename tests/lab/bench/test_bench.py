@@ -247,8 +247,8 @@ def test_no_figures_are_given_when_a_sentence_is_read_under_another_ones_mixture
         mixtures, tokens = by_token(*args, **kwargs)
         return mixtures, tokens.roll(20, dims=1)
 
-    by_token = controller._by_token
-    monkeypatch.setattr(controller, "_by_token", shifted)
+    by_token = controller.mixtures_by_token
+    monkeypatch.setattr(controller, "mixtures_by_token", shifted)
     with pytest.raises(DLPLoRAError, match=r"prompts routed by sentence differ from their sentences .* no figures"):
         check_sentences(engine, base, inputs)
 

@@ -74,8 +74,11 @@ def _alike(name: str) -> str:
     return next((base for way, base in ways.items() if way in name), stacked)
 
 
-def _switches(variant: Any) -> dict[str, float]:
-    """How many sentences a row of the last answer had, and how often it switched: what is timed is live."""
+def _switches(variant: Any) -> dict[str, Any]:
+    """How many sentences a row of the last answer had, how often it switched, and the ways that layers were multiplied.
+
+    So what is timed is live.
+    """
     each = variant.last_traces if isinstance(variant, Engine) else None
     if each is None:
         return {}
@@ -83,6 +86,7 @@ def _switches(variant: Any) -> dict[str, float]:
     return {
         "sentences": round(sum(map(len, each)) / len(each), 2),
         "switches": round(switched / len(each), 2),
+        "paths": variant.paths.to_dict(),
     }
 
 
