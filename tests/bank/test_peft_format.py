@@ -1,7 +1,9 @@
 import json
 import math
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,14 @@ import reference
 from conftest import make_adapter, tiny_model
 from dlp_lora.bank.attach import attach, linear_layers
 from dlp_lora.bank.bank import AdapterBank
-from dlp_lora.bank.peft_format import LoraWeights, content_hash, find_adapters, read_adapter, write_adapter
+from dlp_lora.bank.peft_format import (
+    LoraWeights,
+    check_base_name,
+    content_hash,
+    find_adapters,
+    read_adapter,
+    write_adapter,
+)
 from dlp_lora.errors import AdapterError
 from dlp_lora.policy import Mixture
 
@@ -133,11 +142,7 @@ def test_weights_are_read_in_the_precision_they_were_saved_in(dtype: torch.dtype
     ("config", "message"),
     [
         ({"use_dora": True}, "use_dora=True: DoRA rescales the weight's columns.*retrain with use_dora=False"),
-        ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\]: it replaces whole layers of the base"),
-        ({"bias": "all"}, r"has trained biases \(bias='all'\); retrain with bias='none'"),
-        ({"bias": "lora_only"}, r"has trained biases \(bias='lora_only'\); retrain with bias='none'"),
-        ({"lora_bias": True}, "lora_bias=True: it has a trained bias on B; retrain with lora_bias=False"),
-        ({"trainable_token_indices": [3, 5]}, "trainable_token_indices=.*it changes token embeddings"),
+        ({"lora_bias": True}, r"it holds '.*lora_B\.bias'.*a trained bias on B .*retrain with lora_bias=False"),
         ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication=.*a base with repeated layers"),
         ({"target_modules": ["embed_tokens"]}, "it holds '.*embed_tokens.lora_embedding_A'; expected only lora_A and"),
         ({"init_lora_weights": "pissa"}, "was initialised with 'pissa', which changes the base.*convert it to a plain"),
@@ -167,13 +172,13 @@ def test_an_initialisation_that_changes_the_base_is_refused(init: str, squad: Pa
 @pytest.mark.parametrize(
     "setting",
     [
-        {"loftq_config": {"loftq_bits": 4}},
         {"use_qalora": True},
-        {"target_parameters": ["experts.gate_up_proj"]},
         {"megatron_config": {"hidden_size": 32}},
         {"arrow_config": {"top_k": 2}},
-        {"a_setting_of_tomorrow": "on"},
-        {"another_of_tomorrow": 0.5},
+        {"kasa_config": {"beta": 0.1}},
+        {"use_bdlora": {"nblocks": 2}},
+        {"monteclora_config": {"num_samples": 4}},
+        {"a_setting_of_tomorrow": "on", "peft_version": "99.1.0"},
     ],
     ids=lambda setting: next(iter(setting)),
 )
@@ -249,6 +254,138 @@ def test_a_folder_without_weights_is_refused(squad: Path) -> None:
         read_adapter(squad)
 
 
+def shard(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    for i, keys in enumerate((sorted(tensors)[:4], sorted(tensors)[4:]), start=1):
+        save_file({k: tensors[k] for k in keys}, folder / f"adapter_model-0000{i}-of-00002.safetensors")
+    (folder / f"{WEIGHTS}.index.json").write_text("{}")
+
+
+def test_weights_in_other_files_than_peft_reads_are_refused_for_that(squad: Path, tmp_path: Path) -> None:
+    sharded = Path(shutil.copytree(squad, tmp_path / "sharded"))
+    shard(sharded)
+    with pytest.raises(AdapterError, match=r"its weights are in 2 shards .*PEFT reads one file; join them") as error:
+        read_adapter(sharded)
+    assert "can run code" not in str(error.value)
+    (squad / WEIGHTS).rename(squad / "adapter_model.fp16.safetensors")
+    with pytest.raises(AdapterError, match=r"adapter_model\.fp16\.safetensors\); PEFT reads that name alone: rename"):
+        read_adapter(squad)
+    shutil.copy(squad / "adapter_model.fp16.safetensors", squad / "adapter_model.bf16.safetensors")
+    with pytest.raises(AdapterError, match=r"PEFT reads that name alone: choose one and rename it"):
+        read_adapter(squad)
+
+
+def test_an_adapter_of_mlx_is_called_one(tmp_path: Path) -> None:
+    folder = tmp_path / "mlx"
+    folder.mkdir()
+    save_file({f"{Q0}.lora_a": torch.ones(32, 4), f"{Q0}.lora_b": torch.ones(4, 32)}, folder / "adapters.safetensors")
+    (folder / CONFIG).write_text(json.dumps({"fine_tune_type": "lora", "lora_parameters": {"rank": 4, "scale": 20.0}}))
+    with pytest.raises(AdapterError, match=r"mlx is an adapter of mlx, whose A and B lie the other way round"):
+        read_adapter(folder)
+    (folder / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"]}))
+    with pytest.raises(AdapterError, match=r"has no .*but adapters\.safetensors, as mlx writes it"):
+        read_adapter(folder)
+    (folder / "adapters.safetensors").rename(folder / WEIGHTS)
+    with pytest.raises(AdapterError, match=r"holds lora_a and lora_b, as mlx writes them"):
+        read_adapter(folder)
+
+
+def test_a_config_with_a_byte_order_mark_is_read_and_a_key_twice_is_refused(squad: Path) -> None:
+    text = (squad / CONFIG).read_text()
+    (squad / CONFIG).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert len(read_adapter(squad).modules) == 4
+    (squad / CONFIG).write_text(text.replace('"r": 4', '"r": 4, "r": 8'))
+    with pytest.raises(AdapterError, match=rf"{CONFIG} has 'r' twice in one object; leave one of them"):
+        read_adapter(squad)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"alpha_pattern": {"*q_proj": 4}},
+        {"rank_pattern": {"q_proj(": 4}},
+        {"target_modules": "*q_proj"},
+        {"exclude_modules": "[v_proj"},
+        {"layers_pattern": ["(h"], "layers_to_transform": [0]},
+        {"modules_to_save": ["(head"]},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_pattern_that_is_no_regular_expression_is_refused_by_name(change: dict[str, Any], squad: Path) -> None:
+    edit_config(squad, **change)
+    with pytest.raises(AdapterError, match=rf"{CONFIG} has {next(iter(change))} '.*', which is no regular expression"):
+        read_adapter(squad)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.int64, torch.bool])
+def test_integer_weights_are_refused(dtype: torch.dtype, squad: Path) -> None:
+    edit_weights(squad, lambda tensors: tensors.update({k: torch.ones(t.shape).to(dtype) for k, t in tensors.items()}))
+    for weights in (True, False):
+        with pytest.raises(AdapterError, match=r"squad holds \w+ numbers in '.*'; expected floating-point LoRA"):
+            read_adapter(squad, weights=weights)
+
+
+def test_weights_that_were_never_gathered_are_refused(squad: Path) -> None:
+    edit_weights(squad, lambda tensors: tensors.update({k: torch.zeros(0) for k in tensors}))
+    with pytest.raises(AdapterError, match=r"which are empty: .*\(ZeRO-3, FSDP\); gather them before saving"):
+        read_adapter(squad)
+
+
+@pytest.mark.parametrize("name", ["a=1", "a,b", "a=1,b", " a", "a ", "", "a\nb"])
+def test_a_name_that_no_mixture_can_hold_is_refused(name: str, squad: Path) -> None:
+    with pytest.raises(AdapterError, match=r"cannot be written in a mixture such as math=0\.6,units=0.4; rename it"):
+        read_adapter(squad, name)
+
+
+def test_an_adapter_that_changes_nothing_is_told(squad: Path) -> None:
+    edit_weights(squad, lambda tensors: [t.zero_() for k, t in tensors.items() if "lora_B" in k])
+    with pytest.warns(UserWarning, match="squad changes nothing: all of its lora_B are zero"):
+        read_adapter(squad)
+
+
+def test_settings_that_are_ignored_are_named_once_read(squad: Path) -> None:
+    edit_config(squad, lora_dtype="AUTO", velora_config={"scale": 1.0}, loftq_config={"loftq_bits": 4})
+    with pytest.warns(UserWarning, match="are ignored") as told:
+        read_adapter(squad)
+    messages = [str(warning.message) for warning in told]
+    assert any(m.endswith("settings of the training alone are ignored: loftq_config, velora_config") for m in messages)
+    assert any(m.endswith("settings that PEFT does not know are ignored, as PEFT does: lora_dtype") for m in messages)
+
+
+@pytest.mark.parametrize(
+    ("told", "name"),
+    [
+        ("Qwen/Qwen2-1.5B", "/data/Qwen2-1.5B/"),
+        (r"C:\models\Qwen2-1.5B", "Qwen/Qwen2-1.5B"),
+        ("/root/.cache/huggingface/hub/models--Qwen--Qwen2-1.5B/snapshots/8a16abf2848eda07", "./Qwen2-1.5B"),
+        ("/root/.cache/modelscope/hub/Qwen/Qwen2-1___5B", "qwen/qwen2-1.5b"),
+        (r"D:\hub\models--Qwen--Qwen2-1.5B\snapshots\8a16abf2848eda07", "Qwen/Qwen2-1.5B"),
+    ],
+)
+def test_a_base_is_known_by_its_name_wherever_it_lay(told: str, name: str, squad: Path) -> None:
+    edit_config(squad, base_model_name_or_path=told)
+    adapter = read_adapter(squad)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_base_name(adapter, name, strict=True)
+    with pytest.raises(AdapterError, match="says it was trained on"):
+        check_base_name(adapter, name.replace("1", "7"), strict=True)
+
+
+def test_an_adapter_without_weights_gets_them_from_its_folder(squad: Path) -> None:
+    shapes = read_adapter(squad, weights=False)
+    assert not shapes.is_loaded
+    for module, lora in shapes.with_weights().modules.items():
+        assert torch.equal(lora.a, load_file(squad / WEIGHTS)[key(module, "A")])
+    made_here = replace(shapes, entries={})
+    with pytest.raises(AdapterError, match="'squad' was never in a folder: its weights cannot be read again"):
+        made_here.with_weights()
+    edit_weights(squad, lambda tensors: tensors.update({key(Q0, "A"): torch.ones(5, 32)}))
+    with pytest.raises(AdapterError, match="squad was written again since it was read"):
+        shapes.with_weights()
+
+
 def test_pickled_weights_are_refused_unread(squad: Path) -> None:
     (squad / WEIGHTS).rename(squad / "adapter_model.bin")
     with pytest.raises(AdapterError, match=r"adapter_model\.bin, which can run code.*safe_serialization=True"):
@@ -297,12 +434,10 @@ def test_weights_of_another_rank_than_the_config_says_are_refused(
 @pytest.mark.parametrize(
     "extra",
     [
-        "base_model.model.model.norm.weight",
-        "base_model.model.lm_head.weight",
-        "base_model.model.model.embed_tokens.weight",
         f"base_model.model.{Q0}.lora_B.bias",
         f"base_model.model.{Q0}.lora_magnitude_vector",
-        f"base_model.model.{Q0}.lora_A.default.weight",
+        f"base_model.model.{Q0}.lora_E",
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_embedding_B",
     ],
 )
 def test_tensors_beside_the_loras_are_refused(extra: str, squad: Path) -> None:
@@ -352,6 +487,14 @@ def test_adapters_are_found_by_folder_name(adapters: Mapping[str, Path]) -> None
     (root / "empty").mkdir()
     assert list(find_adapters(root).items()) == [(name, root / name) for name in ("math", "poems", "units")]
     assert find_adapters(str(root)) == find_adapters(root)
+
+
+def test_a_folder_that_lost_its_config_is_found_and_refused_by_name(adapters: Mapping[str, Path]) -> None:
+    (adapters["math"] / CONFIG).unlink()
+    found = find_adapters(adapters["math"].parent)
+    assert "math" in found
+    with pytest.raises(AdapterError, match=f"math has no {CONFIG}"):
+        read_adapter(found["math"])
 
 
 def test_a_place_without_adapters_is_refused(made: Path, tmp_path: Path) -> None:

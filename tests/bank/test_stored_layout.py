@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from conftest import lively_model, tiny_model
 from dlp_lora.bank.attach import linear_layers
@@ -92,3 +93,8 @@ def test_what_is_missing_or_damaged_is_left_to_transformers(name: str, tmp_path:
     (tmp_path / name).unlink()
     assert layout_of(tmp_path) is None
     assert layout_of(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize("kind", sorted(TYPES))
+def test_peft_renames_nothing_in_a_type_that_headers_settle(kind: str) -> None:
+    assert get_checkpoint_conversion_mapping(kind) is None

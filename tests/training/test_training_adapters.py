@@ -14,14 +14,16 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 import dlp_lora
 import dlp_lora.training.base as base_module
 import dlp_lora.training.batches as batches_module
 import dlp_lora.training.loop as loop_module
 from conftest import ARCHITECTURES, USUAL_TARGETS, byte_tokenizer, lively_model, tiny_model
-from dlp_lora import ModelError, TaskError, TrainingError
+from dlp_lora import AdapterError, ModelError, TaskError, TrainingError
+from dlp_lora.bank.attach import linear_layers
+from dlp_lora.bank.check import check_adapters
 from dlp_lora.bank.peft_format import WEIGHTS_FILE
 from dlp_lora.tasks import Example, Task
 from dlp_lora.training.adapters import LOSS_FILE, TRAINING_FILE, TrainedAdapter, train_adapter, train_adapters
@@ -512,3 +514,52 @@ def test_a_batch_in_parts_has_the_gradients_of_the_whole(monkeypatch: pytest.Mon
     for loss, gradient in zip(losses[1:], gradients[1:], strict=True):
         assert loss == pytest.approx(losses[0], rel=1e-5)
         torch.testing.assert_close(gradient, gradients[0], rtol=1e-4, atol=1e-7)
+
+
+def test_what_could_not_be_used_is_refused_before_the_training(tmp_path: Path) -> None:
+    def asked(model: PreTrainedModel, *targets: str) -> None:
+        steps: list[Progress] = []
+        args = replace(QUICK, target_modules="all-linear" if targets == ("all-linear",) else targets)
+        before = {name: type(module) for name, module in model.named_modules()}
+        try:
+            train_adapter(model, TOKENIZER, toy(), tmp_path / "out", args, on_step=steps.append)
+        finally:
+            assert not steps
+            assert not (tmp_path / "out").exists()
+            assert {name: type(module) for name, module in model.named_modules()} == before
+
+    small = LlamaConfig(**lively_model().config.to_dict())
+    moe = MixtralForCausalLM(MixtralConfig(**small.to_dict() | {"model_type": "mixtral"}, num_local_experts=4)).eval()
+    with pytest.raises(TrainingError, match=r"experts\.\w+, a bare parameter, .* of these: k_proj, o_proj, q_"):
+        asked(moe, "all-linear")
+    with pytest.raises(TrainingError, match=r"has no modules w1; its linear layers are .*q_proj"):
+        asked(moe, "q_proj", "w1")
+    with pytest.raises(
+        TrainingError, match=r"embed_tokens is no linear layer but of type Embedding, and only linear layers"
+    ):
+        asked(lively_model(), "q_proj", "embed_tokens")
+    with pytest.raises(AdapterError, match="cannot be written in a mixture"):
+        train_adapter(lively_model(), TOKENIZER, toy(), tmp_path / "a=1", QUICK)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_is_trained_on_all_linear_layers_fits(architecture: str, tmp_path: Path) -> None:
+    model = lively_model(architecture)
+    args = replace(QUICK, target_modules="all-linear")
+    done = train_adapter(model, TOKENIZER, toy(4), tmp_path / "out", args)
+    (check,) = check_adapters(linear_layers(model), done.path)
+    assert check.fits, check.reason
+
+
+def test_weights_that_are_not_finite_are_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = torch.optim.AdamW.step
+
+    def last_step_diverges(self: Any, *args: Any) -> Any:
+        found = step(self, *args)
+        next(iter(self.param_groups[0]["params"])).data.view(-1)[0] = float("nan")
+        return found
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", last_step_diverges)
+    with pytest.raises(TrainingError, match=r"toy: the weights are not finite after the last step .*; lower the"):
+        train(tmp_path / "out", replace(QUICK, batch_size=14))
+    assert not (tmp_path / "out").exists()

@@ -1,7 +1,8 @@
 """Attaching: fused layers in the place of a model's linear layers, and the very same base layers back."""
 
+import weakref
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
@@ -11,13 +12,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dlp_lora.bank.bank import AdapterBank
+from dlp_lora.bank.base_layers import BaseLayers
 from dlp_lora.bank.cpu import check_prepacking, prepack
 from dlp_lora.bank.group import FusedPair, Group, keep_alignment
 from dlp_lora.bank.linear import FusedLinear, Outputs, is_plain
 from dlp_lora.bank.paths import PLAIN, Paths, Setting, check_setting, fixed
-from dlp_lora.bank.peft_format import Adapter, read_base_copies
+from dlp_lora.bank.peft_format import check_base_copies
 from dlp_lora.bank.timing import Trial, time_paths
-from dlp_lora.errors import AdapterError, ModelError
+from dlp_lora.errors import ModelError
 from dlp_lora.policy import Mixture
 
 # Names of layers of one parent that read one input, in the order they are called.
@@ -33,7 +35,7 @@ DEFAULT: Setting = "auto"
 """The paths where none are asked for."""
 
 
-def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
+def linear_layers(model: nn.Module) -> BaseLayers:
     """Maps each linear layer of a model to its (d_in, d_out), in the order of the model.
 
     Raises:
@@ -49,7 +51,25 @@ def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
     shapes = {name: shape for name, module in model.named_modules() if (shape := _shape(module)) is not None}
     if not shapes:
         raise ModelError(f"{type(model).__name__} has no linear layer to attach to")
-    return shapes
+    source = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
+    layers = BaseLayers(shapes, build=lambda: model, tensor=_weights_of(model), source=source)
+    assert layers.skeleton is not None  # copied now, before anything is attached
+    return layers
+
+
+def _weights_of(model: nn.Module) -> Callable[[str], Tensor | None]:
+    """Gives the weights of a model by name as long as it lives."""
+    alive = weakref.ref(model)
+
+    def tensor(name: str) -> Tensor | None:
+        module, _, attribute = name.rpartition(".")
+        try:
+            weight = getattr(alive().get_submodule(module), attribute, None)  # type: ignore[union-attr]
+        except AttributeError:
+            return None
+        return weight if isinstance(weight, Tensor) and not weight.is_meta else None
+
+    return tensor
 
 
 def pair_dtype(model: nn.Module) -> torch.dtype:
@@ -95,7 +115,7 @@ def attach(
     if paths == "prepacked":
         check_prepacking(first)
     for name in bank.names if added is None else added:
-        check_base_copies(model, bank.adapters[name])
+        check_base_copies(bank.adapters[name], _weights_of(model))
     bank.forget()
     touched = bank.touched()
     groups = [group for group in bank.groups if not isinstance(_siblings(model, group)[0][0], FusedLinear)]
@@ -223,22 +243,6 @@ def _can_be_stacked(layers: Sequence[nn.Module]) -> bool:
     if any(w.is_meta for w in weights) or len({id(w) for w in weights}) < len(weights):
         return False  # layers that share one weight cannot have a place each
     return len({(w.dtype, w.device, w.shape[1]) for w in weights}) == 1 and keep_alignment(weights)
-
-
-def check_base_copies(model: nn.Module, adapter: Adapter) -> None:
-    """Checks base weights that an adapter brings along.
-
-    Raises:
-        AdapterError: if they differ from the model's.
-    """
-    for name, copy in read_base_copies(adapter).items():
-        module, _, parameter = name.rpartition(".")
-        weight = getattr(model.get_submodule(module), parameter)
-        if weight is None or not torch.equal(copy.to(weight), weight):
-            raise AdapterError(
-                f"{adapter.path} holds a copy of the base model's {name} that differs from the base model's own; "
-                f"it was trained on another base ({adapter.base_model})"
-            )
 
 
 def _shape(module: nn.Module) -> tuple[int, int] | None:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dlp_lora.bank.base_layers import BaseLayers
 from dlp_lora.bank.group import Group
 from dlp_lora.bank.layout import Layout, Place, StackedLora
 from dlp_lora.bank.peft_format import Adapter
@@ -44,7 +45,7 @@ class AdapterBank:
 
     `layout` maps each linear layer of the base model to its (d_in, d_out), `siblings` lists those that read one
     input; `attach.linear_layers` and `attach.siblings` read them. `store` holds the adapters, with a `budget_mb` only
-    some of them in memory; `groups` are the layers and the buffers.
+    some of them in memory; `groups` are the layers and the buffers; `base` is what is known of the base model's layers.
 
     A pass is between `fuse`, which copies what does not lie in the buffers yet and makes it active, and `clear`. `lock`
     is held all the while, and while adapters are added or removed: what one thread adds never moves what another one
@@ -64,7 +65,8 @@ class AdapterBank:
         device: torch.device | str = "cpu",
         budget_mb: float | None = None,
     ) -> None:
-        placing = Layout(layout, siblings, dtype=dtype, device=torch.device(device))
+        self.base = layout if isinstance(layout, BaseLayers) else BaseLayers(layout)
+        placing = Layout(self.base, siblings, dtype=dtype, device=torch.device(device))
         self.lock = threading.RLock()
         self.store = AdapterStore(placing, budget_mb=budget_mb)
         self.groups = [Group(*family, dtype=dtype, device=placing.device) for family in placing.families]

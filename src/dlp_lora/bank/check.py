@@ -1,28 +1,32 @@
-"""What would be refused and why: adapter folders against a base model, and a fixed mixture written as one adapter."""
+"""What would be refused and why: adapter folders against a base model, or alone."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
-
-from dlp_lora.bank.attach import linear_layers
-from dlp_lora.bank.bank import AdapterBank
-from dlp_lora.bank.peft_format import (
+from dlp_lora.bank.adapter_folder import (
     CONFIG_FILE,
+    AdapterFolder,
+    check_numbers,
     find_adapters,
-    read_adapter,
+    other_base,
+    read_folder,
 )
+from dlp_lora.bank.base_layers import BaseLayers, Module, Tensor
 from dlp_lora.bank.stored_layout import layout_of
-from dlp_lora.errors import DLPLoRAError, ModelError
+from dlp_lora.bank.tokens import BaseTokens, foreign_tokens
+from dlp_lora.errors import AdapterError, DLPLoRAError, ModelError
 from dlp_lora.files import name_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """Whether one adapter folder can be fused into a base model; `reason` says why not."""
+    """Whether one adapter folder can be fused into a base model.
+
+    `reason` says why not; of one that fits, it says what else is to be known.
+    """
 
     name: str
     path: Path
@@ -37,43 +41,149 @@ class Check:
         return {**self.__dict__, "path": str(self.path)}
 
 
-def model_layout(model: str | Path) -> dict[str, tuple[int, int]]:
+def model_layout(model: str | Path) -> BaseLayers:
     """Maps the linear layers of a base model to their (d_in, d_out), without its weights.
 
-    The headers of its files say them, or else the model is built without weights from its config.
+    The headers of its files say them, or else the model is built without weights from its config; so it is, too, where
+    an adapter asks for more. Weights are read only where an adapter's folder holds copies of them.
 
     Raises:
         ModelError: if there is no such model.
     """
+    source = str(model)
     if (stored := layout_of(model)) is not None:
-        return dict(stored.layers)
+        return BaseLayers(
+            stored.layers,
+            parameters=stored.parameters,
+            build=lambda: _built(source),
+            tensor=_stored_weights(source, {"lm_head.weight": "model.embed_tokens.weight"}),
+            source=source,
+        )
+    from dlp_lora.bank.attach import linear_layers
+
+    skeleton = _built(source)
+    tied = getattr(skeleton, "all_tied_weights_keys", None) or {}
+    return BaseLayers(
+        linear_layers(skeleton), build=lambda: skeleton, tensor=_stored_weights(source, tied), source=source
+    )
+
+
+def _built(source: str) -> Module:
+    """Builds a model without weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     try:
-        config = AutoConfig.from_pretrained(str(model))
+        config = AutoConfig.from_pretrained(source)
         with torch.device("meta"):
-            return linear_layers(AutoModelForCausalLM.from_config(config))
+            return AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError) as error:
-        raise ModelError(f"the base model {str(model)!r} cannot be read: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"the base model {source!r} cannot be read: {str(error).splitlines()[0]}") from error
 
 
-def check_adapters(layout: Mapping[str, tuple[int, int]], adapters: str | Path | Mapping[str, Path]) -> list[Check]:
-    """Checks each adapter folder on its own; a folder that is itself an adapter is checked as one."""
+def check_adapters(
+    layout: Mapping[str, tuple[int, int]] | None, adapters: str | Path | Mapping[str, Path]
+) -> list[Check]:
+    """Checks each adapter folder on its own; a folder that is itself an adapter is checked as one.
+
+    Without a `layout`, what depends on the base model is not checked, and torch is not imported.
+    """
     if not isinstance(adapters, Mapping):
         single = (Path(adapters) / CONFIG_FILE).is_file()
         adapters = {name_of(adapters): Path(adapters)} if single else find_adapters(adapters)
-    return [_check(layout, name, Path(path)) for name, path in adapters.items()]
+    layout = layout if isinstance(layout, BaseLayers) or layout is None else BaseLayers(layout)
+    tokens = BaseTokens(layout.source if layout is not None else "")
+    return [_check(layout, tokens, name, Path(path)) for name, path in adapters.items()]
 
 
-def _check(layout: Mapping[str, tuple[int, int]], name: str, path: Path) -> Check:
+def _check(layout: BaseLayers | None, tokens: BaseTokens, name: str, path: Path) -> Check:
     try:
-        adapter = read_adapter(path, name)
-        AdapterBank(layout, [adapter], device="meta")
+        folder = read_folder(path, name or None, layout=layout)
+        notes = [*folder.notes, *check_numbers(folder), *_copies(folder, layout)]
+        if layout is not None and (other := other_base(path, folder.config, layout.source)):
+            notes.append(f"{other}; its shapes fit")
+        notes += foreign_tokens(path, tokens)
     except DLPLoRAError as error:
         return Check(name=name, path=path, fits=False, reason=str(error))
+    except Exception as error:  # whatever strangers put into one folder, the others are checked, too
+        return Check(name=name, path=path, fits=False, reason=f"{path} cannot be read: {type(error).__name__}: {error}")
     return Check(
         name=name,
         path=path,
         fits=True,
-        rank=max(lora.rank for lora in adapter.modules.values()),
-        targets=tuple(sorted({module.rsplit(".", 1)[-1] for module in adapter.modules})),
-        base_model=adapter.base_model,
+        reason="; ".join(notes),
+        rank=max(lora.rank for lora in folder.loras.values()),
+        targets=tuple(sorted({module.rsplit(".", 1)[-1] for module in folder.loras})),
+        base_model=folder.base_model,
     )
+
+
+def _copies(folder: AdapterFolder, layout: BaseLayers | None) -> Sequence[str]:
+    """Compares copies of base weights with the base; says which cannot be compared.
+
+    Raises:
+        AdapterError: if one differs.
+    """
+    if not folder.base_copies:
+        return []
+    out_of_reach = [name for name in folder.base_copies if layout is None or layout.tensor(name) is None]
+    for name in out_of_reach:
+        if folder.base_copies[name].is_trained:
+            raise AdapterError(
+                f"{folder.base_copies[name].reason} (whether it was changed cannot be told without the base)"
+            )
+    if layout is not None:
+        from dlp_lora.bank.peft_format import Adapter, check_base_copies
+
+        check_base_copies(Adapter(folder.name, {}, folder.config, folder.path, folder.base_copies), layout.tensor)
+    return [
+        f"{folder.path} holds a copy of {name}, which is compared with the base when it is loaded"
+        for name in out_of_reach
+    ]
+
+
+def _stored_weights(source: str, tied: Mapping[str, Any]) -> Callable[[str], Tensor | None]:
+    """Gives the weights of a model that is stored on this machine, by name; tied ones by that of the other."""
+
+    def tensor(name: str) -> Tensor | None:
+        from safetensors import safe_open
+
+        folder = _local_folder(source)
+        for one in (name, tied.get(name)) if folder is not None else ():
+            file = _file_of(folder, one) if folder is not None and isinstance(one, str) else None
+            if file is not None:
+                with safe_open(file, framework="pt") as tensors:
+                    found: Tensor = tensors.get_tensor(one)
+                    return found
+        return None
+
+    return tensor
+
+
+def _local_folder(source: str) -> Path | None:
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        file = try_to_load_from_cache(source, "config.json")
+    except ValueError:  # no id of a repository
+        return None
+    return Path(file).parent if isinstance(file, str) else None
+
+
+def _file_of(folder: Path, name: str) -> Path | None:
+    from safetensors import SafetensorError, safe_open
+
+    index = folder / "model.safetensors.index.json"
+    try:
+        if index.is_file():
+            file = json.loads(index.read_text(encoding="utf-8"))["weight_map"].get(name)
+            return folder / file if file is not None and (folder / file).is_file() else None
+        for file in sorted(folder.glob("*.safetensors")):
+            with safe_open(file, framework="np") as tensors:
+                if name in tensors.keys():  # noqa: SIM118
+                    return Path(file)
+    except (OSError, ValueError, KeyError, SafetensorError):
+        return None
+    return None

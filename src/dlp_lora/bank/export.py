@@ -10,7 +10,6 @@ from dlp_lora.bank.peft_format import (
     FILES,
     Adapter,
     LoraWeights,
-    read_adapter,
     write_adapter,
 )
 from dlp_lora.errors import AdapterError
@@ -39,7 +38,7 @@ def export_mixture(bank: AdapterBank, mixture: Mapping[str, float], path: str | 
             )
     for name in mixture:
         bank.store.check_files(name)
-    parts = [(read_adapter(bank.adapters[name].path, name), weight) for name, weight in mixture.items()]
+    parts = [(bank.adapters[name].with_weights(), weight) for name, weight in mixture.items()]
     modules = {module: _concatenated(parts, module) for adapter, _ in parts for module in adapter.modules}
     bases = {adapter.base_model for adapter, _ in parts}
     with replace_folder(path, own=FILES) as folder:

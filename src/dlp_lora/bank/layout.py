@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dlp_lora.bank.adapter_folder import check_shapes
 from dlp_lora.bank.peft_format import Adapter
-from dlp_lora.errors import AdapterError
 
 
 class Place(NamedTuple):
@@ -68,7 +68,7 @@ class Layout:
         self.dtype = dtype
         self.device = device
         self.families = _families(shapes, siblings)
-        self._shapes = dict(shapes)
+        self._shapes = shapes
         self._sites = {
             module: (Place(f, s), layer)
             for f, family in enumerate(self.families)
@@ -82,21 +82,8 @@ class Layout:
         Raises:
             AdapterError: if it does not.
         """
-        unknown = [module for module in adapter.modules if module not in self._shapes]
-        if unknown:
-            matched = len(adapter.modules) - len(unknown)
-            raise AdapterError(
-                f"{adapter.path}: {matched} of its {len(adapter.modules)} modules are linear layers of the base "
-                f"model; {unknown[0]} is not. It was trained on another architecture ({adapter.base_model})"
-            )
-        for module, lora in adapter.modules.items():
-            d_in, d_out = lora.a.shape[1], lora.b.shape[0]
-            if (d_in, d_out) != self._shapes[module]:
-                raise AdapterError(
-                    f"{adapter.path}: {module} maps {d_in} to {d_out} features, but the base model's maps "
-                    f"{self._shapes[module][0]} to {self._shapes[module][1]}; it was trained on another base "
-                    f"({adapter.base_model})"
-                )
+        found = {module: (lora.a.shape[1], lora.b.shape[0]) for module, lora in adapter.modules.items()}
+        check_shapes(adapter.path, found, self._shapes, adapter.base_model)
 
     def ranks(self, adapter: Adapter) -> dict[Place, int]:
         """The rank that an adapter takes at each place where it changes a layer."""

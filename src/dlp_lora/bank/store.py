@@ -14,7 +14,7 @@ from weakref import WeakSet
 from torch import Tensor
 
 from dlp_lora.bank.layout import Layout, Place, StackedLora
-from dlp_lora.bank.peft_format import Adapter, files_stamp, read_adapter
+from dlp_lora.bank.peft_format import Adapter, files_stamp
 from dlp_lora.errors import AdapterError
 
 
@@ -168,7 +168,7 @@ class AdapterStore:
         for name in names:
             entry = self.entry(name)
             if entry.stacked is None:
-                adapter = read_adapter(entry.adapter.path, name)
+                adapter = entry.adapter.with_weights()
                 self.check_files(name)
                 entry.stacked = self._layout.stack(adapter)
                 self.num_misses += 1

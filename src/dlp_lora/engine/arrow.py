@@ -90,9 +90,10 @@ class ArrowRouter:
             AdapterError: if an adapter cannot be read, does not fit the base, or was never trained.
         """
         found = adapters if isinstance(adapters, Mapping) else find_adapters(adapters)
-        read = [read_adapter(found[name], name) for name in sorted(found)]
         base = base.eval()
-        AdapterBank(linear_layers(base), read, device="meta")  # refuses what does not fit
+        layout = linear_layers(base)
+        read = [read_adapter(found[name], name, layout=layout) for name in sorted(found)]
+        AdapterBank(layout, read, device="meta")  # refuses what does not fit
         names = check_labels([adapter.name for adapter in read])
         prototypes, owners = _prototypes(read, inside=base.base_model_prefix)
         excited = excitation(base, prototypes, _samples(base, seed=seed))

@@ -150,7 +150,8 @@ class Engine:
                 a removed adapter of its name.
         """
         folder = local_folder(path, files=FILES, error=AdapterError)
-        adapter = read_adapter(folder, name, weights=self.bank.store.budget_mb is None)
+        in_memory = self.bank.store.budget_mb is None
+        adapter = read_adapter(folder, name, weights=in_memory, layout=self.bank.base, stacklevel=4)
         check_base_name(adapter, self.model.config._name_or_path, stacklevel=4)
         with self.bank.lock:
             if self.bank.is_merged:

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from dlp_lora.bank.attach import linear_layers, pair_dtype, siblings
 from dlp_lora.bank.bank import AdapterBank
+from dlp_lora.bank.base_layers import BaseLayers
 from dlp_lora.bank.paths import Paths, Setting
 from dlp_lora.bank.peft_format import FILES as ADAPTER_FILES
 from dlp_lora.bank.peft_format import Adapter, check_base_name, find_adapters, read_adapter
@@ -89,9 +90,10 @@ def load(
         what = model if isinstance(model, str | Path) else f"a {type(model).__name__} in memory"
         raise BundleError(f"{what} is no bundle; give adapters=, a folder of PEFT adapters or {{name: path}}")
     model, tokenizer = load_model(model, tokenizer, dtype=dtype, device=device, **kwargs)
+    base = linear_layers(model)
     bank = AdapterBank(
-        linear_layers(model),
-        _read_adapters(adapters, model.config._name_or_path, weights=budget_mb is None, strict=strict),
+        base,
+        _read_adapters(adapters, base, weights=budget_mb is None, strict=strict),
         siblings=siblings(model),
         dtype=pair_dtype(model),
         device=model.device,
@@ -177,13 +179,14 @@ def _tell_kept_policy(path: Path, bundle: Bundle) -> None:
         )
 
 
-def _read_adapters(adapters: Adapters, base: str, *, weights: bool, strict: bool) -> Iterator[Adapter]:
+def _read_adapters(adapters: Adapters, base: BaseLayers, *, weights: bool, strict: bool) -> Iterator[Adapter]:
     """One at a time: the bank holds them in a form of its own."""
     if not isinstance(adapters, Mapping):
         adapters = find_adapters(adapters)
     if not adapters:
         raise AdapterError("adapters= is empty; give at least one adapter")
     for name, source in adapters.items():
-        found = read_adapter(local_folder(source, files=ADAPTER_FILES, error=AdapterError), name, weights=weights)
-        check_base_name(found, base, strict=strict, stacklevel=4)  # load's caller
+        folder = local_folder(source, files=ADAPTER_FILES, error=AdapterError)
+        found = read_adapter(folder, name, weights=weights, layout=base, stacklevel=4)
+        check_base_name(found, base.source, strict=strict, stacklevel=4)  # load's caller
         yield found

@@ -18,13 +18,16 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import Linear, ParamWrapper
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dlp_lora.bank.attach import siblings
-from dlp_lora.bank.peft_format import CONFIG_FILE
+from dlp_lora.bank.adapter_folder import CONFIG_FILE, check_adapter_name
+from dlp_lora.bank.attach import linear_layers, siblings
+from dlp_lora.bank.base_layers import BaseLayers
+from dlp_lora.bank.peft_names import lora_layers, placement
 from dlp_lora.engine.prompts import context_of
 from dlp_lora.errors import TaskError, TrainingError
-from dlp_lora.files import recover_folder, replace_folder
+from dlp_lora.files import name_of, recover_folder, replace_folder
 from dlp_lora.tasks.formats import encode_example
 from dlp_lora.tasks.task import Task
 from dlp_lora.training.args import AdapterTrainingArgs
@@ -35,6 +38,8 @@ from dlp_lora.training.passes import lean_passes
 
 TRAINING_FILE = "training.json"
 LOSS_FILE = "loss.csv"
+# Names that PEFT takes for experts of a mixture where a model has these, whatever else is called so.
+_PEFT_EXPERTS = {"gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj", "gate_up_proj", "lm_head"}
 
 logger = logging.getLogger(__name__)
 
@@ -67,11 +72,14 @@ def train_adapter(
     A finished adapter of the same settings and examples is left as it is. The model comes back as it was given.
 
     Raises:
+        AdapterError: if the folder's name cannot name an adapter.
         TrainingError: if `out` was trained with other settings or examples and `overwrite` is false, it holds
-            something else, the model lacks the target modules, or the loss is not finite.
+            something else, the model lacks the target modules or has them in a form that no engine could fuse, or the
+            loss or the weights are not finite.
         TaskError: if no example is short enough.
     """
     args, out = args or AdapterTrainingArgs(), Path(out)
+    check_adapter_name(name_of(out), out)
     recover_folder(out)
     examples, num_left_out = _encode(tokenizer, task, args, context=context_of(model))
     identity = {
@@ -89,6 +97,10 @@ def train_adapter(
         run = Run(peft_model, examples, args)
         run.resume(work, identity)
         fit(run, task.name, work, identity, on_step)
+        if strange := [name for name, parameter in run.parameters.items() if not parameter.isfinite().all()]:
+            raise TrainingError(
+                f"{task.name}: the weights are not finite after the last step ({strange[0]}); lower the learning rate"
+            )
         record = {
             **identity,
             "seconds": round(run.seconds, 2),
@@ -206,13 +218,49 @@ def _with_lora(model: PreTrainedModel, args: AdapterTrainingArgs) -> PeftModel:
     if missing := [target for target in asked if not any(f".{name}".endswith(f".{target}") for name in names)]:
         raise _no_modules(model, missing)
     torch.manual_seed(args.seed)
-    together = siblings(model)
+    together, layout = siblings(model), linear_layers(model)
+    _check_usable(model, args, layout)
     try:
         peft_model = cast(PeftModel, get_peft_model(model, lora_config(args)))
     except ValueError as error:
-        raise _no_modules(model, list(args.target_modules)) from error
+        raise TrainingError(f"{type(model).__name__}: PEFT cannot train such a LoRA: {error}") from error
     compute_together(model, together)
     return peft_model
+
+
+def _check_usable(model: PreTrainedModel, args: AdapterTrainingArgs, layout: BaseLayers) -> None:
+    """Checks that an adapter that is trained so can be fused.
+
+    Raises:
+        TrainingError: if it would be refused when it is loaded.
+    """
+    assert layout.skeleton is not None
+    start = f"{type(model).__name__}: a LoRA on {_asked(args)} could not be used"
+    try:
+        layers = lora_layers(lora_config(args).to_dict(), layout.skeleton)
+    except ValueError as error:
+        raise TrainingError(f"{start}: {error}") from error
+    linear = sorted({name.rsplit(".", 1)[-1] for name in layout if "lora" not in name} - _PEFT_EXPERTS)
+    others = [pair for pair in layers.items() if pair[0] not in layout or not isinstance(pair[1], Linear)]
+    for name, layer in sorted(others, key=lambda pair: ".experts" not in pair[0]):
+        what = (
+            f"PEFT adapts {name}.{layer.parameter_name}, a bare parameter, as it does with experts"
+            if isinstance(layer, ParamWrapper)
+            else f"{name} is no linear layer but of type {layout.modules.get(name, type(layer).__name__)}"
+        )
+        raise TrainingError(
+            f"{start}: {what}, and only linear layers can be fused; pass target_modules of these: {', '.join(linear)}"
+        )
+    shapes = {name: ((args.r, d_in), (d_out, args.r)) for name, (d_in, d_out) in layout.items() if name in layers}
+    placed = placement(Path("the adapter"), lora_config(args).to_dict(), shapes, layout.skeleton).placed
+    if lost := [name for name in shapes if placed.get(name) != name]:
+        raise TrainingError(
+            f"{start}: PEFT would not find {lost[0]} again in what it saves; pass other target_modules than that"
+        )
+
+
+def _asked(args: AdapterTrainingArgs) -> str:
+    return args.target_modules if isinstance(args.target_modules, str) else ", ".join(args.target_modules)
 
 
 def _no_modules(model: PreTrainedModel, missing: Sequence[str]) -> TrainingError:

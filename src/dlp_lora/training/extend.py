@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from dlp_lora.bank.adapter_folder import check_adapter_name
 from dlp_lora.engine.bundle import Bundle, read_bundle, write_bundle
 from dlp_lora.engine.loading import load_router
 from dlp_lora.errors import BundleError, RouterError, TrainingError
@@ -99,10 +100,12 @@ def add_to_bundle(path: str | Path, task: Task, adapter: str | Path, *, seed: in
     """Puts an adapter, named after its task, into a bundle; the router learns it from the task's examples.
 
     Raises:
+        AdapterError: if no mixture could name the adapter.
         BundleError: if the bundle has no router.
         TrainingError: if the router knows such a name already, or there is no example.
         RouterError: if the router is no mini-MLP.
     """
+    check_adapter_name(task.name, adapter)
     bundle, router = _opened(path)
     task = routable(task)
     start = time.perf_counter()
