@@ -388,6 +388,17 @@ TABLES: dict[str, Callable[[], str]] = {
     "decode": _decoding("decode"),
     "decode-short": _decoding("decode", names=("base", "base again", "dlp-lora, 3 of 26", "peft one adapter")),
     "decode-batch8": _decoding("decode_batch8"),
+    "decode-amx": _decoding("decode_amx"),
+    "decode-amx-batch8": _decoding("decode_amx_batch8"),
+    "switch-context": _rows(
+        "switch_context",
+        {
+            "variant": lambda row: row["name"],
+            "ms a step": _number("pass_ms", 0),
+            "more than a token, ms": _number("extra_ms", 0),
+            "of a sentence of 25 tokens": _percent("over_sentence", 0),
+        },
+    ),
     "decode-all-linear": _decoding("decode_all_linear"),
     "paths": _decoding("paths"),
     "speed-targets": _speed_targets,

@@ -92,12 +92,12 @@ def routing_table(trace: tuple["Sentence", ...], *, of: str = "sentence") -> Tab
     table = Table(show_lines=False, pad_edge=False)
     table.add_column(of, overflow="fold")
     table.add_column("adapters", style="cyan")
-    table.add_column("route + fuse", justify="right", style="dim")
+    table.add_column("route + fuse + encode", justify="right", style="dim")
     for sentence in trace:
         used = ", ".join(f"{name} {weight:.0%}" for name, weight in sentence.mixture.items()) or "base model"
         if sentence.abstained:
             used += " (none fits)"
-        cost = f"{sentence.route_ms + sentence.fuse_ms:.1f} ms"
+        cost = f"{sentence.route_ms + sentence.fuse_ms + sentence.encode_ms:.1f} ms"
         table.add_row(escape(sentence.text.strip()), escape(used), cost)
     return table
 
