@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -321,5 +320,9 @@ def _lora(path: Path, config: Mapping[str, Any], module: str, pair: Mapping[str,
 
 
 def _for_module(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
+    if not pattern:
+        return default
+    from peft.utils.other import get_pattern_key  # seconds, and few adapters have patterns
+
     # PEFT's own rule: the first key that equals, or is a regular expression for, the end of the module path.
-    return pattern.get(get_pattern_key(list(pattern), module), default) if pattern else default
+    return pattern.get(get_pattern_key(list(pattern), module), default)
