@@ -7,13 +7,19 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint docs bench bench-gpu clean
+.PHONY: demo check test test-all lint docs bench bench-gpu clean
 
 demo: $(READY)  ## train four adapters and a router on a small real model, and let them answer
 	$(BIN)/dlp-lora demo --out runs/demo
 
-test: $(READY)  ## the tests
-	$(BIN)/pytest -n 2
+check: $(READY)  ## the tests of the inner loop, under a minute
+	$(BIN)/pytest -n 2 -m "not ci and not models and not engines and not clients"
+
+test: $(READY)  ## the tests that CI runs
+	$(BIN)/pytest -n 2 -m "not models and not engines and not clients"
+
+test-all: $(READY)  ## every test; writes runs/tests.json: what ran, what was skipped and why
+	$(BIN)/pytest -n 2 --junit-xml runs/tests.xml; $(BIN)/python scripts/record_tests.py runs/tests.xml runs/tests.json
 
 lint: $(READY)  ## format, lint, types, import rules
 	$(BIN)/ruff format --check src tests examples scripts

@@ -3,6 +3,8 @@
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ _hook.__enter__()
 import torch  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
+from torch import Tensor  # noqa: E402
 from transformers import (  # noqa: E402
     GemmaConfig,
     GemmaForCausalLM,
@@ -38,6 +41,33 @@ import dlp_lora  # noqa: E402
 from dlp_lora import Context, Engine, Switching  # noqa: E402
 
 torch.set_num_threads(1)
+
+# Folders and files that take longer than the inner loop may. `models`, `engines` and `clients` are marked in place.
+CI = (
+    *(
+        "lab",
+        "cli",
+        "training",
+        "test_demo.py",
+        "test_examples.py",
+        "test_public_api.py",
+        "tasks/test_tasks_procedural.py",
+    ),
+    *("bank/test_linear.py", "bank/test_paths.py"),
+    *("engine/test_compile.py", "engine/test_engine.py", "engine/test_load.py", "engine/test_recompute.py"),
+    *("engine/test_threads.py", "engine/test_prompt_routing.py"),
+)
+OTHER_TIERS = {"models", "engines", "clients"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts tests into the tier `ci`; those without a tier are the inner loop."""
+    root = Path(__file__).parent
+    for item in items:
+        place = item.path.relative_to(root).as_posix()
+        if place.startswith(CI) and not OTHER_TIERS & {mark.name for mark in item.iter_markers()}:
+            item.add_marker("ci")
+
 
 EOS = "<|im_end|>"
 CHAT_TEMPLATE = (
@@ -196,9 +226,46 @@ def make_engine(lively_adapters: Path) -> Callable[..., Engine]:
     return make
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What a forward pass ran under."""
+
+    gates: list[Tensor | None]  # of the groups that some adapter changes
+    ranks: list[int]  # fused in their first siblings
+    is_padded: bool
+
+
+@contextmanager
+def watching(engine: Engine) -> Iterator[list[Seen]]:
+    """Notes what each forward pass of an engine runs under: nothing of it stays behind."""
+    passes: list[Seen] = []
+
+    def note(*_: Any) -> None:
+        groups = engine.bank.touched()
+        active = [group.active for group in groups]
+        first = [fused.pairs[0] if fused else None for fused in active]
+        ranks = [layers[0].a.shape[1] if layers else 0 for layers in first]
+        gates = [None if fused is None or fused.gate is None else fused.gate.clone() for fused in active]
+        passes.append(Seen(gates, ranks, engine.bank.is_padded))
+
+    handle = engine.model.get_input_embeddings().register_forward_pre_hook(note)
+    try:
+        yield passes
+    finally:
+        handle.remove()
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fixed_paths() -> Iterator[None]:
+    """Layers are multiplied in one way, whatever this machine is like and whatever else it does now."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dlp_lora.bank.attach.DEFAULT", "stacked")
+        yield
 
 
 @pytest.fixture

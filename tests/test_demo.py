@@ -206,7 +206,7 @@ def test_the_default_model_is_converted_once(monkeypatch: pytest.MonkeyPatch, tm
     assert default_model() == tmp_path / NAME
 
 
-@pytest.mark.slow
+@pytest.mark.models
 def test_the_demo_runs_on_the_default_model(tmp_path: Path) -> None:
     for package in (PACKAGE, "gguf"):
         if find_spec(package) is None:

@@ -12,7 +12,10 @@ _HOMES = {
         "load",
         "load_router",
     ),
-    "engine.streaming": ("Piece",),
+    "engine.streaming": (
+        "Piece",
+        "Stream",
+    ),
     "engine.trace": (
         "Generation",
         "Sentence",
@@ -31,6 +34,7 @@ _HOMES = {
         "FusionPolicy",
         "Mixture",
         "Only",
+        "RoutingSettings",
         "Switching",
         "Threshold",
         "TopK",
@@ -60,6 +64,7 @@ if TYPE_CHECKING:
     from dlp_lora.engine.loading import load as load
     from dlp_lora.engine.loading import load_router as load_router
     from dlp_lora.engine.streaming import Piece as Piece
+    from dlp_lora.engine.streaming import Stream as Stream
     from dlp_lora.engine.trace import Generation as Generation
     from dlp_lora.engine.trace import Sentence as Sentence
     from dlp_lora.errors import AdapterError as AdapterError
@@ -73,6 +78,7 @@ if TYPE_CHECKING:
     from dlp_lora.policy import FusionPolicy as FusionPolicy
     from dlp_lora.policy import Mixture as Mixture
     from dlp_lora.policy import Only as Only
+    from dlp_lora.policy import RoutingSettings as RoutingSettings
     from dlp_lora.policy import Switching as Switching
     from dlp_lora.policy import Threshold as Threshold
     from dlp_lora.policy import TopK as TopK

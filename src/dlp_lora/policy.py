@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from dlp_lora.errors import RouterError
@@ -180,6 +180,55 @@ class Switching:
             raise ValueError(f"Switching.unsure must be one of {get_args(Unsure)}, got {self.unsure!r}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class RoutingSettings:
+    """How the router is asked and obeyed: what `load`, `generate`, `using`, bundles and commands share.
+
+    `policy` turns probabilities into a mixture, and `switching` says when a sentence start may change it.
+    `kv_policy` says what a switch does to the tokens before it: "recompute" encodes the whole context again under the
+    new mixture, as after a fresh start; "keep" leaves the tokens as they were encoded.
+    `prompt_routing` says what of a prompt is routed: "questions" answers the questions of a prompt that asks several in
+    their turn, "whole" takes every prompt as one text, "sentences" also encodes each sentence under its own mixture.
+    """
+
+    policy: FusionPolicy = TopP()
+    switching: Switching = Switching()
+    kv_policy: KVPolicy = "recompute"
+    prompt_routing: PromptRouting = "questions"
+
+    def __post_init__(self) -> None:
+        for name, choices in (("kv_policy", get_args(KVPolicy)), ("prompt_routing", get_args(PromptRouting))):
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
+        for name, kind in (("policy", FusionPolicy), ("switching", Switching)):
+            if not isinstance(value := getattr(self, name), kind):
+                raise ValueError(f"{name} must be a {kind.__name__}, got {value!r}")
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """The settings' names."""
+        return tuple(field.name for field in fields(cls))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Gives the settings as JSON data.
+
+        Raises:
+            ValueError: if the policy is not one of this module, which alone can be saved by name.
+        """
+        data = {name: getattr(self, name) for name in self.names()}
+        return {**data, "policy": policy_to_dict(self.policy), "switching": asdict(self.switching)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "RoutingSettings":
+        """Reads what `to_dict` gave.
+
+        Raises:
+            ValueError, TypeError, KeyError: if it is something else.
+        """
+        parts = {"policy": policy_from_dict(data["policy"]), "switching": Switching(**data["switching"])}
+        return cls(**{**data, **parts})
+
+
 POLICIES: dict[str, type] = {cls.__name__: cls for cls in (TopP, Threshold, TopK, Only, Uniform)}
 
 
@@ -196,8 +245,8 @@ def choose(policy: FusionPolicy, row: Mapping[str, float], unsure: Unsure = "bas
         name = next(name for name, p in row.items() if not 0 <= p <= 1 + TOLERANCE)
         raise RouterError(f"the router gave {name} {row[name]}, where a probability is expected; train it anew")
     fits = math.fsum(row.values())
-    is_whole = fits <= 0 or abs(fits - 1) < TOLERANCE
-    probabilities = dict(row) if is_whole else {name: p / fits for name, p in row.items()}
+    sums_to_1 = fits <= 0 or abs(fits - 1) < TOLERANCE
+    probabilities = dict(row) if sums_to_1 else {name: p / fits for name, p in row.items()}
     return probabilities, policy(probabilities) if fits > (0 if unsure == "likeliest" else 0.5) else Mixture()
 
 
@@ -228,17 +277,3 @@ def _ranked(probabilities: Mapping[str, float]) -> list[tuple[str, float]]:
         if not 0 <= p <= 1 + TOLERANCE:  # false for NaN too
             raise ValueError(f"the router gave adapter {name!r} the probability {p}, which is not in [0, 1]")
     return sorted(probabilities.items(), key=lambda np: -np[1])
-
-
-CHOICES = {"kv_policy": get_args(KVPolicy), "prompt_routing": get_args(PromptRouting)}
-
-
-def check_choices(**settings: str) -> None:
-    """Checks that settings are among CHOICES.
-
-    Raises:
-        ValueError: naming the first that is not.
-    """
-    for name, value in settings.items():
-        if value not in CHOICES[name]:
-            raise ValueError(f"{name} must be {' or '.join(map(repr, CHOICES[name]))}, got {value!r}")

@@ -1,3 +1,5 @@
+import copy
+import gc
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,10 +13,11 @@ from torch import Tensor
 from conftest import make_adapter, tiny_model
 from dlp_lora.bank import bank as bank_module
 from dlp_lora.bank.attach import linear_layers
-from dlp_lora.bank.bank import AdapterBank
+from dlp_lora.bank.bank import AdapterBank, Plan, keep_places
 from dlp_lora.bank.group import MAX_VIEWS, Group
 from dlp_lora.bank.linear import FusedLinear, Outputs
 from dlp_lora.bank.peft_format import Adapter, LoraWeights, read_adapter, write_adapter
+from dlp_lora.bank.store import Lease
 from dlp_lora.errors import AdapterError
 from dlp_lora.policy import Mixture
 
@@ -60,11 +63,12 @@ def delta(adapters: Mapping[str, Adapter], mixture: Mapping[str, float], module:
 def fused_delta(bank: AdapterBank, module: str, row: int = 0) -> Tensor:
     """What the bank has fused for one module of one row, as one matrix of shape (d_out, d_in)."""
     group, s, i = site(bank, module)
-    pairs = None if group.active is None else group.active[s]
-    if pairs is None:
+    pairs = None if group.active is None else group.active.pairs[s]
+    if group.active is None or pairs is None:
         return torch.zeros(group.d_outs[s], group.d_in)
     a, b, rows = pairs[i]
-    return (a @ b if group.gate is None else (a * group.gate[row][:, rows]) @ b).T
+    gate = group.active.gate
+    return (a @ b if gate is None else (a * gate[row][:, rows]) @ b).T
 
 
 def site(bank: AdapterBank, module: str) -> tuple[Group, int, int]:
@@ -81,8 +85,18 @@ def assert_close(found: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-4)
 
 
+def gate_of(group: Group) -> Tensor | None:
+    """The gate of what is active in a group."""
+    return None if group.active is None else group.active.gate
+
+
 def pointers(bank: AdapterBank) -> list[tuple[int, ...]]:
     return [(g._a.data_ptr(), *(b.data_ptr() for b in g._b)) for g in bank.groups]
+
+
+def writes(group: Group) -> list[int]:
+    """How often each buffer was written into."""
+    return [buffer._version for buffer in group.buffers()]
 
 
 def allocations(bank: AdapterBank) -> list[int]:
@@ -141,12 +155,13 @@ def test_a_fused_layer_adds_each_rows_delta_to_the_base_layer(data: st.DataObjec
 def test_equal_mixtures_need_no_gate_and_different_ones_share_one_copy_of_each_adapter() -> None:
     bank = bank_of(2, 3, 4)
     bank.fuse([Mixture({"a": 1, "b": 2}), Mixture({"b": 2, "a": 1})])
-    assert all(group.gate is None for group in bank.groups)
+    assert all(gate_of(group) is None for group in bank.groups)
     bank.fuse([Mixture({"a": 1, "b": 2}), Mixture({"b": 0.5}), Mixture()])
     for group in bank.groups:
-        assert group.gate is not None
-        assert group.gate[:, 0].tolist() == [[1, 1, 2, 2, 2], [0, 0, 0.5, 0.5, 0.5], [0, 0, 0, 0, 0]]
-        assert {pair.a.shape[1] for pairs in group.active or [] for pair in pairs or []} == {5}
+        assert group.active is not None
+        assert group.active.gate is not None
+        assert group.active.gate[:, 0].tolist() == [[1, 1, 2, 2, 2], [0, 0, 0.5, 0.5, 0.5], [0, 0, 0, 0, 0]]
+        assert {pair.a.shape[1] for pairs in group.active.pairs for pair in pairs or []} == {5}
 
 
 def test_modules_that_no_adapter_of_the_mixture_touches_are_left_alone() -> None:
@@ -191,11 +206,15 @@ def test_the_same_mixture_again_writes_nothing() -> None:
     bank = bank_of(2, 3)
     for rows in ([Mixture({"a": 0.5, "b": 0.5})], [Mixture({"a": 1}), Mixture({"b": 1})]):
         bank.fuse(rows)
-        versions = [(g._a._version, g._b[0]._version, id(g.active), id(g.gate)) for g in bank.groups]
+        before = [(writes(g), id(g.active)) for g in bank.groups]
         bank.fuse([Mixture(dict(reversed(list(row.items())))) for row in rows])
-        assert [(g._a._version, g._b[0]._version, id(g.active), id(g.gate)) for g in bank.groups] == versions
+        assert [(writes(g), id(g.active)) for g in bank.groups] == before
+        bank.clear()
+        assert all(g.active is None for g in bank.groups)
+        bank.fuse(rows)
+        assert [(writes(g), id(g.active)) for g in bank.groups] == before
         bank.fuse([Mixture({"a": 0.4})])
-        assert all(g._b[0]._version > version[1] for g, version in zip(bank.groups, versions, strict=True))
+        assert all(writes(g)[1] > earlier[1] for g, (earlier, _) in zip(bank.groups, before, strict=True))
 
 
 @settings(deadline=None)
@@ -205,7 +224,7 @@ def test_whatever_was_fused_before_rows_get_their_own_sums(data: st.DataObject) 
     bank, by_name = AdapterBank(LAYOUT, adapters), {a.name: a for a in adapters}
     for _ in range(data.draw(st.integers(1, 5))):
         rows = data.draw(st.lists(mixtures(adapters), min_size=1, max_size=4))
-        bank.fuse(rows, goes_on=data.draw(st.booleans()))
+        bank.fuse(rows, reuse=data.draw(st.booleans()))
         for module in LAYOUT:
             for i, row in enumerate(rows):
                 assert_close(fused_delta(bank, module, i), delta(by_name, row, module))
@@ -216,17 +235,17 @@ def test_rows_that_go_on_copy_only_what_is_new() -> None:
     bank.fuse([Mixture({"a": 0.5, "b": 0.5}), Mixture({"c": 1}), Mixture({"d": 1})])
 
     def copies(*rows: dict[str, float]) -> list[int]:
-        before = [group.num_copies for group in bank.groups]
-        bank.fuse([Mixture(row) for row in rows], goes_on=True)
-        return [group.num_copies - b for group, b in zip(bank.groups, before, strict=True)]
+        before = [writes(group)[0] for group in bank.groups]
+        bank.fuse([Mixture(row) for row in rows], reuse=True)
+        return [writes(group)[0] - b for group, b in zip(bank.groups, before, strict=True)]
 
     assert copies({"d": 0.5, "b": 0.5}, {"a": 1}, {"c": 1}) == [0, 0]
     assert copies({"d": 1}, {"a": 1}, {"c": 1}) == [0, 0]  # b lies idle
     assert copies({"d": 1}, {"e": 1}, {"a": 0.5, "c": 0.5}) == [1, 1]  # in the place of b
     assert copies({"a": 0.5, "d": 0.5}, {"e": 1}, {"a": 1}) == [0, 0]  # c lies idle
-    assert [group.gate.shape[-1] for group in bank.groups if group.gate is not None] == [8, 8]
+    assert [gate.shape[-1] for group in bank.groups if (gate := gate_of(group)) is not None] == [8, 8]
     copies({"d": 1}, {"a": 1}, {"a": 1})  # a half would lie idle, so it is given up
-    assert [group.gate.shape[-1] for group in bank.groups if group.gate is not None] == [4, 4]
+    assert [gate.shape[-1] for group in bank.groups if (gate := gate_of(group)) is not None] == [4, 4]
 
 
 def test_a_pass_that_does_not_go_on_is_the_same_to_the_last_bit_whatever_came_before() -> None:
@@ -234,14 +253,16 @@ def test_a_pass_that_does_not_go_on_is_the_same_to_the_last_bit_whatever_came_be
     fresh, used = bank_of(3, 2, 5, 2), bank_of(3, 2, 5, 2)
     fresh.fuse(rows)
     used.fuse([Mixture({"d": 1}), Mixture({"b": 1})])
-    used.fuse(rows, goes_on=True)
+    used.fuse(rows, reuse=True)
     used.fuse(rows)
-    for found, wanted in zip(used.groups, fresh.groups, strict=True):
+    for found, wanted in zip((g.active for g in used.groups), (g.active for g in fresh.groups), strict=True):
+        assert found is not None
+        assert wanted is not None
         assert found.gate is not None
         assert wanted.gate is not None
         assert torch.equal(found.gate, wanted.gate)
-        for own, others in zip(found.active or (), wanted.active or (), strict=True):
-            for pair, other in zip(own or (), others or (), strict=True):
+        for pairs, others in zip(found.pairs, wanted.pairs, strict=True):
+            for pair, other in zip(pairs or (), others or (), strict=True):
                 assert torch.equal(pair.a, other.a)
                 assert torch.equal(pair.b, other.b)
 
@@ -411,9 +432,11 @@ def test_the_bank_holds_its_weights_in_the_dtype_of_the_model(dtype: torch.dtype
     bank = AdapterBank(LAYOUT, adapters.values(), dtype=dtype)
     bank.fuse([Mixture({"a": 0.5, "b": 0.5}), Mixture({"b": 1.0})])
     for group in bank.groups:
-        pairs = [pair for own in group.active or [] for pair in own or []]
-        assert {t.dtype for pair in pairs for t in (pair.a, pair.b)} == {dtype}
-        assert group.gate is None or group.gate.dtype == dtype
+        assert group.active is not None or group.modules[0][0].endswith("down")
+        pairs = [pair for pairs in (group.active.pairs if group.active else []) for pair in pairs or []]
+        assert {t.dtype for pair in pairs for t in (pair.a, pair.b)} <= {dtype}
+        gate = gate_of(group)
+        assert gate is None or gate.dtype == dtype
     wanted = delta(adapters, {"a": 0.5, "b": 0.5}, "layers.0.up")
     tolerance = {torch.bfloat16: 2e-2, torch.float32: 1e-6, torch.float64: 1e-12}[dtype]
     found = fused_delta(bank, "layers.0.up").double()
@@ -423,7 +446,7 @@ def test_the_bank_holds_its_weights_in_the_dtype_of_the_model(dtype: torch.dtype
 # Each adapter once
 
 
-def test_the_bank_holds_the_blocks_alone_and_leaves_the_given_adapter_whole() -> None:
+def test_the_bank_holds_the_stacked_weights_alone_and_leaves_the_given_adapter_whole() -> None:
     given = adapter("a", dict.fromkeys(LAYOUT, 2))
     bank = AdapterBank(LAYOUT, [given])
     assert given.is_loaded
@@ -451,13 +474,13 @@ def test_adapters_on_disk_are_fused_like_those_in_memory(tmp_path: Path) -> None
     assert not any(each.is_loaded for each in lazy)
     bank = AdapterBank(LAYOUT, lazy, budget_mb=1)
     loaded = {name: read_adapter(tmp_path / name) for name in "abc"}
-    assert bank.num_misses == 0
+    assert bank.store.num_misses == 0
     for mixture in ({"a": 0.5, "c": 2.0}, {"b": 1.0}, {"a": -1.0, "b": 0.1, "c": 0.3}):
         bank.fuse([Mixture(mixture)])
         for module in LAYOUT:
             wanted = delta(loaded, mixture, module)
             assert_close(fused_delta(bank, module), wanted)
-    assert bank.num_misses == 3  # each was loaded once, and kept
+    assert bank.store.num_misses == 3  # each was loaded once, and kept
 
 
 def test_a_bank_keeps_within_its_budget_and_drops_what_was_used_longest_ago(tmp_path: Path) -> None:
@@ -466,18 +489,18 @@ def test_a_bank_keeps_within_its_budget_and_drops_what_was_used_longest_ago(tmp_
     bank = AdapterBank(LAYOUT, adapters, budget_mb=2.5 * one / 2**20)
     for name in "abab":
         bank.fuse([Mixture({name: 1.0})])
-    assert bank.num_misses == 2
+    assert bank.store.num_misses == 2
     bank.fuse([Mixture({"c": 1.0})])  # takes the place of a
     bank.fuse([Mixture({"b": 1.0})])
-    assert bank.num_misses == 3
+    assert bank.store.num_misses == 3
     bank.fuse([Mixture({"a": 1.0})])
-    assert bank.num_misses == 4
+    assert bank.store.num_misses == 4
     for name in "abcdef" * 3:
         bank.fuse([Mixture({name: 1.0})])
-        held = sum(block.nbytes for own in bank._blocks.values() for block in own.values())
-        assert held <= bank.budget_mb * 2**20  # type: ignore[operator]
+        held = sum(tensor.nbytes for tensor in bank.store.tensors())
+        assert held <= 2.5 * one
     bank.fuse([Mixture(dict.fromkeys("abcd", 0.25))])  # what is fused at once is held at once
-    assert len(bank._blocks) == 4
+    assert len(bank.store.loaded) == 4
 
 
 def test_an_adapter_given_in_memory_is_never_dropped(tmp_path: Path) -> None:
@@ -485,7 +508,7 @@ def test_an_adapter_given_in_memory_is_never_dropped(tmp_path: Path) -> None:
     bank = AdapterBank(LAYOUT, [given, *on_disk(tmp_path, *"abc")], budget_mb=1e-6)
     for name in ["given", *"abc", "given", *"abc"]:
         bank.fuse([Mixture({name: 1.0})])
-    assert bank.num_misses == 6
+    assert bank.store.num_misses == 6
     bank.fuse([Mixture({"given": 1.0})])
     assert_close(fused_delta(bank, "layers.1.up"), delta({"given": given}, {"given": 1.0}, "layers.1.up"))
 
@@ -497,7 +520,7 @@ def test_an_adapter_on_disk_may_be_dropped_though_one_in_memory_had_its_name(tmp
     bank.add(a)
     for name in "abab":
         bank.fuse([Mixture({name: 1.0})])
-    assert bank.num_misses == 4
+    assert bank.store.num_misses == 4
 
 
 def test_an_adapter_that_changed_on_disk_is_checked_when_it_is_loaded(tmp_path: Path) -> None:
@@ -524,7 +547,7 @@ def test_another_adapter_in_the_files_of_one_is_refused(tmp_path: Path) -> None:
 
 def test_an_adapter_whose_files_were_written_anew_can_be_removed_while_rows_run_with_it(tmp_path: Path) -> None:
     bank = AdapterBank(LAYOUT, on_disk(tmp_path, "a", "b"), budget_mb=1e-6)
-    bank.in_use = lambda: {"a"}
+    lease = bank.lease([Mixture({"a": 1.0})])
     for name in "ab":
         bank.fuse([Mixture({name: 1.0})])
     on_disk(tmp_path, "z", "a")  # of another seed
@@ -532,7 +555,7 @@ def test_an_adapter_whose_files_were_written_anew_can_be_removed_while_rows_run_
     assert bank.names == ("b",)
     with pytest.raises(AdapterError, match="was written anew"):
         bank.fuse([Mixture({"a": 1.0})])
-    bank.in_use = set
+    del lease
     bank.add(read_adapter(tmp_path / "a", weights=False))
     bank.fuse([Mixture({"a": 1.0})])
     wanted = delta({"a": read_adapter(tmp_path / "a")}, {"a": 1.0}, "layers.0.up")
@@ -543,15 +566,16 @@ def test_rows_that_take_turns_do_not_evict_each_others_adapters(tmp_path: Path) 
     adapters = on_disk(tmp_path, *"abcdef")
     one = sum(4 * 2 * (d_in + d_out) for d_in, d_out in LAYOUT.values())
     bank = AdapterBank(LAYOUT, adapters, budget_mb=3.5 * one / 2**20)
-    bank.in_use = lambda: {"a", "b"}
+    first = bank.lease([Mixture({"a": 1.0, "b": 1.0})])
     for name in "abcabdabeabf":
         bank.fuse([Mixture({name: 1.0})])
-    assert bank.num_misses == 6  # a and b once
-    assert {"a", "b", "f"} == set(bank._blocks)
-    bank.in_use = lambda: set("abcdef")
+    assert bank.store.num_misses == 6  # a and b once
+    assert {"a", "b", "f"} == set(bank.store.loaded)
+    leases = [first, bank.lease([Mixture(dict.fromkeys("abcdef", 1.0))])]
     for name in "cdef":
+        assert leases
         bank.fuse([Mixture({name: 1.0})])
-        assert len(bank._blocks) == 3  # the budget holds all the same
+        assert len(bank.store.loaded) == 3  # the budget holds all the same
 
 
 @pytest.mark.parametrize("budget", [0, -1.0])
@@ -567,7 +591,7 @@ def test_rows_that_run_with_an_adapter_keep_it_until_they_switch() -> None:
     adapters = adapters_of(2, 3)
     bank = AdapterBank(LAYOUT, adapters.values())
     rows = [Mixture({"a": 0.5, "b": 0.5}), Mixture({"b": 1.0})]
-    bank.in_use = lambda: {"a", "b"}
+    leases = [bank.lease([row]) for row in rows]
     bank.fuse(rows)
     bank.remove("a")
     assert bank.names == ("b",)
@@ -577,16 +601,16 @@ def test_rows_that_run_with_an_adapter_keep_it_until_they_switch() -> None:
         for module in LAYOUT:
             wanted = delta({**adapters, "c": adapter("c", dict.fromkeys(LAYOUT, 2), seed=7)}, other[0], module)
             assert_close(fused_delta(bank, module, 0), wanted)
-    bank.in_use = lambda: {"b"}
+    del leases[0]
     bank.fuse([Mixture({"c": 1.0})])
     with pytest.raises(AdapterError, match="no adapter 'a'; there are b, c"):
         bank.fuse(rows)
-    assert set(bank._blocks) == {"b", "c"}
+    assert set(bank.store.loaded) == {"b", "c"}
 
 
 def test_a_name_is_not_given_anew_while_rows_run_with_the_old_adapter() -> None:
     bank = bank_of(2)
-    bank.in_use = lambda: {"a"}
+    lease = bank.lease([Mixture({"a": 1.0})])
     bank.fuse([Mixture({"a": 1.0})])
     bank.remove("a")
     another = adapter("a", dict.fromkeys(LAYOUT, 3), seed=9)
@@ -596,7 +620,7 @@ def test_a_name_is_not_given_anew_while_rows_run_with_the_old_adapter() -> None:
         bank.add(another)
     bank.fuse([Mixture({"a": 1.0})])
     assert_close(fused_delta(bank, "layers.0.up"), delta(adapters_of(2), {"a": 1.0}, "layers.0.up"))
-    bank.in_use = set
+    del lease
     bank.add(another)
     bank.fuse([Mixture({"a": 1.0})])
     assert_close(fused_delta(bank, "layers.0.up"), delta({"a": another}, {"a": 1.0}, "layers.0.up"))
@@ -605,7 +629,7 @@ def test_a_name_is_not_given_anew_while_rows_run_with_the_old_adapter() -> None:
 def test_rows_keep_a_removed_adapter_whose_files_are_gone(tmp_path: Path) -> None:
     bank = AdapterBank(LAYOUT, on_disk(tmp_path, "a", "b"), budget_mb=1e-6)
     loaded = read_adapter(tmp_path / "a")
-    bank.in_use = lambda: {"a"}
+    lease = bank.lease([Mixture({"a": 1.0})])
     bank.fuse([Mixture({"b": 1.0})])
     bank.remove("a")
     shutil.rmtree(tmp_path / "a")
@@ -613,6 +637,7 @@ def test_rows_keep_a_removed_adapter_whose_files_are_gone(tmp_path: Path) -> Non
         bank.fuse([Mixture({name: 1.0})])
     bank.fuse([Mixture({"a": 1.0})])
     assert_close(fused_delta(bank, "layers.1.up"), delta({"a": loaded}, {"a": 1.0}, "layers.1.up"))
+    del lease
 
 
 def test_adding_moves_no_buffer() -> None:
@@ -646,10 +671,67 @@ def test_views_are_kept_for_so_many_ranks_and_for_the_padded_ones() -> None:
     assert max(len(group._views) for group in bank.groups) > 20
 
 
-def test_a_mixture_that_goes_on_asks_for_no_names_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mixture_that_goes_on_does_not_look_through_all_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
     bank = bank_of(2, 3)
     rows = [Mixture({"a": 1.0})]
     bank.fuse(rows)
-    monkeypatch.setattr(bank, "adapters", None)  # not looked at: there may be thousands
+    monkeypatch.setattr(bank.store, "adapters", None)  # there may be thousands
     bank.fuse(rows)
-    bank.fuse(rows, goes_on=True)
+    bank.fuse(rows, reuse=True)
+
+
+def test_a_lease_holds_neither_the_bank_nor_its_tensors_and_a_copy_is_the_same_lease() -> None:
+    bank = bank_of(2)
+    lease = bank.lease([Mixture({"a": 0.5}), {}])
+    assert lease.names == {"a"}
+    assert all(referent in (Lease, lease.names) for referent in gc.get_referents(lease))
+    copied = copy.deepcopy([lease])
+    del lease
+    bank.remove("a")
+    bank.fuse([Mixture({"a": 0.5})])
+    del copied
+    with pytest.raises(AdapterError, match="no adapter 'a'; there are none"):
+        bank.lease([{"a": 1.0}])
+
+
+# Plans
+
+
+def test_a_plan_says_what_lies_in_the_buffers() -> None:
+    bank = bank_of(2, 2, 2, 2, 2)
+    a, b, e = (Mixture({name: 1.0}) for name in "abe")
+    assert bank.plan is None
+    bank.fuse([a, a])
+    assert bank.plan == Plan(rows=(a,), adapters=("a",))
+    bank.fuse([b, a])
+    assert bank.plan == Plan(rows=(b, a), adapters=("a", "b"))
+    bank.fuse([b, e], reuse=True)
+    assert bank.plan == Plan(rows=(b, e), adapters=("e", "b"))
+    bank.fuse([b, e])
+    assert bank.plan == Plan(rows=(b, e), adapters=("b", "e"))
+    bank.clear()
+    assert bank.plan == Plan(rows=(b, e), adapters=("b", "e"))
+    bank.fuse([b, a], torch.tensor([[0, 1, 1]]))
+    assert bank.plan == Plan(rows=(b, a), adapters=("a", "b"), by_token=True)
+    bank.pad(8)
+    bank.fuse([b, a], padded=True)
+    assert bank.plan == Plan(rows=(b, a), adapters=("a", "b"), batch=2)
+    bank.remove("e")
+    assert bank.plan is None
+
+
+names = st.lists(st.sampled_from("abcdefgh"), unique=True)
+
+
+@given(names, names.filter(bool), st.lists(st.integers(1, 9), min_size=8, max_size=8))
+def test_places_are_kept_unless_too_much_would_lie_idle(before: list[str], names: list[str], ranks: list[int]) -> None:
+    rank = dict(zip("abcdefgh", ranks, strict=True))
+    order = keep_places(names, before, rank=rank.__getitem__)
+    assert set(order) >= set(names)
+    assert len(set(order)) == len(order)
+    idle = sum(rank[name] for name in order if name not in names)
+    assert 4 * idle <= sum(rank[name] for name in order)
+    if order != names:
+        assert all(order[i] == name for i, name in enumerate(before) if name in names)
+        assert set(order) <= {*names, *before}
+    assert keep_places(names, order, rank=rank.__getitem__) == order  # nothing moves in the next pass

@@ -19,9 +19,10 @@ import reference
 from conftest import ARCHITECTURES, USUAL_TARGETS, make_adapter, tiny_model
 from dlp_lora.bank.attach import attach, detach, linear_layers, merged, siblings
 from dlp_lora.bank.bank import AdapterBank
-from dlp_lora.bank.cpu import is_faster_in_halves, linear
+from dlp_lora.bank.cpu import product
 from dlp_lora.bank.group import ALIGNMENT
-from dlp_lora.bank.linear import FEW_ROWS, FusedLinear, add_product_
+from dlp_lora.bank.linear import FusedLinear, add_product
+from dlp_lora.bank.paths import FEW_ROWS, Setting, Way
 from dlp_lora.bank.peft_format import read_adapter
 from dlp_lora.errors import AdapterError, ModelError
 from dlp_lora.policy import Mixture
@@ -38,6 +39,10 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return str(request.param)
 
 
+def paths_of(path: str) -> Setting:
+    return "plain" if path == "concatenated" else "stacked"
+
+
 @contextmanager
 def fused(model: PreTrainedModel, folders: Mapping[str, Path]) -> Iterator[AdapterBank]:
     """Attaches adapters to a model for a while."""
@@ -48,7 +53,7 @@ def fused(model: PreTrainedModel, folders: Mapping[str, Path]) -> Iterator[Adapt
         siblings=siblings(model) if PATH == "siblings stacked" else (),
         dtype=model.dtype,
     )
-    attach(model, bank, stack=PATH != "concatenated")
+    attach(model, bank, paths=paths_of(PATH))
     try:
         yield bank
     finally:
@@ -280,6 +285,31 @@ def test_with_nothing_fused_the_model_is_the_base_bit_for_bit(
         assert torch.equal(logits(model), plain)
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_a_deep_copy_is_the_base_with_weights_of_its_own(bench: tuple[str, dict[str, Path]]) -> None:
+    architecture, folders = bench
+    model = tiny_model(architecture)
+    plain, keys = logits(model), list(model.state_dict())
+    with fused(model, folders) as bank:
+        bank.fuse([Mixture({"all": 1.0})])
+        before = logits(model)
+        copied = copy.deepcopy(model)
+        assert torch.equal(logits(copied), plain)
+        assert list(copied.state_dict()) == keys
+        assert not any(isinstance(module, FusedLinear) for module in copied.modules())
+        assert all(p.untyped_storage().nbytes() == p.nbytes for p in copied.parameters())
+        for parameter in copied.parameters():
+            parameter.data.zero_()
+        assert torch.equal(logits(model), before)
+        assert not logits(copied).any()
+        layer = next(module for module in model.modules() if isinstance(module, FusedLinear))
+        alone = copy.deepcopy(layer)
+        assert type(alone) is type(layer.base_layer)
+        assert torch.equal(alone.weight, layer.weight)
+        alone.weight.data.zero_()
+    assert torch.equal(logits(model), plain)
+
+
 def misaligned(parameter: torch.nn.Parameter, num_bytes: int) -> None:
     """Moves a weight to where one may begin that was read from a file."""
     skipped = num_bytes // parameter.itemsize
@@ -315,19 +345,21 @@ def test_weights_keep_the_alignment_on_which_the_rounding_of_a_product_hangs(
     assert torch.equal(logits(model, IDS[:1, :1]), expected)
 
 
-@pytest.mark.parametrize("faster", [False, True], ids=["as F.linear", "one row faster"])
+@pytest.mark.parametrize("paths", ["stacked", "columns"])
 def test_only_layers_that_gain_by_it_are_replaced(
-    llama: PreTrainedModel, tmp_path: Path, path: str, monkeypatch: pytest.MonkeyPatch, faster: bool
+    llama: PreTrainedModel, tmp_path: Path, path: str, paths: Setting
 ) -> None:
-    monkeypatch.setattr("dlp_lora.bank.cpu._has_faster_way", lambda weight: faster)  # whatever this CPU is like
     folder = make_adapter(llama, tmp_path / "it", seed=1, target_modules=["q_proj", "down_proj"])
-    with fused(llama, {"it": folder}):
-        replaced = {name for name, module in llama.named_modules() if isinstance(module, FusedLinear)}
+    adapters, siblings_of = [read_adapter(folder, "it")], siblings(llama) if path == "siblings stacked" else ()
+    everything = set(linear_layers(llama))
+    bank = AdapterBank(linear_layers(llama), adapters, siblings=siblings_of)
+    attach(llama, bank, paths="plain" if path == "concatenated" else paths)
+    replaced = {name for name, module in llama.named_modules() if isinstance(module, FusedLinear)}
     names = {"self_attn.q_proj", "mlp.down_proj"}
     if path == "siblings stacked":
         names |= {"self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"}
     expected = {f"model.layers.{i}.{name}" for i in (0, 1) for name in names}
-    assert replaced == (set(linear_layers(llama)) if faster and path != "concatenated" else expected)
+    assert replaced == (everything if paths == "columns" and path != "concatenated" else expected)
 
 
 def test_a_fused_layer_shows_its_base_layers_weight_and_bias(tmp_path: Path) -> None:
@@ -352,7 +384,7 @@ def test_an_adapter_added_at_run_time_needs_only_another_attach(llama: PreTraine
         bank.fuse([Mixture({"first": 1.0})])
         logits(llama)
         bank.add(read_adapter(second))
-        attach(llama, bank, stack=PATH != "concatenated")
+        attach(llama, bank, paths=paths_of(PATH))
         bank.fuse([Mixture(mixture)])
         assert error(logits(llama), wanted) < 1e-5
         assert not any(isinstance(m.base_layer, FusedLinear) for m in llama.modules() if isinstance(m, FusedLinear))
@@ -593,52 +625,39 @@ def test_a_base_layer_with_hooks_is_called_so_that_offloading_works(llama: PreTr
 @pytest.mark.parametrize("num_rows", [1, 2, FEW_ROWS, FEW_ROWS + 1])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("fast", ["linear", "vector", "halves"])
-def test_a_product_is_that_of_float64_rounded(
-    monkeypatch: pytest.MonkeyPatch, num_rows: int, dtype: torch.dtype, biased: bool, fast: str
-) -> None:
-    monkeypatch.setattr("dlp_lora.bank.cpu.HAS_AMX", fast == "vector")
-    monkeypatch.setattr("dlp_lora.bank.cpu.is_faster_in_halves", lambda num_threads: fast == "halves")
+@pytest.mark.parametrize("way", ["stacked", "columns", "halves"])
+def test_a_product_is_that_of_float64_rounded(num_rows: int, dtype: torch.dtype, biased: bool, way: Way) -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(num_rows, 48).to(dtype), torch.randn(24, 48).to(dtype)
     bias = torch.randn(24).to(dtype) if biased else None
     exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     close = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 0.05)
-    found = linear(x, weight, bias)
-    assert found.dtype == dtype
-    torch.testing.assert_close(found.double(), exact, rtol=close, atol=close)
+    y = product(x, weight, bias, way)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.double(), exact, rtol=close, atol=close)
 
     for wider in {dtype, torch.promote_types(dtype, torch.float32)}:
         h, b = torch.randn(num_rows, 8).to(dtype), torch.randn(8, 24).to(wider)
-        summed = found.clone()
-        add_product_(summed, h.to(wider if num_rows <= FEW_ROWS else dtype), b)
-        torch.testing.assert_close(summed.double(), found.double() + h.double() @ b.double(), rtol=close, atol=close)
+        summed = y.clone()
+        add_product(summed, h, b)
+        torch.testing.assert_close(summed.double(), y.double() + h.double() @ b.double(), rtol=close, atol=close)
 
 
-def test_how_a_row_is_multiplied_is_measured_once_for_each_number_of_threads() -> None:
-    is_faster_in_halves.cache_clear()
-    found = [is_faster_in_halves(num_threads) for num_threads in (1, 2, 1, 2)]
-    assert found[:2] == found[2:]
-    assert (is_faster_in_halves.cache_info().misses, is_faster_in_halves.cache_info().hits) == (2, 2)
-
-
-@pytest.mark.parametrize("fast", ["linear", "halves"])
+@pytest.mark.parametrize("paths", ["stacked", "halves"])
 def test_layers_without_adapters_take_the_faster_way_too(
-    monkeypatch: pytest.MonkeyPatch, llama: PreTrainedModel, tmp_path: Path, fast: str
+    llama: PreTrainedModel, tmp_path: Path, paths: Setting
 ) -> None:
-    monkeypatch.setattr("dlp_lora.bank.cpu.HAS_AMX", False)
-    monkeypatch.setattr("dlp_lora.bank.cpu.is_faster_in_halves", lambda num_threads: fast == "halves")
     folder = make_adapter(llama, tmp_path / "it", seed=1, target_modules=["q_proj", "v_proj"])
     ids, before = torch.tensor([[7]]), snapshot(llama)
     plain, wanted = logits(llama, ids), logits(reference.with_mixture(tiny_model(), {"it": 1.0}, {"it": folder}), ids)
     bank = AdapterBank(linear_layers(llama), [read_adapter(folder, "it")], siblings=siblings(llama))
-    attach(llama, bank)
-    assert isinstance(llama.lm_head, FusedLinear) == (fast == "halves")
+    attach(llama, bank, paths=paths)
+    assert isinstance(llama.lm_head, FusedLinear) == (paths == "halves")
     bank.fuse([Mixture({"it": 1.0})])
     with torch.profiler.profile() as profile:
         assert error(logits(llama, ids), wanted) < 1e-5
     halved = sum(e.count for e in profile.key_averages() if e.key == "aten::bmm")
-    assert halved == (2 * 4 + 1 if fast == "halves" else 0)  # two layers of q, k, v; o; gate, up; down; the head
+    assert halved == (2 * 4 + 1 if paths == "halves" else 0)  # two layers of q, k, v; o; gate, up; down; the head
     bank.clear()
     assert torch.equal(logits(llama, ids), plain)
     detach(llama)
@@ -680,9 +699,10 @@ def test_siblings_that_no_adapter_changes_are_one_product_while_something_is_fus
         torch.testing.assert_close(logits(llama), wanted[0], rtol=1e-4, atol=1e-5)
         if path == "siblings stacked":
             group = llama.model.layers[0].mlp.up_proj.group
-            assert group.projections is not None
+            assert group.active is not None
+            assert group.active.projections is not None
             bank.clear()
-            assert group.projections is None
+            assert group.active is None
         bank.add(read_adapter(other))
         attach(llama, bank)
         for mixture, own in zip(mixtures, wanted, strict=True):

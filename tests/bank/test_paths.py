@@ -18,7 +18,8 @@ from dlp_lora import Engine, Mixture
 from dlp_lora.bank.attach import attach, detach, linear_layers, pair_dtype, siblings
 from dlp_lora.bank.bank import AdapterBank
 from dlp_lora.bank.cpu import check_prepacking
-from dlp_lora.bank.linear import FEW_ROWS, FusedLinear, is_plain
+from dlp_lora.bank.linear import FusedLinear, is_plain
+from dlp_lora.bank.paths import FEW_ROWS, Setting
 from dlp_lora.bank.peft_format import Adapter, LoraWeights, find_adapters, read_adapter
 from dlp_lora.errors import ModelError
 
@@ -83,6 +84,8 @@ PATHS: dict[str, Forward] = {
     "by sentence": by_sentence,
     "compiled": compiled,
     "paged": fixed,
+    "columns": fixed,
+    "halves": fixed,
     "prepacked": fixed,
     "merged": merged,
 }
@@ -112,10 +115,10 @@ def engine_on(path: str, folder: Path, dtype: torch.dtype) -> Engine:
     if path == "concatenated":
         adapters = [read_adapter(source, name) for name, source in find_adapters(folder).items()]
         bank = AdapterBank(linear_layers(model), adapters, dtype=pair_dtype(model))
-        attach(model, bank, stack=False)
-        return Engine(model, tokenizer, bank)
+        return Engine(model, tokenizer, bank, paths="plain")
     budget = 1e-6 if path == "paged" else None
-    engine = dlp_lora.load(model, tokenizer=tokenizer, adapters=folder, budget_mb=budget, prepack=path == "prepacked")
+    paths: Setting = path if path in ("columns", "halves", "prepacked") else "stacked"  # type: ignore[assignment]
+    engine = dlp_lora.load(model, tokenizer=tokenizer, adapters=folder, budget_mb=budget, paths=paths)
     if path == "compiled":
         engine.compile(max_rank=16, backend="eager", fullgraph=True)
     return engine
@@ -231,8 +234,8 @@ def test_what_is_paged_is_no_longer_in_memory(folder: Path) -> None:
     engine = engine_on("paged", folder, torch.float32)
     for mixture in MIXTURES:
         fixed(engine, mixture, IDS)
-        assert set(engine.bank._blocks) == set(mixture)
-    assert engine.bank.num_misses == 2 + 1 + 2 + 0  # what the next mixture needs stays
+        assert set(engine.bank.store.loaded) == set(mixture)
+    assert engine.bank.store.num_misses == 2 + 1 + 2 + 0  # what the next mixture needs stays
 
 
 class TestPrepacked:

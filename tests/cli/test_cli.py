@@ -278,6 +278,7 @@ def test_a_bundle_keeps_its_policy(work: Path, tmp_path: Path) -> None:
         assert said["trace"][0]["mixture"] == {}
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_bundle_of_an_unknown_setting_is_not_made(work: Path, tmp_path: Path) -> None:
     parts = ("--model", work / "model", "-a", work / "adapters", "-o", tmp_path / "b")
     assert "kv_policy must be 'keep' or 'recompute'" in run("bundle", *parts, "--kv-policy", "forget").stderr

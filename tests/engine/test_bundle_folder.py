@@ -1,7 +1,7 @@
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,13 @@ from conftest import byte_tokenizer, make_adapter, tiny_model
 from dlp_lora.bank.peft_format import find_adapters, read_adapter
 from dlp_lora.engine.bundle import Bundle, is_bundle, read_bundle, write_bundle
 from dlp_lora.errors import BundleError
-from dlp_lora.policy import Switching, TopP, policy_from_dict, policy_to_dict
+from dlp_lora.policy import RoutingSettings, Switching, TopP
 from dlp_lora.router import Context, MiniMLP, MiniMLPConfig
 
 POLICY = TopP(p=0.7, weighting="paper")
-SWITCHING = asdict(Switching(min_tokens=9))
+SETTINGS = RoutingSettings(
+    policy=POLICY, switching=Switching(min_tokens=9), kv_policy="keep", prompt_routing="sentences"
+)
 
 
 def write(path: Path, adapters: Mapping[str, Path], **changes: Any) -> Path:
@@ -26,10 +28,7 @@ def write(path: Path, adapters: Mapping[str, Path], **changes: Any) -> Path:
         "base_model": "Qwen/Qwen2-1.5B",
         "adapters": adapters,
         "router": None,
-        "policy": policy_to_dict(POLICY),
-        "switching": SWITCHING,
-        "kv_policy": "recompute",
-        "prompt_routing": "sentences",
+        "settings": SETTINGS,
     }
     write_bundle(path, **{**parts, **changes})
     return path
@@ -72,12 +71,8 @@ def test_a_bundle_is_read_as_it_was_written(bundle: Path, adapters: Mapping[str,
         base_model="Qwen/Qwen2-1.5B",
         adapters={name: bundle / "adapters" / name for name in adapters},
         router=None,
-        policy=policy_to_dict(POLICY),
-        switching=SWITCHING,
-        kv_policy="recompute",
-        prompt_routing="sentences",
+        settings=SETTINGS,
     )
-    assert policy_from_dict(read_bundle(bundle).policy) == POLICY
     assert list(read_bundle(bundle).adapters) == list(adapters)
 
 
@@ -111,14 +106,21 @@ def test_a_bundles_router_gives_the_probabilities_of_the_one_saved(
 
 def test_a_bundle_may_be_written_over_the_one_its_adapters_come_from(bundle: Path) -> None:
     before = contents(bundle / "adapters")
-    write(bundle, read_bundle(bundle).adapters, kv_policy="keep")
-    assert read_bundle(bundle).kv_policy == "keep"
+    write(bundle, read_bundle(bundle).adapters, settings=RoutingSettings())
+    assert read_bundle(bundle).settings == RoutingSettings()
     assert contents(bundle / "adapters") == before
 
 
-def test_a_bundle_that_knows_no_prompt_routing_routes_prompts_whole(bundle: Path) -> None:
-    edit(bundle, lambda data: data.pop("prompt_routing"))
-    assert read_bundle(bundle).prompt_routing == "whole"
+def older(data: dict[str, Any]) -> None:
+    """As bundles were written before, routing settings beside the rest."""
+    data.update(format=1, **data.pop("settings"))
+
+
+def test_a_bundle_of_the_first_format_keeps_its_settings(bundle: Path) -> None:
+    edit(bundle, older)
+    assert read_bundle(bundle).settings == SETTINGS
+    edit(bundle, lambda data: data.pop("prompt_routing"))  # the oldest
+    assert read_bundle(bundle).settings == replace(SETTINGS, prompt_routing="whole")
 
 
 def test_an_adapter_dropped_from_a_bundle_is_gone_from_its_folder(bundle: Path, adapters: Mapping[str, Path]) -> None:
@@ -168,7 +170,7 @@ def test_a_folder_that_is_no_bundle_is_refused(tmp_path: Path) -> None:
 
 def test_a_bundle_of_a_later_format_is_refused(bundle: Path) -> None:
     edit(bundle, lambda data: data.update(format=99))
-    with pytest.raises(BundleError, match="bundle has bundle format 99; this version reads 1; upgrade dlp-lora"):
+    with pytest.raises(BundleError, match="bundle has bundle format 99; this version reads up to 2; upgrade dlp-lora"):
         read_bundle(bundle)
 
 
@@ -179,9 +181,9 @@ def test_a_damaged_bundle_is_refused(text: bytes, bundle: Path) -> None:
         read_bundle(bundle)
 
 
-@pytest.mark.parametrize("key", ["base_model", "adapters", "router", "policy", "switching", "kv_policy"])
+@pytest.mark.parametrize("key", ["base_model", "adapters", "router", "settings", "policy", "switching"])
 def test_a_bundle_that_lacks_a_part_is_refused(key: str, bundle: Path) -> None:
-    edit(bundle, lambda data: data.pop(key))
+    edit(bundle, lambda data: (data if key in data else data["settings"]).pop(key))
     with pytest.raises(BundleError, match=rf"bundle\.json is damaged \(KeyError\('{key}'\)\)"):
         read_bundle(bundle)
 
@@ -194,6 +196,8 @@ def test_a_bundle_that_lacks_a_part_is_refused(key: str, bundle: Path) -> None:
         {"adapters": ["math", "units"]},
         {"adapters": None},
         {"adapters": "math"},
+        {"settings": None},
+        {"settings": {"colour": "red"}},
         {"policy": "TopP"},
         {"policy": {}},
         {"policy": {"type": "Best"}},
@@ -209,7 +213,7 @@ def test_a_bundle_that_lacks_a_part_is_refused(key: str, bundle: Path) -> None:
 )
 @pytest.mark.usefixtures("unchecked")
 def test_a_bundle_that_holds_something_else_is_refused(change: dict[str, Any], bundle: Path) -> None:
-    edit(bundle, lambda data: data.update(change))
+    edit(bundle, lambda data: (data if change.keys() <= data.keys() else data["settings"]).update(change))
     with pytest.raises(BundleError, match=r"bundle\.json is damaged \(.*\); make the bundle again"):
         read_bundle(bundle)
 

@@ -138,7 +138,7 @@ def test_generating_switches_within_one_graph(engine: Engine, plain: Engine, cou
             assert found.tokens == wanted.tokens
             assert [s.mixture for s in found.trace] == [s.mixture for s in wanted.trace]
             assert len({s.mixture for s in found.trace}) > 1
-        with engine.using(policy=TopP(min_confidence=0.5)):
+        with engine.using(policy=TopP(min_confidence=0.5), kv_policy="keep"):
             trace = engine.generate(PROMPTS[0], **STATIC).trace
         assert {s.abstained for s in trace} == {True, False}
         sentences = {"prompt_routing": "sentences"}
@@ -228,7 +228,6 @@ def test_other_architectures_compile(architecture: str, tmp_path: Path) -> None:
     assert counter.frame_count == 1
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
 def test_inductor_switches_without_compiling_anew(lively_adapters: Path, plain: Engine) -> None:
     torch._dynamo.reset()  # graphs of other engines count against the limit

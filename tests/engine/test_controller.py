@@ -76,7 +76,7 @@ def mixtures_of(generation: Generation) -> list[dict[str, float]]:
 
 def row_of(engine: Engine) -> list[Sentence]:
     """The trace of a decoding loop of one's own."""
-    return engine._controller.latest.rows[0].sentences()
+    return engine.last_traces[0]
 
 
 @torch.no_grad()
@@ -201,7 +201,8 @@ class TestTrace:
         data = json.loads(json.dumps([s.to_dict() for s in generation.trace]))
         assert [d["text"] for d in data] == SENTENCES
         assert set(data[0]) == {
-            *("text", "start", "end", "probabilities", "mixture", "switched", "abstained", "route_ms", "fuse_ms")
+            *("text", "start", "end", "probabilities", "mixture", "switched", "abstained", "route_ms", "fuse_ms"),
+            "encode_ms",
         }
         assert all(d["route_ms"] > 0 and d["fuse_ms"] > 0 for d in data)
         assert sum(sum(d["mixture"].values()) for d in data) == pytest.approx(len(data))
@@ -334,7 +335,8 @@ class TestTimingOfASwitch:
     ANSWER = "Yes, it is. So we go."
     START = 12  # of "So"
 
-    def test_the_first_token_of_a_sentence_is_encoded_under_the_new_mixture(self, engine: Engine) -> None:
+    def test_the_first_token_of_a_sentence_is_encoded_under_the_new_mixture(self, make_engine: MakeEngine) -> None:
+        engine = make_engine(kv_policy="keep", segmenter=SentenceSegmenter)
         tokens = tokens_of(self.ANSWER)
         cache = prefill(engine, "Why?")
         steps(engine, tokens[: self.START], cache)
@@ -583,11 +585,6 @@ class TestCaches:
                     f"Why is it?{said}",
                     f"How far is it to the moon{said}",
                 ]
-
-    def test_a_static_cache_cannot_be_recomputed(self, make_engine: MakeEngine) -> None:
-        engine = make_engine(policy=TopK(k=2), kv_policy="recompute")
-        with pytest.raises(ValueError, match=r"needs an attention mask of \(batch, seq\), which static caches"):
-            engine.generate("Why?", max_new_tokens=30, do_sample=False, cache_implementation="static")
 
     def test_generating_without_a_cache_is_refused(self, engine: Engine) -> None:
         with pytest.raises(ValueError, match="follows the KV cache; leave use_cache on"):

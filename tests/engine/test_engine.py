@@ -485,9 +485,9 @@ class TestBeams:
         for i, generation in enumerate(generations):
             check_trace(generation)
             score_alone(engine, PROMPTS[i // 2], generation.tokens)
-            row = engine._controller.latest.rows[0]
-            assert [s.mixture for s in row.sentences()] == [s.mixture for s in generation.trace]
-            assert [s.start for s in row.sentences()] == [s.start for s in generation.trace]
+            trace = engine.last_traces[0]
+            assert [s.mixture for s in trace] == [s.mixture for s in generation.trace]
+            assert [s.start for s in trace] == [s.start for s in generation.trace]
 
     def test_one_beam_answer_of_one_prompt_comes_bare(self, make_engine: MakeEngine) -> None:
         assert isinstance(make_engine().generate(PROMPTS[0], max_new_tokens=2, num_beams=2), Generation)
@@ -713,14 +713,14 @@ class TestSettings:
         engine = make_engine()
         before = engine.generate(PROMPTS[0], **ASCII)
         policy, switching, router = engine.policy, engine.switching, engine.router
-        other = {"policy": dlp_lora.Uniform(), "switching": dlp_lora.Switching(min_tokens=9), "kv_policy": "recompute"}
+        other = {"policy": dlp_lora.Uniform(), "switching": dlp_lora.Switching(min_tokens=9), "kv_policy": "keep"}
         with engine.using(**other):
             assert (engine.policy, engine.switching, engine.kv_policy) == tuple(other.values())
             mixtures = {s.mixture for s in engine.generate(PROMPTS[0], **ASCII).trace}
             assert [round(weight, 6) for (mixture,) in [mixtures] for weight in mixture.values()] == [0.333333] * 3
         with pytest.raises(KeyError, match="out"), engine.using(router=HashRouter(["units", "math", "poems"])):
             raise KeyError("out")
-        assert (engine.policy, engine.switching, engine.kv_policy) == (policy, switching, "keep")
+        assert (engine.policy, engine.switching, engine.kv_policy) == (policy, switching, "recompute")
         assert engine.router is router
         same_trace(engine.generate(PROMPTS[0], **ASCII), before)
 
@@ -728,7 +728,8 @@ class TestSettings:
         engine = make_engine()
         with (
             pytest.raises(
-                ValueError, match=r"takes policy, kv_policy, prompt_routing, switching, segmenter, router, not polcy"
+                ValueError,
+                match=r"takes policy, switching, kv_policy, prompt_routing, settings, router, segmenter, not polcy",
             ),
             engine.using(polcy=TopP()),
         ):
@@ -739,6 +740,7 @@ class TestSettings:
         ):
             pass
 
+    @pytest.mark.usefixtures("unchecked")
     def test_using_refuses_an_unknown_kv_policy(self, make_engine: MakeEngine) -> None:
         with (
             pytest.raises(ValueError, match="kv_policy must be 'keep' or 'recompute', got 'forget'"),

@@ -107,7 +107,7 @@ class TestLoad:
             with engine.fixed({name: 1.0}), whole.fixed({name: 1.0}):
                 assert engine.generate("Hello", **SETTINGS).text == whole.generate("Hello", **SETTINGS).text
             held.append(len(engine.bank.tensors()))
-        assert engine.bank.num_misses == len(NAMES)
+        assert engine.bank.store.num_misses == len(NAMES)
         # Blocks of one adapter at a time: "poems" changes every layer, the others only two of them.
         assert held[0] == held[2] < held[1] < len(whole.bank.tensors())
 
@@ -129,7 +129,7 @@ class TestLoad:
             segmenter=every_six,
         )
         same(loaded.generate(PROMPTS[0], **SETTINGS), in_memory.generate(PROMPTS[0], **SETTINGS))
-        assert (loaded.policy, loaded.kv_policy, loaded.switching) == (TopP(0.6), "keep", Switching())
+        assert (loaded.policy, loaded.kv_policy, loaded.switching) == (TopP(0.6), "recompute", Switching())
         assert loaded.prompt_routing == "questions"
         assert not loaded.model.training
 
@@ -392,7 +392,7 @@ class TestBundle:
             ('{"format": 1', "is damaged"),
             ("[]", "is damaged"),
             ('{"format": 1}', "is damaged .*KeyError"),
-            ('{"format": 99}', "has bundle format 99; this version reads 1; upgrade dlp-lora"),
+            ('{"format": 99}', "has bundle format 99; this version reads up to 2; upgrade dlp-lora"),
         ],
     )
     def test_a_damaged_bundle_is_refused(self, engine: Engine, tmp_path: Path, text: str, message: str) -> None:
@@ -425,7 +425,8 @@ class TestBundle:
     ) -> None:
         engine.save_pretrained(tmp_path / "bundle")
         file = tmp_path / "bundle" / BUNDLE_FILE
-        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+        data = json.loads(file.read_text())
+        file.write_text(json.dumps({**data, "settings": data["settings"] | changes}))
         with pytest.raises(BundleError, match="is damaged"):
             dlp_lora.load(tmp_path / "bundle")
 

@@ -15,9 +15,10 @@ from transformers import DynamicCache
 
 import dlp_lora
 import reference
-from conftest import CHAT_TEMPLATE, EveryK, HashRouter, byte_tokenizer, lively_model, make_adapter
+from conftest import CHAT_TEMPLATE, EveryK, HashRouter, byte_tokenizer, lively_model, make_adapter, watching
 from dlp_lora import Context, Engine, Mixture, SentenceSegmenter, Switching, TopK
 from dlp_lora.bank.peft_format import find_adapters
+from dlp_lora.engine.cache import cache_of, rows_of
 
 MakeEngine = Callable[..., Engine]
 TOKENIZER = byte_tokenizer()
@@ -109,9 +110,10 @@ class TestPrefill:
             assert error(row[mask], expected(lively_adapters, [by_token(prompt)], ids)[0]) < 1e-5
 
     def test_the_last_token_alone_is_encoded_under_the_mixture_of_the_answer(self, engine: Engine) -> None:
-        engine.model(torch.tensor([tokens_of(PROMPTS[0])]))
-        assert engine.bank.groups[0].gate is not None
-        [row] = engine._controller.latest.rows
+        with watching(engine) as passes:
+            output = engine.model(torch.tensor([tokens_of(PROMPTS[0])]))
+        assert passes[0].gates[0] is not None
+        [row] = rows_of(cache_of(output)).rows
         assert [(s.start, s.end) for s in row.prompt_trace] == [(0, 6), (6, 12), (12, 16)]
         assert row.mixture == route(PROMPTS[0])
 
@@ -140,23 +142,23 @@ class TestPrefill:
         ]
 
     def test_decoding_fuses_the_answers_mixture_alone(self, engine: Engine) -> None:
-        with torch.no_grad():
+        with torch.no_grad(), watching(engine) as passes:
             output = engine.model(torch.tensor([tokens_of(PROMPTS[0])]))
-            wide = [group.gate.shape for group in engine.bank.touched() if group.gate is not None]
-            assert {shape[:2] for shape in wide} == {(1, len(PROMPTS[0]))}
             steps(engine, [40], output.past_key_values)
-        assert all(group.gate is None for group in engine.bank.groups)
-        q = engine.bank.touched()[0]
+        wide, narrow = passes
+        assert {gate.shape[:2] for gate in wide.gates} == {(1, len(PROMPTS[0]))}
+        assert narrow.gates == [None] * len(wide.gates)
         ranks = {"math": 4, "poems": 2, "units": 8}
-        assert q.active is not None
-        assert q.active[0][0].a.shape[1] == sum(ranks[name] for name in route(PROMPTS[0]))
+        assert narrow.ranks[0] == sum(ranks[name] for name in route(PROMPTS[0]))
+        assert all(group.active is None for group in engine.bank.groups)  # nothing stays behind
 
     def test_equal_mixtures_need_no_gate(self, make: MakeEngine) -> None:
         engine = make(policy=dlp_lora.Only("math"))
         ids = torch.tensor([tokens_of(PROMPTS[0])])
         with torch.no_grad():
-            logits = engine.model(ids).logits
-            assert all(group.gate is None for group in engine.bank.groups)
+            with watching(engine) as passes:
+                logits = engine.model(ids).logits
+            assert set(passes[0].gates) == {None}
             with engine.using(prompt_routing="whole"):
                 assert torch.equal(engine.model(ids).logits, logits)
 
@@ -387,10 +389,10 @@ class TestTrace:
 
 class TestCaches:
     def test_a_prompt_in_chunks_routes_each_chunk_by_the_text_so_far(
-        self, engine: Engine, lively_adapters: Path
+        self, make: MakeEngine, lively_adapters: Path
     ) -> None:
-        prompt, cut = PROMPTS[2], 15
-        with torch.no_grad():
+        engine, prompt, cut = make(kv_policy="keep"), PROMPTS[2], 15
+        with torch.no_grad(), watching(engine) as passes:
             first = engine.model(torch.tensor([tokens_of(prompt[:cut])]))
             second = engine.model(torch.tensor([tokens_of(prompt[cut:])]), past_key_values=first.past_key_values)
         # A chunk ends as an answer would begin.
@@ -398,7 +400,8 @@ class TestCaches:
         wanted = expected(lively_adapters, [mixtures], torch.tensor([tokens_of(prompt)]))
         assert error(torch.cat([first.logits, second.logits], dim=1), wanted) < 1e-5
         used = {name for mixture in by_token(prompt)[cut:] for name in mixture}
-        assert set(engine.bank._union) == used
+        q_ranks = {"math": 4, "poems": 2, "units": 8}
+        assert passes[-1].ranks[0] >= sum(q_ranks[name] for name in used)
 
     @pytest.mark.parametrize("kv_policy", ["keep", "recompute"])
     def test_a_next_turn_keeps_the_cache_or_encodes_all_sentences_anew(
@@ -422,9 +425,9 @@ class TestCaches:
             cache = engine.model(torch.tensor([tokens_of(PROMPTS[2])])).past_key_values
             cache.crop(10 - len(PROMPTS[2]))
             found = engine.model(torch.tensor([tokens_of("!?")]), past_key_values=cache)
-        [row] = engine._controller.latest.rows
-        assert row.prompt == PROMPTS[2][:10] + "!?"
-        assert "".join(s.text for s in row.prompt_trace) == row.prompt
+        [row] = rows_of(cache).rows
+        assert row.prompt.text == PROMPTS[2][:10] + "!?"
+        assert "".join(s.text for s in row.prompt_trace) == row.prompt.text
         assert found.logits.shape[1] == 2
 
     def test_a_copied_and_a_selected_cache_keep_the_sentences(self, make: MakeEngine) -> None:

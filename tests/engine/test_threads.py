@@ -160,7 +160,7 @@ def test_rows_keep_a_removed_adapter_while_two_caches_take_turns(make_engine: Ma
         torch.testing.assert_close(one, other)
     assert engine.bank.names == ("poems", "units")
     engine.generate("Why?", **GREEDY)  # the caches are gone, and with them the adapter
-    assert set(engine.bank._blocks) == {"poems", "units"}
+    assert set(engine.bank.store.loaded) == {"poems", "units"}
 
 
 def test_an_adapter_comes_back_once_no_row_runs_with_its_old_self(

@@ -27,6 +27,7 @@ from lm_eval.tasks import TaskManager
 from dlp_lora.integrations.lm_eval import NAME, DLPLoRALM, EngineLM, register
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.clients
 
 # Contexts of many lengths; two requests whose tokens are the same but for where the context ends; and choices of one
 # token, whose logits HFLM computes once.

@@ -1,9 +1,9 @@
 """Attaching: fused layers in the place of a model's linear layers, and the very same base layers back."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dlp_lora.bank.bank import AdapterBank
-from dlp_lora.bank.cpu import _has_faster_way, check_prepacking, prepacked
-from dlp_lora.bank.group import LowRank, keep_alignment
+from dlp_lora.bank.cpu import check_prepacking, prepack
+from dlp_lora.bank.group import FusedPair, Group, keep_alignment
 from dlp_lora.bank.linear import FusedLinear, Outputs, is_plain
+from dlp_lora.bank.paths import PLAIN, Paths, Setting, check_setting, fixed
 from dlp_lora.bank.peft_format import Adapter, read_base_copies
+from dlp_lora.bank.timing import Trial, time_paths
 from dlp_lora.errors import AdapterError, ModelError
 from dlp_lora.policy import Mixture
 
@@ -25,6 +27,10 @@ SIBLINGS = (
     ("w1", "w3"),
     ("query", "key", "value"),
 )
+
+
+DEFAULT: Setting = "auto"
+"""The paths where none are asked for."""
 
 
 def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -60,55 +66,57 @@ def siblings(model: nn.Module) -> list[tuple[str, ...]]:
     for parent, module in model.named_modules():
         for names in SIBLINGS:
             layers = [layer for name in names if isinstance(layer := getattr(module, name, None), nn.Module)]
-            if len(layers) == len(names) and all(map(is_plain, layers)) and _are_alike(layers):
+            if len(layers) == len(names) and all(map(is_plain, layers)) and _can_be_stacked(layers):
                 found.append(tuple(f"{parent}.{name}".lstrip(".") for name in names))
     return found
 
 
-def attach(model: nn.Module, bank: AdapterBank, *, stack: bool = True, prepack: bool = False) -> None:
-    """Puts a FusedLinear in the place of each layer that an adapter of the bank changes; may be called again.
+def attach(
+    model: nn.Module, bank: AdapterBank, *, paths: Setting | Paths | None = None, added: Collection[str] | None = None
+) -> Paths:
+    """Puts a FusedLinear in the place of each layer that an adapter of the bank changes, and gives the paths.
 
-    Where `stack`, the weights of plain layers become views of a tensor that holds A under them; nothing is held twice.
-    So do those of siblings that no adapter changes, which are one product, too, while something is fused; and on a CPU
-    those of single layers, where one row is multiplied faster than by `F.linear`.
+    Unless a layer's path is plain, its weights become views of a tensor that holds A under them; nothing is held twice.
+    So do those of siblings that no adapter changes, and of single layers that are faster in another way than by
+    `F.linear`. "auto" times the ways on a CPU and is "stacked" elsewhere. Prepacked weights are a second copy of the
+    base's: the next `fuse` sees weights that were loaded or copied into the base since, but not what was done to their
+    `.data`. With gradients, and while nothing is active, the base layers compute.
 
-    Where `prepack`, all stacked weights are held once more in oneDNN's layout, those of layers that no adapter changes
-    as well, and multiplied there while something is fused. The next `fuse` sees weights that were loaded or copied into
-    the base since, but not what was done to their `.data`.
+    May be called again after adapters were added: `added` names them, where the others are known to fit this model,
+    and `paths` is what the first call gave.
 
     Raises:
         AdapterError: if an adapter was trained on a base whose weights differ from the model's, where it tells.
         ModelError: if weights cannot be prepacked here.
     """
-    if prepack:
-        check_prepacking(next(model.parameters()))
-    for name in bank.unattached:
+    paths = DEFAULT if paths is None else paths
+    check_setting(paths)
+    first = next(model.parameters())
+    if paths == "prepacked":
+        check_prepacking(first)
+    for name in bank.names if added is None else added:
         check_base_copies(model, bank.adapters[name])
-    bank.unattached.clear()
-    bank.clear()
+    bank.forget()
     touched = bank.touched()
-    for group in bank.groups:
-        layers = [[model.get_submodule(name) for name in names] for names in group.modules]
-        if isinstance(layers[0][0], FusedLinear):
-            continue
-        flat = [layer for own in layers for layer in own]
-        is_stackable = stack and all(map(is_plain, flat)) and _are_alike(flat)
-        gains = is_stackable and (prepack or len(layers) > 1 or _has_faster_way(flat[0].weight))
-        if group not in touched and not gains:
-            continue
-        if is_stackable:
-            group.stack(layers)  # type: ignore[arg-type]
-            if prepack:
-                group.prepack(prepacked)
-        outputs = [Outputs() for _ in layers[0]]
-        for s, names in enumerate(group.modules):
-            for i, name in enumerate(names):
-                model.set_submodule(name, FusedLinear(layers[s][i], group, s, i, outputs[i]))
-    if prepack and not any(group.prepacked_nbytes for group in bank.groups):
-        detach(model)
+    groups = [group for group in bank.groups if not isinstance(_siblings(model, group)[0][0], FusedLinear)]
+    stackable = [group for group in groups if _is_stackable(_siblings(model, group))]
+    if paths == "prepacked" and not stackable and not any(group.prepacked_nbytes for group in bank.groups):
         raise ModelError(
             f"no layer of {type(model).__name__} can be prepacked: none is a plain nn.Linear; leave it out"
         )
+    if paths == "auto" and first.device.type == "cpu" and stackable:
+        paths = _timed(model, stackable, touched)
+    elif not isinstance(paths, Paths):
+        paths = fixed("stacked" if paths == "auto" else paths, [group.label for group in stackable])
+    for group in groups:
+        group.ways = paths.of(group.label) if group in stackable else PLAIN
+        if group not in touched and not group.gains:
+            continue
+        if not isinstance(_siblings(model, group)[0][0], FusedLinear):
+            _put(model, group, stacked=not group.ways.is_plain)
+        if group.ways.is_prepacked:
+            group.prepack(prepack)
+    return paths
 
 
 def detach(model: nn.Module) -> None:
@@ -129,29 +137,74 @@ def merged(model: nn.Module, bank: AdapterBank, mixture: Mixture) -> Iterator[No
         ModelError: if a layer has no weight of its own to add to.
     """
     pristine: list[tuple[FusedLinear, Tensor]] = []
+    merging = ExitStack()
     try:
         with bank.lock:
             bank.fuse([mixture])
             found = list(_fused_pairs(model))
+            bank.clear()
             _check_mergeable(model, [module for module, _ in found])
             for module, (a, b, _) in found:
                 pristine.append((module, module.weight.detach().clone()))
                 delta = a.detach().float() @ b.detach().float()  # (d_in, d_out)
                 delta = delta if isinstance(module.base_layer, Conv1D) else delta.T
                 module.weight.data.copy_(module.weight.data.float() + delta)
-            bank.clear()
-            bank.is_merged = True
+            merging.enter_context(bank.merging())
         yield
     finally:
         with bank.lock:
-            bank.is_merged = False
+            merging.close()
             for module, weight in pristine:
                 module.weight.data.copy_(weight)
 
 
-def _fused_pairs(model: nn.Module) -> Iterator[tuple[FusedLinear, LowRank]]:
+def _timed(model: nn.Module, groups: Sequence[Group], touched: Sequence[Group]) -> Paths:
+    """The fastest paths; layers that are to compute as the base's do are the base's again."""
+    for group in groups:
+        _put(model, group, stacked=True)
+    trials = [
+        Trial(group, list(zip(*_siblings(model, group), strict=True)), is_touched=group in touched) for group in groups
+    ]
+    paths = time_paths(trials)
+    for group in groups:
+        group.ways = paths.of(group.label)
+        if group.ways.is_plain or not (group in touched or group.gains):
+            _take_off(model, group)
+    return paths
+
+
+def _put(model: nn.Module, group: Group, *, stacked: bool) -> None:
+    """Puts fused layers in the place of a group's layers."""
+    layers = _siblings(model, group)
+    if stacked:
+        group.stack(layers)  # type: ignore[arg-type]
+    outputs = [Outputs() for _ in layers[0]]
+    for s, names in enumerate(group.modules):
+        for i, name in enumerate(names):
+            model.set_submodule(name, FusedLinear(layers[s][i], group, s, i, outputs[i]))
+
+
+def _take_off(model: nn.Module, group: Group) -> None:
+    """Puts a group's base layers back."""
+    group.unstack()
+    for names in group.modules:
+        for name in names:
+            model.set_submodule(name, cast(FusedLinear, model.get_submodule(name)).base_layer)
+
+
+def _siblings(model: nn.Module, group: Group) -> list[list[nn.Module]]:
+    """The layers of a group, by sibling and layer."""
+    return [[model.get_submodule(name) for name in names] for names in group.modules]
+
+
+def _is_stackable(siblings: Sequence[Sequence[nn.Module]]) -> bool:
+    layers = [layer for each in siblings for layer in each]
+    return all(map(is_plain, layers)) and _can_be_stacked(layers)
+
+
+def _fused_pairs(model: nn.Module) -> Iterator[tuple[FusedLinear, FusedPair]]:
     for module in (module for module in model.modules() if isinstance(module, FusedLinear)):
-        pairs = module.group.active and module.group.active[module.sibling]
+        pairs = module.group.active and module.group.active.pairs[module.sibling]
         if pairs:
             yield module, pairs[module.layer]
 
@@ -165,7 +218,7 @@ def _check_mergeable(model: nn.Module, modules: Sequence[FusedLinear]) -> None:
             raise ModelError(f"{name} is quantised or shares its weight with another layer; use fixed() instead")
 
 
-def _are_alike(layers: Sequence[nn.Module]) -> bool:
+def _can_be_stacked(layers: Sequence[nn.Module]) -> bool:
     weights: list[Any] = [layer.weight for layer in layers]
     if any(w.is_meta for w in weights) or len({id(w) for w in weights}) < len(weights):
         return False  # layers that share one weight cannot have a place each

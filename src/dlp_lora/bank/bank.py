@@ -8,41 +8,47 @@ adapters and a gate of shape (batch, 1, rank) or (batch, seq, rank) weighs the l
 by token.
 """
 
-import gc
-import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dlp_lora.bank.group import Block, Group
-from dlp_lora.bank.peft_format import Adapter, files_stamp, read_adapter
-from dlp_lora.errors import AdapterError
+from dlp_lora.bank.group import Group
+from dlp_lora.bank.layout import Layout, Place, StackedLora
+from dlp_lora.bank.peft_format import Adapter
+from dlp_lora.bank.store import AdapterStore, Lease
 from dlp_lora.policy import Mixture
 
 # Buffers start at the rank of the whole bank, but no larger than this for one layer; a wider mixture doubles them.
 START_CAPACITY = 512
 
-Place = tuple[int, int]
-"""Where an adapter's LoRAs go: the number of a group, and which of its siblings."""
+
+@dataclass(frozen=True)
+class Plan:
+    """What is fused for a pass, and how it lies in the buffers."""
+
+    rows: tuple[Mixture, ...]  # one for all rows, or one a row; one a token number where `by_token`
+    adapters: tuple[str, ...]  # in the order they lie; a few may lie idle
+    batch: int | None = None  # rows of a compiled pass, which it is padded for
+    by_token: bool = False
 
 
 class AdapterBank:
     """N adapters for one base model, ready to be fused in any mixture.
 
     `layout` maps each linear layer of the base model to its (d_in, d_out), `siblings` lists those that read one
-    input; `fused.linear_layers` and `fused.siblings` read them. Each adapter is held once, as blocks; `adapters` says
-    their shapes. With a `budget_mb`, those that were read without their weights stay on disk; what is fused is loaded,
-    and the least recently used make room for it, those that rows still run with last.
+    input; `attach.linear_layers` and `attach.siblings` read them. `store` holds the adapters, with a `budget_mb` only
+    some of them in memory; `groups` are the layers and the buffers.
 
-    `lock` is held while adapters are added or removed, and by a forward pass from its fusing to its end: what one
-    thread adds never moves what another one computes with. `in_use` names the adapters that rows still run with,
-    removed or not; the controller of an engine says it.
+    A pass is between `fuse`, which copies what does not lie in the buffers yet and makes it active, and `clear`. `lock`
+    is held all the while, and while adapters are added or removed: what one thread adds never moves what another one
+    computes with.
 
     Raises:
         AdapterError: if an adapter does not fit the layout, or two adapters have one name.
@@ -58,339 +64,227 @@ class AdapterBank:
         device: torch.device | str = "cpu",
         budget_mb: float | None = None,
     ) -> None:
-        if budget_mb is not None and budget_mb <= 0:
-            raise ValueError(f"budget_mb must be positive, got {budget_mb}")
-        self.budget_mb = budget_mb
-        self.num_misses = 0  # adapters that had to be loaded to be fused
+        placing = Layout(layout, siblings, dtype=dtype, device=torch.device(device))
         self.lock = threading.RLock()
-        self._layout = dict(layout)
-        self._dtype = dtype
-        self._device = torch.device(device)
-        self._blocks: dict[str, dict[Place, Block]] = {}  # the least recently used first
-        self._ranks: dict[str, dict[Place, int]] = {}
-        self._on_disk: set[str] = set()  # their blocks may go, and are read again
-        self._stamps: dict[str, tuple[tuple[int, int], ...]] = {}  # of their files as they were added
-        self.unattached: set[str] = set()  # added since the model was last attached to
-        self._retired: dict[str, Adapter] = {}  # removed, but still in use
-        self.in_use: Callable[[], set[str]] = set
-        self.adapters: dict[str, Adapter] = {}
-        self.groups = [
-            Group(modules, d_in, d_outs, dtype=dtype, device=self._device)
-            for modules, d_in, d_outs in _alike(self._layout, siblings)
-        ]
-        self._site = {
-            module: ((g, s), i)
-            for g, group in enumerate(self.groups)
-            for s, modules in enumerate(group.modules)
-            for i, module in enumerate(modules)
-        }
-        self._fused: tuple[tuple[Mixture, ...], int | None] | None = None  # what the buffers hold, if that is known
-        self._union: list[str] = []  # the adapters that were fused last, in the order they lie in
-        self._is_in_order = True  # which is that of the bank
+        self.store = AdapterStore(placing, budget_mb=budget_mb)
+        self.groups = [Group(*family, dtype=dtype, device=placing.device) for family in placing.families]
+        self.plan: Plan | None = None  # what lies in the buffers, where that is known
+        self._dtype, self._device = dtype, placing.device
         self._max_rank = 0  # of a compiled pass
-        self.is_padded = False  # what is fused is for a compiled pass
-        self.is_merged = False  # the base weights hold a mixture: nothing is fused beside it
+        self._is_merged = False
         for adapter in adapters:
-            self._add(adapter)
+            self.store.add(adapter)
         self._reserve()
+
+    @property
+    def adapters(self) -> Mapping[str, Adapter]:
+        """The adapters by name, in the order they were added: their shapes, without the weights."""
+        return self.store.adapters
 
     @property
     def names(self) -> tuple[str, ...]:
         """The adapters' names, in the order they were added."""
-        return tuple(self.adapters)
+        return tuple(self.store.adapters)
 
     def __len__(self) -> int:
-        return len(self.adapters)
+        return len(self.store.adapters)
 
     @property
     def num_parameters(self) -> int:
         """How many numbers the adapters hold."""
         return sum(lora.a.numel() + lora.b.numel() for a in self.adapters.values() for lora in a.modules.values())
 
+    @property
+    def is_padded(self) -> bool:
+        """Whether the buffers are laid for a compiled pass."""
+        return self.plan is not None and self.plan.batch is not None
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether the base weights hold a mixture: nothing is fused beside it."""
+        return self._is_merged
+
     def tensors(self) -> list[Tensor]:
         """Everything that the bank holds, for counting memory: adapters and buffers."""
-        blocks = [t for own in self._blocks.values() for block in own.values() for t in (block.a, block.b)]
-        buffers = [t for group in self.groups for t in group.buffers()]
-        return [*blocks, *buffers]
+        return [*self.store.tensors(), *(tensor for group in self.groups for tensor in group.buffers())]
 
     def add(self, adapter: Adapter) -> None:
         """Adds one adapter; mixtures may use it from the next `fuse` on. Buffers stay where they are.
 
         Raises:
-            AdapterError: if it does not fit the layout, its name is taken, or rows still run with a removed adapter of
-                its name.
+            AdapterError: if it does not fit the layout, its name is taken, or a removed adapter of its name is leased.
         """
         with self.lock:
-            self._add(adapter)
+            self.store.add(adapter)
             self.pad(self._max_rank)  # modules that no adapter changed before
+            self.plan = None
 
     def remove(self, name: str) -> None:
-        """Removes one adapter. Rows that run with it keep it, and its memory is theirs until they end or switch.
+        """Removes one adapter. Who holds a lease on it keeps it, and its memory, until the lease is given up.
 
-        Where its files are gone or were written anew and it is not in memory, their next pass says so.
-        """
-        with self.lock:
-            if name not in self.adapters:
-                raise AdapterError(self._unknown(name))
-            if name in self.in_use():
-                with suppress(AdapterError):
-                    self._load([name])  # its files may go, too
-            self._retired[name] = self.adapters.pop(name)
-            self._on_disk.discard(name)
-            self.unattached.discard(name)
-            self._drop_retired()
-            if name in self._union:
-                self._fused = None
-
-    def check_files(self, name: str) -> None:
-        """Checks that an adapter's folder holds what was added, so that it may be read or copied again.
+        Where its files are gone or were written again and it is not in memory, the next pass with it says so.
 
         Raises:
-            AdapterError: if it does not.
+            AdapterError: if there is none of this name.
         """
-        path = {**self.adapters, **self._retired}[name].path
-        try:
-            found = files_stamp(path)
-        except OSError as error:
-            raise AdapterError(f"{path}, the folder of the adapter {name!r}, cannot be read: {error}") from error
-        if found != self._stamps.get(name):
-            raise AdapterError(f"{path} was written anew since it was added as {name!r}; remove that and add it again")
+        with self.lock:
+            self.store.remove(name)
+            self.plan = None
+
+    def lease(self, mixtures: Iterable[Mapping[str, float]]) -> Lease:
+        """Keeps the adapters of mixtures, removed or not, for as long as somebody refers to the lease that it gives.
+
+        Raises:
+            AdapterError: if a mixture names an adapter that the bank does not hold.
+        """
+        with self.lock:
+            return self.store.lease(name for mixture in mixtures for name in mixture)
 
     def touched(self) -> list[Group]:
         """The groups in which at least one adapter changes a module."""
-        touched = {g for name in self.adapters for g, _ in self._ranks[name]}
-        return [group for g, group in enumerate(self.groups) if g in touched]
+        numbers = {place.family for name in self.names for place in self.store.entry(name).ranks}
+        return [group for g, group in enumerate(self.groups) if g in numbers]
 
     def pad(self, max_rank: int) -> None:
         """Makes room for compiled passes, of mixtures of at most this rank in one layer; 0 for none."""
         self._max_rank = max_rank
         if not max_rank:
             return
-        places = {place for own in self._ranks.values() for place in own}
+        places = {place for name in self.names for place in self.store.entry(name).ranks}
         for g, group in enumerate(self.groups):
             # What was padded once stays so: a graph counts on it.
-            group.pad([max_rank if (g, s) in places or rank else 0 for s, rank in enumerate(group.padded)])
-        self._fused = None
+            group.pad([max_rank if Place(g, s) in places or rank else 0 for s, rank in enumerate(group.padded)])
+        self.plan = None
 
     def fuse(
         self,
         mixtures: Sequence[Mixture],
         tokens: Int[Tensor, "batch seq"] | None = None,
         *,
-        goes_on: bool = False,
+        reuse: bool = False,
         padded: bool = False,
     ) -> None:
-        """Fuses one mixture for the whole batch, or one a row, into every group's pairs.
+        """Fuses one mixture for the whole batch, or one a row, into every group's pairs, and makes them active.
 
         With `tokens`, `mixtures[tokens[b, t]]` is that of one token alone, and the next pass must be over just these.
-        Where rows differ and `goes_on` is set, adapters that were fused for the pass before keep their places, so that
-        only new ones are copied; otherwise what is computed does not hang on what was fused before, to the last bit.
+        Where rows differ and `reuse` is set, adapters that lie in the buffers keep their places, so that only new ones
+        are copied; otherwise the result does not depend on what was fused before, to the last bit. Prepacked weights
+        are compared with the base's unless `reuse` is set, as that takes as long as a layer.
         Where `padded`, for a compiled pass over as many rows as there are mixtures, if they fit in: then `is_padded`.
 
         Raises:
             AdapterError: if a mixture names an adapter that the bank does not hold.
         """
-        if self.is_merged:
+        if self._is_merged:
             return
-        if sum(group.repack() for group in self.groups):  # of all of them
-            self._fused = None
-        rows = tuple(mixtures) if len(set(mixtures)) > 1 else tuple(mixtures[:1])
-        tokens = None if len(rows) == 1 else tokens
-        goes_on = goes_on and len(rows) > 1 and not padded
-        asked = (rows, len(mixtures) if padded else None)
-        if asked == self._fused and tokens is None and (goes_on or self._is_in_order):
+        if not reuse and sum(group.repack() for group in self.groups):  # of all of them
+            self.plan = None
+        plan = self._plan(tuple(mixtures), by_token=tokens is not None, reuse=reuse, padded=padded)
+        if plan == self.plan and not plan.by_token:
+            for group in self.groups:
+                group.activate()
             return
-        self._drop_retired()
-        used = {name for row in rows for name in row}
-        held = {**self.adapters, **self._retired}
-        for name in used:
-            if name not in held:
-                raise AdapterError(self._unknown(name))
-        union = in_order = [name for name in held if name in used]
-        self._load(union)
-        if goes_on:
-            union = self._in_place(union)
-        self._is_in_order = union == in_order
-        self._fused = None  # what breaks off half-way must be fused anew
-        self._union = union
-        self.is_padded = padded and self._fits(union)
+        loras = dict(zip(plan.adapters, self.store.load(plan.adapters), strict=True))
+        self.plan = None  # what breaks off half-way is laid again
         for g, group in enumerate(self.groups):
-            here = [[name for name in union if (g, s) in self._blocks[name]] for s in range(len(group.modules))]
-            if not any(here) and not (self.is_padded and any(group.padded)):
-                group.rest(plain=not union and not self.is_padded)
-                continue
-            blocks = [[self._blocks[name][g, s] for name in names] for s, names in enumerate(here)]
-            if len(rows) == 1 and not self.is_padded:
-                group.write(blocks, [[rows[0][name] for name in names] for names in here], None)
-            else:
-                gate = self._gate(rows, here, blocks, group.padded if self.is_padded else None)
-                gate = gate[:, None] if tokens is None else gate[tokens.to(self._device)]
-                ones = [[1.0] * len(names) for names in here]
-                group.write(blocks, ones, gate, batch=len(mixtures) if self.is_padded else None)
-        self._fused = asked if tokens is None else None
+            self._lay(plan, g, group, loras, tokens)
+        self.plan = plan
 
     def clear(self) -> None:
-        """Fuses nothing: the base model."""
-        self.fuse([Mixture()])
+        """Makes nothing active: the base model. What lies in the buffers stays there for the next `fuse`."""
+        for group in self.groups:
+            group.clear()
 
-    def _add(self, adapter: Adapter) -> None:
-        if adapter.name in self.adapters:
-            raise AdapterError(f"two adapters are named {adapter.name!r} (the second: {adapter.path}); rename one")
-        self.check(adapter)
-        self._drop_retired()
-        if adapter.name in self._retired:
-            gc.collect()  # their KV cache may be gone but for a cycle
-            self._drop_retired()
-        if adapter.name in self._retired:
-            raise AdapterError(
-                f"rows still run with the removed adapter {adapter.name!r}; let them end and drop their KV caches, or "
-                f"add {adapter.path} under another name"
-            )
-        self.adapters[adapter.name] = adapter.without_weights()
-        self._ranks[adapter.name] = {
-            place: max(adapter.modules[module].rank for module in layers.values())
-            for place, layers in self._places(adapter).items()
-        }
-        with suppress(OSError):  # one that was never in a folder
-            self._stamps[adapter.name] = files_stamp(adapter.path)
-        if adapter.is_loaded:
-            self._blocks[adapter.name] = self._make_blocks(adapter)
-        else:
-            self._on_disk.add(adapter.name)
-        self.unattached.add(adapter.name)
+    def forget(self) -> None:
+        """Has the next `fuse` lay everything again; nothing is active until then."""
+        self.plan = None
+        self.clear()
+
+    @contextmanager
+    def merging(self) -> Iterator[None]:
+        """Fuses nothing for a while, as the base weights hold a mixture."""
+        self.clear()
+        self._is_merged = True
+        try:
+            yield
+        finally:
+            self._is_merged = False
+
+    def _plan(self, mixtures: tuple[Mixture, ...], *, by_token: bool, reuse: bool, padded: bool) -> Plan:
+        """Gives the plan for a pass, with the entries of the store and what lies in the buffers."""
+        rows = mixtures if len(set(mixtures)) > 1 else mixtures[:1]
+        by_token = by_token and len(rows) > 1
+        entries = {name: self.store.entry(name) for row in rows for name in row}
+        order = sorted(entries, key=lambda name: entries[name].number)
+        if reuse and len(rows) > 1 and not padded and self.plan is not None:
+            before = self.store.loaded_among(self.plan.adapters)
+            order = keep_places(order, before, rank=lambda name: self.store.entry(name).rank)
+        batch = len(mixtures) if padded and self._fits(order) else None
+        return Plan(rows, tuple(order), batch, by_token)
+
+    def _lay(
+        self,
+        plan: Plan,
+        g: int,
+        group: Group,
+        loras: Mapping[str, Mapping[Place, StackedLora]],
+        tokens: Int[Tensor, "batch seq"] | None,
+    ) -> None:
+        """Lays the adapters of a plan that change a group's modules side by side, and makes them active."""
+        places = [Place(g, s) for s in range(len(group.modules))]
+        names = [[name for name in plan.adapters if place in loras[name]] for place in places]
+        if not any(names) and not (plan.batch is not None and any(group.padded)):
+            # With nothing fused anywhere the layers are the base's, bit for bit.
+            group.idle(stacked=bool(plan.adapters) or plan.batch is not None)
+            return
+        stacked = [[loras[name][place] for name in each] for place, each in zip(places, names, strict=True)]
+        if len(plan.rows) == 1 and plan.batch is None:
+            group.write(stacked, [[plan.rows[0][name] for name in each] for each in names], None)
+            return
+        gate = _gate(plan.rows, names, stacked, group.padded if plan.batch is not None else None)
+        gate = gate.to(self._device, self._dtype)
+        gate = gate[tokens.to(self._device)] if tokens is not None and plan.by_token else gate[:, None]
+        group.write(stacked, [[1.0] * len(each) for each in names], gate, batch=plan.batch)
 
     def _reserve(self) -> None:
-        """Makes room in the buffers."""
+        """Makes room in the buffers for all adapters at once, up to a limit."""
         total: Counter[Place] = Counter()
-        for own in self._ranks.values():
-            total.update(own)
+        for name in self.names:
+            total.update(self.store.entry(name).ranks)
         for g, group in enumerate(self.groups):
-            ranks = [min(START_CAPACITY, total[g, s]) for s in range(len(group.modules))]
+            ranks = [min(START_CAPACITY, total[Place(g, s)]) for s in range(len(group.modules))]
             group.reserve(sum(ranks), ranks)
 
-    def _gate(
-        self,
-        rows: Sequence[Mixture],
-        names: Sequence[Sequence[str]],
-        blocks: Sequence[Sequence[Block]],
-        padded: Sequence[int] | None,
-    ) -> Float[Tensor, "mixtures rank"]:
-        parts = []
-        for s, (here, own) in enumerate(zip(names, blocks, strict=True)):
-            weights = torch.tensor([[row.get(name, 0.0) for name in here] for row in rows], dtype=torch.float32)
-            weights = weights.repeat_interleave(torch.tensor([block.rank for block in own], dtype=torch.long), dim=1)
-            parts.append(weights if padded is None else F.pad(weights, (0, padded[s] - weights.shape[1])))
-        return torch.cat(parts, dim=1).to(self._device, self._dtype)
-
     def _fits(self, names: Sequence[str]) -> bool:
-        return all(
-            sum(self._ranks[name].get((g, s), 0) for name in names) <= rank
-            for g, group in enumerate(self.groups)
-            for s, rank in enumerate(group.padded)
-        )
-
-    def _load(self, names: Sequence[str]) -> None:
-        """Has the blocks of the named adapters in memory, as the most recently used."""
+        """Whether adapters fit into a compiled pass, all at once."""
+        total: Counter[Place] = Counter()
         for name in names:
-            if name in self._blocks:
-                self._blocks[name] = self._blocks.pop(name)
-                continue
-            found = read_adapter({**self.adapters, **self._retired}[name].path, name)
-            self.check_files(name)
-            self._blocks[name] = self._make_blocks(found)
-            self.num_misses += 1
-        if self.budget_mb is None:
-            return
-        size = {name: sum(block.nbytes for block in own.values()) for name, own in self._blocks.items()}
-        over = sum(size.values()) - self.budget_mb * 2**20
-        if over <= 0:
-            return
-        in_use = self.in_use()
-        idle = [name for name in self._blocks if name in self._on_disk and name not in names]
-        for name in sorted(idle, key=in_use.__contains__):  # else rows that take turns would evict each other's
-            if over <= 0:
-                return
-            del self._blocks[name]
-            over -= size[name]
-
-    def _make_blocks(self, adapter: Adapter) -> dict[Place, Block]:
-        return {place: self._block(adapter, place, layers) for place, layers in self._places(adapter).items()}
-
-    def _places(self, adapter: Adapter) -> dict[Place, dict[int, str]]:
-        """Which modules the adapter changes: by place, then layer."""
-        places: dict[Place, dict[int, str]] = {}
-        for module in adapter.modules:
-            place, layer = self._site[module]
-            places.setdefault(place, {})[layer] = module
-        return places
-
-    def _drop_retired(self) -> None:
-        """Frees the removed adapters that no row runs with any more."""
-        if not self._retired:
-            return
-        for name in set(self._retired) - self.in_use():
-            del self._retired[name], self._ranks[name]
-            self._blocks.pop(name, None)
-            self._stamps.pop(name, None)
-            if name in self._union:
-                self._fused = None
-
-    def _in_place(self, names: Sequence[str]) -> list[str]:
-        """Orders names so that those that were fused before stay where they were. New ones take the places of others;
-        what is left of these lies idle, unless it would be more than a quarter of the rank."""
-        before = [name for name in self._union if name in self._blocks]
-        new = iter([name for name in names if name not in before])
-        order = [name if name in names else next(new, name) for name in before] + list(new)
-        rank = {name: sum(self._ranks[name].values()) for name in order}
-        idle = sum(rank[name] for name in order if name not in names)
-        return order if 4 * idle <= sum(rank.values()) else list(names)
-
-    def _block(self, adapter: Adapter, place: Place, layers: Mapping[int, str]) -> Block:
-        group, s = self.groups[place[0]], place[1]
-        rank = max(adapter.modules[module].rank for module in layers.values())
-        a = torch.zeros(group.num_layers, rank, group.d_in, dtype=self._dtype, device=self._device)
-        b = torch.zeros(group.num_layers, rank, group.d_outs[s], dtype=self._dtype, device=self._device)
-        for layer, module in layers.items():
-            lora = adapter.modules[module]
-            a[layer, : lora.rank] = lora.a
-            b[layer, : lora.rank] = lora.b.float().T * lora.scaling
-        return Block(a, b)
-
-    def check(self, adapter: Adapter) -> None:
-        """Checks that an adapter fits the layout.
-
-        Raises:
-            AdapterError: if it does not.
-        """
-        unknown = [module for module in adapter.modules if module not in self._layout]
-        if unknown:
-            matched = len(adapter.modules) - len(unknown)
-            raise AdapterError(
-                f"{adapter.path}: {matched} of its {len(adapter.modules)} modules are linear layers of the base "
-                f"model; {unknown[0]} is not. It was trained on another architecture ({adapter.base_model})"
-            )
-        for module, lora in adapter.modules.items():
-            found = (lora.a.shape[1], lora.b.shape[0])
-            if found != self._layout[module]:
-                raise AdapterError(
-                    f"{adapter.path}: {module} maps {found[0]} to {found[1]} features, but the base model's maps "
-                    f"{self._layout[module][0]} to {self._layout[module][1]}; it was trained on another base "
-                    f"({adapter.base_model})"
-                )
-
-    def _unknown(self, name: str) -> str:
-        return f"no adapter {name!r}; there are {', '.join(sorted(self.names)) or 'none'}"
+            total.update(self.store.entry(name).ranks)
+        return all(rank <= self.groups[place.family].padded[place.sibling] for place, rank in total.items())
 
 
-def _alike(
-    layout: Mapping[str, tuple[int, int]], siblings: Sequence[tuple[str, ...]]
-) -> list[tuple[list[list[str]], int, list[int]]]:
-    """Gathers sets of siblings that differ only in their layer's number: (names by sibling, d_in, d_out by sibling)."""
-    family = {name: names for names in siblings for name in names}
-    alike: dict[tuple[tuple[str, tuple[int, int]], ...], list[tuple[str, ...]]] = {}
-    for names in dict.fromkeys(family.get(module, (module,)) for module in layout):
-        alike.setdefault(tuple((re.sub(r"\d+", "*", name), layout[name]) for name in names), []).append(names)
-    return [
-        ([list(layers) for layers in zip(*families, strict=True)], kinds[0][1][0], [d_out for _, (_, d_out) in kinds])
-        for kinds, families in alike.items()
-    ]
+def keep_places(names: Sequence[str], before: Sequence[str], *, rank: Callable[[str], int]) -> list[str]:
+    """Orders names so that those that lay in the buffers before stay where they were.
+
+    New ones take the places of others. Others that are left over lie idle, unless they are more than a quarter of the
+    rank: then `names` is given as it is.
+    """
+    new = iter([name for name in names if name not in before])
+    order = [name if name in names else next(new, name) for name in before] + list(new)
+    idle = sum(rank(name) for name in order if name not in names)
+    return order if 4 * idle <= sum(map(rank, order)) else list(names)
+
+
+def _gate(
+    rows: Sequence[Mixture],
+    names: Sequence[Sequence[str]],
+    loras: Sequence[Sequence[StackedLora]],
+    padded: Sequence[int] | None,
+) -> Float[Tensor, "mixtures rank"]:
+    """Each mixture's weight for each rank of each sibling, zeros up to `padded`."""
+    parts = []
+    for s, (each, stacked) in enumerate(zip(names, loras, strict=True)):
+        weights = torch.tensor([[row.get(name, 0.0) for name in each] for row in rows], dtype=torch.float32)
+        weights = weights.repeat_interleave(torch.tensor([lora.rank for lora in stacked], dtype=torch.long), dim=1)
+        parts.append(weights if padded is None else F.pad(weights, (0, padded[s] - weights.shape[1])))
+    return torch.cat(parts, dim=1)

@@ -38,7 +38,7 @@ def export_mixture(bank: AdapterBank, mixture: Mapping[str, float], path: str | 
                 f"{path} is the folder of the adapter {name!r}, which would be lost; write somewhere else"
             )
     for name in mixture:
-        bank.check_files(name)
+        bank.store.check_files(name)
     parts = [(read_adapter(bank.adapters[name].path, name), weight) for name, weight in mixture.items()]
     modules = {module: _concatenated(parts, module) for adapter, _ in parts for module in adapter.modules}
     bases = {adapter.base_model for adapter, _ in parts}

@@ -1,14 +1,13 @@
 """Groups: linear layers that read one input, alike in every layer of the model, and the pairs fused for them
 (section 3.3, Eq. 6).
 
-Blocks of adapters lie side by side along the rank axis in buffers that stay where they are. A of a stacked group lies
-in one tensor under the base weights, `[W_q; W_k; W_v; A_q; A_v]`, so that one product gives the base projections and
-the low-rank activations.
+Adapters lie side by side along the rank axis in buffers that stay where they are. A of a stacked group lies in one
+tensor under the base weights, `[W_q; W_k; W_v; A_q; A_v]`, so that one product gives the base projections and the
+low-rank activations.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 from weakref import ref
@@ -17,31 +16,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dlp_lora.bank.layout import StackedLora
+from dlp_lora.bank.paths import Ways
+
 # Bytes. A product of a vector can round by where in such a stretch its matrix begins (docs/log.md), and weights that
 # are read from a file begin anywhere in it.
 ALIGNMENT = 16
 MAX_VIEWS = 32  # of the ranks that mixtures have; a compiled pass keeps its own
 
 
-@dataclass(frozen=True)
-class Block:
-    """One adapter's LoRAs in modules that are alike in every layer. B already carries alpha / r."""
-
-    a: Float[Tensor, "layers rank d_in"]
-    b: Float[Tensor, "layers rank d_out"]
-
-    @property
-    def rank(self) -> int:
-        """The largest rank among the layers; lower ones are padded with zero rows, which add nothing."""
-        return self.a.shape[1]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory."""
-        return self.a.nbytes + self.b.nbytes
-
-
-class LowRank(NamedTuple):
+class FusedPair(NamedTuple):
     """The fused pair of one module of one layer; `rows` is where its A lies among its group's."""
 
     a: Float[Tensor, "d_in rank"]
@@ -57,7 +41,7 @@ class Prepacked(NamedTuple):
     a: Float[Tensor, "rank d_in"]
 
 
-class Projection(NamedTuple):
+class FusedProjection(NamedTuple):
     """One layer's stacked weight `[W_1; ...; A_1; ...]` and its bias. `sizes` cuts the product into the siblings' base
     projections and, where there is a pair, the low-rank activations of all; `pairs` are the siblings that have one,
     with the place of their activations among these, and their B.
@@ -70,13 +54,28 @@ class Projection(NamedTuple):
     prepacked: Prepacked | None
 
 
-class Group:
-    """Linear layers that read one input, alike in every layer of the model, and what is fused for them now.
+Pairs = list[list[FusedPair] | None]
+"""By sibling and layer; None for a sibling that no adapter of the mixture changes."""
 
-    `modules[s][i]` is the name of sibling `s` in layer `i`. `active` is None while the mixture touches none of them,
-    else `active[s][i]` is a sibling's pair in a layer, None where it has none; `projections[i]` is the same for
-    a layer whose weights are stacked. `gate` is None while all rows share one mixture; else it weighs the low-rank
-    activations row by row, or token by token. Buffers stay where they are until a mixture does not fit in.
+
+class Fused(NamedTuple):
+    """What a pass computes in a group: the pairs, and one projection a layer where the weights are stacked.
+
+    `gate` is None while all rows share one mixture; else it weighs the low-rank activations row by row, or token by
+    token.
+    """
+
+    pairs: Pairs
+    projections: list[FusedProjection] | None
+    gate: Float[Tensor, "batch _ rank"] | None = None  # one for all tokens of a row, or one for each
+
+
+class Group:
+    """Linear layers that read one input, alike in every layer of the model, and the buffers that mixtures are fused in.
+
+    `modules[s][i]` is the name of sibling `s` in layer `i`. `active` is what the layers compute with now; while it is
+    None they are the base's. `write` and `idle` set it, `clear` unsets it, `activate` sets it to what was written last.
+    Buffers stay where they are until a mixture does not fit in. `ways` says how the products are computed.
 
     A compiled pass must find tensors of one shape at one place, whatever the mixture. `write(..., batch=...)` gives it
     the ranks that `padded` says for each sibling, and a gate that is zero beyond the mixture.
@@ -94,25 +93,35 @@ class Group:
         self.modules = tuple(tuple(names) for names in modules)
         self.d_in = d_in
         self.d_outs = tuple(d_outs)
-        self.active: list[list[LowRank] | None] | None = None
-        self.projections: list[Projection] | None = None
-        self.gate: Float[Tensor, "batch _ rank"] | None = None  # one for all tokens of a row, or one for each
+        self.ways = Ways()
+        self.active: Fused | None = None
         self.num_allocations = 0
-        self.num_copies = 0  # of an adapter's A into the buffer
         self.padded = (0,) * len(self.modules)
-        self._gates: dict[int, Tensor] = {}  # by batch
+        self._written: Fused | None = None
+        self._gates: dict[int, Tensor] = {}  # of compiled passes, by batch
         self._ends = tuple(accumulate(self.d_outs, initial=0))  # of the siblings' rows in a stacked weight
         self._a = torch.empty(self.num_layers, 0, d_in, dtype=dtype, device=device)
         self._b = [torch.empty(self.num_layers, 0, d_out, dtype=dtype, device=device) for d_out in self.d_outs]
         self._linears: list[list[nn.Linear]] | None = None  # [sibling][layer], once stacked
         self._weights: list[Float[Tensor, "rows d_in"]] = []  # of the layers, once stacked
         self._biases: list[Float[Tensor, " rows"] | None] = []
-        self._prepacked: list[Tensor] = []  # the layers' base weights once more, where they are prepacked
+        self._prepacked: dict[int, Tensor] = {}  # base weights once more, by layer
         self._packed_versions: list[int] = []  # of the weights, when they were
-        # By sibling and first row of B, what lies there: the block, the first row of its sibling's A, the weight in B.
-        self._laid: dict[tuple[int, int], tuple[ref[Block], int, float]] = {}
+        # By sibling and first row of B, what lies there: the LoRA, the first row of its sibling's A, the weight in B.
+        self._laid: dict[tuple[int, int], tuple[ref[StackedLora], int, float]] = {}
         # By the siblings' ranks, the least recently used first.
-        self._views: dict[tuple[int, ...], tuple[list[list[LowRank] | None], list[Projection] | None]] = {}
+        self._views: dict[tuple[int, ...], tuple[Pairs, list[FusedProjection] | None]] = {}
+
+    @property
+    def label(self) -> str:
+        """What its layers are called, whatever their number."""
+        return ", ".join(names[0].rpartition(".")[2] for names in self.modules)
+
+    @property
+    def gains(self) -> bool:
+        """Whether its `ways` pay without an adapter: a lone layer that is stacked is as it was."""
+        as_before = {"plain"} if len(self.modules) > 1 else {"plain", "stacked"}
+        return not {self.ways.one_row, self.ways.few_rows} <= as_before
 
     @property
     def dtype(self) -> torch.dtype:
@@ -138,7 +147,7 @@ class Group:
         """Lays the weights of the siblings, `linears[s][i]`, and A into one tensor; the weights become views of it."""
         self._linears = [list(layers) for layers in linears]
         self._b = [b.to(self._linears[0][0].weight.device) for b in self._b]
-        self._lay(self.capacity)
+        self._allocate(self.capacity)
 
     def unstack(self) -> None:
         """Gives the base layers tensors of their own again."""
@@ -149,20 +158,19 @@ class Group:
                 if parameter is not None:
                     parameter.data = _empty_as(parameter, parameter.shape).copy_(parameter.data)
         self._a = self._a.clone()
+        self._linears, self._weights, self._biases, self._prepacked = None, [], [], {}
         self._laid.clear()
-        self._linears, self._weights, self._biases, self._prepacked = None, [], [], []
-        self._views.clear()
-        self.clear()
+        self._forget_views()
 
-    def prepack(self, pack: Callable[[Tensor], Tensor]) -> None:
-        """Holds the base weights of a stacked group once more, as `pack` lays them out."""
+    def prepack(self, pack: Callable[[Tensor], Tensor], *, layers: Collection[int] | None = None) -> None:
+        """Holds the base weights of a stacked group once more, as `pack` lays them out; those of some layers alone."""
         self._pack, self._packed_versions = pack, self._versions()
-        self._prepacked = [pack(weight[: self._ends[-1]]) for weight in self._weights]
-        self._views.clear()
-        self.clear()
+        layers = range(self.num_layers) if layers is None else layers
+        self._prepacked = {i: pack(self._weights[i][: self._ends[-1]]) for i in layers}
+        self._forget_views()
 
     def repack(self) -> bool:
-        """Lays prepacked weights out anew, and fuses nothing, where the base's were changed since; says whether."""
+        """Lays prepacked weights out again where the base's were changed since, which fuses nothing; says whether."""
         if not self._prepacked or self._versions() == self._packed_versions:
             return False
         self.prepack(self._pack)
@@ -176,7 +184,7 @@ class Group:
     @property
     def prepacked_nbytes(self) -> int:
         """Bytes of memory that prepacked weights take."""
-        return sum(weight.numel() * weight.itemsize for weight in self._prepacked)
+        return sum(weight.numel() * weight.itemsize for weight in self._prepacked.values())
 
     def reserve(self, rank: int, ranks: Sequence[int]) -> None:
         """Makes room for mixtures of this rank, all siblings together, and of `ranks` for each of them."""
@@ -184,11 +192,10 @@ class Group:
             if needed > b.shape[1]:
                 self._b[s] = b.new_zeros(b.shape[0], needed, b.shape[2])
                 self._laid.clear()
-                self._views.clear()
+                self._forget_views()
                 self.num_allocations += 1
         if rank > self.capacity:
-            self._lay(rank)
-            self._views.clear()
+            self._allocate(rank)
             self.num_allocations += 1
 
     def pad(self, ranks: Sequence[int]) -> None:
@@ -197,69 +204,75 @@ class Group:
             return
         self.padded = tuple(ranks)
         self.reserve(sum(ranks), ranks)
-        self._views.clear()
+        self._forget_views()
         self._gates.clear()
 
     def write(
         self,
-        blocks: Sequence[Sequence[Block]],
+        loras: Sequence[Sequence[StackedLora]],
         weights: Sequence[Sequence[float]],
         gate: Tensor | None,
         *,
         batch: int | None = None,
     ) -> None:
-        """Lays the blocks of each sibling side by side, B times its weight, and makes them the active pairs.
+        """Lays the LoRAs of each sibling side by side, B times its weight, and makes them the active pairs.
 
         With a `batch`, for a compiled pass over as many rows: then the gate, too, is padded.
         """
-        ranks = tuple(sum(block.rank for block in own) for own in blocks)
-        if batch is not None:
-            ranks = self.padded
-        if sum(ranks) > self.capacity or any(r > b.shape[1] for r, b in zip(ranks, self._b, strict=True)):
-            grown = [r if r <= b.shape[1] else max(r, 2 * b.shape[1]) for r, b in zip(ranks, self._b, strict=True)]
-            self.reserve(self.capacity if sum(ranks) <= self.capacity else max(sum(ranks), 2 * self.capacity), grown)
+        ranks = tuple(sum(lora.rank for lora in each) for each in loras) if batch is None else self.padded
+        self._make_room(ranks)
         row, before = 0, self._laid
         self._laid = {}  # of what breaks off half-way, nothing is known
-        laid: dict[tuple[int, int], tuple[ref[Block], int, float]] = {}
-        for s, (own, own_weights, b, rank) in enumerate(zip(blocks, weights, self._b, ranks, strict=True)):
+        laid: dict[tuple[int, int], tuple[ref[StackedLora], int, float]] = {}
+        for sibling, (each, own_weights, b, rank) in enumerate(zip(loras, weights, self._b, ranks, strict=True)):
             start = 0
-            for block, weight in zip(own, own_weights, strict=True):
-                old, old_row, old_weight = before.get((s, start), (None, None, None))
-                is_there = old is not None and old() is block
+            for lora, weight in zip(each, own_weights, strict=True):
+                old, old_row, old_weight = before.get((sibling, start), (None, None, None))
+                is_there = old is not None and old() is lora
                 if not is_there or old_row != row:
-                    self._a[:, row + start : row + start + block.rank].copy_(block.a)
-                    self.num_copies += 1
+                    self._a[:, row + start : row + start + lora.rank].copy_(lora.a)
                 if not is_there or old_weight != weight:
-                    torch.mul(block.b, weight, out=b[:, start : start + block.rank])
-                laid[s, start] = (ref(block), row, weight)
-                start += block.rank
+                    torch.mul(lora.b, weight, out=b[:, start : start + lora.rank])
+                laid[sibling, start] = (ref(lora), row, weight)
+                start += lora.rank
             row += rank
         self._laid = laid
-        self.active, self.projections = self._view(ranks)
-        if batch is None or gate is None:
-            self.gate = None if gate is None else gate.to(self._a.dtype)
-            return
-        if batch not in self._gates:
-            self._gates[batch] = _in_place(self._a.new_zeros(batch, 1, sum(ranks)))
-        self.gate = self._gates[batch]
-        self.gate.copy_(gate)
+        self._written = Fused(*self._view(ranks), self._kept_gate(gate, batch))
+        self.active = self._written
 
-    def rest(self, *, plain: bool) -> None:
-        """Fuses nothing here; unless `plain`, stacked siblings are still one product."""
-        self.clear()
-        if self.is_stacked and not plain:
-            self.active, self.projections = self._view((0,) * len(self.modules))
+    def idle(self, *, stacked: bool = True) -> None:
+        """Fuses nothing here; where `stacked`, siblings whose weights are stacked are one product all the same."""
+        ranks = (0,) * len(self.modules)
+        self._written = Fused(*self._view(ranks)) if stacked and self.is_stacked else None
+        self.active = self._written
 
-    def buffers(self) -> list[Tensor]:
-        """What it writes into; a stacked group's first one holds the base weights, too."""
-        return [self._a, *self._b]
+    def rehearse(self, rank: int) -> None:
+        """Makes pairs of this rank active, of whatever lies in the buffers, where there is room: for timing."""
+        self.active = Fused(*self._view(tuple(min(rank, b.shape[1]) for b in self._b)))
+
+    def activate(self) -> None:
+        """Makes active what was written last, or nothing where the group was idle."""
+        self.active = self._written
 
     def clear(self) -> None:
-        """Leaves the base layers alone."""
-        self.active = self.projections = self.gate = None
+        """Leaves the base layers alone; what was written stays where it is."""
+        self.active = None
 
-    def _lay(self, capacity: int) -> None:
+    def buffers(self) -> list[Tensor]:
+        """The tensors that it writes into; a stacked group's first one holds the base weights, too."""
+        return [self._a, *self._b]
+
+    def _make_room(self, ranks: Sequence[int]) -> None:
+        """Doubles the buffers that are too small for pairs of these ranks."""
+        if sum(ranks) <= self.capacity and all(rank <= b.shape[1] for rank, b in zip(ranks, self._b, strict=True)):
+            return
+        grown = [r if r <= b.shape[1] else max(r, 2 * b.shape[1]) for r, b in zip(ranks, self._b, strict=True)]
+        self.reserve(self.capacity if sum(ranks) <= self.capacity else max(sum(ranks), 2 * self.capacity), grown)
+
+    def _allocate(self, capacity: int) -> None:
+        """Makes a buffer for A of this capacity; in a stacked group, under the base weights, which move there."""
         self._laid.clear()
+        self._forget_views()
         if self._linears is None:
             self._a = self._a.new_zeros(self.num_layers, capacity, self.d_in)
             return
@@ -274,44 +287,49 @@ class Group:
             bias = self._weights[i].new_zeros(end + capacity) if biased else None
             self._biases.append(bias)
             for linear, (start, stop) in zip(linears, pairwise(self._ends), strict=True):
-                self._move(linear.weight, self._weights[i][start:stop])
+                _move(linear.weight, self._weights[i][start:stop])
                 if bias is not None and linear.bias is not None:
-                    self._move(linear.bias, bias[start:stop])
+                    _move(linear.bias, bias[start:stop])
         if whole is None:
             self._a = first.weight.new_empty(self.num_layers, 0, self.d_in).detach()
         else:
             self._a = whole[:, end:].zero_()  # what a gate of zero leaves out must be finite
+
+    def _forget_views(self) -> None:
         self._views.clear()
-        self.clear()
+        self._written = self.active = None
 
-    @staticmethod
-    def _move(parameter: Tensor, place: Tensor) -> None:
-        place.copy_(parameter.data)
-        parameter.data = place
+    def _kept_gate(self, gate: Tensor | None, batch: int | None) -> Tensor | None:
+        """The gate in the dtype of A; that of a compiled pass always lies at one place."""
+        if batch is None or gate is None:
+            return None if gate is None else gate.to(self._a.dtype)
+        if batch not in self._gates:
+            self._gates[batch] = _static(self._a.new_zeros(batch, *gate.shape[1:]))
+        return self._gates[batch].copy_(gate)
 
-    def _view(self, ranks: tuple[int, ...]) -> tuple[list[list[LowRank] | None], list[Projection] | None]:
-        found = self._views.pop(ranks, None) or self._make_views(ranks)
-        self._views[ranks] = found
+    def _view(self, ranks: tuple[int, ...]) -> tuple[Pairs, list[FusedProjection] | None]:
+        views = self._views.pop(ranks, None) or self._make_views(ranks)
+        self._views[ranks] = views
         if len(self._views) > MAX_VIEWS:
-            del self._views[next(known for known in self._views if known != self.padded)]
-        return found
+            del self._views[next(others for others in self._views if others != self.padded)]
+        return views
 
-    def _make_views(self, ranks: tuple[int, ...]) -> tuple[list[list[LowRank] | None], list[Projection] | None]:
+    def _make_views(self, ranks: tuple[int, ...]) -> tuple[Pairs, list[FusedProjection] | None]:
         layers = range(self.num_layers)
         rows = [slice(start, stop) for start, stop in pairwise(accumulate(ranks, initial=0))]
-        place = _in_place if ranks == self.padded else Tensor.detach
-        pairs = [
-            [LowRank(place(self._a[i, own].T), place(b[i, :rank]), own) for i in layers] if rank else None
-            for own, b, rank in zip(rows, self._b, ranks, strict=True)
+        view = _static if ranks == self.padded else Tensor.detach
+        pairs: Pairs = [
+            [FusedPair(view(self._a[i, of_a].T), view(b[i, :rank]), of_a) for i in layers] if rank else None
+            for of_a, b, rank in zip(rows, self._b, ranks, strict=True)
         ]
         if self._linears is None:
             return pairs, None
         end = self._ends[-1] + sum(ranks)
         sizes = self.d_outs + ((sum(ranks),) if any(ranks) else ())
         projections = [
-            Projection(
-                place(self._weights[i][:end]),
-                None if (bias := self._biases[i]) is None else place(bias[:end]),
+            FusedProjection(
+                view(self._weights[i][:end]),
+                None if (bias := self._biases[i]) is None else view(bias[:end]),
                 sizes,
                 tuple((s, pair[i].rows, pair[i].b) for s, pair in enumerate(pairs) if pair is not None),
                 self._prepacked_of(i, end),
@@ -321,7 +339,7 @@ class Group:
         return pairs, projections
 
     def _prepacked_of(self, layer: int, end: int) -> Prepacked | None:
-        if not self._prepacked:
+        if layer not in self._prepacked:
             return None
         width, bias = self._ends[-1], self._biases[layer]
         a = self._weights[layer][width:end].detach()
@@ -340,7 +358,13 @@ def _empty_as(parameter: Tensor, shape: Sequence[int]) -> Tensor:
     return flat[start:].view(shape)
 
 
-def _in_place(tensor: Tensor) -> Tensor:
+def _move(parameter: Tensor, place: Tensor) -> None:
+    """Moves a parameter's values, and the parameter is a view of their new place."""
+    place.copy_(parameter.data)
+    parameter.data = place
+
+
+def _static(tensor: Tensor) -> Tensor:
     """Tells `torch.compile` that a tensor stays where it is, so that a CUDA graph reads it there and copies nothing."""
     torch._dynamo.mark_static_address(tensor)
     return tensor

@@ -4,6 +4,7 @@
 same input; `detach` puts the very same base layers back.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -11,15 +12,17 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dlp_lora.bank.cpu import _is_faster_in_halves, linear, prepacked_linear
-from dlp_lora.bank.group import Group, LowRank, Projection
-
-# On a CPU, up to so many rows times a narrow matrix are faster in float32 than in bfloat16 (docs/log.md).
-FEW_ROWS = 32
+from dlp_lora.bank.cpu import prepacked_product, product
+from dlp_lora.bank.group import Fused, FusedProjection, Group
+from dlp_lora.bank.paths import FEW_ROWS, Way
 
 
 class Outputs:
-    """What one product gave the siblings of a layer, until each has taken its own."""
+    """What one product gave the siblings of a layer, until each has taken its own.
+
+    The first sibling that is called computes for all; the others are called with the very same input, and the last one
+    takes its output away.
+    """
 
     def __init__(self) -> None:
         self.x: Tensor | None = None
@@ -29,7 +32,7 @@ class Outputs:
 class FusedLinear(nn.Module):
     """A base layer plus the fused pair of its group: `y = W x + ((x A) * gate) B`.
 
-    In a stacked group, the sibling that is called first computes all of them in one product.
+    While nothing is active in its group it is the base layer, bit for bit. A deep copy is a copy of the base layer.
     """
 
     def __init__(self, base_layer: nn.Module, group: Group, sibling: int, layer: int, outputs: Outputs) -> None:
@@ -42,59 +45,51 @@ class FusedLinear(nn.Module):
         self._plain = is_plain(base_layer)
 
     def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
-        active = self.group.active
-        if active is None:
+        fused = self.group.active
+        if fused is None:
             return self._base(x)
         # A stacked weight has no gradient: where one is asked for, the base layers are called.
-        if self.group.projections is not None and not torch.is_grad_enabled():
-            return self._take(x)
-        pairs = active[self.sibling]
-        return self._base(x) if pairs is None else self._concatenated(x, pairs[self.layer])
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The base layer's, under its own names: what is saved is an ordinary checkpoint of the base model."""
-        return self.base_layer.state_dict(*args, **kwargs)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for key in [key for key in state_dict if key.startswith(prefix)]:
-            state_dict[f"{prefix}base_layer.{key.removeprefix(prefix)}"] = state_dict.pop(key)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        if fused.projections is None or torch.is_grad_enabled():
+            return self._alone(x, fused)
+        way: Way = "stacked" if torch.compiler.is_compiling() else self.group.ways.way(x.numel() // x.shape[-1])
+        return self._alone(x, fused) if way == "plain" else self._with_siblings(x, fused, way)
 
     def _base(self, x: Tensor) -> Tensor:
         base = self.base_layer
         y: Tensor = F.linear(x, base.weight, base.bias) if self._plain else base(x)  # type: ignore[arg-type]
         return y
 
-    def _concatenated(self, x: Tensor, pair: LowRank) -> Tensor:
-        y = self._base(x)
-        flat = y.view(-1, y.shape[-1])
-        h = x.reshape(-1, x.shape[-1]).to(pair.a.dtype) @ pair.a  # (rows, rank)
-        if self.group.gate is not None:
-            weigh(h, self.group.gate[..., pair.rows])
-        add_product_(flat, h.to(_dtype_for(flat, pair.b.dtype)), pair.b)
+    def _alone(self, x: Tensor, fused: Fused) -> Tensor:
+        y, pairs = self._base(x), fused.pairs[self.sibling]
+        if pairs is None:
+            return y
+        a, b, rows = pairs[self.layer]
+        low = x.reshape(-1, x.shape[-1]).to(a.dtype) @ a  # (rows, rank)
+        if fused.gate is not None:
+            weigh(low, fused.gate[..., rows])
+        add_product(y.view(-1, y.shape[-1]), low, b)
         return y
 
-    def _take(self, x: Tensor) -> Tensor:
+    def _with_siblings(self, x: Tensor, fused: Fused, way: Way) -> Tensor:
         outputs = self.outputs
         if outputs.x is not x:
-            outputs.x, outputs.ready = x, self._project(x)
+            outputs.x, outputs.ready = x, self._compute(x, fused, way)
         y = outputs.ready[self.sibling]
         if self.sibling == len(outputs.ready) - 1:
             outputs.x, outputs.ready = None, []
         return y
 
-    def _project(self, x: Tensor) -> list[Tensor]:
-        projection: Projection = self.group.projections[self.layer]  # type: ignore[index]
-        shape = x.shape[:-1]
-        outs = project(x.reshape(-1, x.shape[-1]), projection, self.group.dtype)
-        if projection.pairs:
-            low = outs.pop()
-            low = low.to(_dtype_for(low, self.group.dtype))
-            if self.group.gate is not None:
-                weigh(low, self.group.gate)
+    def _compute(self, x: Tensor, fused: Fused, way: Way) -> list[Tensor]:
+        """The outputs of all siblings."""
+        projection: FusedProjection = fused.projections[self.layer]  # type: ignore[index]
+        ys, low = project(x.reshape(-1, x.shape[-1]), projection, way, self.group.dtype)
+        if low is not None:
+            if fused.gate is not None:
+                weigh(low, fused.gate)
             for sibling, rows, b in projection.pairs:
-                add_product_(outs[sibling], low[:, rows], b)
-        return [out.view(*shape, -1) for out in outs]
+                add_product(ys[sibling], low[:, rows], b)
+        shape = x.shape[:-1]
+        return [y.view(*shape, -1) for y in ys]
 
     @property
     def weight(self) -> Tensor:
@@ -106,26 +101,46 @@ class FusedLinear(nn.Module):
         """The base layer's bias."""
         return self.base_layer.bias  # type: ignore[return-value]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        return copy.deepcopy(self.base_layer, memo)
 
-def project(x: Float[Tensor, "rows d_in"], projection: Projection, dtype: torch.dtype) -> list[Float[Tensor, "rows _"]]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The base layer's, under its own names: what is saved is an ordinary checkpoint of the base model."""
+        return self.base_layer.state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            state_dict[f"{prefix}base_layer.{key.removeprefix(prefix)}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def project(
+    x: Float[Tensor, "rows d_in"], projection: FusedProjection, way: Way, dtype: torch.dtype
+) -> tuple[list[Float[Tensor, "rows _"]], Float[Tensor, "rows rank"] | None]:
     """Gives the siblings' base projections and, where there are pairs, the low-rank activations of all; those of few
-    rows may be in `dtype`, that of B."""
+    rows are in `dtype`, that of B, which is faster than to narrow B."""
     weight, bias, sizes, pairs, packed = projection
-    if torch.compiler.is_compiling() or packed is None or _is_faster_in_halves(x):
-        return list(linear(x, weight, bias).split(sizes, dim=1))
-    y = prepacked_linear(x, packed.weight, packed.bias)
+    few = x.shape[0] <= FEW_ROWS
+    if way == "prepacked" and packed is not None:
+        y = prepacked_product(x, packed.weight, packed.bias)
+        ys = [*y.split(sizes[: len(sizes) - bool(pairs)], dim=1)]
+        low_dtype = dtype if few else x.dtype
+        return ys, F.linear(x.to(low_dtype), packed.a.to(low_dtype)) if pairs else None
+    ys = list(product(x, weight, bias, way).split(sizes, dim=1))
     if not pairs:
-        return list(y.split(sizes, dim=1))
-    dtype = _dtype_for(x, dtype)
-    return [*y.split(sizes[:-1], dim=1), F.linear(x.to(dtype), packed.a.to(dtype))]
+        return ys, None
+    low = ys.pop()
+    return ys, low.to(dtype) if few else low
 
 
-def add_product_(y: Float[Tensor, "rows d_out"], h: Float[Tensor, "rows rank"], b: Float[Tensor, "rank d_out"]) -> None:
-    """Adds `h B`, in place, as base projections are wide; h is in the dtype to compute in."""
-    if h.dtype == y.dtype:
-        y.addmm_(h, b.to(y.dtype))
+def add_product(y: Float[Tensor, "rows d_out"], h: Float[Tensor, "rows rank"], b: Float[Tensor, "rank d_out"]) -> None:
+    """Adds `h B` to base projections, which are wide, in place; of many rows in the dtype of y."""
+    if y.shape[0] > FEW_ROWS:
+        h, b = h.to(y.dtype), b.to(y.dtype)
+    if y.dtype == b.dtype:
+        y.addmm_(h.to(y.dtype), b)
     else:
-        y.add_(h @ b)
+        y.add_(h.to(b.dtype) @ b)
 
 
 def weigh(h: Float[Tensor, "*rows rank"], gate: Float[Tensor, "batch _ rank"]) -> None:
@@ -133,11 +148,6 @@ def weigh(h: Float[Tensor, "*rows rank"], gate: Float[Tensor, "batch _ rank"]) -
     # Some models give a layer the tokens of all rows as one list, and their head the last tokens of each row alone.
     tokens = h.view(gate.shape[0], -1, h.shape[-1])
     tokens.mul_(gate[:, -tokens.shape[1] :])
-
-
-def _dtype_for(y: Float[Tensor, "rows d_out"], dtype: torch.dtype) -> torch.dtype:
-    """Few rows are computed in the dtype of B, which is faster than to narrow B."""
-    return dtype if y.shape[0] <= FEW_ROWS else y.dtype
 
 
 def is_plain(layer: nn.Module) -> bool:

@@ -100,7 +100,7 @@ class Adapter:
     modules: Mapping[str, LoraWeights]
     config: Mapping[str, Any]
     path: Path
-    # Base weights that the folder holds copies of, with their keys in its weights file; `fused.attach` compares them.
+    # Base weights that the folder holds copies of, with their keys in its weights file; `attach.attach` compares them.
     base_copies: Mapping[str, str] = field(default_factory=dict)
 
     @property

@@ -17,6 +17,7 @@ from dlp_lora.cli.options import with_options, words
 from dlp_lora.cli.progress import progress
 from dlp_lora.files import write_text
 from dlp_lora.lab.bench.bank import BankArgs, bench_bank
+from dlp_lora.lab.bench.contexts import bench_contexts
 from dlp_lora.lab.bench.decode import DecodeArgs, bench_decode
 from dlp_lora.lab.bench.paths import PathsArgs, bench_paths
 from dlp_lora.lab.bench.peers import PeersArgs, bench_peers
@@ -64,6 +65,13 @@ COLUMNS = {
         "allocated": "num_allocations",
         "moved": "num_moved",
         "grown, MB": "growth_mb",
+    },
+    "switch_context": {
+        **_VARIANT,
+        "tokens before": "context",
+        "pass, ms": "pass_ms",
+        "more than a token, ms": "extra_ms",
+        "of a sentence": "over_sentence",
     },
     "bank": {
         **_DECODING,
@@ -135,9 +143,11 @@ def prefill(args: PrefillArgs, output: Output, model: ModelOption = None) -> Non
 def switch(args: SwitchArgs, output: Output, model: ModelOption = None) -> None:
     """Time of a switch in its parts, for mixtures of 1 to --selected adapters, beside PEFT's add_weighted_adapter.
 
-    Example: `dlp-lora bench switch --sizes 10,100`
+    With `--context`, what a switch costs in the middle of a text under each KV policy, beside a sentence of 25 tokens.
+    Examples: `dlp-lora bench switch --sizes 10,100`, or `dlp-lora bench switch --context 128,512,2048`
     """
-    _run(partial(bench_switch, base_model(model), args), args.device, output)
+    measure = bench_contexts if args.context else bench_switch
+    _run(partial(measure, base_model(model), args), args.device, output)
 
 
 @with_options

@@ -1,6 +1,5 @@
 """Commands on bundles: bundle, add-task, remove-task."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +8,7 @@ import typer
 from dlp_lora.cli.common import JsonOption, ModelOption, base_model, base_of, say
 from dlp_lora.cli.json_lines import print_json
 from dlp_lora.files import check_replaceable, name_of
+from dlp_lora.policy import RoutingSettings
 
 
 def bundle(
@@ -28,7 +28,9 @@ def bundle(
     margin: Annotated[
         float | None, typer.Option(help="By how much another adapter must be likelier. [default: 0.2]")
     ] = None,
-    kv_policy: Annotated[str, typer.Option(help="What a switch does to the KV cache: keep or recompute.")] = "keep",
+    kv_policy: Annotated[
+        str, typer.Option(help="What a switch does to the KV cache: recompute or keep.")
+    ] = RoutingSettings.kv_policy,
     prompt_routing: Annotated[
         str, typer.Option(help="What is routed: whole (the prompt), questions (of it, in turn), or sentences (Eq. 6).")
     ] = "questions",
@@ -41,12 +43,16 @@ def bundle(
     from dlp_lora.bank.check import check_adapters, model_layout
     from dlp_lora.engine.bundle import BUNDLE_FILE, check_names, write_bundle
     from dlp_lora.errors import AdapterError
-    from dlp_lora.policy import check_choices, policy_to_dict
 
     check_replaceable(out, BUNDLE_FILE)
-    check_choices(kv_policy=kv_policy, prompt_routing=prompt_routing)
     given: dict[str, Any] = {"unsure": unsure, "min_tokens": min_tokens, "margin": margin}
     switching = {key: value for key, value in given.items() if value is not None}
+    settings = RoutingSettings(
+        policy=TopP(p, weighting=weighting, min_confidence=min_confidence),  # type: ignore[arg-type]
+        switching=Switching(**switching),
+        kv_policy=kv_policy,  # type: ignore[arg-type]
+        prompt_routing=prompt_routing,  # type: ignore[arg-type]
+    )
     base = base_model(model)
     checks = check_adapters(model_layout(base), adapters)
     if refused := [check for check in checks if not check.fits]:
@@ -59,10 +65,7 @@ def bundle(
         base_model=base,
         adapters={check.name: check.path for check in checks},
         router=found,
-        policy=policy_to_dict(TopP(p, weighting=weighting, min_confidence=min_confidence)),  # type: ignore[arg-type]
-        switching=asdict(Switching(**switching)),
-        kv_policy=kv_policy,
-        prompt_routing=prompt_routing,
+        settings=settings,
     )
     say(f"wrote {out}: {len(checks)} adapters, {'a router' if found else 'no router'}, base {base}")
 

@@ -1,9 +1,10 @@
 """The route command."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -33,7 +34,7 @@ def route(
     from dlp_lora.engine.bundle import FILES, check_names, read_bundle
     from dlp_lora.errors import BundleError
     from dlp_lora.files import local_folder
-    from dlp_lora.policy import PromptRouting, Switching, TopP, policy_from_dict, with_p
+    from dlp_lora.policy import RoutingSettings, with_p
     from dlp_lora.router.questions import decide, read_held
 
     if bundle is not None and router is None:
@@ -42,18 +43,17 @@ def route(
             raise ValueError(f"{bundle} has no router; train one with train-router")
         chooser = _load(parts.router, lambda: base_of(parts, model))
         check_names(chooser.names, list(parts.adapters))
-        policy, prompt_routing = policy_from_dict(parts.policy), cast(PromptRouting, parts.prompt_routing)
-        unsure = Switching(**parts.switching).unsure
+        settings = parts.settings
     elif router is not None and bundle is None:
         chooser = _load(router, lambda: base_model(model))
-        policy, prompt_routing, unsure = TopP(), "questions", Switching().unsure
+        settings = RoutingSettings()
     else:
         raise ValueError("give --router or --bundle, and not both")
-    policy = policy if p is None else with_p(policy, p)
+    if p is not None:
+        settings = replace(settings, policy=with_p(settings.policy, p))
     read = partial(read_held, chooser)
     for _, record in questions(prompt):
-        context = context_of(record)
-        print_json(decide(read, context, policy=policy, unsure=unsure, prompt_routing=prompt_routing).to_dict())
+        print_json(decide(read, context_of(record), settings).to_dict())
 
 
 def context_of(record: dict[str, Any]) -> "Context":

@@ -12,8 +12,7 @@ standard deviations; `docs/log.md` has what this changes, and what reading token
 It is the one router that runs the base model, which is why it lives here and not with the others.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +25,6 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from dlp_lora.bank.attach import linear_layers
 from dlp_lora.bank.bank import AdapterBank
-from dlp_lora.bank.linear import FusedLinear
 from dlp_lora.bank.peft_format import Adapter, LoraWeights, find_adapters, read_adapter
 from dlp_lora.errors import AdapterError, RouterError
 from dlp_lora.router import Context
@@ -168,8 +166,7 @@ def excitation(
 
     handles = [base.get_submodule(module).register_forward_pre_hook(reading(module)) for module in prototypes]
     try:
-        with _unfused(base):
-            base.base_model(input_ids=ids, use_cache=False)
+        base.base_model(input_ids=ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
@@ -223,20 +220,6 @@ def _samples(base: PreTrainedModel, *, seed: int) -> Int[Tensor, "batch seq"]:
             start, attention_mask=torch.ones_like(start), generation_config=config
         )
     return samples
-
-
-@contextmanager
-def _unfused(base: nn.Module) -> Iterator[None]:
-    """The base model alone, whatever mixture an engine has fused into it."""
-    groups = {module.group for module in base.modules() if isinstance(module, FusedLinear)}
-    before = [(group, group.active, group.projections, group.gate) for group in groups]
-    for group in groups:
-        group.clear()
-    try:
-        yield
-    finally:
-        for group, active, projections, gate in before:
-            group.active, group.projections, group.gate = active, projections, gate
 
 
 def _check_base(base: PreTrainedModel, prototypes: Mapping[str, Tensor], tokenizer: Tokenizer) -> None:

@@ -1,6 +1,6 @@
 """A bundle: one folder that holds all that an engine needs beside the base model, or the base model's name.
 
-bundle.json            base model, policy, switching, KV policy, prompt routing, hashes of the adapters and the router
+bundle.json            base model, routing settings, hashes of the adapters and the router
 adapters/<name>/       ordinary PEFT adapter folders
 router/                the router, if there is one
 """
@@ -16,12 +16,12 @@ from typing import Any
 from dlp_lora.bank.peft_format import CONFIG_FILE, WEIGHTS_FILE, content_hash
 from dlp_lora.errors import BundleError, RouterError
 from dlp_lora.files import recover_folder, replace_folder
-from dlp_lora.policy import Switching, check_choices, policy_from_dict
+from dlp_lora.policy import RoutingSettings
 from dlp_lora.router import Router, folder_hash
 
 BUNDLE_FILE = "bundle.json"
 FILES = (BUNDLE_FILE, "adapters/*", "router/*")
-FORMAT = 1
+FORMAT = 2  # 1 had the routing settings side by side with the rest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +31,8 @@ class Bundle:
     base_model: str
     adapters: Mapping[str, Path]
     router: Path | None
-    policy: Mapping[str, Any]
-    switching: Mapping[str, Any]
-    kv_policy: str
-    prompt_routing: str
+    settings: RoutingSettings
+    format: int = FORMAT
 
 
 def is_bundle(path: str | Path) -> bool:
@@ -54,26 +52,20 @@ def read_bundle(path: str | Path) -> Bundle:
         raise BundleError(f"{path} is not a bundle: it has no {BUNDLE_FILE}; make one with `dlp-lora bundle`")
     try:
         data = json.loads((path / BUNDLE_FILE).read_text(encoding="utf-8"))
-        if data["format"] != FORMAT:
+        if data["format"] not in (1, FORMAT):
             raise BundleError(
-                f"{path} has bundle format {data['format']}; this version reads {FORMAT}; upgrade dlp-lora"
+                f"{path} has bundle format {data['format']}; this version reads up to {FORMAT}; upgrade dlp-lora"
             )
         hashes = dict(data["adapters"])
         bundle = Bundle(
             base_model=data["base_model"],
             adapters={name: path / "adapters" / name for name in hashes},
             router=path / "router" if data["router"] else None,
-            policy=data["policy"],
-            switching=data["switching"],
-            kv_policy=data["kv_policy"],
-            prompt_routing=data.get("prompt_routing", "whole"),  # older bundles know no other
+            settings=_settings(data),
+            format=data["format"],
         )
-        for value, kind in ((bundle.base_model, str), (bundle.policy, dict), (bundle.switching, dict)):
-            if not isinstance(value, kind):
-                raise TypeError(f"{value!r} where a {kind.__name__} is expected")
-        policy_from_dict(bundle.policy)
-        Switching(**bundle.switching)
-        check_choices(kv_policy=bundle.kv_policy, prompt_routing=bundle.prompt_routing)
+        if not isinstance(bundle.base_model, str):
+            raise TypeError(f"{bundle.base_model!r} where a str is expected")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BundleError(f"{path / BUNDLE_FILE} is damaged ({error!r}); make the bundle again") from error
     for name, folder in bundle.adapters.items():
@@ -100,16 +92,15 @@ def write_bundle(
     base_model: str,
     adapters: Mapping[str, Path],
     router: Router | None,
-    policy: Mapping[str, Any],
-    switching: Mapping[str, Any],
-    kv_policy: str,
-    prompt_routing: str,
+    settings: RoutingSettings,
 ) -> None:
     """Writes a bundle folder; the one that was there before is replaced at the very end.
 
     Raises:
         BundleError: if an adapter's name cannot name a folder.
+        ValueError: if the policy is not one of this package's, which alone can be saved by name.
     """
+    written = settings.to_dict()
     for name in adapters:
         _check_name(name)
     with replace_folder(path, own=(BUNDLE_FILE, "adapters", "router")) as folder:
@@ -128,10 +119,7 @@ def write_bundle(
             "base_model": base_model,
             "adapters": hashes,
             "router": router is not None and folder_hash(folder / "router"),
-            "policy": dict(policy),
-            "switching": dict(switching),
-            "kv_policy": kv_policy,
-            "prompt_routing": prompt_routing,
+            "settings": written,
         }
         (folder / BUNDLE_FILE).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
@@ -150,6 +138,15 @@ def check_names(routed: Sequence[str], held: Sequence[str]) -> None:
         problems.append(f"the router does not know the adapters {', '.join(unrouted)}")
     if problems:
         raise RouterError(f"{' and '.join(problems)}; give the adapters it was trained for, or train it anew")
+
+
+def _settings(data: Mapping[str, Any]) -> RoutingSettings:
+    if data["format"] == 1:
+        names = ("policy", "switching", "kv_policy")
+        # The oldest bundles know no other way than to read a prompt whole.
+        older = {"prompt_routing": data.get("prompt_routing", "whole")}
+        return RoutingSettings.from_dict({**{name: data[name] for name in names}, **older})
+    return RoutingSettings.from_dict(data["settings"])
 
 
 def _check_name(name: str) -> None:

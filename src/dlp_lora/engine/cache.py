@@ -1,63 +1,51 @@
-"""Rows tied to the KV cache that holds their tokens, which they follow wherever it goes."""
+"""KV caches: the rows that are tied to one, and rows of one that are encoded again.
 
-from collections.abc import Iterable, Mapping
+A row follows its cache wherever that goes: reordered by beam search, copied, cropped, or handed back by the caller with
+the next token.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache as cached
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, cache_utils
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from dlp_lora.engine.trace import Row
+from dlp_lora.bank.store import Lease
+from dlp_lora.engine.routing import RowRouter
 
 ROWS = "_dlp_lora_rows"
-
 CACHE_NAMES = ("cache", "past_key_values")  # from transformers 5.24 on, and before
-
 CACHE_NAME = next(name for name in CACHE_NAMES if name in CausalLMOutputWithPast.__dataclass_fields__)
+
+# The arguments that make another layer of the same kind. A layer of a subclass may hold its tensors in another way.
+_LAYERS: Mapping[str, tuple[str, ...]] = {
+    "DynamicLayer": (),
+    "DynamicSlidingWindowLayer": ("sliding_window",),
+    "StaticLayer": ("max_cache_len",),
+    "StaticSlidingWindowLayer": ("max_cache_len", "sliding_window"),
+    "DummyLayer": (),
+}
 
 
 @dataclass(eq=False)
 class CachedRows:
-    """The rows behind one KV cache, and every token in it, padding included; `kept` says which are none."""
+    """The rows behind one KV cache, and every token in it, padding included; `kept` is false for padding."""
 
-    rows: list[Row]
+    rows: list[RowRouter]
     ids: Tensor  # (batch, seq)
     kept: Tensor  # (batch, seq)
-    alive: "Alive"
-
-    def __post_init__(self) -> None:
-        self.alive[id(self)] = self
+    lease: Lease | None = None  # on the adapters that the rows run with
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CachedRows":
-        return CachedRows([row.copy() for row in self.rows], self.ids.clone(), self.kept.clone(), self.alive)
+        return CachedRows([row.copy() for row in self.rows], self.ids.clone(), self.kept.clone(), self.lease)
 
     def append(self, ids: Tensor, kept: Tensor) -> None:
         """Adds tokens to every row."""
         self.ids, self.kept = torch.cat([self.ids, ids], dim=1), torch.cat([self.kept, kept], dim=1)
-
-
-@dataclass(frozen=True)
-class LatestRows:
-    """The rows of a forward pass and every token so far, whether or not its KV cache is still there."""
-
-    rows: list[Row]
-    ids: Tensor  # (batch, seq)
-
-
-Alive = WeakValueDictionary[int, CachedRows]
-"""The rows of every KV cache that is still there."""
-
-
-def adapters_of(alive: Alive) -> set[str]:
-    """Names the adapters that rows run with: those of their mixtures, and of the sentences of their prompts."""
-    caches = [cached for found in alive.valuerefs() if (cached := found()) is not None]
-    rows = [row for cached in caches for row in cached.rows]
-    mixtures = [mixture for row in rows for mixture in (row.mixture, *(s.mixture for s in row.prompt_trace))]
-    return {name for mixture in mixtures for name in mixture}
 
 
 def cache_argument(cache: Cache | None) -> dict[str, Any]:
@@ -77,8 +65,8 @@ def cache_of(output: Any) -> Cache | None:
 
 def rows_of(cache: Cache | None) -> CachedRows | None:
     """Gives the rows that are tied to a cache."""
-    found: CachedRows | None = getattr(cache, ROWS, None)
-    return found
+    rows: CachedRows | None = getattr(cache, ROWS, None)
+    return rows
 
 
 def bind(cache: Cache, rows: CachedRows) -> None:
@@ -109,9 +97,51 @@ class Followed:
         _select(self, torch.arange(len(getattr(self, ROWS).rows)).repeat_interleave(repeats))
 
 
-@cache
+def check_rewritable(cache: Cache | None) -> None:
+    """Checks that rows of a cache can be encoded again and written back.
+
+    Raises:
+        ValueError: if some layer does not hold one plain tensor a row.
+    """
+    if cache is None:
+        return
+    kinds = [type(layer).__name__ for layer in cache.layers]
+    if getattr(cache, "offloading", False):
+        kinds = [f"offloaded {kind}" for kind in kinds]
+    if strange := next((kind for kind in kinds if kind not in _LAYERS), None):
+        raise ValueError(
+            f"kv_policy='recompute' writes rows of the KV cache again, which a {type(cache).__name__} of {strange}s "
+            "does not allow; leave cache_implementation out, or use kv_policy='keep'"
+        )
+
+
+def empty_like(cache: Cache) -> Cache:
+    """Gives an empty cache of the same kinds of layers."""
+    return Cache(layers=[_empty_layer(layer) for layer in cache.layers])
+
+
+def write_rows(cache: Cache, rows: Sequence[int], source: Cache) -> None:
+    """Writes the keys and values of a cache over some rows of another, in place; both hold as many tokens."""
+    for layer, other in zip(cache.layers, source.layers, strict=True):
+        for name in ("keys", "values"):
+            target, new = getattr(layer, name, None), getattr(other, name, None)
+            if target is None or new is None:
+                continue
+            with torch.inference_mode(target.is_inference()):
+                target.index_copy_(0, torch.tensor(rows, device=target.device), new.to(target.device))
+
+
+@cached
 def _followed(kind: type) -> type:
     return type(kind.__name__, (Followed, kind), {})
+
+
+def _empty_layer(layer: Any) -> Any:
+    kind = type(layer).__name__
+    # A window that no static layer names is as wide as the layer.
+    values = {"sliding_window": getattr(layer, "sliding_window", None) or getattr(layer, "max_cache_len", None)}
+    values |= {name: getattr(layer, name) for name in _LAYERS[kind] if hasattr(layer, name)}
+    return getattr(cache_utils, kind)(**{name: values[name] for name in _LAYERS[kind]})
 
 
 def _select(cache: Any, indices: Tensor) -> None:
@@ -119,4 +149,4 @@ def _select(cache: Any, indices: Tensor) -> None:
     order = indices.tolist()
     if order != list(range(len(known.rows))):
         rows = [known.rows[i].copy() for i in order]
-        setattr(cache, ROWS, CachedRows(rows, known.ids[indices], known.kept[indices], known.alive))
+        setattr(cache, ROWS, CachedRows(rows, known.ids[indices], known.kept[indices], known.lease))

@@ -1,14 +1,97 @@
-"""A call of Hugging Face's `generate`: what may be asked of one that is followed sentence by sentence, and its seed."""
+"""A call: all that says how one answer comes about, and what of Hugging Face's `generate` it may ask for."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+from dlp_lora.policy import Mixture, RoutingSettings
+from dlp_lora.router import Router
+from dlp_lora.sentences import Segmenter, SentenceSegmenter
+
+
+@dataclass(frozen=True)
+class Endings:
+    """The token ids at which `generate` ends a row, and those with which it pads it."""
+
+    eos_ids: frozenset[int] = frozenset()
+    pad_ids: frozenset[int] = frozenset()
+
+    @classmethod
+    def of_model(cls, generation_config: Any, tokenizer: PreTrainedTokenizerBase) -> "Endings":
+        """Those of the model's generation config and of its tokenizer together, for passes outside `generate`."""
+        return cls(
+            _ids(generation_config.eos_token_id) | _ids(tokenizer.eos_token_id),
+            _ids(generation_config.pad_token_id) | _ids(tokenizer.pad_token_id),
+        )
+
+    @classmethod
+    def of_call(cls, kwargs: Mapping[str, Any], generation_config: Any) -> "Endings":
+        """Those of one call of `generate`: its own arguments, before its config's, before the model's."""
+        eos, pad = (call_setting(name, kwargs, generation_config) for name in ("eos_token_id", "pad_token_id"))
+        return cls(_ids(eos), _ids(pad))
+
+    def is_after_end(self, token: int) -> bool:
+        """Whether a token of a row that has ended is no part of its answer."""
+        return token in self.pad_ids or token in self.eos_ids
+
+    def trim(self, tokens: list[int], special_ids: Collection[int]) -> list[int]:
+        """A row's answer with the token that ends it, without what pads the row.
+
+        Padding without such a token follows a stop string. It is told from text only where it is a special token.
+        """
+        end = next((i + 1 for i, token in enumerate(tokens) if token in self.eos_ids), None)
+        if end is None:
+            padding = self.pad_ids & set(special_ids)
+            end = next((i + 1 for i in reversed(range(len(tokens))) if tokens[i] not in padding), 0)
+        return tokens[:end]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """How one answer comes about: routing settings, router, segmenter, fixed mixtures and endings.
+
+    `mixtures` are what the caller fixed, one for all rows or one a row; None leaves the choice to the router.
+    `segmenter` makes what finds the sentences of a row.
+    """
+
+    settings: RoutingSettings = field(default_factory=RoutingSettings)
+    router: Router | None = None
+    segmenter: Callable[[], Segmenter] = SentenceSegmenter
+    mixtures: tuple[Mixture, ...] | None = None
+    endings: Endings = Endings()
+
+    @property
+    def is_base(self) -> bool:
+        """Whether the caller asked for the base model alone."""
+        return self.mixtures is not None and not any(self.mixtures)
+
+    def changed(self, changes: Mapping[str, Any]) -> "Call":
+        """Gives another call, with changes by the name of a field or of a routing setting."""
+        settings = {name: value for name, value in changes.items() if name in RoutingSettings.names()}
+        rest = {name: value for name, value in changes.items() if name not in settings}
+        call = replace(self, **rest)
+        return replace(call, settings=replace(call.settings, **settings)) if settings else call
+
+    def mixtures_of(self, batch: int) -> list[Mixture]:
+        """Gives the fixed mixture of each row of a batch; none if the router chooses.
+
+        Raises:
+            ValueError: if there are several and they do not divide the batch.
+        """
+        if self.mixtures is None:
+            return []
+        if batch % len(self.mixtures):
+            raise ValueError(
+                f"{len(self.mixtures)} mixtures were fixed for a batch of {batch} rows; give one, or one a row"
+            )
+        return [mixture for mixture in self.mixtures for _ in range(batch // len(self.mixtures))]
+
 
 # What is made from prompts here, or leads to another result than rows with a trace.
 NOT_ARGUMENTS = ("inputs", "input_ids", "inputs_embeds", "attention_mask", "return_dict_in_generate", "assistant_model")
@@ -50,47 +133,6 @@ def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True)
-class Endings:
-    """The token ids at which `generate` ends a row, and those with which it pads it."""
-
-    eos_ids: frozenset[int] = frozenset()
-    pad_ids: frozenset[int] = frozenset()
-
-    @classmethod
-    def of_model(cls, generation_config: Any, tokenizer: PreTrainedTokenizerBase) -> "Endings":
-        """Those of the model's generation config and of its tokenizer together, for passes outside `generate`."""
-        return cls(
-            _ids(generation_config.eos_token_id) | _ids(tokenizer.eos_token_id),
-            _ids(generation_config.pad_token_id) | _ids(tokenizer.pad_token_id),
-        )
-
-    @classmethod
-    def of_call(cls, kwargs: Mapping[str, Any], generation_config: Any) -> "Endings":
-        """Those of one call of `generate`: its own arguments, before its config's, before the model's."""
-        eos, pad = (call_setting(name, kwargs, generation_config) for name in ("eos_token_id", "pad_token_id"))
-        return cls(_ids(eos), _ids(pad))
-
-    def is_behind(self, token: int) -> bool:
-        """Whether a token of a row that has ended is no part of its answer."""
-        return token in self.pad_ids or token in self.eos_ids
-
-    def trim(self, tokens: list[int], special_ids: Collection[int]) -> list[int]:
-        """A row's answer with the token that ends it, without what pads the row.
-
-        Padding without such a token follows a stop string. It is told from text only where it is a special token.
-        """
-        end = next((i + 1 for i, token in enumerate(tokens) if token in self.eos_ids), None)
-        if end is None:
-            padding = self.pad_ids & set(special_ids)
-            end = next((i + 1 for i in reversed(range(len(tokens))) if tokens[i] not in padding), 0)
-        return tokens[:end]
-
-
-def _ids(value: int | Sequence[int] | None) -> frozenset[int]:
-    return frozenset() if value is None else frozenset([value] if isinstance(value, int) else value)
-
-
 def kept_tokens(ids: Tensor, mask: Any, *, num_cached: int = 0) -> Bool[Tensor, "batch seq"]:
     """Which of the tokens behind `num_cached` others are no padding.
 
@@ -108,3 +150,7 @@ def kept_tokens(ids: Tensor, mask: Any, *, num_cached: int = 0) -> Bool[Tensor, 
         first = min(num_cached, attended.shape[2] - num_new)
         return attended.diagonal(offset=first, dim1=-2, dim2=-1).expand(len(ids), -1)
     return torch.ones_like(ids, dtype=torch.bool)
+
+
+def _ids(value: int | Sequence[int] | None) -> frozenset[int]:
+    return frozenset() if value is None else frozenset([value] if isinstance(value, int) else value)

@@ -1,316 +1,384 @@
 """The controller: before each forward pass of the model, it decides which mixture each row has (Fig. 1).
 
-It watches the tokens that go into the model. A forward that starts a KV cache is a prompt: the router reads it
-whole, for the opening of the answer, and with `prompt_routing="sentences"` each of its sentences, too. One more token
-on a cache is a decoding step: where the token opens a new sentence, the router reads the history and that token, and
-the pass that encodes the token already runs under the new mixture.
+It watches the tokens that go into the model. A pass that starts a KV cache is a prompt: the router reads it whole, for
+the opening of the answer, and with `prompt_routing="sentences"` each of its sentences, too. One more token on a cache
+is a decoding step: if the token opens a new sentence, the router reads the history and that token, and the pass that
+encodes the token already runs under the new mixture.
 
-What is known of each row lives on the KV cache object (`dlp_lora.engine.trace`).
-
-Several threads may run the model at once: their passes take turns. A pass holds the bank's lock from before it is
-routed until it has ended, and what it leaves behind belongs to its thread.
+What is known of each row lives on the KV cache object (`dlp_lora.engine.cache`); what a call asks for comes from the
+context (`dlp_lora.engine.overrides`). Several threads may run the model at once: their passes take turns. A pass holds
+the bank's lock from before it is routed until it has ended, and leaves nothing fused behind.
 """
 
 import inspect
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import wraps
-from typing import Any, NamedTuple
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cache as cached
+from functools import partial, wraps
+from types import MethodType
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool, Int
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedTokenizerBase
 
 from dlp_lora.bank.bank import AdapterBank
-from dlp_lora.engine.cache import Alive, CachedRows, LatestRows, adapters_of, bind, cache_among, cache_of, rows_of
-from dlp_lora.engine.calls import Endings, kept_tokens
-from dlp_lora.engine.routing import Routing
+from dlp_lora.engine.cache import (
+    CachedRows,
+    bind,
+    cache_among,
+    cache_argument,
+    cache_of,
+    check_rewritable,
+    empty_like,
+    rows_of,
+    write_rows,
+)
+from dlp_lora.engine.calls import Call, kept_tokens
+from dlp_lora.engine.overrides import EngineKey, Mark, Override, current_call, is_in_force, latest_mark, mark_pass
+from dlp_lora.engine.routing import Prompt, Routing, RowRouter, push_tokens, start_rows
 from dlp_lora.engine.text import Detokenizer, Passage, PromptReader
-from dlp_lora.engine.trace import Decision, Row, Sentence
 from dlp_lora.errors import PromptError
 from dlp_lora.policy import Mixture
-from dlp_lora.router import Context
+
+CONTROLLER = "_dlp_lora_controller"
 
 
-class Calls(threading.local):
-    """What belongs to one thread: the rows of its last forward pass, and how its call of `generate` ends answers."""
+@dataclass(frozen=True)
+class PassArguments:
+    """What a forward pass is given: token ids, mask, KV cache, and how many tokens the cache holds."""
 
-    def __init__(self, endings: Endings) -> None:
-        self.endings = endings
-        self.latest: LatestRows | None = None
-
-    @contextmanager
-    def ending(self, endings: Endings) -> Iterator[None]:
-        """Lets rows end so for a while."""
-        before, self.endings = self.endings, endings
-        try:
-            yield
-        finally:
-            self.endings = before
-
-
-class Pass(NamedTuple):
-    """What a forward pass is given, and the rows that it is over, if they are known."""
-
-    rows: CachedRows | None
-    args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    ids: Int[Tensor, "batch seq"] | None
+    mask: Any
+    cache: Cache | None
+    num_cached: int
+
+    @classmethod
+    def of(cls, kwargs: dict[str, Any]) -> "PassArguments":
+        """Reads the arguments of a model's forward, all by name."""
+        cache = cache_among(kwargs.values())
+        num_cached = int(cache.get_seq_length()) if cache is not None else 0
+        return cls(kwargs, kwargs.get("input_ids"), kwargs.get("attention_mask"), cache, num_cached)
+
+    def kind(self, known: CachedRows | None) -> Literal["start", "step", "more"]:
+        """A pass starts rows, takes a step of one token, or reads more text: the next turn, a chunk, a cropped cache.
+
+        `known` are the rows of its KV cache.
+        """
+        if self.ids is None or known is None or self.num_cached == 0:
+            return "start"
+        return "step" if self.ids.shape[1] == 1 and known.ids.shape[1] == self.num_cached else "more"
+
+    @property
+    def kept(self) -> Bool[Tensor, "batch seq"]:
+        """Which of the tokens are no padding."""
+        assert self.ids is not None
+        return kept_tokens(self.ids, self.mask, num_cached=self.num_cached)
 
 
 class Controller:
-    """Routes the rows of a model's forward passes; installed by the engine around the model's `forward`."""
+    """Routes the rows of a model's forward passes; the engine installs it around the model's `forward`."""
 
-    def __init__(
-        self,
-        bank: AdapterBank,
-        tokenizer: PreTrainedTokenizerBase,
-        routing: Routing,
-        *,
-        endings: Endings,
-    ) -> None:
+    def __init__(self, bank: AdapterBank, tokenizer: PreTrainedTokenizerBase, defaults: Call) -> None:
         self.bank = bank
         self.tokenizer = tokenizer
-        self.routing = routing
-        self.calls = Calls(endings)
+        self.defaults = defaults
+        self.key = EngineKey()
+        self.merged: Override | None = None  # the block that holds a mixture in the base weights
+        self._passes: WeakKeyDictionary[Mark, tuple[RowRouter, ...]] = WeakKeyDictionary()
+        self._fused: tuple[Sequence[Mixture], Tensor | None] = [], None  # by the pass that runs
         self._compiled: Callable[..., Any] | None = None  # runs decoding steps over a static cache
-        self.fixed: tuple[Mixture, ...] | None = None
         self._read_prompt = PromptReader(tokenizer)
-        self._alive = Alive()
-        bank.in_use = self._in_use
 
     @property
-    def latest(self) -> LatestRows | None:
-        """The rows of this thread's last forward pass."""
-        return self.calls.latest
+    def call(self) -> Call:
+        """What holds for a call that is made in this context."""
+        return current_call(self.defaults, self.key)
 
-    def install(self, model: torch.nn.Module) -> None:
+    @property
+    def latest(self) -> tuple[RowRouter, ...] | None:
+        """The rows of the latest forward pass in this context."""
+        mark = latest_mark(self.key)
+        return None if mark is None else self._passes.get(mark)
+
+    def note_pass(self, rows: Sequence[RowRouter] | None) -> None:
+        """Keeps the rows of a pass as the latest in this context; None for a pass that cannot be traced."""
+        mark = mark_pass(self.key)
+        if rows is not None:
+            self._passes[mark] = tuple(rows)
+
+    def routing(self, call: Call) -> Routing:
+        """How a call decides among the adapters that the bank holds."""
+        return Routing(call=call, held=self.bank.adapters.keys())
+
+    def install(self, model: nn.Module) -> None:
         """Puts the controller around a model's `forward`."""
-        plain = self._plain = model.forward
-        names = [p.name for p in inspect.signature(plain).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        self._model = model
+        kind: Any = type(model)
+        # One that was put into the instance, as offloading does, would hide that of the class.
+        self._instance_forward = vars(model).pop("forward", None)
+        self._plain = self._instance_forward or MethodType(kind.forward, model)
+        parameters = inspect.signature(self._plain).parameters.values()
+        self._names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        vars(model)[CONTROLLER] = self
+        model.__class__ = routed(kind)
 
-        # No pair of hooks: an interrupt between them would leave the lock with a thread that is done.
-        @wraps(plain)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            # By name, so that a mask or a cache given by position is seen; what does not go together fails below.
-            if len(args) <= len(names) and not kwargs.keys() & names[: len(args)]:
-                args, kwargs = (), {**dict(zip(names, args, strict=False)), **kwargs}
-            with self.bank.lock:
-                rows, args, kwargs = self._before(args, kwargs)
-                run = plain if self._compiled is None or not self.bank.is_padded else self._compiled
-                output = run(*args, **kwargs)
-                cache = cache_of(output)
-                if rows is not None and cache is not None and rows_of(cache) is None:
-                    bind(cache, rows)
-            return output
-
-        vars(model)["forward"] = forward
+    def uninstall(self, model: nn.Module) -> None:
+        """Gives the model its class and its own `forward` back."""
+        model.__class__ = type(model).__mro__[1]
+        del vars(model)[CONTROLLER]
+        if self._instance_forward is not None:
+            vars(model)["forward"] = self._instance_forward
 
     def compile(self, **kwargs: Any) -> None:
         """Has `torch.compile` compile what runs for the decoding steps whose fusing is padded."""
         self._compiled = torch.compile(self._plain, **kwargs)
 
-    @torch.inference_mode(False)  # what is fused here outlives the call, and may be asked for gradients in the next
-    @torch.no_grad()
-    def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Pass":
-        self.calls.latest = None  # of what cannot be routed, nothing is left behind
-        ids = args[0] if args else kwargs.get("input_ids")
-        if ids is None:
-            if self.fixed is None:
-                raise PromptError(
-                    "routing reads token ids, but got inputs_embeds; pass input_ids or use engine.fixed()"
-                )
-            self.bank.fuse(self._fixed_for(kwargs["inputs_embeds"].shape[0]))
-            return Pass(None, args, kwargs)
-        cache = cache_among(kwargs.values())
-        known = rows_of(cache)
-        length = int(cache.get_seq_length()) if cache is not None else 0
-        switched = False
-        if known is None or length == 0:
-            kept = kept_tokens(ids, kwargs.get("attention_mask"), num_cached=length)
-            rows = CachedRows(self._prompt_rows(ids, kept), ids, kept, self._alive)
-        elif ids.shape[1] == 1 and known.ids.shape[1] == length:
-            rows = known
-            rows.append(ids, torch.ones_like(ids, dtype=torch.bool))
-            is_fixed_anew = self._fix(known.rows)
-            switched = self._step(known.rows, ids[:, 0].tolist()) or is_fixed_anew
-        else:
-            # A cropped cache, or several tokens at once (the next turn of a chat, a chunk of a long prompt).
-            whole = torch.cat([known.ids[:, :length], ids], dim=1)
-            new = kept_tokens(ids, kwargs.get("attention_mask"), num_cached=length)
-            kept = torch.cat([known.kept[:, :length], new], dim=1)
-            rows = CachedRows(self._prompt_rows(whole, kept), whole, kept, self._alive)
-            switched = any(
-                # What the cached tokens are sentences of has changed with the text.
-                bool(row.prompt_trace) or row.mixture != before.mixture
-                for row, before in zip(rows.rows, known.rows, strict=True)
-            )
-        self.calls.latest = LatestRows(rows.rows, rows.ids)
-        if cache is not None:
-            bind(cache, rows)
-        if switched and self.routing.kv_policy == "recompute":
-            self._fuse(rows, kwargs, num_tokens=rows.ids.shape[1])
-            return Pass(rows, (), self._recompute(rows.ids, kwargs, num_logits=ids.shape[1]))
-        self._fuse(rows, kwargs, num_tokens=ids.shape[1])
-        return Pass(rows, args, kwargs)
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs one forward pass, routed."""
+        # By name, so that a mask or a cache given by position is seen; what does not go together fails below.
+        if len(args) <= len(self._names) and not kwargs.keys() & self._names[: len(args)]:
+            args, kwargs = (), {**dict(zip(self._names, args, strict=False)), **kwargs}
+        with self.bank.lock:
+            try:
+                rows = None if args else self._prepare(PassArguments.of(kwargs))
+                run = self._plain if self._compiled is None or not self.bank.is_padded else self._compiled
+                with self._keeping_mixtures():
+                    output = run(*args, **kwargs)
+            finally:
+                self.bank.clear()
+            cache = cache_of(output)
+            if rows is not None and cache is not None and rows_of(cache) is None:
+                bind(cache, rows)
+        return output
 
-    def _in_use(self) -> set[str]:
-        """Names the adapters that no pass to come may find gone."""
-        return adapters_of(self._alive) | {name for mixture in self.fixed or () for name in mixture}
-
-    def replay(self, inputs: Mapping[str, Tensor], answers: Sequence[Sequence[int]]) -> list[Row]:
+    def replay(self, inputs: Mapping[str, Tensor], answers: Sequence[Sequence[int]]) -> list[RowRouter]:
         """Routes given answers without the model: what it decided, as decisions follow from the tokens alone."""
         copies = len(answers) // inputs["input_ids"].shape[0]
         ids, mask = (inputs[key].repeat_interleave(copies, dim=0) for key in ("input_ids", "attention_mask"))
-        rows = self._prompt_rows(ids, kept_tokens(ids, mask))
+        rows = self._start_rows(ids, kept_tokens(ids, mask), self.call)
         for row, tokens in zip(rows, answers, strict=True):
             for token in tokens[:-1]:
-                self._step([row], [token])
+                row.push(token)
         return rows
 
-    def _fuse(self, cached: CachedRows, kwargs: Mapping[str, Any], *, num_tokens: int) -> None:
-        """Fuses for a pass over the last `num_tokens` tokens."""
+    @torch.inference_mode(False)  # what is fused here outlives the call, and may be asked for gradients in the next
+    @torch.no_grad()
+    def _prepare(self, given: PassArguments) -> CachedRows | None:
+        """Routes the rows of a pass and fuses their mixtures; gives the rows, if they are known."""
+        self.note_pass(None)  # of what cannot be routed, nothing is left behind
+        if self.merged is not None and not is_in_force(self.merged):
+            raise ValueError("the base weights hold a mixture while another context is inside engine.merged(); wait")
+        call = self.call
+        if given.ids is None:
+            self._fuse_embeddings(given, call)
+            return None
+        known = rows_of(given.cache)
+        match given.kind(known):
+            case "step":
+                assert known is not None
+                rows, switched = known, self._step(known, given, call)
+            case "more":
+                assert known is not None
+                rows, switched = self._read_on(known, given, call)
+            case _:
+                rows, switched = CachedRows(self._start_rows(given.ids, given.kept, call), given.ids, given.kept), []
+                if call.settings.kv_policy == "recompute" and call.mixtures is None:
+                    check_rewritable(given.cache)
+        self.note_pass(rows.rows)
+        if rows.lease is None or switched:
+            rows.lease = self.bank.lease([mixture for row in rows.rows for mixture in row.mixtures])
+        if given.cache is not None:
+            bind(given.cache, rows)
+        encode_ms = 0.0
+        if switched and call.settings.kv_policy == "recompute":
+            encode_ms = self._encode_again(rows, switched, given)
+        fuse_ms = self._fuse(rows, given, call)
+        for i, row in enumerate(rows.rows):
+            row.charge(fuse_ms=fuse_ms, encode_ms=encode_ms if i in switched else 0.0)
+        return rows
+
+    def _fuse_embeddings(self, given: PassArguments, call: Call) -> None:
+        if call.mixtures is None:
+            raise PromptError("routing reads token ids, but got inputs_embeds; pass input_ids or use engine.fixed()")
+        self._fused = call.mixtures_of(given.kwargs["inputs_embeds"].shape[0]), None
+        self.bank.fuse(*self._fused)
+
+    def _step(self, known: CachedRows, given: PassArguments, call: Call) -> list[int]:
+        """Adds one token a row; gives the numbers of the rows whose mixture changed."""
+        assert given.ids is not None
+        known.append(given.ids, torch.ones_like(given.ids, dtype=torch.bool))
+        routing, fixed = self.routing(call), call.mixtures_of(len(known.rows))
+        changed = [False] * len(known.rows)
+        for i, row in enumerate(known.rows):
+            row.routing, row.is_fixed = routing, bool(fixed)
+            changed[i] = bool(fixed) and row.fix(fixed[i])
+        pushed = push_tokens(known.rows, given.ids[:, 0].tolist())
+        return [i for i, (a, b) in enumerate(zip(changed, pushed, strict=True)) if a or b]
+
+    def _read_on(self, known: CachedRows, given: PassArguments, call: Call) -> tuple[CachedRows, list[int]]:
+        """Routes the whole text again, with what is new; gives the rows, and which have other mixtures than before."""
+        assert given.ids is not None
+        ids = torch.cat([known.ids[:, : given.num_cached], given.ids], dim=1)
+        kept = torch.cat([known.kept[:, : given.num_cached], given.kept], dim=1)
+        rows = CachedRows(self._start_rows(ids, kept, call), ids, kept)
+        switched = [
+            i
+            for i, (row, before) in enumerate(zip(rows.rows, known.rows, strict=True))
+            # What the cached tokens are sentences of has changed with the text.
+            if row.prompt_trace or row.mixture != before.mixture
+        ]
+        return rows, switched
+
+    def _start_rows(self, ids: Tensor, kept: Bool[Tensor, "batch seq"], call: Call) -> list[RowRouter]:
+        prompts = [self._prompt(row[columns].tolist(), call) for row, columns in zip(ids, kept, strict=True)]
+        return start_rows(
+            prompts, self.routing(call), lambda: Detokenizer(self.tokenizer), fixed=call.mixtures_of(len(prompts))
+        )
+
+    def _prompt(self, tokens: Sequence[int], call: Call) -> Prompt:
+        history, text = self._read_prompt.turns(tokens)
+        passages: list[Passage] = []
+        if call.settings.prompt_routing == "sentences":
+            min_tokens = call.settings.switching.min_tokens
+            passages = self._read_prompt.sentences(tokens, call.segmenter, min_tokens=min_tokens)
+        return Prompt(history=history, text=text, passages=tuple(passages))
+
+    def _encode_again(self, rows: CachedRows, switched: Sequence[int], given: PassArguments) -> float:
+        """Encodes what the KV cache holds of some rows under their mixtures of now, in place; gives milliseconds.
+
+        It happens in a cache apart, so that the pass to come is one of its ordinary shape: the same for rows alone and
+        in a batch, compiled or not, and its hidden states are those of its own tokens.
+        """
+        assert given.cache is not None
         start = time.perf_counter()
+        check_rewritable(given.cache)
+        numbers = list(switched)
+        some = CachedRows(
+            [rows.rows[i] for i in numbers],
+            rows.ids[numbers, : given.num_cached],
+            rows.kept[numbers, : given.num_cached],
+        )
+        mask = some.kept.long()
+        apart = empty_like(given.cache)
+        inputs = {
+            "input_ids": some.ids,
+            "attention_mask": mask,
+            "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
+            "use_cache": True,
+            "logits_to_keep": 1,
+        }
+        self._fuse_rows(some, num_tokens=given.num_cached)
+        self._plain(**{name: inputs[name] for name in inputs if name in self._names}, **cache_argument(apart))
+        write_rows(given.cache, numbers, apart)
+        return (time.perf_counter() - start) * 1e3
+
+    def _fuse(self, rows: CachedRows, given: PassArguments, call: Call) -> float:
+        """Fuses for a pass; gives milliseconds."""
+        assert given.ids is not None
+        start = time.perf_counter()
+        num_tokens = given.ids.shape[1]
+        if num_tokens > 1 and isinstance(given.kwargs.get("logits_to_keep"), Tensor) and _has_sentences(rows.rows):
+            raise ValueError("with prompt_routing='sentences', logits_to_keep must be a number, not positions")
+        # What is disabled is the base bit for bit, which a compiled pass is not.
+        is_compiled = self._compiled is not None and num_tokens == 1 and not call.is_base
+        is_static = given.cache is not None and bool(given.cache.is_compileable)
+        self._fuse_rows(rows, num_tokens=num_tokens, padded=is_compiled and is_static)
+        return (time.perf_counter() - start) * 1e3
+
+    @contextmanager
+    def _keeping_mixtures(self) -> Iterator[None]:
+        """Has layers that gradient checkpointing computes again, after the pass, computed under its mixtures."""
+        layers: list[Any] = [
+            module
+            for module in (self._model.modules() if torch.is_grad_enabled() and self._model.training else ())
+            if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func")
+        ]
+        if not layers:
+            yield
+            return
+        fused, is_running = self._fused, True
+
+        def under_mixtures(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if is_running:
+                return function(*args, **kwargs)
+            with self.bank.lock:
+                self.bank.fuse(*fused)
+                try:
+                    return function(*args, **kwargs)
+                finally:
+                    self.bank.clear()
+
+        originals = [layer._gradient_checkpointing_func for layer in layers]
+        for layer, original in zip(layers, originals, strict=True):
+            layer._gradient_checkpointing_func = lambda function, *args, original=original, **kwargs: original(
+                partial(under_mixtures, function), *args, **kwargs
+            )
+        try:
+            yield
+        finally:
+            is_running = False
+            for layer, original in zip(layers, originals, strict=True):
+                layer._gradient_checkpointing_func = original
+
+    def _fuse_rows(self, cached: CachedRows, *, num_tokens: int, padded: bool = False) -> None:
+        """Fuses for a pass over the last `num_tokens` tokens of rows."""
         rows = cached.rows
         # The last token of a prompt belongs to the answer, so a pass over one token is none over a prompt's sentences.
-        if num_tokens > 1 and self.fixed is None and any(row.prompt_trace for row in rows):
-            if isinstance(kwargs.get("logits_to_keep"), Tensor):
-                raise ValueError("with prompt_routing='sentences', logits_to_keep must be a number, not positions")
-            self.bank.fuse(*_by_token(rows, cached.kept, num_tokens=num_tokens))
+        if num_tokens > 1 and _has_sentences(rows):
+            self._fused = _by_token(rows, cached.kept, num_tokens=num_tokens)
         else:
-            # What is disabled is the base bit for bit, which a compiled pass is not.
-            is_disabled = self.fixed is not None and not any(self.fixed)
-            padded = self._compiled is not None and num_tokens == 1 and not is_disabled and _is_static(kwargs)
-            self.bank.fuse([row.mixture for row in rows], goes_on=num_tokens == 1, padded=padded)
-        fuse_ms = (time.perf_counter() - start) * 1e3
-        for row in rows:
-            if row.decisions[-1].fuse_ms == 0.0:
-                row.decisions[-1].fuse_ms = fuse_ms
-
-    def _prompt_rows(self, ids: Tensor, kept: Bool[Tensor, "batch seq"]) -> list[Row]:
-        tokens = [row[own].tolist() for row, own in zip(ids, kept, strict=True)]
-        turns = [self._read_prompt.turns(own) for own in tokens]
-        passages = [self._passages(own) for own in tokens]
-        fixed = self._fixed_for(len(turns))
-        questions: list[tuple[str, ...]] = [()] * len(turns)
-        if fixed:
-            routed = [Decision(0, 0, m) for own, m in zip(passages, fixed, strict=True) for _ in own]
-            decisions = [Decision(0, 0, mixture) for mixture in fixed]
-        else:
-            contexts = [Context(prompt, history=history) for history, prompt in turns]
-            sentences = [Context(p.text.strip(), history=p.history.strip()) for own in passages for p in own]
-            decisions, questions = self.routing.decide_prompts(contexts, sentences)
-            decisions, routed = decisions[: len(turns)], decisions[len(turns) :]
-        following = iter(routed)
-        return [
-            Row(
-                history,
-                prompt,
-                Detokenizer(self.tokenizer),
-                self.routing.segmenter(),
-                [decision],
-                prompt_trace=self._prompt_trace(own, following),
-                questions=asked,
-            )
-            for (history, prompt), decision, own, asked in zip(turns, decisions, passages, questions, strict=True)
-        ]
-
-    def _passages(self, tokens: Sequence[int]) -> list[Passage]:
-        if self.routing.prompt_routing != "sentences":
-            return []
-        return self._read_prompt.sentences(tokens, self.routing.segmenter, min_tokens=self.routing.switching.min_tokens)
-
-    def _prompt_trace(self, passages: Sequence[Passage], decisions: Iterator[Decision]) -> tuple[Sentence, ...]:
-        trace: list[Sentence] = []
-        for passage, decision in zip(passages, decisions, strict=False):
-            if trace:
-                self.routing.hold(trace[-1].mixture, decision)
-            trace.append(
-                Sentence(
-                    text=passage.text,
-                    start=passage.start,
-                    end=passage.end,
-                    probabilities=decision.probabilities,
-                    mixture=decision.mixture,
-                    switched=bool(trace) and decision.mixture != trace[-1].mixture,
-                    abstained=decision.abstained,
-                    route_ms=decision.route_ms,
-                )
-            )
-        return tuple(trace)
-
-    def _fix(self, rows: Sequence[Row]) -> bool:
-        """Takes up mixtures that were fixed after the cache was begun. True if a mixture changed."""
-        changed = False
-        for row, mixture in zip(rows, self._fixed_for(len(rows)), strict=False):  # none where none is fixed
-            if mixture != row.mixture:
-                row.decisions.append(Decision(row.num_tokens, len(row.text), mixture, switched=True))
-                changed = True
-        return changed
-
-    def _step(self, rows: Sequence[Row], tokens: Sequence[int]) -> bool:
-        """Adds one token a row; routes the rows where it opens a sentence. True if a mixture changed."""
-        opening: list[tuple[Row, int]] = []
-        endings = self.calls.endings
-        for row, token in zip(rows, tokens, strict=True):
-            if row.ended and endings.is_behind(token):
-                continue
-            row.ended = token in endings.eos_ids
-            offsets = row.push(token)
-            if offsets and row.num_tokens - 1 - row.decisions[-1].start >= self.routing.switching.min_tokens:
-                opening.append((row, offsets[-1]))
-        if not opening:
-            return False
-        positions = [(row.num_tokens - 1, offset) for row, offset in opening]
-        if self.fixed is not None:
-            for (row, _), (start, offset) in zip(opening, positions, strict=True):
-                row.decisions.append(Decision(start, offset, row.mixture))
-            return False
-        contexts = [Context(row.prompt, row.text[:at], row.text[at:], row.history) for row, at in opening]
-        decisions = self.routing.decide(contexts, positions, [row.questions for row, _ in opening])
-        for (row, _), decision in zip(opening, decisions, strict=True):
-            self.routing.hold(row.mixture, decision)
-            decision.switched = decision.mixture != row.mixture
-            row.decisions.append(decision)
-        return any(decision.switched for decision in decisions)
-
-    def _fixed_for(self, batch: int) -> list[Mixture]:
-        if self.fixed is None:
-            return []
-        if batch % len(self.fixed):
-            raise ValueError(
-                f"{len(self.fixed)} mixtures were fixed for a batch of {batch} rows; give one, or one a row"
-            )
-        return [mixture for mixture in self.fixed for _ in range(batch // len(self.fixed))]
-
-    def _recompute(self, ids: Tensor, kwargs: dict[str, Any], *, num_logits: int) -> dict[str, Any]:
-        """Turns a decoding step into a pass over all tokens so far, into an emptied cache."""
-        kwargs = {k: v for k, v in kwargs.items() if k not in ("input_ids", "position_ids", "cache_position")}
-        cache: Any = cache_among(kwargs.values())
-        mask = kwargs.get("attention_mask")
-        if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
-            raise ValueError(
-                "kv_policy='recompute' needs an attention mask of (batch, seq), which static caches do not come with; "
-                "leave cache_implementation alone or use kv_policy='keep'"
-            )
-        cache.reset()
-        if length := int(cache.get_seq_length()):  # earlier versions of transformers fill it with zeros instead
-            cache.crop(-length)
-        if mask is not None:
-            kwargs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        # The caller expects logits for the tokens that it gave.
-        return {"logits_to_keep": num_logits, **kwargs, "input_ids": ids}
+            self._fused = [row.mixture for row in rows], None
+        self.bank.fuse(*self._fused, reuse=num_tokens == 1, padded=padded)
 
 
-def _is_static(kwargs: Mapping[str, Any]) -> bool:
-    cache = cache_among(kwargs.values())
-    return cache is not None and bool(cache.is_compileable)
+@cached
+def routed(kind: Any) -> Any:
+    """Gives a model class whose instances route by themselves; but for that it is the same class.
+
+    A copy of an instance is the plain base model, with weights of its own.
+    """
+
+    @wraps(kind.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return vars(self)[CONTROLLER].run(*args, **kwargs)
+
+    def get_compiled_call(self: Any, _: Any) -> Callable[..., Any]:
+        """`generate` over a static cache on a GPU would compile the controller, too."""
+        call: Callable[..., Any] = self.__call__
+        return call
+
+    def copied(self: Any, memo: dict[int, Any]) -> Any:
+        plain = kind.__new__(kind)
+        memo[id(self)] = plain
+        state = {name: value for name, value in vars(self).items() if name != CONTROLLER}
+        plain.__dict__.update(deepcopy(state, memo))
+        return plain
+
+    namespace = {
+        "forward": forward,
+        "get_compiled_call": get_compiled_call,
+        "__deepcopy__": copied,
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__doc__": kind.__doc__,
+    }
+    return type(kind.__name__, (kind,), namespace)
+
+
+def _has_sentences(rows: Sequence[RowRouter]) -> bool:
+    """Whether sentences of a prompt have mixtures of their own."""
+    return any(row.prompt_trace and not row.is_fixed for row in rows)
 
 
 def _by_token(
-    rows: Sequence[Row], kept: Bool[Tensor, "batch seq"], *, num_tokens: int
+    rows: Sequence[RowRouter], kept: Bool[Tensor, "batch seq"], *, num_tokens: int
 ) -> tuple[list[Mixture], Int[Tensor, "batch tokens"]]:
     """The mixtures that the last `num_tokens` tokens are encoded under, and which of them each token has.
 
@@ -318,10 +386,10 @@ def _by_token(
     """
     mixtures = [row.mixture for row in rows]
     numbers = torch.arange(len(rows))[:, None].repeat(1, kept.shape[1])
-    for row, own, columns in zip(rows, numbers, kept.cpu(), strict=True):
+    for row, row_numbers, columns in zip(rows, numbers, kept.cpu(), strict=True):
         places = columns.nonzero()[:, 0]
         for sentence in row.prompt_trace:
-            own[places[sentence.start : sentence.end]] = len(mixtures)
+            row_numbers[places[sentence.start : sentence.end]] = len(mixtures)
             mixtures.append(sentence.mixture)
     used, tokens = numbers[:, -num_tokens:].unique(return_inverse=True)
     return [mixtures[i] for i in used.tolist()], tokens

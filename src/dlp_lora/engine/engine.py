@@ -6,47 +6,34 @@
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from types import MethodType
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import torch
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteriaList,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dlp_lora.bank.attach import attach, detach, merged
 from dlp_lora.bank.bank import AdapterBank
+from dlp_lora.bank.paths import Paths, Setting
 from dlp_lora.bank.peft_format import FILES, check_base_name, read_adapter
 from dlp_lora.engine.bundle import check_names, write_bundle
-from dlp_lora.engine.cache import LatestRows
-from dlp_lora.engine.calls import Endings, check_call, seeded
+from dlp_lora.engine.calls import Call, Endings, check_call, seeded
 from dlp_lora.engine.controller import Controller
+from dlp_lora.engine.overrides import Override, overriding
 from dlp_lora.engine.prompts import Message, as_batch, encode_prompts
-from dlp_lora.engine.routing import Routing
-from dlp_lora.engine.streaming import Abandoned, Piece, PieceStreamer
-from dlp_lora.engine.trace import Generation, Row
+from dlp_lora.engine.routing import RowRouter
+from dlp_lora.engine.streaming import Stream
+from dlp_lora.engine.trace import Generation, Sentence
 from dlp_lora.errors import AdapterError
 from dlp_lora.files import local_folder
-from dlp_lora.policy import (
-    CHOICES,
-    FusionPolicy,
-    KVPolicy,
-    Mixture,
-    PromptRouting,
-    Switching,
-    TopP,
-    check_choices,
-    policy_to_dict,
-)
+from dlp_lora.policy import FusionPolicy, KVPolicy, Mixture, PromptRouting, RoutingSettings, Switching
 from dlp_lora.router import Context, Router
 from dlp_lora.sentences import Segmenter, SentenceSegmenter
 
-SETTINGS = ("policy", "kv_policy", "prompt_routing", "switching", "segmenter", "router")
+Mixtures = Mapping[str, float] | Sequence[Mapping[str, float]]
+"""Weights by adapter name, or a list of such, one a row."""
 
 
 class Engine:
@@ -54,8 +41,9 @@ class Engine:
 
     Make one with `dlp_lora.load`. `detach` gives the plain model back.
 
-    Several threads may generate at once with one engine: their forward passes take turns. Its settings (`using`,
-    `fixed`, `disabled`, `merged`) hold for all of them, and with a `seed` only one may sample at a time.
+    The engine holds defaults alone; what holds for one call is given to `generate`, or by the blocks `using`, `fixed`,
+    `disabled` and `merged`, which hold in their own context: threads and asyncio tasks do not see each other's. Several
+    threads may generate at once; their forward passes take turns. With a `seed` only one may sample at a time.
     """
 
     def __init__(
@@ -65,66 +53,90 @@ class Engine:
         bank: AdapterBank,
         *,
         router: Router | None = None,
-        policy: FusionPolicy | None = None,
+        settings: RoutingSettings | None = None,
         segmenter: Callable[[], Segmenter] = SentenceSegmenter,
-        switching: Switching | None = None,
-        kv_policy: KVPolicy = "keep",
-        prompt_routing: PromptRouting = "questions",
         prepack: bool = False,
+        paths: Setting | Paths | None = None,
     ) -> None:
-        check_choices(kv_policy=kv_policy, prompt_routing=prompt_routing)
         if router is not None:
             check_names(router.names, bank.names)
         self.model = model
         self.tokenizer = tokenizer
         self.bank = bank
-        routing = Routing(
-            bank=bank,
+        defaults = Call(
+            settings=settings or RoutingSettings(),
             router=router,
-            policy=policy or TopP(),
             segmenter=segmenter,
-            switching=switching or Switching(),
-            kv_policy=kv_policy,
-            prompt_routing=prompt_routing,
+            endings=Endings.of_model(model.generation_config, tokenizer),
         )
-        endings = Endings.of_model(model.generation_config, tokenizer)
-        self._controller = Controller(bank, tokenizer, routing, endings=endings)
-        bank.unattached.update(bank.names)  # to this model, whatever it was attached to before
-        attach(model, bank, prepack=prepack)
-        self._overridden = {name: vars(model).get(name) for name in ("forward", "get_compiled_call")}
-        # `generate` over a static cache on a GPU would compile the controller, too.
-        vars(model)["get_compiled_call"] = MethodType(_own_call, model)
+        self._controller = Controller(bank, tokenizer, defaults)
+        self.paths = attach(model, bank, paths="prepacked" if prepack else paths)
         self._controller.install(model)
         self._is_attached = True
 
     @property
+    def call(self) -> Call:
+        """What holds for a call that is made here and now: the defaults, and what the blocks around it change."""
+        return self._controller.call
+
+    @property
+    def settings(self) -> RoutingSettings:
+        """How the router is asked and obeyed, here and now. Setting it changes the engine's default."""
+        return self.call.settings
+
+    @settings.setter
+    def settings(self, settings: RoutingSettings) -> None:
+        self._controller.defaults = replace(self._controller.defaults, settings=settings)
+
+    @property
     def router(self) -> Router | None:
-        """The router, None where only `fixed` and `disabled` choose."""
-        return self._controller.routing.router
+        """The router, here and now; None where only `fixed` and `disabled` choose."""
+        return self.call.router
 
     @property
     def policy(self) -> FusionPolicy:
-        """The policy that turns probabilities into a mixture; may be set."""
-        return self._controller.routing.policy
+        """The policy that turns probabilities into a mixture: that of `settings`; may be set, as they may."""
+        return self.settings.policy
 
     @policy.setter
     def policy(self, policy: FusionPolicy) -> None:
-        self._controller.routing = replace(self._controller.routing, policy=policy)
-
-    @property
-    def kv_policy(self) -> KVPolicy:
-        """What a switch does to the KV cache: "keep" it, or "recompute" it under the new mixture."""
-        return self._controller.routing.kv_policy
-
-    @property
-    def prompt_routing(self) -> PromptRouting:
-        """Prompts are read "whole", as the "questions" that they ask, or so and encoded by "sentences" (Eq. 6)."""
-        return self._controller.routing.prompt_routing
+        self.settings = replace(self._controller.defaults.settings, policy=policy)
 
     @property
     def switching(self) -> Switching:
-        """When a sentence start may switch."""
-        return self._controller.routing.switching
+        """When a sentence start may switch: that of `settings`."""
+        return self.settings.switching
+
+    @property
+    def kv_policy(self) -> KVPolicy:
+        """What a switch does to the KV cache: that of `settings`."""
+        return self.settings.kv_policy
+
+    @property
+    def prompt_routing(self) -> PromptRouting:
+        """What of a prompt is routed: that of `settings`."""
+        return self.settings.prompt_routing
+
+    @property
+    def last_trace(self) -> tuple[Sentence, ...] | None:
+        """The trace of the latest forward pass in this context, as after `engine.model.generate` or a pipeline.
+
+        It ends with the last token that was encoded: the very last one that was sampled is not. None if no pass ran
+        here, or if the latest one could not be traced.
+
+        Raises:
+            ValueError: if the pass had several rows; `last_traces` has one trace a row.
+        """
+        traces = self.last_traces
+        if traces is not None and len(traces) != 1:
+            raise ValueError(f"the last pass had {len(traces)} rows; engine.last_traces has the trace of each")
+        return None if traces is None else traces[0]
+
+    @property
+    def last_traces(self) -> tuple[tuple[Sentence, ...], ...] | None:
+        """As `last_trace`, of each row of a batch; while beams are searched, rows are beams."""
+        rows = self._controller.latest
+        return None if rows is None else tuple(row.sentences() for row in rows)
 
     @torch.inference_mode(False)  # what is made here outlives the call
     def add_adapter(self, path: str | Path, name: str | None = None) -> str:
@@ -138,14 +150,14 @@ class Engine:
                 a removed adapter of its name.
         """
         folder = local_folder(path, files=FILES, error=AdapterError)
-        adapter = read_adapter(folder, name, weights=self.bank.budget_mb is None)
+        adapter = read_adapter(folder, name, weights=self.bank.store.budget_mb is None)
         check_base_name(adapter, self.model.config._name_or_path, stacklevel=4)
         with self.bank.lock:
             if self.bank.is_merged:
                 raise ValueError("the base weights hold a mixture; leave engine.merged() first")
             self.bank.add(adapter)
             try:
-                attach(self.model, self.bank)
+                attach(self.model, self.bank, paths=self.paths, added=[adapter.name])
             except BaseException:
                 self.bank.remove(adapter.name)
                 raise
@@ -162,36 +174,52 @@ class Engine:
         """
         self.bank.remove(name)
 
-    def routing_settings(self) -> dict[str, Any]:
-        """What a bundle keeps of how the router is asked and obeyed, as JSON data.
-
-        Raises:
-            ValueError: if the policy is not one of this package's, which alone can be saved by name.
-        """
-        return {
-            "policy": policy_to_dict(self.policy),
-            "switching": asdict(self.switching),
-            "kv_policy": self.kv_policy,
-            "prompt_routing": self.prompt_routing,
-        }
-
     @property
     def eos_ids(self) -> frozenset[int]:
         """The tokens that end an answer."""
-        return self._controller.calls.endings.eos_ids
+        return self.call.endings.eos_ids
+
+    @overload
+    def generate(
+        self,
+        prompts: str,
+        *,
+        mixture: Mixtures | None = None,
+        settings: RoutingSettings | None = None,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> Generation: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: Sequence[str] | Sequence[Message] | Sequence[Sequence[Message]],
+        *,
+        mixture: Mixtures | None = None,
+        settings: RoutingSettings | None = None,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> Any: ...
 
     def generate(
         self,
         prompts: str | Sequence[str] | Sequence[Message] | Sequence[Sequence[Message]],
         *,
+        mixture: Mixtures | None = None,
+        settings: RoutingSettings | None = None,
         seed: int | None = None,
         **kwargs: Any,
     ) -> Any:
         """Answers a prompt (gives a Generation) or a list of prompts (gives a list of them).
 
         A string is raw text, as in `model.generate`; a list of messages with role and content is one chat and goes
-        through the tokenizer's chat template. Other arguments are those of Hugging Face's `generate`, and answers are
-        sampled or greedy as there: by the model's generation config unless `do_sample` is given. `seed` seeds sampling.
+        through the tokenizer's chat template. All arguments of Hugging Face's `generate` work, and answers are sampled
+        or greedy as there: by the model's generation config unless `do_sample` is given.
+
+        Args:
+            mixture: used for this call instead of the router, as by `fixed`.
+            settings: of this call, in the place of the engine's.
+            seed: of sampling.
 
         Raises:
             PromptError: if a prompt is neither text nor messages, is empty, or too long for the model's context with
@@ -199,27 +227,34 @@ class Engine:
             ValueError: if an argument cannot be followed sentence by sentence, or the engine was detached.
         """
         chats, single = as_batch(prompts)
-        inputs = self._inputs(chats, kwargs)
-        with self._ending(kwargs) as endings:
+        with self._calling(mixture, settings, kwargs) as call:
+            inputs = self._inputs(chats, call, kwargs)
             with seeded(seed, self.model.device), torch.no_grad():
                 output = cast(Any, self.model).generate(**inputs, **kwargs)
             length = inputs["input_ids"].shape[1]
             special = self.tokenizer.all_special_ids
-            answers = [endings.trim(tokens, special) for tokens in output[:, length:].tolist()]
-            known = cast(LatestRows, self._controller.latest)
-            read = known.ids[:, length:].tolist()
-            rows = known.rows
+            answers = [call.endings.trim(tokens, special) for tokens in output[:, length:].tolist()]
+            rows = self._controller.latest or ()
             # Beams end in other rows than they began in, and a row stopped without eos has read padding.
-            if not (len(rows) == len(answers) and all(map(Row.has_read, rows, read, answers))):
-                rows = self._controller.replay(inputs, answers)
-        generations = [self._generation(row.copy(), tokens) for row, tokens in zip(rows, answers, strict=True)]
+            if not (len(rows) == len(answers) and all(map(RowRouter.has_read, rows, answers))):
+                rows = tuple(self._controller.replay(inputs, answers))
+        generations = [row.generation(tokens) for row, tokens in zip(rows, answers, strict=True)]
         return generations[0] if single and len(generations) == 1 else generations
 
-    def stream(self, prompt: str | Sequence[Message], *, seed: int | None = None, **kwargs: Any) -> Iterator[Piece]:
+    def stream(
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        mixture: Mapping[str, float] | None = None,
+        settings: RoutingSettings | None = None,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> Stream:
         """Answers one prompt piece by piece; the pieces concatenate to what `generate` gives.
 
-        Each Piece is a str that also knows its `mixture`. Leaving the loop early stops the model. The model begins with
-        the first piece, so `fixed`, `using` and the like are to be around the loop.
+        Each Piece is a str that also knows its `mixture`. The stream's `generation` is what `generate` would have
+        given; leaving the loop early stops the model. The model runs in a thread and in a copy of the context in which
+        the stream was made, so the blocks around this call hold for all of it, wherever it is read.
 
         Raises:
             PromptError, ValueError: as `generate`.
@@ -227,21 +262,35 @@ class Engine:
         chats, single = as_batch(prompt)
         if not single:
             raise ValueError("engine.stream takes one prompt; use engine.generate for several")
-        inputs, streamer = self._inputs(chats, kwargs), PieceStreamer(self._controller)
-        stopping = StoppingCriteriaList([*kwargs.pop("stopping_criteria", []), Abandoned(streamer)])
+        with self._calling(mixture, settings, kwargs) as call:
+            inputs = self._inputs(chats, call, kwargs)
 
-        def run() -> None:
-            with self._ending(kwargs), seeded(seed, self.model.device), torch.no_grad():
-                cast(Any, self.model).generate(**inputs, streamer=streamer, stopping_criteria=stopping, **kwargs)
+            def run(**more: Any) -> None:
+                with seeded(seed, self.model.device), torch.no_grad():
+                    cast(Any, self.model).generate(**inputs, **{**kwargs, **more})
 
-        return streamer.pieces(run)
+            return Stream(run, self._controller, call.endings, kwargs.get("stopping_criteria") or ())
 
-    def _inputs(self, chats: Sequence[str | Sequence[Message]], kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    @contextmanager
+    def _calling(
+        self, mixture: Mixtures | None, settings: RoutingSettings | None, kwargs: Mapping[str, Any]
+    ) -> Iterator[Call]:
+        """Puts what one call asks for into force; gives what then holds."""
+        with (
+            self.fixed(mixture) if mixture is not None else nullcontext(),
+            self._overriding({} if settings is None else {"settings": settings}),
+            self._overriding({"endings": Endings.of_call(kwargs, self.model.generation_config)}),
+        ):
+            yield self.call
+
+    def _inputs(
+        self, chats: Sequence[str | Sequence[Message]], call: Call, kwargs: Mapping[str, Any]
+    ) -> dict[str, torch.Tensor]:
         """Checks a call of `generate` and encodes its prompts."""
         if not self._is_attached:
             raise ValueError("the engine was detached from its model; make another one with dlp_lora.load")
         check_call(kwargs, self.model.generation_config)
-        fixed = self._controller.fixed or ()
+        fixed = call.mixtures or ()
         if len(fixed) > 1 and len(fixed) != len(chats):
             raise ValueError(f"{len(fixed)} mixtures were fixed for {len(chats)} prompts; give one, or one a prompt")
         return encode_prompts(self.model, self.tokenizer, chats, num_new=kwargs.get("max_new_tokens") or 1)
@@ -252,15 +301,75 @@ class Engine:
         Raises:
             RouterError: if there is no router.
         """
-        return self._controller.routing.route(Context(prompt) if isinstance(prompt, str) else prompt)
+        context = Context(prompt) if isinstance(prompt, str) else prompt
+        with self.bank.lock:  # a router may run the base model
+            return self._controller.routing(self.call).route(context)
 
     @contextmanager
-    def fixed(self, mixture: Mapping[str, float] | Sequence[Mapping[str, float]]) -> Iterator["Engine"]:
+    def fixed(self, mixture: Mixtures) -> Iterator["Engine"]:
         """Uses the given mixture instead of the router; a list gives one mixture a row.
+
+        It holds in this context: in the block, in asyncio tasks and `asyncio.to_thread` calls begun in it. A plain
+        `threading.Thread` starts with the engine's defaults; `contextvars.copy_context().run` carries the block over.
 
         Raises:
             AdapterError: if the bank holds no adapter of a name.
         """
+        with self._overriding({"mixtures": self._checked(mixture)}):
+            yield self
+
+    @contextmanager
+    def merged(self, mixture: Mapping[str, float]) -> Iterator["Engine"]:
+        """As `fixed`, with the mixture added to the base weights: a token costs what it costs the base model.
+
+        The weights that it changes are held twice meanwhile, and come back bit for bit. They change for everybody:
+        while the block lasts, passes of other contexts are refused.
+
+        Raises:
+            ModelError: if a layer has no weight of its own to add to, as a quantised or tied one.
+        """
+        mixtures = self._checked(mixture)
+        with self._overriding({"mixtures": mixtures}) as override:
+            with self.bank.lock:
+                self._controller.merged = override
+            try:
+                with merged(self.model, self.bank, mixtures[0]):
+                    yield self
+            finally:
+                self._controller.merged = None
+
+    @contextmanager
+    def disabled(self) -> Iterator["Engine"]:
+        """The base model, bit for bit, in this context, as for `fixed`."""
+        with self.fixed({}):
+            yield self
+
+    @contextmanager
+    def using(self, **changes: Any) -> Iterator["Engine"]:
+        """Changes routing settings for a while, in this context, as for `fixed`.
+
+        Args:
+            changes: `settings`, or some of them by name (`policy`, `switching`, `kv_policy`, `prompt_routing`);
+                `router`, `segmenter`.
+        """
+        names = (*RoutingSettings.names(), "settings", "router", "segmenter")
+        if unknown := set(changes) - set(names):
+            raise ValueError(f"engine.using takes {', '.join(names)}, not {', '.join(sorted(unknown))}")
+        if changes.get("router") is not None:
+            check_names(changes["router"].names, self.bank.names)
+        self.call.changed(changes)  # checks them
+        with self._overriding(changes):
+            yield self
+
+    @contextmanager
+    def _overriding(self, changes: Mapping[str, Any]) -> Iterator[Override]:
+        mixtures = changes.get("mixtures", ())
+        override = Override(key=self._controller.key, changes=changes, lease=self.bank.lease(mixtures))
+        with overriding(override):
+            yield override
+
+    def _checked(self, mixture: Mixtures) -> tuple[Mixture, ...]:
+        """Checks mixtures that a caller fixes; gives them as a tuple."""
         mixtures = [mixture] if isinstance(mixture, Mapping | str) else list(mixture)
         if strange := [m for m in mixtures if not isinstance(m, Mapping)]:
             raise ValueError(
@@ -275,46 +384,7 @@ class Engine:
             raise AdapterError(
                 f"no adapter {', '.join(sorted(unknown))}; there are {', '.join(sorted(self.bank.names))}"
             )
-        before = self._controller.fixed
-        self._controller.fixed = tuple(Mixture(m) for m in mixtures)
-        try:
-            yield self
-        finally:
-            self._controller.fixed = before
-
-    @contextmanager
-    def merged(self, mixture: Mapping[str, float]) -> Iterator["Engine"]:
-        """As `fixed`, with the mixture added to the base weights: a token costs what it costs the base model.
-
-        The weights that it changes are held twice meanwhile, and come back bit for bit.
-
-        Raises:
-            ModelError: if a layer has no weight of its own to add to, as a quantised or tied one.
-        """
-        with self.fixed(mixture), merged(self.model, self.bank, Mixture(mixture)):
-            yield self
-
-    @contextmanager
-    def disabled(self) -> Iterator["Engine"]:
-        """The base model, bit for bit."""
-        with self.fixed({}):
-            yield self
-
-    @contextmanager
-    def using(self, **settings: Any) -> Iterator["Engine"]:
-        """Changes `policy`, `kv_policy`, `prompt_routing`, `switching`, `segmenter` or `router` for a while."""
-        unknown = set(settings) - set(SETTINGS)
-        if unknown:
-            raise ValueError(f"engine.using takes {', '.join(SETTINGS)}, not {', '.join(unknown)}")
-        check_choices(**{name: settings[name] for name in CHOICES if name in settings})
-        if settings.get("router") is not None:
-            check_names(settings["router"].names, self.bank.names)
-        before = {name: getattr(self._controller.routing, name) for name in settings}
-        self._controller.routing = replace(self._controller.routing, **settings)
-        try:
-            yield self
-        finally:
-            self._controller.routing = replace(self._controller.routing, **before)
+        return tuple(Mixture(m) for m in mixtures)
 
     def compile(self, *, max_rank: int = 64, **kwargs: Any) -> None:
         """Compiles decoding steps over a static cache, once for each batch size and length of the cache.
@@ -347,13 +417,13 @@ class Engine:
         if self.router is not None:
             check_names(self.router.names, self.bank.names)
         for name in self.bank.names:
-            self.bank.check_files(name)
+            self.bank.store.check_files(name)
         write_bundle(
             path,
             base_model=self.model.config._name_or_path,
             adapters={name: adapter.path for name, adapter in self.bank.adapters.items()},
             router=self.router,
-            **self.routing_settings(),
+            settings=self.settings,
         )
 
     def push_to_hub(self, repo_id: str, *, private: bool = True) -> str:
@@ -369,33 +439,14 @@ class Engine:
     def detach(self) -> PreTrainedModel:
         """Takes the adapters off and gives the base model back, bit for bit as it was."""
         with self.bank.lock:
-            for name, before in self._overridden.items():
-                vars(self.model).pop(name, None)
-                if before is not None:
-                    vars(self.model)[name] = before
+            if self._is_attached:
+                self._controller.uninstall(self.model)
             detach(self.model)
             self._is_attached = False
         return self.model
-
-    @contextmanager
-    def _ending(self, kwargs: Mapping[str, Any]) -> Iterator[Endings]:
-        """Tells the controller how this call of `generate` ends answers."""
-        endings = Endings.of_call(kwargs, self.model.generation_config)
-        with self._controller.calls.ending(endings):
-            yield endings
-
-    def _generation(self, row: Row, tokens: Sequence[int]) -> Generation:
-        row.finish(tokens)
-        return Generation(
-            text=row.text, tokens=tuple(tokens), trace=tuple(row.sentences()), prompt_trace=row.prompt_trace
-        )
 
     def __enter__(self) -> "Engine":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.detach()
-
-
-def _own_call(model: PreTrainedModel, _: Any) -> Callable[..., Any]:
-    return model.__call__

@@ -1,57 +1,50 @@
-"""Routing: contexts in, decisions out, by what an engine is set to (sections 3.1 and 3.2).
+"""Routing: a prompt and tokens in, mixtures out, row by row (sections 3.1 and 3.2).
 
 The router reads, the policy turns its probabilities into a mixture, and `Switching` says when one gives way to another.
-Nothing here knows of tokens, caches or the model.
+Nothing here knows the model, its KV cache or the bank: the controller and a server's scheduler drive the same rows.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from dlp_lora.bank.bank import AdapterBank
-from dlp_lora.engine.trace import Decision
+from dlp_lora.engine.calls import Call
+from dlp_lora.engine.text import Detokenizer, Passage
+from dlp_lora.engine.trace import Decision, Generation, Sentence
 from dlp_lora.errors import RouterError
-from dlp_lora.policy import FusionPolicy, KVPolicy, Mixture, PromptRouting, Switching, choose
-from dlp_lora.router import Context, Router
+from dlp_lora.policy import Mixture, Switching, choose
+from dlp_lora.router import Context
 from dlp_lora.router.questions import decide, questions_of, read_held, read_in_turn
 from dlp_lora.sentences import Segmenter
 
 
 @dataclass(frozen=True, kw_only=True)
 class Routing:
-    """How rows are routed: the settings of an engine, and the decisions that they lead to."""
+    """How one call decides. `held` are the names of the adapters there are, as a view that follows them."""
 
-    bank: AdapterBank
-    router: Router | None
-    policy: FusionPolicy
-    segmenter: Callable[[], Segmenter]
-    switching: Switching
-    kv_policy: KVPolicy
-    prompt_routing: PromptRouting
+    call: Call
+    held: Collection[str]
 
     def route(self, context: Context) -> tuple[dict[str, float], Mixture]:
-        """Gives a probability for each adapter name, and the mixture that follows."""
-        routed = decide(
-            self.read,
-            context,
-            policy=self.policy,
-            unsure=self.switching.unsure,
-            prompt_routing=self.prompt_routing,
-        )
+        """Gives a probability for each adapter name, and the mixture that follows.
+
+        Raises:
+            RouterError: if there is no router.
+        """
+        routed = decide(self.read, context, self.call.settings)
         return dict(routed.probabilities), routed.mixture
 
     def read(self, contexts: Sequence[Context]) -> list[dict[str, float]]:
         """Asks the router what it gives each adapter, for each context.
 
-        What it gives an adapter that the bank no longer holds is the probability that none fits.
+        What it gives an adapter that is no longer held is the probability that none fits.
 
         Raises:
             RouterError: if there is no router.
         """
-        if self.router is None:
+        if self.call.router is None:
             raise RouterError("this engine has no router; choose a mixture with engine.fixed() or engine.disabled()")
-        with self.bank.lock:  # a router may run the base model
-            return read_held(self.router, contexts, self.bank.adapters)
+        return read_held(self.call.router, contexts, self.held)
 
     def decide(
         self,
@@ -66,34 +59,252 @@ class Routing:
     def decide_prompts(
         self, prompts: Sequence[Context], sentences: Sequence[Context]
     ) -> tuple[list[Decision], list[tuple[str, ...]]]:
-        """Routes prompts and sentences of theirs; and gives the questions of each prompt that asks several."""
+        """Routes prompts and sentences of theirs; and gives the questions of each prompt that asks several.
+
+        A prompt that is not clearly one question costs up to three more calls of the router.
+        """
         start = time.perf_counter()
         rows: list[Mapping[str, float]] = list(self.read([*prompts, *sentences]))
         questions: list[tuple[str, ...]] = [()] * len(prompts)
-        if self.prompt_routing != "whole":
+        if self.call.settings.prompt_routing != "whole":
             questions = [questions_of(self.read, c, row) for c, row in zip(prompts, rows, strict=False)]
-        for i, asked in enumerate(questions):
-            if asked:
-                (rows[i],) = read_in_turn(self.read, [prompts[i]], [asked])
+        for i, parts in enumerate(questions):
+            if parts:
+                (rows[i],) = read_in_turn(self.read, [prompts[i]], [parts])
         return self._decisions(rows, [(0, 0)] * len(rows), since=start), questions
-
-    def hold(self, current: Mixture, decision: Decision) -> None:
-        """Keeps the mixture in use where the decision for another one is not clear."""
-        # Hysteresis: near a tie, going back and forth between adapters costs more than it gains.
-        if not decision.mixture and self.switching.unsure == "keep":
-            decision.mixture = current
-        if not current or not decision.mixture or not decision.probabilities:
-            return
-        in_use = decision.probabilities.get(next(iter(current)), 0.0)
-        if max(decision.probabilities.values()) - in_use < self.switching.margin:
-            decision.mixture = current
 
     def _decisions(
         self, rows: Sequence[Mapping[str, float]], positions: Sequence[tuple[int, int]], *, since: float
     ) -> list[Decision]:
-        chosen = [choose(self.policy, row, self.switching.unsure) for row in rows]
+        settings = self.call.settings
+        chosen = [choose(settings.policy, row, settings.switching.unsure) for row in rows]
         route_ms = (time.perf_counter() - since) * 1e3
         return [
-            Decision(token, offset, mixture, probabilities, abstained=not mixture, route_ms=route_ms)
+            Decision(
+                start=token,
+                offset=offset,
+                mixture=mixture,
+                probabilities=probabilities,
+                abstained=not mixture,
+                route_ms=route_ms,
+            )
             for (token, offset), (probabilities, mixture) in zip(positions, chosen, strict=True)
         ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """What is read of a prompt: what was said before, what is asked now, and its sentences if they are routed too."""
+
+    history: str
+    text: str
+    passages: tuple[Passage, ...] = ()
+
+
+@dataclass
+class RowRouter:
+    """The routing of one row: it starts with a prompt, takes a token at a time, and says whether the mixture changes.
+
+    `start_rows` makes several at once. A token is pushed when it was sampled and before it is encoded, so that the pass
+    that encodes it can run under `mixture`.
+    """
+
+    routing: Routing
+    prompt: Prompt
+    detokenizer: Detokenizer
+    segmenter: Segmenter
+    decisions: list[Decision]
+    prompt_trace: tuple[Sentence, ...] = ()
+    questions: tuple[str, ...] = ()  # of the prompt, if it asks several
+    is_fixed: bool = False  # by the caller: no router is asked
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)  # generated so far, without padding
+    ended: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens were generated."""
+        return len(self.tokens)
+
+    @property
+    def mixture(self) -> Mixture:
+        """The mixture in force."""
+        return self.decisions[-1].mixture
+
+    @property
+    def mixtures(self) -> tuple[Mixture, ...]:
+        """All that the row's tokens may be encoded under from now on: the one in force, and its prompt's."""
+        return (self.mixture, *(sentence.mixture for sentence in self.prompt_trace))
+
+    def push(self, token: int) -> bool:
+        """Adds a generated token and routes the sentence that it opens, if it opens one.
+
+        Returns:
+            Whether the mixture changed: what was encoded before the token was encoded under another one.
+        """
+        return push_tokens([self], [token])[0]
+
+    def fix(self, mixture: Mixture) -> bool:
+        """Puts a mixture of the caller's into force, from the next token on. True if it is another one."""
+        self.is_fixed = True
+        if mixture == self.mixture:
+            return False
+        self.decisions.append(Decision(start=self.num_tokens, offset=len(self.text), mixture=mixture, switched=True))
+        return True
+
+    def has_read(self, answer: Sequence[int]) -> bool:
+        """Whether it has followed an answer to its last token but one."""
+        n = self.num_tokens
+        return len(answer) - 1 <= n <= len(answer) and self.tokens == list(answer[:n])
+
+    def finish(self, tokens: Sequence[int]) -> None:
+        """Adds the tokens that were sampled but never encoded (the last one is not), and any held-back text."""
+        for token in tokens[self.num_tokens :]:
+            self.read(token)
+        self.text += self.detokenizer.flush()
+
+    def generation(self, tokens: Sequence[int]) -> Generation:
+        """Gives the answer that it has followed to its last token but one; the row itself stays where it is."""
+        row = self.copy()
+        row.finish(tokens)
+        return Generation(text=row.text, tokens=tuple(tokens), trace=row.sentences(), prompt_trace=row.prompt_trace)
+
+    def copy(self) -> "RowRouter":
+        """Returns a copy that goes its own way."""
+        return replace(
+            self,
+            detokenizer=self.detokenizer.copy(),
+            segmenter=self.segmenter.copy(),
+            decisions=list(self.decisions),
+            tokens=list(self.tokens),
+        )
+
+    def sentences(self) -> tuple[Sentence, ...]:
+        """The trace so far; its spans tile the tokens, its texts the text."""
+        ends = [(d.start, d.offset) for d in self.decisions[1:]] + [(self.num_tokens, len(self.text))]
+        return tuple(
+            decision.sentence(self.text[decision.offset : offset], decision.start, end)
+            for decision, (end, offset) in zip(self.decisions, ends, strict=True)
+        )
+
+    def read(self, token: int) -> list[int]:
+        """Adds a generated token without routing; gives the offsets of the sentences that it opens."""
+        self.tokens.append(token)
+        piece = self.detokenizer.push(token)
+        if not piece:
+            return []
+        self.text += piece
+        return self.segmenter.push(piece)
+
+    def charge(self, *, fuse_ms: float, encode_ms: float = 0.0) -> None:
+        """Writes down what the decision in force cost, the first time that it is fused."""
+        if self.decisions[-1].fuse_ms is None:
+            self.decisions[-1] = replace(self.decisions[-1], fuse_ms=fuse_ms, encode_ms=encode_ms)
+
+    def _opens_sentence(self, token: int) -> int | None:
+        """Adds a token; gives the offset of the sentence that it opens, None if it opens none or is no part of it."""
+        endings = self.routing.call.endings
+        if self.ended and endings.is_after_end(token):
+            return None
+        self.ended = token in endings.eos_ids
+        offsets = self.read(token)
+        min_tokens = self.routing.call.settings.switching.min_tokens
+        is_long_enough = self.num_tokens - 1 - self.decisions[-1].start >= min_tokens
+        return offsets[-1] if offsets and is_long_enough else None
+
+
+def start_rows(
+    prompts: Sequence[Prompt],
+    routing: Routing,
+    make_detokenizer: Callable[[], Detokenizer],
+    *,
+    fixed: Sequence[Mixture] = (),
+) -> list[RowRouter]:
+    """Routes prompts, all in one call of the router; with `fixed`, one mixture a prompt, the router is not asked."""
+    passages = [passage for prompt in prompts for passage in prompt.passages]
+    questions: Sequence[tuple[str, ...]] = [()] * len(prompts)
+    if fixed:
+        openings = [Decision(mixture=mixture) for mixture in fixed]
+        routed = [Decision(mixture=m) for prompt, m in zip(prompts, fixed, strict=True) for _ in prompt.passages]
+    else:
+        contexts = [Context(prompt.text, history=prompt.history) for prompt in prompts]
+        sentences = [Context(p.text.strip(), history=p.history.strip()) for p in passages]
+        decisions, questions = routing.decide_prompts(contexts, sentences)
+        openings, routed = decisions[: len(prompts)], decisions[len(prompts) :]
+    following = iter(routed)
+    return [
+        RowRouter(
+            routing,
+            prompt,
+            make_detokenizer(),
+            routing.call.segmenter(),
+            [opening],
+            prompt_trace=_prompt_trace(prompt.passages, following, routing.call.settings.switching),
+            questions=parts,
+            is_fixed=bool(fixed),
+        )
+        for prompt, opening, parts in zip(prompts, openings, questions, strict=True)
+    ]
+
+
+def push_tokens(rows: Sequence[RowRouter], tokens: Sequence[int]) -> list[bool]:
+    """Pushes a token into each row; those that open a sentence are routed in one call of the router.
+
+    Returns:
+        For each row whether its mixture changed.
+    """
+    switched = [False] * len(rows)
+    opening: dict[int, tuple[int, int]] = {}
+    for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+        if (offset := row._opens_sentence(token)) is None:
+            continue
+        if row.is_fixed:
+            row.decisions.append(Decision(start=row.num_tokens - 1, offset=offset, mixture=row.mixture))
+        else:
+            opening[i] = row.num_tokens - 1, offset
+    for routing, some in _by_routing(rows, opening):
+        contexts = [
+            Context(rows[i].prompt.text, rows[i].text[:at], rows[i].text[at:], rows[i].prompt.history)
+            for i, (_, at) in some.items()
+        ]
+        decisions = routing.decide(contexts, list(some.values()), [rows[i].questions for i in some])
+        for i, decision in zip(some, decisions, strict=True):
+            held = hold(rows[i].mixture, decision, routing.call.settings.switching)
+            switched[i] = held.mixture != rows[i].mixture
+            rows[i].decisions.append(replace(held, switched=switched[i]))
+    return switched
+
+
+def hold(current: Mixture, decision: Decision, switching: Switching) -> Decision:
+    """Keeps the mixture in use where the decision for another one is not clear.
+
+    Hysteresis: near a tie, going back and forth between adapters costs more than it gains.
+    """
+    if not decision.mixture and switching.unsure == "keep":
+        return replace(decision, mixture=current)
+    if not current or not decision.mixture or not decision.probabilities:
+        return decision
+    in_use = decision.probabilities.get(next(iter(current)), 0.0)
+    is_close = max(decision.probabilities.values()) - in_use < switching.margin
+    return replace(decision, mixture=current) if is_close else decision
+
+
+def _prompt_trace(
+    passages: Sequence[Passage], decisions: Iterator[Decision], switching: Switching
+) -> tuple[Sentence, ...]:
+    trace: list[Sentence] = []
+    for passage, decision in zip(passages, decisions, strict=False):
+        if trace:
+            decision = hold(trace[-1].mixture, decision, switching)
+            decision = replace(decision, switched=decision.mixture != trace[-1].mixture)
+        trace.append(decision.sentence(passage.text, passage.start, passage.end))
+    return tuple(trace)
+
+
+def _by_routing(
+    rows: Sequence[RowRouter], opening: Mapping[int, tuple[int, int]]
+) -> Iterator[tuple[Routing, dict[int, tuple[int, int]]]]:
+    """Gathers the rows that open a sentence by how they are routed: rows of one call are read together."""
+    routings = {id(rows[i].routing): rows[i].routing for i in opening}
+    for key, routing in routings.items():
+        yield routing, {i: at for i, at in opening.items() if id(rows[i].routing) == key}

@@ -1,16 +1,9 @@
-"""Rows: what is known of each row of a batch, tied to the KV cache that holds its tokens.
+"""Traces: which sentence of an answer used which adapters, why, and what it cost."""
 
-A row follows its cache wherever that goes: reordered by beam search, copied, cropped, or handed back by the caller with
-the next token. Its trace is what a person sees of it: a Sentence each.
-"""
-
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dlp_lora.engine.text import Detokenizer
 from dlp_lora.policy import Mixture
-from dlp_lora.sentences import Segmenter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +14,7 @@ class Sentence:
     `probabilities` is empty where no router was asked (`fixed`, `disabled`). `switched` is true where the mixture
     differs from the sentence before; `abstained` where the policy chose no adapter: the base model alone went on,
     or with `Switching(unsure="keep")` the mixture in use.
-    Times are in milliseconds.
+    Times are in milliseconds; `encode_ms` is that of encoding the context again, which "recompute" does at a switch.
     """
 
     text: str
@@ -33,6 +26,7 @@ class Sentence:
     abstained: bool
     route_ms: float = 0.0
     fuse_ms: float = 0.0
+    encode_ms: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Gives the sentence as JSON data."""
@@ -60,89 +54,31 @@ class Generation:
         }
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class Decision:
-    """A mixture from some position on, and what led to it."""
+    """A mixture from some position on, and what led to it; `fuse_ms` is None until it was fused."""
 
-    start: int  # in generated tokens
-    offset: int  # in characters of the generated text
+    start: int = 0  # in generated tokens
+    offset: int = 0  # in characters of the generated text
     mixture: Mixture
     probabilities: dict[str, float] = field(default_factory=dict)
     switched: bool = False
     abstained: bool = False
     route_ms: float = 0.0
-    fuse_ms: float = 0.0
+    fuse_ms: float | None = None
+    encode_ms: float = 0.0
 
-
-@dataclass
-class Row:
-    """One row of a batch: its prompt with the turns before, what was generated so far and the decisions taken."""
-
-    history: str
-    prompt: str
-    detokenizer: Detokenizer
-    segmenter: Segmenter
-    decisions: list[Decision]
-    text: str = ""
-    num_tokens: int = 0
-    ended: bool = False
-    prompt_trace: tuple[Sentence, ...] = ()
-    questions: tuple[str, ...] = ()  # of the prompt, if it asks several
-
-    @property
-    def mixture(self) -> Mixture:
-        """The mixture in force."""
-        return self.decisions[-1].mixture
-
-    def push(self, token: int) -> list[int]:
-        """Adds a generated token; returns the offsets of the sentences it opens."""
-        self.num_tokens += 1
-        piece = self.detokenizer.push(token)
-        if not piece:
-            return []
-        self.text += piece
-        return self.segmenter.push(piece)
-
-    def has_read(self, read: Sequence[int], answer: Sequence[int]) -> bool:
-        """Whether it has followed an answer to its last token but one; `read` are the tokens that were encoded."""
-        n = self.num_tokens
-        return len(answer) - 1 <= n <= len(answer) and list(read[:n]) == list(answer[:n])
-
-    def finish(self, tokens: Sequence[int]) -> None:
-        """Adds the tokens that were sampled but never encoded (the last one is not), and any held-back text."""
-        for token in tokens[self.num_tokens :]:
-            self.push(token)
-        self.text += self.detokenizer.flush()
-
-    def copy(self) -> "Row":
-        """Returns a copy that goes its own way."""
-        return Row(
-            self.history,
-            self.prompt,
-            self.detokenizer.copy(),
-            self.segmenter.copy(),
-            list(self.decisions),
-            self.text,
-            self.num_tokens,
-            self.ended,
-            self.prompt_trace,
-            self.questions,
+    def sentence(self, text: str, start: int, end: int) -> Sentence:
+        """Gives the sentence that was decided so."""
+        return Sentence(
+            text=text,
+            start=start,
+            end=end,
+            probabilities=self.probabilities,
+            mixture=self.mixture,
+            switched=self.switched,
+            abstained=self.abstained,
+            route_ms=self.route_ms,
+            fuse_ms=self.fuse_ms or 0.0,
+            encode_ms=self.encode_ms,
         )
-
-    def sentences(self) -> list[Sentence]:
-        """The trace so far; its spans tile the tokens, its texts the text."""
-        ends = [(d.start, d.offset) for d in self.decisions[1:]] + [(self.num_tokens, len(self.text))]
-        return [
-            Sentence(
-                text=self.text[d.offset : offset],
-                start=d.start,
-                end=end,
-                probabilities=d.probabilities,
-                mixture=d.mixture,
-                switched=d.switched,
-                abstained=d.abstained,
-                route_ms=d.route_ms,
-                fuse_ms=d.fuse_ms,
-            )
-            for d, (end, offset) in zip(self.decisions, ends, strict=True)
-        ]

@@ -104,7 +104,7 @@ class EngineLM(HFLM):  # type: ignore[misc]
 
     @property
     def _is_fixed(self) -> bool:
-        return self.engine._controller.fixed is not None
+        return self.engine.call.mixtures is not None
 
 
 class DLPLoRALM(EngineLM):

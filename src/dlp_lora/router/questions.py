@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
-from dlp_lora.policy import FusionPolicy, Mixture, PromptRouting, Unsure, choose
+from dlp_lora.policy import Mixture, RoutingSettings, choose
 from dlp_lora.router.context import Context, Router
 from dlp_lora.sentences import split
 
@@ -41,12 +41,10 @@ class Routed:
         }
 
 
-def decide(
-    read: Read, context: Context, *, policy: FusionPolicy, unsure: Unsure, prompt_routing: PromptRouting
-) -> Routed:
+def decide(read: Read, context: Context, settings: RoutingSettings) -> Routed:
     """Asks a router what a context needs, and turns its answer into a mixture."""
-    row = read([context])[0] if prompt_routing == "whole" else route(read, context)
-    probabilities, mixture = choose(policy, row, unsure)
+    row = read([context])[0] if settings.prompt_routing == "whole" else route(read, context)
+    probabilities, mixture = choose(settings.policy, row, settings.switching.unsure)
     return Routed(probabilities=probabilities, fits=sum(row.values()), mixture=mixture)
 
 

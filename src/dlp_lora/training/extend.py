@@ -155,10 +155,7 @@ def _rewrite(path: str | Path, bundle: Bundle, router: MiniMLP, adapters: dict[s
         base_model=bundle.base_model,
         adapters=adapters,
         router=router,
-        policy=bundle.policy,
-        switching=bundle.switching,
-        kv_policy=bundle.kv_policy,
-        prompt_routing=bundle.prompt_routing,
+        settings=bundle.settings,
     )
 
 

@@ -22,6 +22,7 @@ from dlp_lora.lab.bench import models, train
 from dlp_lora.lab.bench.agreement import Twin, check_paths, check_sentences
 from dlp_lora.lab.bench.bank import BankArgs, bench_bank
 from dlp_lora.lab.bench.case import PROMPTS, BenchArgs, Case, read_prompts
+from dlp_lora.lab.bench.contexts import bench_contexts
 from dlp_lora.lab.bench.decode import DecodeArgs, bench_decode
 from dlp_lora.lab.bench.memory import Memory, bandwidth_gb_s, counted, growth_mb, held_mb, peak_mb, read_mb
 from dlp_lora.lab.bench.paths import PathsArgs, bench_paths
@@ -48,6 +49,7 @@ BENCHES: dict[str, Callable[[Path], dict[str, Any]]] = {
     ),
     "prefill": lambda model: bench_prefill(model, PrefillArgs(num_adapters=4, selected=2, batch=3, length=9, **QUICK)),
     "switch": lambda model: bench_switch(model, SwitchArgs(sizes=(3, 5), selected=2, num_switches=250, **QUICK)),
+    "switch_context": lambda model: bench_contexts(model, SwitchArgs(context=(8, 24), selected=1, **QUICK)),
     "bank": lambda model: bench_bank(
         model, BankArgs(sizes=(1, 3), on_disk=(40,), budget_mb=0.02, new_tokens=3, **QUICK)
     ),
@@ -183,8 +185,8 @@ def test_no_figures_are_given_when_a_step_on_the_cache_differs(
     check_paths(engine, base, case.prompts(3)[0], {"peft": twin})
     fuse = engine.bank.fuse
 
-    def turned(mixtures: list[Mixture], *args: Any, goes_on: bool = False, **kwargs: Any) -> None:
-        fuse(mixtures[::-1] if goes_on else mixtures, *args, goes_on=goes_on, **kwargs)
+    def turned(mixtures: list[Mixture], *args: Any, reuse: bool = False, **kwargs: Any) -> None:
+        fuse(mixtures[::-1] if reuse else mixtures, *args, reuse=reuse, **kwargs)
 
     monkeypatch.setattr(engine.bank, "fuse", turned)
     with pytest.raises(DLPLoRAError, match="peft and the engine under the same mixture differ by"):
@@ -363,6 +365,14 @@ def test_hundreds_of_switches_allocate_and_move_nothing_and_every_part_is_timed(
         assert 0 < row["route_ms"] < parts == pytest.approx(row["switch_ms"], abs=1e-2)
 
 
+def test_a_switch_under_each_kv_policy_stands_beside_a_sentence(record_of: RecordOf) -> None:
+    rows = {row["name"]: row for row in record_of("switch_context")["rows"]}
+    assert set(rows) == {f"{n} tokens, {way}" for n in (8, 24) for way in ("no switch", "keep", "recompute")}
+    assert all(row["pass_ms"] > 0 for row in rows.values())
+    assert rows["24 tokens, recompute"]["extra_ms"] > 0
+    assert rows["24 tokens, no switch"]["over_sentence"] == 0
+
+
 def test_no_figures_are_given_when_switches_allocate(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dlp_lora.bank.group import Group
 
@@ -398,7 +408,7 @@ def test_no_figures_are_given_when_the_bank_keeps_more_than_its_budget(
 ) -> None:
     def load_without_limit(*args: Any, **kwargs: Any) -> Engine:
         engine = load(*args, **kwargs)
-        engine.bank.budget_mb = None
+        engine.bank.store.budget_mb = None
         return engine
 
     load = models.load

@@ -14,7 +14,7 @@ from transformers import Cache
 
 from dlp_lora.engine.cache import cache_argument, cache_of, rows_of
 from dlp_lora.engine.engine import Engine
-from dlp_lora.engine.trace import Row
+from dlp_lora.engine.routing import RowRouter
 from dlp_lora.errors import DLPLoRAError
 from dlp_lora.policy import FusionPolicy, Mixture
 
@@ -103,13 +103,13 @@ def _choose(policy: FusionPolicy, loudness: float, probabilities: Mapping[str, f
     return Mixture(_times(policy(probabilities), loudness))
 
 
-def _sentence_by_sentence(engine: Engine, ids: Int[Tensor, " seq"], row: Row) -> Float[Tensor, "1 1 vocab"]:
+def _sentence_by_sentence(engine: Engine, ids: Int[Tensor, " seq"], row: RowRouter) -> Float[Tensor, "1 1 vocab"]:
     end = row.prompt_trace[-1].end if row.prompt_trace else 0
     parts = [(s.start, s.end, s.mixture) for s in row.prompt_trace] + [(end, len(ids), row.mixture)]
     output: Any = None
     for start, end, mixture in parts:
         cache = None if output is None else cache_of(output)
-        with engine.fixed(mixture):
+        with engine.fixed(mixture), engine.using(kv_policy="keep"):
             output = engine.model(ids[None, start:end], **cache_argument(cache), use_cache=True, logits_to_keep=1)
     logits: Tensor = output.logits
     return logits.float()

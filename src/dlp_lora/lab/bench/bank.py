@@ -76,7 +76,7 @@ def _open(case: Case, size: int, selected: int, budget_mb: float | None) -> tupl
     names, k = engine.bank.names, min(selected, size)
     mixtures = [Mixture(dict.fromkeys(names[i : i + k], 1 / k)) for i in range(0, size - k + 1, k)]
     first = [_fuse_ms(engine, mixture) for mixture in mixtures]
-    num_misses, recent = engine.bank.num_misses, mixtures[-NUM_RECENT:]
+    num_misses, recent = engine.bank.store.num_misses, mixtures[-NUM_RECENT:]
     kept_mb = _kept_mb(engine)
     if budget_mb and kept_mb > budget_mb:
         raise DLPLoRAError(f"the bank keeps {kept_mb:.1f} MB under a budget of {budget_mb} MB; no figures are given")
@@ -103,7 +103,7 @@ def _kept_mb(engine: Engine) -> float:
 
 
 def _fuse_ms(engine: Engine, mixture: Mixture) -> float:
-    engine.bank.clear()  # what is fused already is not fused again
+    engine.bank.forget()  # what is fused already is not fused again
     start = time.perf_counter()
     engine.bank.fuse([mixture])
     synchronise(engine.model.device)

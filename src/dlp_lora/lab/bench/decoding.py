@@ -76,11 +76,10 @@ def _alike(name: str) -> str:
 
 def _switches(variant: Any) -> dict[str, float]:
     """How many sentences a row of the last answer had, and how often it switched: what is timed is live."""
-    latest = variant._controller.latest if isinstance(variant, Engine) else None
-    if latest is None:
+    each = variant.last_traces if isinstance(variant, Engine) else None
+    if each is None:
         return {}
-    each = [row.decisions for row in latest.rows]
-    switched = sum(decision.switched for decisions in each for decision in decisions)
+    switched = sum(sentence.switched for trace in each for sentence in trace)
     return {
         "sentences": round(sum(map(len, each)) / len(each), 2),
         "switches": round(switched / len(each), 2),

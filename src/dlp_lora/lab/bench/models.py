@@ -84,6 +84,7 @@ def engine_with(
         policy=TopK(selected),
         # A router of random weights is never sure: without a margin it switches at every sentence.
         switching=Switching(min_tokens=4, margin=0.0),
+        kv_policy="keep",  # a token's own cost; `bench switch` has what a switch costs under either
         budget_mb=budget_mb,
         prepack=prepack,
     )
@@ -96,9 +97,9 @@ def stacked_base(case: Case, *, prepack: bool = False) -> Any:
     bank = AdapterBank(
         linear_layers(found), [read_adapter(first)], siblings=siblings(found), dtype=found.dtype, device=found.device
     )
-    attach(found, bank, prepack=prepack)
+    attach(found, bank, paths="prepacked" if prepack else None)
     for group in bank.groups:
-        group.rest(plain=False)
+        group.idle()
     return found
 
 
@@ -118,7 +119,7 @@ def compiled_base(case: Case) -> Any:
 def concatenated(engine: Engine) -> None:
     """Has an engine compute layer by layer, as where weights cannot be stacked."""
     detach(engine.model)
-    attach(engine.model, engine.bank, stack=False)
+    attach(engine.model, engine.bank, paths="plain")
 
 
 def peft_many(case: Case, num_adapters: int) -> Any:

@@ -9,6 +9,7 @@ from dlp_lora.errors import DLPLoRAError
 QUANTITIES = {
     "routers": ("answer_ratio", "time of an answer over the base's"),
     "switch": ("switch_ms", "milliseconds a switch"),
+    "switch_context": ("pass_ms", "milliseconds a decoding step"),
     "train": ("speedup", "samples a second over the Trainer's"),
 }
 RATIO = ("ratio", "time over the base's")  # of the other benchmarks
@@ -47,7 +48,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
     axes = figure.add_subplot()
     colours = [OURS if row["name"].startswith("dlp-lora") else OTHERS for row in rows]
     axes.barh(range(len(rows)), values, xerr=whiskers, color=colours, ecolor="#1d2126", capsize=2)
-    if quantity != "switch_ms":
+    if not quantity.endswith("_ms"):
         axes.axvline(1, color="#8d939c", linewidth=1)
     axes.set_yticks(range(len(rows)), names)
     axes.invert_yaxis()

@@ -30,6 +30,7 @@ class SwitchArgs(AdapterBenchArgs):
 
     sizes: Annotated[tuple[int, ...], "Adapters in the bank."] = (10, 26, 100)
     num_switches: Annotated[int, "Switches during which nothing may grow or move."] = 1000
+    context: Annotated[tuple[int, ...], "Instead: a switch after so many tokens, under each KV policy."] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()

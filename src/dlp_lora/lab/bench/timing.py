@@ -8,6 +8,7 @@ warms up.
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import copy_context
 from dataclasses import dataclass
 from statistics import median
 
@@ -106,7 +107,8 @@ class _Turn:
         self.is_done = False
         self._error: BaseException | None = None
         self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
-        self._thread = threading.Thread(target=self._run, args=(run, i), daemon=True)
+        # In this context: a mixture may be merged or fixed around the measurement.
+        self._thread = threading.Thread(target=copy_context().run, args=(self._run, run, i), daemon=True)
         self._thread.start()
 
     def take(self) -> None:

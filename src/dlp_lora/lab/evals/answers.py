@@ -114,7 +114,7 @@ def identity_of(engine: Engine, tasks: Sequence[Task], method: Method) -> dict[s
     }
     if method.mixture is None and engine.router is not None:
         with method.on(engine, ()):
-            found["routing"] = {"router": router_hash(engine.router), **engine.routing_settings()}
+            found["routing"] = {"router": router_hash(engine.router), **engine.settings.to_dict()}
     return found
 
 
@@ -227,7 +227,8 @@ def _answer(
         prompts: list[Any] = [as_prompt(engine.tokenizer, q.example.prompt, args.prompt_format) for q in asked]
         with method.on(engine, [q.key for q in asked]):
             # Choices are read after a prompt under one mixture: encoded by sentences it would be another method's.
-            is_scored = args.likelihoods and (method.mixture is not None or engine.prompt_routing != "sentences")
+            by_sentence = method.mixture is None and engine.settings.prompt_routing == "sentences"
+            is_scored = args.likelihoods and not by_sentence
             answers += engine.generate(prompts, max_new_tokens=room, do_sample=False)
     seconds = (time.perf_counter() - start) / len(batch)
     rows = []

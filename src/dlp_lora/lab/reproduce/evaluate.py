@@ -76,7 +76,7 @@ def evaluate_bundle(
         "environment": environment(),
         "metrics": {"bleu": bleu_signature()} if "qa" in kinds.values() else {},
         "data": {"hash": data_hash(list(tasks)), "tasks": {task.name: {"kind": kinds[task.name]} for task in tasks}},
-        "settings": {**asdict(args), **engine.routing_settings()},
+        "settings": {**asdict(args), **engine.settings.to_dict()},
         "left_out": left_out,
         **evaluation.record(),
     }

@@ -1,0 +1,121 @@
+"""Paths: in which way the layers of a model are multiplied, and how the fastest way is chosen.
+
+All ways give the same result but for rounding. The fastest one differs between CPUs, precisions, shapes and numbers of
+rows, so `timing` tries them on the model's own layers. The choice itself is `choose`, a function of the times.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
+
+Way = Literal["plain", "stacked", "columns", "halves", "prepacked"]
+"""How a product is computed.
+
+- plain: each layer by `F.linear`, and its pair beside it;
+- stacked: siblings and A in one `F.linear`;
+- columns, halves: the stacked weight in another way (`cpu`);
+- prepacked: a second copy of the base weights in oneDNN's layout, and A beside it.
+"""
+Setting = Literal["auto", "plain", "stacked", "columns", "halves", "prepacked"]
+
+# Up to so many rows, as decoding a batch has, count as few. On a CPU their second product is computed in float32, where
+# it is faster than in bfloat16 (docs/log.md).
+FEW_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Ways:
+    """The ways of one kind of layers: for one row, and for few."""
+
+    one_row: Way = "stacked"
+    few_rows: Way = "stacked"
+
+    def way(self, num_rows: int) -> Way:
+        """The way for so many rows; many are multiplied as fast by `F.linear`, if not prepacked."""
+        if num_rows == 1:
+            return self.one_row
+        if num_rows <= FEW_ROWS or self.is_plain or self.few_rows == "prepacked":
+            return self.few_rows
+        return "stacked"
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the layers compute as the base's do."""
+        return self.one_row == self.few_rows == "plain"
+
+    @property
+    def is_prepacked(self) -> bool:
+        """Whether the weights are held once more."""
+        return "prepacked" in (self.one_row, self.few_rows)
+
+    def __str__(self) -> str:
+        if self.one_row == self.few_rows:
+            return self.one_row
+        return f"1 row {self.one_row}, few rows {self.few_rows}"
+
+
+PLAIN = Ways("plain", "plain")
+
+
+@dataclass(frozen=True)
+class Paths:
+    """The ways of all kinds of layers of a model, by what the layers are called."""
+
+    layers: tuple[tuple[str, Ways], ...] = ()
+
+    def of(self, label: str) -> Ways:
+        """The ways of the layers of this name; plain unless chosen."""
+        return dict(self.layers).get(label, PLAIN)
+
+    def to_dict(self) -> dict[str, dict[str, str]]:
+        """Gives the choice as JSON data."""
+        return {label: dict(vars(ways)) for label, ways in self.layers}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Mapping[str, Any]]) -> "Paths":
+        """Reads what `to_dict` gave."""
+        return cls(tuple((label, Ways(**ways)) for label, ways in data.items()))
+
+    def __str__(self) -> str:
+        labels: dict[str, list[str]] = {}
+        for label, ways in self.layers:
+            labels.setdefault(str(ways), []).append(label)
+        if len(labels) < 2:
+            return f"paths: {next(iter(labels), 'plain')}"
+        return "paths: " + "; ".join(f"{ways} ({', '.join(each)})" for ways, each in labels.items())
+
+    __repr__ = __str__
+
+
+def check_setting(setting: "Setting | Paths") -> None:
+    """Checks what a user asks for.
+
+    Raises:
+        ValueError: if it is none of the settings.
+    """
+    if not isinstance(setting, Paths) and setting not in get_args(Setting):
+        raise ValueError(f"paths must be one of {', '.join(get_args(Setting))}, got {setting!r}")
+
+
+def fixed(setting: Setting, labels: Sequence[str]) -> Paths:
+    """The paths of a setting other than "auto", for layers of these names."""
+    way = cast(Way, setting)
+    return Paths(tuple((label, Ways(way, way)) for label in labels))
+
+
+def choose(seconds: Mapping[Way, Sequence[float]]) -> Way:
+    """Chooses a way by the seconds that each took, in turns that all took one after the other.
+
+    It is plain, unless another one is faster by more than the spread: in three of four turns. Of several, a later one
+    must be so much faster than those before; prepacked, which takes memory, comes last.
+    """
+    chosen: Way = "plain"
+    for way in get_args(Way):
+        if way in seconds and _is_faster(seconds[way], seconds[chosen]):
+            chosen = way
+    return chosen
+
+
+def _is_faster(seconds: Sequence[float], than: Sequence[float]) -> bool:
+    ratios = sorted(a / b for a, b in zip(seconds, than, strict=True))
+    return ratios[3 * len(ratios) // 4] < 1

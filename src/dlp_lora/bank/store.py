@@ -1,0 +1,230 @@
+"""The store of adapters: names in, stacked weights out, within a budget of memory.
+
+It says which adapters there are, keeps the most recently used ones in memory and reads others from their folders. Who
+computes with an adapter holds a lease on it: a leased adapter that is removed stays until the lease is given up.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+from weakref import WeakSet
+
+from torch import Tensor
+
+from dlp_lora.bank.layout import Layout, Place, StackedLora
+from dlp_lora.bank.peft_format import Adapter, files_stamp, read_adapter
+from dlp_lora.errors import AdapterError
+
+
+class Lease:
+    """Says that adapters are in use for as long as somebody refers to it; it refers to nothing itself.
+
+    A copy is the same lease.
+    """
+
+    __slots__ = ("__weakref__", "names")
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = frozenset(names)
+
+    def __copy__(self) -> "Lease":
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Lease":
+        return self
+
+    def __repr__(self) -> str:
+        return f"Lease({', '.join(sorted(self.names))})"
+
+
+@dataclass
+class Entry:
+    """One adapter of the store."""
+
+    adapter: Adapter  # its shapes; the weights are in `stacked`
+    ranks: Mapping[Place, int]
+    number: int  # adapters are counted as they are added
+    stamp: tuple[tuple[int, int], ...] | None  # of its files as it was added
+    is_on_disk: bool  # its weights may go, and are read again
+    stacked: Mapping[Place, StackedLora] | None = None
+
+    @property
+    def rank(self) -> int:
+        """Its rank, all places together."""
+        return sum(self.ranks.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that it takes now."""
+        return sum(lora.nbytes for lora in (self.stacked or {}).values())
+
+
+class AdapterStore:
+    """Adapters by name, held once each, as `layout` stacks them.
+
+    With a `budget_mb`, adapters that were read without their weights stay on disk. Those that are asked for are loaded,
+    and the least recently used make room for them, leased ones last.
+    """
+
+    def __init__(self, layout: Layout, *, budget_mb: float | None = None) -> None:
+        if budget_mb is not None and budget_mb <= 0:
+            raise ValueError(f"budget_mb must be positive, got {budget_mb}")
+        self.budget_mb = budget_mb
+        self.num_misses = 0  # adapters that had to be loaded when they were asked for
+        self.adapters: dict[str, Adapter] = {}  # their shapes, in the order they were added
+        self._layout = layout
+        self._entries: dict[str, Entry] = {}  # also of removed adapters that are leased
+        self._loaded: dict[str, Entry] = {}  # those in memory, the least recently used first
+        self._leases: WeakSet[Lease] = WeakSet()
+        self._numbers = count()
+
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        """The adapters in memory, the least recently used first."""
+        return tuple(self._loaded)
+
+    def add(self, adapter: Adapter) -> None:
+        """Adds an adapter.
+
+        Raises:
+            AdapterError: if it does not fit the layout, its name is taken, or a removed adapter of its name is leased.
+        """
+        name = adapter.name
+        if name in self.adapters:
+            raise AdapterError(f"two adapters are named {name!r} (the second: {adapter.path}); rename one")
+        self._layout.check(adapter)
+        self._drop_removed()
+        if name in self._entries:
+            raise AdapterError(
+                f"rows still run with the removed adapter {name!r}; let them end and drop their KV caches, or "
+                f"add {adapter.path} under another name"
+            )
+        stamp = None
+        with suppress(OSError):  # one that was never in a folder
+            stamp = files_stamp(adapter.path)
+        self.adapters[name] = adapter.without_weights()
+        entry = self._entries[name] = Entry(
+            adapter=self.adapters[name],
+            ranks=self._layout.ranks(adapter),
+            number=next(self._numbers),
+            stamp=stamp,
+            is_on_disk=not adapter.is_loaded,
+        )
+        if adapter.is_loaded:
+            entry.stacked = self._layout.stack(adapter)
+            self._loaded[name] = entry
+
+    def remove(self, name: str) -> None:
+        """Removes an adapter; leased, it stays in memory until the last lease on it is gone.
+
+        Raises:
+            AdapterError: if there is none of this name.
+        """
+        if name not in self.adapters:
+            raise self._unknown(name)
+        if name in self.leased():
+            with suppress(AdapterError):  # whoever asks for it again is told
+                self.load([name])  # its files may go, too
+        del self.adapters[name]
+        self._entries[name].is_on_disk = False
+        self._drop_removed()
+
+    def lease(self, names: Iterable[str]) -> Lease:
+        """Keeps adapters, removed or not, for as long as the lease that it gives is referred to.
+
+        Raises:
+            AdapterError: if there is no adapter of a name.
+        """
+        self._drop_removed()
+        lease = Lease(names)
+        for name in lease.names:
+            self.entry(name)
+        self._leases.add(lease)
+        return lease
+
+    def leased(self) -> set[str]:
+        """The adapters that somebody holds a lease on."""
+        return {name for lease in self._leases for name in lease.names}
+
+    def entry(self, name: str) -> Entry:
+        """What is known of an adapter, also of a removed one that is leased.
+
+        Raises:
+            AdapterError: if there is none of this name.
+        """
+        if name not in self._entries:
+            raise self._unknown(name)
+        return self._entries[name]
+
+    def load(self, names: Sequence[str]) -> list[Mapping[Place, StackedLora]]:
+        """Gives the stacked weights of adapters, which are the most recently used from now on.
+
+        Raises:
+            AdapterError: if one cannot be read, or its files were written since it was added.
+        """
+        self._drop_removed()
+        for name in names:
+            entry = self.entry(name)
+            if entry.stacked is None:
+                adapter = read_adapter(entry.adapter.path, name)
+                self.check_files(name)
+                entry.stacked = self._layout.stack(adapter)
+                self.num_misses += 1
+            self._loaded.pop(name, None)
+            self._loaded[name] = entry
+        self._make_room(names)
+        return [stacked for name in names if (stacked := self._entries[name].stacked) is not None]
+
+    def loaded_among(self, names: Iterable[str]) -> list[str]:
+        """Those of these adapters that are in memory, and may be used."""
+        self._drop_removed()
+        return [name for name in names if name in self._loaded]
+
+    def check_files(self, name: str) -> None:
+        """Checks that an adapter's folder holds what was added, so that it may be read or copied again.
+
+        Raises:
+            AdapterError: if it does not.
+        """
+        entry = self.entry(name)
+        path = entry.adapter.path
+        try:
+            stamp = files_stamp(path)
+        except OSError as error:
+            raise AdapterError(f"{path}, the folder of the adapter {name!r}, cannot be read: {error}") from error
+        if stamp != entry.stamp:
+            raise AdapterError(f"{path} was written anew since it was added as {name!r}; remove that and add it again")
+
+    def tensors(self) -> list[Tensor]:
+        """The weights in memory."""
+        loras = [lora for entry in self._loaded.values() for lora in (entry.stacked or {}).values()]
+        return [tensor for lora in loras for tensor in (lora.a, lora.b)]
+
+    def _make_room(self, names: Sequence[str]) -> None:
+        """Drops adapters beyond the budget, but none of these."""
+        if self.budget_mb is None:
+            return
+        excess = sum(entry.nbytes for entry in self._loaded.values()) - self.budget_mb * 2**20
+        if excess <= 0:
+            return
+        leased = self.leased()
+        idle = [name for name, entry in self._loaded.items() if entry.is_on_disk and name not in names]
+        for name in sorted(idle, key=leased.__contains__):  # else rows that take turns would evict each other's
+            if excess <= 0:
+                return
+            entry = self._loaded.pop(name)
+            excess -= entry.nbytes
+            entry.stacked = None
+
+    def _drop_removed(self) -> None:
+        """Forgets the removed adapters that nobody holds a lease on any more."""
+        if len(self._entries) == len(self.adapters):
+            return
+        for name in self._entries.keys() - self.adapters.keys() - self.leased():
+            del self._entries[name]
+            self._loaded.pop(name, None)
+
+    def _unknown(self, name: str) -> AdapterError:
+        return AdapterError(f"no adapter {name!r}; there are {', '.join(sorted(self.adapters)) or 'none'}")

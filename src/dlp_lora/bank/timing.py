@@ -1,0 +1,141 @@
+"""Timing: the ways of a model's layers, each tried on the layers themselves, and the paths that follow."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import torch
+from torch import Tensor, nn
+
+from dlp_lora.bank.cpu import check_prepacking, prepack
+from dlp_lora.bank.group import Group
+from dlp_lora.bank.paths import Paths, Way, Ways, choose
+from dlp_lora.errors import ModelError
+
+NUM_ROWS = (1, 8)
+RANK = 24  # of the pairs that are timed: three adapters of rank 8
+NUM_TURNS = 16
+MIN_TURNS = 3
+LIMIT_S = 0.05  # for one kind of layers and number of rows, after which it is given MIN_TURNS at most
+SAMPLE_MB = 32  # of weights in each group
+HOPELESS = 1.5  # times as long as the fastest at first: not tried again
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One group that is timed, with its layers: `layers[i]` are the fused siblings of layer `i`."""
+
+    group: Group
+    layers: Sequence[Sequence[nn.Module]]
+    is_touched: bool  # an adapter changes it
+
+    @property
+    def num_sampled(self) -> int:
+        """How many of its layers are timed."""
+        nbytes = _base_nbytes(self.group) // self.group.num_layers
+        return min(self.group.num_layers, max(len(get_args(Way)), SAMPLE_MB * 2**20 // max(1, nbytes)))
+
+
+@torch.no_grad()
+def time_paths(trials: Sequence[Trial]) -> Paths:
+    """Times each way in each group, for one row and for eight, and chooses; leaves the groups with nothing active.
+
+    Takes about a second; where one layer takes long, three products of each way.
+    """
+    trials = list({trial.group.label: trial for trial in trials}.values())
+    can_prepack = _can_prepack([trial.group for trial in trials])
+    if can_prepack:
+        for trial in trials:
+            trial.group.prepack(prepack, layers=range(trial.num_sampled))
+    runs = [[_Run(trial, num_rows, can_prepack=can_prepack) for num_rows in NUM_ROWS] for trial in trials]
+    for turn in range(NUM_TURNS):
+        for run in (run for of_trial in runs for run in of_trial):
+            run.take_turn(turn)
+    for trial in trials:
+        trial.group.prepack(prepack, layers=())
+        trial.group.clear()
+    chosen = [Ways(*(choose(run.seconds) for run in of_trial)) for of_trial in runs]
+    return Paths(tuple((trial.group.label, ways) for trial, ways in zip(trials, chosen, strict=True)))
+
+
+class _Run:
+    """The ways of one trial, for so many rows."""
+
+    def __init__(self, trial: Trial, num_rows: int, *, can_prepack: bool) -> None:
+        self._trial = trial
+        weight: Tensor = trial.layers[0][0].weight  # type: ignore[assignment]
+        self._x = weight.new_ones(num_rows, 1, trial.group.d_in).detach()
+        ways = list(_ways(trial, num_rows, can_prepack=can_prepack))
+        for way in ways:
+            self._time(way, 0)  # to warm up
+        first = {way: self._time(way, i) for i, way in enumerate(ways)}
+        limit = HOPELESS * min(first.values())
+        self.seconds: dict[Way, list[float]] = {
+            way: [] for way, seconds in first.items() if way == "plain" or seconds < limit
+        }
+        self._spent = 0.0
+
+    def take_turn(self, turn: int) -> None:
+        """Times each way once, unless enough time was spent; ways take different layers, which are in no cache."""
+        if turn >= MIN_TURNS and self._spent > LIMIT_S:
+            return
+        for i, way in enumerate(self.seconds):
+            self.seconds[way].append(self._time(way, turn + i))
+            self._spent += self.seconds[way][-1]
+
+    def _time(self, way: Way, layer: int) -> float:
+        """The seconds that the siblings of one layer take."""
+        trial, x = self._trial, self._x
+        siblings = trial.layers[layer % trial.num_sampled]
+        if way == "plain" and not trial.is_touched:  # then they are not replaced
+            siblings = [module.base_layer for module in siblings]  # type: ignore[misc]
+        trial.group.ways = Ways(way, way)
+        trial.group.rehearse(RANK if trial.is_touched else 0)
+        start = time.perf_counter()
+        for module in siblings:
+            module(x)
+        return time.perf_counter() - start
+
+
+def _ways(trial: Trial, num_rows: int, *, can_prepack: bool) -> Iterator[Way]:
+    yield "plain"
+    if trial.is_touched or len(trial.group.modules) > 1:
+        yield "stacked"
+    yield "columns"
+    if num_rows == 1:
+        yield "halves"
+    if can_prepack:
+        yield "prepacked"
+
+
+def _base_nbytes(group: Group) -> int:
+    return group.num_layers * group.d_in * sum(group.d_outs) * group.buffers()[0].itemsize
+
+
+def _can_prepack(groups: Sequence[Group]) -> bool:
+    """Whether a second copy of all weights needs less than a quarter of the memory that is free, and is possible."""
+    free = free_bytes()
+    if free is None or sum(map(_base_nbytes, groups)) >= free / 4:
+        return False
+    try:
+        check_prepacking(groups[0].buffers()[0])
+    except ModelError:
+        return False
+    return True
+
+
+def free_bytes() -> int | None:
+    """The memory that this process may still take; None where the system does not say."""
+    found = []
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+        if "MemAvailable" in lines:
+            found.append(int(lines["MemAvailable"].split()[0]) * 1024)
+    group = Path("/sys/fs/cgroup")  # of a container
+    with suppress(OSError, ValueError):  # there is none, or it is "max"
+        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return min(found, default=None)
