@@ -243,6 +243,15 @@ def test_routing_says_which_adapters_a_prompt_would_use(work: Path, source: str)
     assert found[2]["probs"] != found[0]["probs"]
 
 
+@pytest.mark.parametrize("source", ["router", "bundle"])
+def test_routing_by_a_mini_mlp_imports_no_model_library(work: Path, source: str) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "dlp_lora", "route", "Hi", f"--{source}", str(work / source)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    imported = {line.rsplit("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines()}
+    assert "torch" in imported
+    assert not imported & {"transformers", "peft"}
+
+
 def test_routing_one_prompt_is_what_the_engine_does_first(work: Path) -> None:
     (found,) = json_lines(ok("route", "What is 18 plus 1?", "--bundle", work / "bundle", "--p", "0.99999"))
     engine = dlp_lora.load(work / "bundle", policy=dlp_lora.TopP(0.99999))
