@@ -371,12 +371,12 @@ class TestTrace:
     ) -> None:
         table = {"Aha.": (0.6, 0.4), "Bye.": (0.45, 0.55), "Come.": (0.5, 0.4), "Down": (0.2, 0.8), "whole": (0.3, 0.7)}
 
-        class Told(HashRouter):
+        class LabelRouter(HashRouter):
             def probabilities(self, contexts: Sequence[Context]) -> Tensor:
                 return torch.tensor([[*table.get(c.prompt, table["whole"]), 0.0] for c in contexts])
 
         engine = make(
-            router=Told(),
+            router=LabelRouter(),
             segmenter=SentenceSegmenter,
             policy=TopK(k=1),
             switching=Switching(min_tokens=1, margin=margin),

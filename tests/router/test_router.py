@@ -21,7 +21,7 @@ from conftest import byte_tokenizer, lively_model
 from dlp_lora import Context, MiniMLP, Router, RouterError
 from dlp_lora.cli.route import context_of
 from dlp_lora.router import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, Calibration, Encoded, MiniMLPConfig
-from dlp_lora.router.context import speaks
+from dlp_lora.router.context import has_text
 from dlp_lora.router.nearness import RIDGE, Nearness
 from dlp_lora.tasks import Example
 from dlp_lora.training.contexts import draw_contexts
@@ -89,7 +89,7 @@ class TestProbabilities:
     def test_any_strings_get_finite_probabilities(self, prompt: str, answer: str) -> None:
         found = router().probabilities([Context(prompt, answer)])
         assert torch.isfinite(found).all()
-        assert found.sum().item() == pytest.approx(speaks([Context(prompt, answer)]).item(), abs=1e-5)
+        assert found.sum().item() == pytest.approx(has_text([Context(prompt, answer)]).item(), abs=1e-5)
 
     def test_a_batch_is_its_rows_alone(self) -> None:
         mlp = router()
@@ -274,10 +274,10 @@ class TestEncoding:
 
         class Listening(MiniMLP):
             def probabilities(self, contexts: Sequence[Context]) -> Tensor:
-                heard.extend(contexts)
+                min_effect.extend(contexts)
                 return super().probabilities(contexts)
 
-        heard: list[Context] = []
+        min_effect: list[Context] = []
         mlp = Listening(NAMES, BYTES, MiniMLPConfig(dim=16, hidden=24)).eval()
         engine = dlp_lora.load(lively_model(), tokenizer=byte_tokenizer(), adapters=lively_adapters, router=mlp)
         template = engine.tokenizer.apply_chat_template(asked[:1], tokenize=False, add_generation_prompt=True)
@@ -285,8 +285,8 @@ class TestEncoding:
         for text in (template, *"As far. Y"):
             ids = torch.tensor([engine.tokenizer(text, add_special_tokens=False)["input_ids"]])
             engine.model(ids, past_key_values=cache)
-        assert len(heard) == 2
-        for decoded, said in zip(heard, routed, strict=True):
+        assert len(min_effect) == 2
+        for decoded, said in zip(min_effect, routed, strict=True):
             assert mlp.encode(decoded) == mlp.encode(said)
             assert mlp.encode(decoded) in mlp.encode_all(sorted(learned, key=repr))
 

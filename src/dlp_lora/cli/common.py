@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from dlp_lora.policy import PromptRouting
+from dlp_lora.policy import KVPolicy, PromptRouting
 
 if TYPE_CHECKING:
     from dlp_lora import Engine
@@ -43,6 +43,12 @@ PromptRoutingOption = Annotated[
         help="What is routed: the prompt as one text, its questions in turn, or its sentences. [default: questions]",
     ),
 ]
+KVPolicyOption = Annotated[
+    KVPolicy | None,
+    typer.Option(
+        "--kv-policy", help="What a switch does to the KV cache: encode the row again, or keep it. [default: recompute]"
+    ),
+]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ... [default: cpu]")]
 PrepackOption = Annotated[
     bool, typer.Option("--prepack", help="Faster tokens on a CPU for a second copy of the linear layers' weights.")
@@ -62,6 +68,7 @@ class EngineOptions:
     router: RouterOption = None
     p: PolicyOption = None
     prompt_routing: PromptRoutingOption = None
+    kv_policy: KVPolicyOption = None
     device: DeviceOption = None
     prepack: PrepackOption = False
     budget_mb: BudgetOption = None
@@ -74,6 +81,7 @@ def open_engine(options: EngineOptions, *, need_router: bool = True) -> "Engine"
 
     settings: dict[str, Any] = {
         "prompt_routing": options.prompt_routing,
+        "kv_policy": options.kv_policy,
         "device": options.device,
         "prepack": options.prepack,
         "budget_mb": options.budget_mb,

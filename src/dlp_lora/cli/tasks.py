@@ -51,7 +51,7 @@ def _list_catalog(*, as_json: bool) -> None:
 
 
 def _list_folders(data: Path, *, as_json: bool) -> None:
-    from dlp_lora.lab.evals.guessing import described
+    from dlp_lora.lab.evals.chance import described
     from dlp_lora.tasks import METRICS, TaskInfo, kind_of, read_manifest, read_tasks
 
     manifest = read_manifest(data)

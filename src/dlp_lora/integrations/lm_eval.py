@@ -16,7 +16,7 @@ from dlp_lora.engine.engine import Engine
 from dlp_lora.engine.loading import load
 from dlp_lora.engine.text import PromptReader
 from dlp_lora.errors import DLPLoRAError, RouterError
-from dlp_lora.policy import Mixture, with_p
+from dlp_lora.policy import Mixture, RoutingSettings, with_p
 from dlp_lora.router import Context
 
 try:
@@ -111,7 +111,8 @@ class DLPLoRALM(EngineLM):
     """What `--model dlp_lora` names; its arguments are those of `--model_args`.
 
     Either `bundle`, or `model`, `adapters` and `router`. A `model` beside a bundle takes the place of its base model;
-    `p` is `TopP.p`, in the place of the bundle's; `prepack` and `budget_mb` are those of `dlp_lora.load`.
+    `p` is `TopP.p`, in the place of the bundle's; `kv_policy` and `prompt_routing` are routing settings; `prepack` and
+    `budget_mb` are those of `dlp_lora.load`.
     """
 
     def __init__(
@@ -136,6 +137,7 @@ class DLPLoRALM(EngineLM):
             "dtype": dtype,
             "prepack": prepack,
             "budget_mb": budget_mb,
+            **{name: options.pop(name) for name in RoutingSettings.names() if name in options},
         }
         if bundle is not None:
             if adapters is not None or router is not None:

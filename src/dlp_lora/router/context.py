@@ -87,7 +87,7 @@ class Calibration:
         return found * torch.sigmoid(self.fit_slope * (scores - self.fit_threshold))[:, None]
 
 
-def speaks(contexts: Sequence[Context]) -> Float[Tensor, " batch"]:
+def has_text(contexts: Sequence[Context]) -> Float[Tensor, " batch"]:
     """1 where a context holds a visible character, 0 where it says nothing, so that no adapter fits."""
     texts = [f"{c.prompt}{c.answer}{c.sentence}{c.history}" for c in contexts]
     return torch.tensor([float(any(c.isprintable() and not c.isspace() for c in text)) for text in texts])

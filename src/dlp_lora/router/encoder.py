@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AlbertConfig, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from dlp_lora.errors import RouterError
-from dlp_lora.router.context import Calibration, Context, Encoded, check_labels, speaks
+from dlp_lora.router.context import Calibration, Context, Encoded, check_labels, has_text
 from dlp_lora.router.folder import SavedRouter, reading_router, write_router
 from dlp_lora.router.tokenizer import MAX_CHARS, load_tokenizer, plain_tokenizer, vocab_size
 
@@ -156,7 +156,7 @@ class EncoderRouter(nn.Module):
     @torch.no_grad()
     def probabilities(self, contexts: Sequence[Context]) -> Float[Tensor, "batch adapters"]:
         """Gives a probability per adapter, on the CPU."""
-        return self.calibration.probabilities(self._logits(contexts)) * speaks(contexts)[:, None]
+        return self.calibration.probabilities(self._logits(contexts)) * has_text(contexts)[:, None]
 
     @torch.no_grad()
     def scores(self, contexts: Sequence[Context]) -> Float[Tensor, " batch"]:

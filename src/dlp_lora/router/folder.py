@@ -69,7 +69,7 @@ def router_type(path: str | Path) -> str:
     Raises:
         RouterError: if it is no router folder, is damaged or of a later version.
     """
-    with _blaming(Path(path)):
+    with as_router_error(Path(path)):
         return str(_read_config(Path(path))["type"])
 
 
@@ -81,7 +81,7 @@ def reading_router(path: str | Path, type: str) -> Iterator[SavedRouter]:
         RouterError: if a file is missing or damaged, or the router is of another type or a later version.
     """
     path = Path(path)
-    with _blaming(path):
+    with as_router_error(path):
         config = _read_config(path)
         if (found := config.pop("type")) != type:
             raise RouterError(f"{path} holds a router of type {found!r}, not {type!r}; read it with load_router")
@@ -115,7 +115,8 @@ def _hash(file: Path) -> str:
 
 
 @contextmanager
-def _blaming(path: Path) -> Iterator[None]:
+def as_router_error(path: Path) -> Iterator[None]:
+    """Turns what goes wrong while a router folder is read into a RouterError that names it."""
     try:
         yield
     except RouterError:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from dlp_lora.router.context import Calibration, Context, Encoded, check_labels, speaks
+from dlp_lora.router.context import Calibration, Context, Encoded, check_labels, has_text
 from dlp_lora.router.folder import SavedRouter, reading_router, write_router
 from dlp_lora.router.nearness import Nearness
 from dlp_lora.router.tokenizer import MAX_CHARS, plain_tokenizer, vocab_size
@@ -130,7 +130,7 @@ class MiniMLP(nn.Module):
         features = self._cached_features(contexts)
         logits = self.head(features)
         found = self.calibration.probabilities(logits, self._scores(contexts, features, logits))
-        return found * speaks(contexts)[:, None]
+        return found * has_text(contexts)[:, None]
 
     @torch.no_grad()
     def scores(self, contexts: Sequence[Context]) -> Float[Tensor, " batch"]:

@@ -20,9 +20,9 @@ from dlp_lora.policy import FusionPolicy, Mixture
 
 # In bfloat16, two paths of SmolLM2-135M that round differently are 3 % apart, as much as a small random adapter changes
 # the logits. So adapters are made louder until they change them by this share, and of that change, paths may differ by:
-HEARD = {torch.float32: 0.01, torch.float16: 0.1, torch.bfloat16: 0.3}
+MIN_EFFECT = {torch.float32: 0.01, torch.float16: 0.1, torch.bfloat16: 0.3}
 TOLERANCE = {torch.float32: 0.01, torch.float16: 0.1, torch.bfloat16: 0.33}
-LOUDNESS = tuple(2.0**i for i in range(5, 12))
+SCALES = tuple(2.0**i for i in range(5, 12))
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def check_paths(
     Raises:
         DLPLoRAError: if they differ.
     """
-    under, heard = under or engine.fixed, HEARD[base.dtype]
+    under, min_effect = under or engine.fixed, MIN_EFFECT[base.dtype]
     expected = _logits(base, inputs, make_cache)
     with engine.disabled():
         if not torch.equal(_logits(engine.model, inputs, make_cache), expected):
@@ -62,10 +62,10 @@ def check_paths(
                 "the engine with its adapters disabled differs from the base model; no figures are given"
             )
     for name, twin in (twins or {}).items():
-        loudness, theirs = _aloud(twin, inputs, expected, heard)
-        with under(_times(twin.mixtures, loudness)):
+        scale, theirs = _scaled(twin, inputs, expected, min_effect)
+        with under(_times(twin.mixtures, scale)):
             error = _distance(_logits(engine.model, inputs, make_cache), theirs)
-        change = max(heard, _distance(expected, theirs))
+        change = max(min_effect, _distance(expected, theirs))
         if not error <= TOLERANCE[base.dtype] * change:  # nor if it is not a number
             raise DLPLoRAError(
                 f"{name} and the engine under the same mixture differ by {error:.1%} of the logits, "
@@ -81,17 +81,17 @@ def check_sentences(engine: Engine, base: Any, inputs: Mapping[str, Tensor]) -> 
     Raises:
         DLPLoRAError: if they differ.
     """
-    expected, heard, policy = _logits(base, inputs)[:, :1], HEARD[base.dtype], engine.policy
-    for loudness in LOUDNESS:
-        aloud = partial(_choose, policy, loudness)
-        with engine.using(prompt_routing="sentences", policy=aloud):
+    expected, min_effect, policy = _logits(base, inputs)[:, :1], MIN_EFFECT[base.dtype], engine.policy
+    for scale in SCALES:
+        scaled = partial(_choose, policy, scale)
+        with engine.using(prompt_routing="sentences", policy=scaled):
             output = engine.model(**inputs, use_cache=True, logits_to_keep=1)
         found = output.logits.float()
-        if not _distance(expected, found) < heard:
+        if not _distance(expected, found) < min_effect:
             break
     rows = rows_of(cache_of(output)).rows  # type: ignore[union-attr]
     apart = torch.cat([_sentence_by_sentence(engine, *each) for each in zip(inputs["input_ids"], rows, strict=True)])
-    error, change = _distance(found, apart), max(heard, _distance(expected, apart))
+    error, change = _distance(found, apart), max(min_effect, _distance(expected, apart))
     if not error <= TOLERANCE[base.dtype] * change:
         raise DLPLoRAError(
             f"prompts routed by sentence differ from their sentences one by one by {error:.1%} of the logits, "
@@ -99,8 +99,8 @@ def check_sentences(engine: Engine, base: Any, inputs: Mapping[str, Tensor]) -> 
         )
 
 
-def _choose(policy: FusionPolicy, loudness: float, probabilities: Mapping[str, float]) -> Mixture:
-    return Mixture(_times(policy(probabilities), loudness))
+def _choose(policy: FusionPolicy, scale: float, probabilities: Mapping[str, float]) -> Mixture:
+    return Mixture(_times(policy(probabilities), scale))
 
 
 def _sentence_by_sentence(engine: Engine, ids: Int[Tensor, " seq"], row: RowRouter) -> Float[Tensor, "1 1 vocab"]:
@@ -115,23 +115,23 @@ def _sentence_by_sentence(engine: Engine, ids: Int[Tensor, " seq"], row: RowRout
     return logits.float()
 
 
-def _aloud(twin: Twin, inputs: Mapping[str, Tensor], base: Tensor, heard: float) -> tuple[float, Tensor]:
-    """How much louder a twin's adapters have to be to be heard, and its logits then."""
+def _scaled(twin: Twin, inputs: Mapping[str, Tensor], base: Tensor, min_effect: float) -> tuple[float, Tensor]:
+    """The scale at which a twin's adapters change the logits by `min_effect`, and its logits then."""
     inputs = {**inputs, **twin.inputs}
     if not twin.mixtures:
         return 1.0, _logits(twin.model, inputs)
-    for loudness in LOUDNESS:
-        with rescale_adapter_scale(twin.model, loudness):
+    for scale in SCALES:
+        with rescale_adapter_scale(twin.model, scale):
             logits = _logits(twin.model, inputs)
-        if not _distance(base, logits) < heard:
+        if not _distance(base, logits) < min_effect:
             break
-    return loudness, logits
+    return scale, logits
 
 
-def _times(mixtures: Mapping[str, float] | list[dict[str, float]], loudness: float) -> Any:
+def _times(mixtures: Mapping[str, float] | list[dict[str, float]], scale: float) -> Any:
     if isinstance(mixtures, Mapping):
-        return {name: loudness * weight for name, weight in mixtures.items()}
-    return [_times(mixture, loudness) for mixture in mixtures]
+        return {name: scale * weight for name, weight in mixtures.items()}
+    return [_times(mixture, scale) for mixture in mixtures]
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:

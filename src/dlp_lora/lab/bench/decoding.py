@@ -11,7 +11,7 @@ from torch import Tensor
 from dlp_lora.engine.engine import Engine
 from dlp_lora.lab.bench.case import AdapterBenchArgs, Case, NewTokens, Row
 from dlp_lora.lab.bench.memory import MB, memory_of, read_mb
-from dlp_lora.lab.bench.models import COMPILED, PREPACKED, STACKED, thawed
+from dlp_lora.lab.bench.models import COMPILED, PREPACKED, STACKED, with_gradients
 from dlp_lora.lab.bench.timing import BASE, Stepwise, interleave_steps, synchronise
 
 
@@ -42,7 +42,7 @@ def decoding_rows(
     products as a variant does, so the price of the adapters alone.
     `bandwidth_share` is the speed at which the base's weights are read for each step, over the machine's own.
     """
-    models = {name: thawed(v.model if isinstance(v, Engine) else v) for name, v in variants.items()}
+    models = {name: with_gradients(v.model if isinstance(v, Engine) else v) for name, v in variants.items()}
     inputs = {name: [{**prompt, **(given or {}).get(name, {})} for prompt in prompts] for name in models}
     runs = {name: generation(model, inputs[name], new_tokens) for name, model in models.items()}
     memory = {name: memory_of(variants[name], partial(run, 0, lambda: None), case.device) for name, run in runs.items()}

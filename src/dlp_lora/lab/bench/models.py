@@ -41,7 +41,7 @@ def base_model(case: Case) -> Any:
     return model.to(case.device).eval()
 
 
-def thawed(model: Any) -> Any:
+def with_gradients(model: Any) -> Any:
     """The same model with weights that ask for gradients, as a base model's do: PEFT freezes them, and frozen ones send
     the head of a prompt down a slow path on CPUs that is not the price of LoRA."""
     return model.requires_grad_(True)

@@ -26,7 +26,16 @@ from dlp_lora.lab.bench.case import (
     run_cases,
 )
 from dlp_lora.lab.bench.memory import Memory, counted
-from dlp_lora.lab.bench.models import AGAIN, PEFT_MIXED, PEFT_ONE, base_model, engine_with, peft_many, peft_one, thawed
+from dlp_lora.lab.bench.models import (
+    AGAIN,
+    PEFT_MIXED,
+    PEFT_ONE,
+    base_model,
+    engine_with,
+    peft_many,
+    peft_one,
+    with_gradients,
+)
 from dlp_lora.lab.bench.timing import BASE, OnRound, Run, interleave, synchronise
 from dlp_lora.router import MiniMLP
 
@@ -56,9 +65,9 @@ def bench_prefill(model: str | Path, args: PrefillArgs | None = None, *, on_roun
     def measure(case: Case) -> list[Row]:
         inputs = case.long_prompts(args.batch, args.length)
         names, k = case.names, args.selected
-        engine, base, one = engine_with(case, selected=k), base_model(case), thawed(peft_one(case))
+        engine, base, one = engine_with(case, selected=k), base_model(case), with_gradients(peft_one(case))
         num_rows = min(args.batch, len(names))
-        mixed: Any = thawed(peft_many(case, num_rows))
+        mixed: Any = with_gradients(peft_many(case, num_rows))
         row_names = [names[i % num_rows] for i in range(args.batch)]
         mixture = dict.fromkeys(names[:k], 1 / k)
         mixtures = [{names[(i * k + j) % len(names)]: 1 / k for j in range(k)} for i in range(args.batch)]

@@ -16,8 +16,8 @@ from dlp_lora.engine.loading import load, load_router
 from dlp_lora.files import write_text
 from dlp_lora.kept import differences
 from dlp_lora.lab.evals.answers import Question, data_hash, identity_of
+from dlp_lora.lab.evals.chance import described
 from dlp_lora.lab.evals.evaluation import Evaluation
-from dlp_lora.lab.evals.guessing import described
 from dlp_lora.lab.evals.methods import MAIN, METHODS, SINGLE, Method
 from dlp_lora.lab.evals.metrics import bleu_signature
 from dlp_lora.lab.evals.record import serial_scores

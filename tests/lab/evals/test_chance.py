@@ -1,6 +1,6 @@
 import pytest
 
-from dlp_lora.lab.evals.guessing import described
+from dlp_lora.lab.evals.chance import described
 from dlp_lora.tasks import Example, Task, TaskInfo
 
 
