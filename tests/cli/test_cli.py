@@ -5,7 +5,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -75,9 +74,7 @@ HELPS = [(*command, "--help") for command in commands() if command[0] != "bench"
 
 @pytest.mark.parametrize("args", [("--help",), ("tasks",), *HELPS], ids=" ".join)
 def test_help_needs_none_of_the_large_libraries(args: tuple[str, ...]) -> None:
-    command = [sys.executable, "-X", "importtime", "-m", "dlp_lora", *args]
-    found = subprocess.run(command, check=True, capture_output=True, text=True)
-    imported = {line.rsplit("|")[-1].strip().split(".")[0] for line in found.stderr.splitlines()}
+    imported = imported_by(*args)
     assert "dlp_lora" in imported
     assert not imported & {"torch", "transformers", "peft", "jaxtyping", "numpy"}
 
@@ -160,7 +157,9 @@ def test_paths_and_answers_are_printed_as_they_are(work: Path, tmp_path: Path) -
     out = tmp_path / "[bold]mixed[/x]"
     done = run("export", "sums=0.5,days", "--bundle", work / "bundle", "--out", out)
     assert (done.exit_code, str(out) in done.stderr.replace("\n", "")) == (0, True)
-    sentence = SimpleNamespace(text="fe80:a:b", mixture={}, abstained=False, route_ms=0.0, fuse_ms=0.0)
+    sentence = dlp_lora.Sentence(
+        text="fe80:a:b", start=0, end=1, probabilities={}, mixture=dlp_lora.Mixture(), switched=False, abstained=False
+    )
     with console.capture() as shown:
         console.print(routing_table((sentence,)))
     assert "fe80:a:b" in shown.get()
@@ -243,13 +242,28 @@ def test_routing_says_which_adapters_a_prompt_would_use(work: Path, source: str)
     assert found[2]["probs"] != found[0]["probs"]
 
 
+def imported_by(*args: str | Path) -> set[str]:
+    command = [sys.executable, "-X", "importtime", "-m", "dlp_lora", *map(str, args)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return {line.rsplit("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines()}
+
+
 @pytest.mark.parametrize("source", ["router", "bundle"])
 def test_routing_by_a_mini_mlp_imports_no_model_library(work: Path, source: str) -> None:
-    command = [sys.executable, "-X", "importtime", "-m", "dlp_lora", "route", "Hi", f"--{source}", str(work / source)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    imported = {line.rsplit("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines()}
+    imported = imported_by("route", "Hi", f"--{source}", work / source)
     assert "torch" in imported
     assert not imported & {"transformers", "peft"}
+
+
+def test_a_check_against_a_model_in_a_folder_imports_no_torch(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(work / "model", tmp_path / "SmolLM2-135M-Instruct")
+    monkeypatch.setenv("DLP_LORA_CACHE", str(tmp_path))  # of the default model
+    for model in ((), ("--model", work / "model")):
+        imported = imported_by("check", work / "adapters", *model)
+        assert "dlp_lora" in imported
+        assert not imported & {"torch", "transformers", "peft"}
 
 
 def test_routing_one_prompt_is_what_the_engine_does_first(work: Path) -> None:
