@@ -358,8 +358,8 @@ def test_settings_that_are_ignored_are_named_once_read(squad: Path) -> None:
     [
         ("Qwen/Qwen2-1.5B", "/data/Qwen2-1.5B/"),
         (r"C:\models\Qwen2-1.5B", "Qwen/Qwen2-1.5B"),
-        ("/root/.cache/huggingface/hub/models--Qwen--Qwen2-1.5B/snapshots/8a16abf2848eda07", "./Qwen2-1.5B"),
-        ("/root/.cache/modelscope/hub/Qwen/Qwen2-1___5B", "qwen/qwen2-1.5b"),
+        ("/home/ada/.cache/huggingface/hub/models--Qwen--Qwen2-1.5B/snapshots/8a16abf2848eda07", "./Qwen2-1.5B"),
+        ("/home/ada/.cache/modelscope/hub/Qwen/Qwen2-1___5B", "qwen/qwen2-1.5b"),
         (r"D:\hub\models--Qwen--Qwen2-1.5B\snapshots\8a16abf2848eda07", "Qwen/Qwen2-1.5B"),
     ],
 )

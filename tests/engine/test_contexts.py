@@ -8,15 +8,17 @@ import weakref
 from collections.abc import Callable
 from contextvars import copy_context
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import TextIteratorStreamer, pipeline
+from transformers import LlamaForCausalLM, TextIteratorStreamer, pipeline
 
 import dlp_lora
 from conftest import EveryK, HashRouter, byte_tokenizer, lively_model
 from dlp_lora import AdapterError, Engine, Mixture, RoutingSettings, Threshold, TopK, TopP, Uniform
+from dlp_lora.engine.cache import cache_argument, cache_of
 
 MakeEngine = Callable[..., Engine]
 GREEDY: dict[str, Any] = {"max_new_tokens": 14, "do_sample": False}
@@ -358,6 +360,33 @@ def test_settings_are_taken_whole_or_by_name(make_engine: MakeEngine) -> None:
         segmenter=partial(EveryK, 6),
     )
     assert whole.settings == RoutingSettings(policy=TopK(k=2))
+
+
+def test_a_forward_that_names_no_arguments_is_routed_too(make_engine: MakeEngine, lively_adapters: Path) -> None:
+    class Unnamed(LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs)
+
+    model: Any = lively_model()
+    model.__class__ = Unnamed
+    named = make_engine()
+    unnamed = dlp_lora.load(
+        model,
+        tokenizer=named.tokenizer,
+        adapters=lively_adapters,
+        router=named.router,
+        segmenter=named.call.segmenter,
+        settings=named.settings,
+    )
+    ids = torch.tensor([named.tokenizer(PROMPT)["input_ids"]])
+    found = []
+    with torch.no_grad():
+        for engine in (named, unnamed):
+            cache = cache_of(engine.model(ids, use_cache=True))
+            logits = [engine.model(ids[:, i : i + 1], **cache_argument(cache)).logits for i in range(12)]
+            assert any(sentence.switched for sentence in engine.last_trace or ())
+            found.append(torch.cat(logits))
+    torch.testing.assert_close(found[0], found[1])
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -32,7 +32,7 @@ START_CAPACITY = 512
 
 @dataclass(frozen=True)
 class Plan:
-    """What is fused for a pass, and how it lies in the buffers."""
+    """The mixtures of a pass, and how their adapters lie in the buffers."""
 
     rows: tuple[Mixture, ...]  # one for all rows, or one a row; one a token number where `by_token`
     adapters: tuple[str, ...]  # in the order they lie; a few may lie idle

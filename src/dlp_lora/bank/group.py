@@ -139,6 +139,11 @@ class Group:
         return self._a.shape[1]
 
     @property
+    def num_views(self) -> int:
+        """For how many ranks of mixtures it keeps the tensors ready."""
+        return len(self._views)
+
+    @property
     def is_stacked(self) -> bool:
         """Whether A lies under the base weights."""
         return self._linears is not None

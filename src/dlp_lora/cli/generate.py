@@ -34,7 +34,7 @@ def generate(
     show_routing: Annotated[bool, typer.Option(help="Show which sentence used which adapters.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Answer a prompt, choosing adapters anew at every sentence.
+    """Answer a prompt, choosing adapters again at every sentence.
 
     Examples: `dlp-lora generate --bundle demo/bundle "Convert 3 kilometres to metres." --show-routing`, or
     `dlp-lora generate --bundle demo/bundle < prompts.jsonl > answers.jsonl` with lines `{"prompt": "..."}` or

@@ -152,7 +152,8 @@ class Controller:
             args, kwargs = (), {**dict(zip(self._names, args, strict=False)), **kwargs}
         with self.bank.lock:
             try:
-                rows = None if args else self._prepare(PassArguments.of(kwargs))
+                # Of arguments without a name, the first are the token ids.
+                rows = self._prepare(PassArguments.of({"input_ids": args[0], **kwargs} if args else kwargs))
                 run = self._plain if self._compiled is None or not self.bank.is_padded else self._compiled
                 with self._keeping_mixtures():
                     output = run(*args, **kwargs)
@@ -173,13 +174,15 @@ class Controller:
                 row.push(token)
         return rows
 
-    @torch.inference_mode(False)  # what is fused here outlives the call, and may be asked for gradients in the next
+    @torch.inference_mode(False)  # buffers outlive the call, and the next one may ask for gradients
     @torch.no_grad()
     def _prepare(self, given: PassArguments) -> CachedRows | None:
         """Routes the rows of a pass and fuses their mixtures; gives the rows, if they are known."""
         self.note_pass(None)  # of what cannot be routed, nothing is left behind
         if self.merged is not None and not is_in_force(self.merged):
-            raise ValueError("the base weights hold a mixture while another context is inside engine.merged(); wait")
+            raise ValueError(
+                "the base weights hold a mixture while another context is inside engine.merged(); wait until it is left"
+            )
         call = self.call
         if given.ids is None:
             self._fuse_embeddings(given, call)
@@ -280,7 +283,8 @@ class Controller:
             "logits_to_keep": 1,
         }
         self._fuse_rows(some, num_tokens=given.num_cached)
-        self._plain(**{name: inputs[name] for name in inputs if name in self._names}, **cache_argument(apart))
+        optional = {"position_ids", "logits_to_keep"} - {*self._names}  # of which some models know nothing
+        self._plain(**{name: inputs[name] for name in inputs.keys() - optional}, **cache_argument(apart))
         write_rows(given.cache, numbers, apart)
         return (time.perf_counter() - start) * 1e3
 
