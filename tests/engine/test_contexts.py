@@ -237,6 +237,9 @@ class TestStream:
         assert ("".join(pieces), found.text, found.tokens) == (wanted.text, wanted.text, wanted.tokens)
         assert [(s.text, s.mixture) for s in found.trace] == [(s.text, s.mixture) for s in wanted.trace]
         assert [s.mixture for s in engine.last_trace or ()] == [s.mixture for s in wanted.trace]
+        engine.generate(PROMPT, mixture={"math": 1.0}, **GREEDY)
+        assert stream.generation == found
+        assert {s.mixture for s in engine.last_trace or ()} == {MATH}  # to ask the stream again is no pass
 
     def test_one_that_was_left_early_has_what_was_written_by_then(self, make_engine: MakeEngine) -> None:
         engine = make_engine()

@@ -90,6 +90,8 @@ class Stream(Iterator[Piece]):
 
     def close(self) -> None:
         """Stops the model and waits for it."""
+        if self._has_ended:
+            return
         self._has_ended = self._streamer.stopped = True
         if self._is_started:
             self._thread.join()
