@@ -3,6 +3,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -375,6 +376,25 @@ class TestBundle:
         again = dlp_lora.load(tmp_path / "bundle", segmenter=every_six)
         assert again.policy == TopK(k=2)
         same(again.generate(PROMPTS[0], **SETTINGS), loaded.generate(PROMPTS[0], **SETTINGS))
+
+    @pytest.mark.parametrize("kv_policy", ["keep", "recompute"])
+    def test_a_bundle_keeps_its_kv_policy_and_one_with_the_default_of_before_says_so(
+        self, engine: Engine, tmp_path: Path, kv_policy: str
+    ) -> None:
+        engine.settings = replace(engine.settings, kv_policy=kv_policy)
+        engine.save_pretrained(tmp_path / "bundle")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            assert dlp_lora.load(tmp_path / "bundle").kv_policy == kv_policy  # it was chosen
+        file = tmp_path / "bundle" / BUNDLE_FILE
+        data = json.loads(file.read_text())
+        file.write_text(json.dumps({**data, "format": 1, **data.pop("settings")}))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert dlp_lora.load(tmp_path / "bundle").kv_policy == kv_policy
+            assert dlp_lora.load(tmp_path / "bundle", kv_policy="recompute").kv_policy == "recompute"
+        told = [str(w.message) for w in caught if "was saved with kv_policy" in str(w.message)]
+        assert len(told) == (kv_policy == "keep")
 
     def test_a_policy_of_ones_own_cannot_be_saved_by_name(self, engine: Engine, tmp_path: Path) -> None:
         def heaviest(probabilities: Any) -> Mixture:
