@@ -25,7 +25,7 @@ SMALL = DemoArgs(
     batch_size=2,
     max_new_tokens=4,
     router_epochs=1,
-    training=AdapterTrainingArgs(prompt_format="plain", batch_size=2, checkpoint_every=2),
+    training=AdapterTrainingArgs(prompt_format="plain", batch_size=2, checkpoint_seconds=0),
 )
 
 

@@ -31,7 +31,7 @@ serial = []
 [training]
 prompt_format = "plain"
 batch_size = 2
-checkpoint_every = 1
+checkpoint_seconds = 0
 [router]
 epochs = 1
 [answers]

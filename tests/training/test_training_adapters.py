@@ -26,15 +26,22 @@ from dlp_lora.bank.attach import linear_layers
 from dlp_lora.bank.check import check_adapters
 from dlp_lora.bank.peft_format import WEIGHTS_FILE
 from dlp_lora.tasks import Example, Task
-from dlp_lora.training.adapters import LOSS_FILE, TRAINING_FILE, TrainedAdapter, train_adapter, train_adapters
+from dlp_lora.training.adapters import (
+    LOSS_FILE,
+    TRAINING_FILE,
+    TrainedAdapter,
+    lora_on,
+    train_adapter,
+    train_adapters,
+)
 from dlp_lora.training.args import PAPER, AdapterTrainingArgs
 from dlp_lora.training.base import load_base, model_hash, training_dtype
 from dlp_lora.training.batches import MIN_SHARED, answer_loss, micro_batches, shared_prefix
-from dlp_lora.training.loop import Progress
+from dlp_lora.training.loop import Progress, Run
 
 TOKENIZER = byte_tokenizer()
 EOS_ID = 256
-QUICK = AdapterTrainingArgs(prompt_format="plain", batch_size=4, learning_rate=1e-2, checkpoint_every=2)
+QUICK = AdapterTrainingArgs(prompt_format="plain", batch_size=4, learning_rate=1e-2, checkpoint_seconds=0)
 MODELS = {name: lively_model(name) for name in ARCHITECTURES}
 Pair = tuple[list[int], list[int]]
 
@@ -193,7 +200,7 @@ def test_the_adapter_is_a_plain_peft_folder_and_peft_and_the_engine_agree_on_it(
 
 @pytest.mark.parametrize(
     "args",
-    [replace(QUICK, epochs=2), replace(PAPER, batch_size=2, checkpoint_every=3, learning_rate=1e-2)],
+    [replace(QUICK, epochs=2), replace(PAPER, batch_size=2, checkpoint_seconds=0, learning_rate=1e-2)],
     ids=["default", "paper"],
 )
 @pytest.mark.parametrize("kills", [(1,), (2,), (3,), (7,), (2, 3, 3, 5)], ids=str)
@@ -219,6 +226,42 @@ def test_a_resumed_run_does_not_repeat_the_steps_before_its_checkpoint(tmp_path:
         train(tmp_path / "toy", on_step=kill_at(3))
     train(tmp_path / "toy", on_step=lambda now: steps.append(now.step))
     assert steps == [3, 4]
+
+
+STABLE = replace(QUICK, schedule="warmup_stable_decay", decay=0.3, warmup=0.5)
+
+
+@pytest.mark.parametrize("epochs", [2, 3, 5])
+def test_a_run_of_more_epochs_branches_off_a_shorter_one_to_the_same_weights(tmp_path: Path, epochs: float) -> None:
+    steps: list[int] = []
+    for passes in (1, epochs):
+        args = replace(STABLE, epochs=passes)
+        train(tmp_path / f"branch-{passes}", args, trunk=tmp_path / "trunk", on_step=lambda now: steps.append(now.step))
+    train(tmp_path / "alone", replace(STABLE, epochs=epochs))
+    branch, alone = (load_file(tmp_path / name / WEIGHTS_FILE) for name in (f"branch-{epochs}", "alone"))
+    assert all(torch.equal(branch[key], alone[key]) for key in alone)
+    assert steps == [*range(1, 5), *range(4, 4 * epochs + 1)]  # three of the first epoch's four steps are stable
+
+
+def test_the_stable_schedule_rises_in_the_first_epoch_stays_and_falls_to_nearly_zero() -> None:
+    examples = [(ids("q"), ids("a"))] * 16
+    with lora_on(lively_model(), STABLE) as model:
+        run = Run(model, examples, replace(STABLE, epochs=5, learning_rate=1.0))
+        rates = []
+        for _ in range(run.num_steps):
+            rates.append(run.learning_rate())
+            run.losses.append(0.0)
+    assert rates[:2] == [0.5, 1.0]
+    assert rates[2:14] == [1.0] * 12
+    assert rates[14:] == pytest.approx([6 / 7, 5 / 7, 4 / 7, 3 / 7, 2 / 7, 1 / 7])
+
+
+def test_a_trunk_beyond_where_the_rate_falls_is_not_used(tmp_path: Path) -> None:
+    train(tmp_path / "longer", replace(STABLE, epochs=3), trunk=tmp_path / "trunk")
+    train(tmp_path / "shorter", STABLE, trunk=tmp_path / "trunk")
+    train(tmp_path / "alone", STABLE)
+    shorter, alone = (load_file(tmp_path / name / WEIGHTS_FILE) for name in ("shorter", "alone"))
+    assert all(torch.equal(shorter[key], alone[key]) for key in alone)
 
 
 def test_a_checkpoint_of_other_settings_is_not_continued(tmp_path: Path) -> None:
@@ -292,7 +335,7 @@ def test_a_checkpoint_of_other_weights_is_not_gone_on_with(tmp_path: Path, caplo
     seen: list[int] = []
     train_adapter(other_weights(), TOKENIZER, toy(), tmp_path / "toy", QUICK, on_step=lambda now: seen.append(now.step))
     assert seen[0] == 1
-    assert "holds a run with other settings or examples; it starts anew" in caplog.text
+    assert "holds a run with other settings or examples; this one starts at its first step" in caplog.text
 
 
 def test_an_adapter_trained_elsewhere_is_left_alone(tmp_path: Path) -> None:
@@ -441,6 +484,8 @@ def test_every_example_is_seen_once_an_epoch(
         ({"epochs": -1.0}, "epochs must be positive"),
         ({"lora_dropout": 1.0}, r"lora_dropout must be in \[0, 1\)"),
         ({"schedule": "linear"}, "schedule must be one of .*cosine.*got 'linear'"),
+        ({"decay": 1.0}, r"decay must be in \[0, 1\)"),
+        ({"checkpoint_seconds": -1.0}, "checkpoint_seconds is at least 0"),
         ({"prompt_format": "json"}, "prompt_format must be one of .*plain.*got 'json'"),
     ],
 )

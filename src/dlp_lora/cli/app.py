@@ -20,6 +20,7 @@ from dlp_lora.cli.demo import demo
 from dlp_lora.cli.evaluate import evaluate, reproduce
 from dlp_lora.cli.export import export
 from dlp_lora.cli.generate import chat, generate
+from dlp_lora.cli.learning_curve import learning_curve
 from dlp_lora.cli.lm_eval import lm_eval
 from dlp_lora.cli.report import report
 from dlp_lora.cli.route import route
@@ -29,7 +30,7 @@ from dlp_lora.cli.train_router import router_from_adapters, router_from_descript
 from dlp_lora.errors import DLPLoRAError
 
 # These keep their work as they go; the others begin again.
-RESUMABLE = ("demo", "reproduce", "train-adapter", "train-adapters")
+RESUMABLE = ("demo", "learning-curve", "reproduce", "train-adapter", "train-adapters")
 # Options of train-router that are commands now.
 MOVED = {"--from-descriptions": "router-from-descriptions", "--from-adapters": "router-from-adapters"}
 CLOSED_PIPE = 141  # 128 + SIGPIPE, which a shell reports of other programs
@@ -86,7 +87,7 @@ for command in (
     *(generate, chat, route),
     *(bundle, add_task, remove_task, check, export),
     *(train_adapter, train_adapters, train_router, router_from_descriptions, router_from_adapters),
-    *(demo, evaluate, reproduce, report, tasks),
+    *(demo, evaluate, learning_curve, reproduce, report, tasks),
 ):
     app.command("eval" if command is evaluate else None)(command)
 app.command(context_settings={"ignore_unknown_options": True})(lm_eval)

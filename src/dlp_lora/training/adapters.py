@@ -12,7 +12,8 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -65,11 +66,16 @@ def train_adapter(
     args: AdapterTrainingArgs | None = None,
     *,
     overwrite: bool = False,
+    trunk: str | Path | None = None,
     on_step: Callable[[Progress], None] = lambda progress: None,
 ) -> TrainedAdapter:
     """Trains one LoRA on a task and writes it to the folder `out`; goes on where an interrupted run stopped.
 
     A finished adapter of the same settings and examples is left as it is. The model comes back as it was given.
+
+    Args:
+        trunk: with the schedule warmup_stable_decay, a folder that keeps the run as it is before its rate falls. A run
+            of more epochs begins there instead of at its first step, to the same result.
 
     Raises:
         AdapterError: if the folder's name cannot name an adapter.
@@ -82,21 +88,27 @@ def train_adapter(
     check_adapter_name(name_of(out), out)
     recover_folder(out)
     examples, num_left_out = _encode(tokenizer, task, args, context=context_of(model))
-    identity = {
+    identity: dict[str, Any] = {
         "base_model": Path(model.config._name_or_path).name,
         "model_hash": model_hash(model),
         "examples": _hash(examples),
-        "args": json.loads(json.dumps(asdict(args))),
+        "args": args.identity(),
     }
     if (out / CONFIG_FILE).is_file() and not overwrite:
         return _finished(task.name, out, identity)
     if out.exists() and not (out / CONFIG_FILE).is_file() and (out.is_file() or any(out.iterdir())):
         raise TrainingError(f"{out} is there and is no adapter, and would be lost; write somewhere else")
     work = out.with_name(f".{out.name}.training")
-    with _lora_on(model, args) as peft_model:
+    with lora_on(model, args) as peft_model:
         run = Run(peft_model, examples, args)
         run.resume(work, identity)
-        fit(run, task.name, work, identity, on_step)
+        if trunk is None:
+            fit(run, task.name, work, identity, on_step)
+        else:
+            shared = {**identity, "args": {**identity["args"], "epochs": None}}
+            if run.step == 0:
+                run.resume(Path(trunk), shared, at_most=run.num_stable)
+            fit(run, task.name, work, identity, on_step, on_stable=partial(run.save, Path(trunk), shared))
         if strange := [name for name, parameter in run.parameters.items() if not parameter.isfinite().all()]:
             raise TrainingError(
                 f"{task.name}: the weights are not finite after the last step ({strange[0]}); lower the learning rate"
@@ -168,7 +180,7 @@ def _too_long(task: Task, args: AdapterTrainingArgs, context: int) -> TaskError:
 
 
 @contextmanager
-def _lora_on(model: PreTrainedModel, args: AdapterTrainingArgs) -> Iterator[PeftModel]:
+def lora_on(model: PreTrainedModel, args: AdapterTrainingArgs) -> Iterator[PeftModel]:
     """Puts a LoRA on the model; afterwards the model is as it was given, whatever went wrong."""
     required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     was_training = model.training
@@ -276,6 +288,8 @@ def _finished(name: str, out: Path, identity: dict[str, Any]) -> TrainedAdapter:
         record = json.loads((out / TRAINING_FILE).read_text())
         # Earlier versions kept no hash.
         known = {key: record[key] for key in identity if key != "model_hash" or key in record}
+        default = AdapterTrainingArgs().identity()
+        known["args"] = {key: known["args"].get(key, value) for key, value in default.items()}
     except (OSError, ValueError, KeyError):
         raise TrainingError(
             f"{out} holds an adapter that was not trained here; pass overwrite or another out"

@@ -1,9 +1,12 @@
 """How an adapter is trained: this package's recipe and the paper's."""
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
 
 from dlp_lora.tasks.task import PromptFormat
+
+Schedule = Literal["cosine", "constant", "warmup_stable_decay"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,8 +19,9 @@ class AdapterTrainingArgs:
     use_rslora: bool = False
     target_modules: tuple[str, ...] | Literal["all-linear"] = ("q_proj", "k_proj", "v_proj", "o_proj")
     learning_rate: float = 2e-3
-    warmup: float = 0.06  # share of the steps
-    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup: float = 0.06  # share of the steps; with warmup_stable_decay of those of the first epoch
+    schedule: Schedule = "cosine"
+    decay: float = 0.2  # share of the steps over which warmup_stable_decay falls to zero, in a line
     weight_decay: float = 0.0
     epochs: float = 1.0
     batch_size: int = 8
@@ -25,18 +29,26 @@ class AdapterTrainingArgs:
     max_grad_norm: float = 1.0
     prompt_format: PromptFormat = "auto"
     seed: int = 0
-    checkpoint_every: int = 50  # steps
+    checkpoint_seconds: float = 300.0  # between two checkpoints; no setting of the result
 
     def __post_init__(self) -> None:
-        for name in ("r", "lora_alpha", "learning_rate", "epochs", "batch_size", "max_length", "checkpoint_every"):
+        for name in ("r", "lora_alpha", "learning_rate", "epochs", "batch_size", "max_length"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"AdapterTrainingArgs.{name} must be positive, got {getattr(self, name)}")
-        for name in ("lora_dropout", "warmup"):
+        if not self.checkpoint_seconds >= 0:
+            raise ValueError(f"AdapterTrainingArgs.checkpoint_seconds is at least 0, got {self.checkpoint_seconds}")
+        for name in ("lora_dropout", "warmup", "decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"AdapterTrainingArgs.{name} must be in [0, 1), got {getattr(self, name)}")
-        for name, choices in (("schedule", ("cosine", "constant")), ("prompt_format", get_args(PromptFormat))):
+        for name, choices in (("schedule", get_args(Schedule)), ("prompt_format", get_args(PromptFormat))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"AdapterTrainingArgs.{name} must be one of {choices}, got {getattr(self, name)!r}")
+
+    def identity(self) -> dict[str, Any]:
+        """What the trained weights depend on, as JSON data."""
+        found: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        del found["checkpoint_seconds"]
+        return found
 
 
 PAPER = AdapterTrainingArgs(

@@ -48,7 +48,11 @@ class Run:
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=args.learning_rate, weight_decay=args.weight_decay
         )
-        self.num_steps = max(1, round(math.ceil(len(examples) / args.batch_size) * args.epochs))
+        per_epoch = math.ceil(len(examples) / args.batch_size)
+        self.num_steps = max(1, round(per_epoch * args.epochs))
+        stable = args.schedule == "warmup_stable_decay"  # a run of more epochs begins with the very same steps
+        self.num_warm = max(1, round(args.warmup * (per_epoch if stable else self.num_steps)))
+        self.num_stable = self.num_steps - round(args.decay * self.num_steps) if stable else self.num_steps
         self.share = not has_dropout(model)
         self.losses: list[float] = []
         self.seconds = 0.0
@@ -69,14 +73,16 @@ class Run:
             state = {"identity": identity, "losses": self.losses, "seconds": self.seconds}
             write_text(folder / "state.json", json.dumps(state))
 
-    def resume(self, work: Path, identity: dict[str, Any]) -> None:
-        """Reads the checkpoint of the same run, if there is one."""
+    def resume(self, work: Path, identity: dict[str, Any], *, at_most: int | None = None) -> None:
+        """Reads the checkpoint of the same run, if there is one, of `at_most` so many steps."""
         recover_folder(work)
         if not (work / "state.json").is_file():
             return
         state = json.loads((work / "state.json").read_text())
         if {**identity, **state["identity"]} != identity:  # earlier versions kept no hash of the model
-            logger.warning("%s holds a run with other settings or examples; it starts anew", work)
+            logger.warning("%s holds a run with other settings or examples; this one starts at its first step", work)
+            return
+        if at_most is not None and len(state["losses"]) > at_most:
             return
         tensors = load_file(work / "state.safetensors")
         with torch.no_grad():
@@ -90,13 +96,13 @@ class Run:
 
     def learning_rate(self) -> float:
         """The learning rate of the next step."""
-        warm = max(1, round(self.args.warmup * self.num_steps))
-        if self.step < warm:
-            return self.args.learning_rate * (self.step + 1) / warm
-        if self.args.schedule == "constant":
-            return self.args.learning_rate
-        done = (self.step - warm) / max(1, self.num_steps - warm)
-        return self.args.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+        peak = self.args.learning_rate
+        if self.step < self.num_warm:
+            return peak * (self.step + 1) / self.num_warm
+        if self.args.schedule == "cosine":
+            done = (self.step - self.num_warm) / max(1, self.num_steps - self.num_warm)
+            return peak * 0.5 * (1 + math.cos(math.pi * done))
+        return peak * min(1.0, (self.num_steps - self.step) / (self.num_steps - self.num_stable + 1))
 
     def batch(self) -> list[tuple[list[int], list[int]]]:
         """The examples of the next step: a function of seed and step alone, so a resumed run sees the same ones."""
@@ -106,24 +112,39 @@ class Run:
         return [self.examples[i] for i in batches[index]]
 
 
-def fit(run: Run, task: str, work: Path, identity: dict[str, Any], on_step: Callable[[Progress], None]) -> None:
+def fit(
+    run: Run,
+    task: str,
+    work: Path,
+    identity: dict[str, Any],
+    on_step: Callable[[Progress], None],
+    *,
+    on_stable: Callable[[], None] = lambda: None,
+) -> None:
     """Takes the steps that are left, with checkpoints in the folder `work`.
+
+    Args:
+        on_stable: called where the learning rate is about to fall, with the schedule warmup_stable_decay.
 
     Raises:
         TrainingError: if the loss is not finite.
     """
     run.model.train()
     start = time.perf_counter() - run.seconds
+    kept_at = time.monotonic()
     with kept_memory() as give_back:
         while run.step < run.num_steps:
+            if run.step == run.num_stable:
+                on_stable()
             loss = _step(run)
             if not math.isfinite(loss):
                 raise TrainingError(f"{task}: the loss is {loss} at step {run.step}; lower the learning rate")
             run.losses.append(loss)
             run.seconds = time.perf_counter() - start
             on_step(Progress(task=task, step=run.step, num_steps=run.num_steps, loss=loss))
-            if run.step % run.args.checkpoint_every == 0 and run.step < run.num_steps:
+            if time.monotonic() - kept_at >= run.args.checkpoint_seconds and run.step < run.num_steps:
                 run.save(work, identity)
+                kept_at = time.monotonic()
                 give_back()
 
 

@@ -44,7 +44,7 @@ METHODS = (
     "recompute",
 )
 SMALL = ReproduceArgs(
-    training=AdapterTrainingArgs(prompt_format="plain", batch_size=2, checkpoint_every=1),
+    training=AdapterTrainingArgs(prompt_format="plain", batch_size=2, checkpoint_seconds=0),
     single_r=4,
     router=RouterTrainingArgs(epochs=1),
     answers=AnswerArgs(batch_size=4, max_new_tokens=4, prompt_format="plain"),
