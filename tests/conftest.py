@@ -54,7 +54,13 @@ CI = (
         "tasks/test_tasks_procedural.py",
     ),
     *("bank/test_linear.py", "bank/test_paths.py", "bank/test_peft_matrix.py"),
-    *("engine/test_compile.py", "engine/test_engine.py", "engine/test_load.py", "engine/test_recompute.py"),
+    *(
+        "engine/test_compile.py",
+        "engine/test_copies.py",
+        "engine/test_engine.py",
+        "engine/test_load.py",
+        "engine/test_recompute.py",
+    ),
     *("engine/test_threads.py", "engine/test_prompt_routing.py"),
 )
 OTHER_TIERS = {"models", "engines", "clients"}

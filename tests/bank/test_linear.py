@@ -412,12 +412,17 @@ def test_a_thousand_switches_reach_the_layers_and_leave_the_buffers_in_place(
 def test_stacking_holds_no_weight_twice(llama: PreTrainedModel, tmp_path: Path, path: str) -> None:
     folder = make_adapter(llama, tmp_path / "it", seed=1, r=4, target_modules=["q_proj", "v_proj"])
     with fused(llama, {"it": folder}) as bank:
-        storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in llama.parameters()}
-        held = sum(storages.values())
         assert all(group.is_stacked == (path != "concatenated") for group in bank.touched())
-    own = sum(p.nbytes for p in llama.parameters())
-    # Beside the weights: two layers, rank 4 for q and v, 32 inputs, 4 bytes each.
-    assert held - own == (0 if path == "concatenated" else 2 * (4 + 4) * 32 * 4)
+        stacked = [group.buffers()[0].untyped_storage() for group in bank.touched() if group.is_stacked]
+        inside = [
+            p
+            for p in llama.parameters()
+            if any(s.data_ptr() <= p.data_ptr() < s.data_ptr() + s.nbytes() for s in stacked)
+        ]
+        assert len(inside) == {"siblings stacked": 6, "each stacked": 4, "concatenated": 0}[path]
+        # Beside the weights: two layers, rank 4 for q and v, 32 inputs, 4 bytes each.
+        beside = sum(s.nbytes() for s in stacked) - sum(p.nbytes for p in inside)
+        assert beside == (0 if path == "concatenated" else 2 * (4 + 4) * 32 * 4)
 
 
 def test_a_mixture_that_outgrows_the_buffers_leaves_the_base_weights_as_they_are(

@@ -29,6 +29,7 @@ from dlp_lora import (
 )
 from dlp_lora.bank.export import export_mixture
 from dlp_lora.engine.bundle import BUNDLE_FILE
+from dlp_lora.lab.bench.memory import held_nbytes
 from dlp_lora.router import MiniMLPConfig
 
 NAMES = ("math", "poems", "units")
@@ -92,11 +93,11 @@ def folder_of(path: Path) -> dict[str, bytes]:
 
 
 def held_bytes() -> int:
-    """Bytes of every tensor that lives, each storage once."""
+    """Bytes of every tensor that lives, each place once."""
     gc.collect()
     # Other kinds of tensors, as compilation leaves behind, have no storage.
     tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter) and not t.is_meta]
-    return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
+    return held_nbytes(tensors)
 
 
 class TestLoad:

@@ -72,6 +72,18 @@ def _weights_of(model: nn.Module) -> Callable[[str], Tensor | None]:
     return tensor
 
 
+def _where(model: nn.Module) -> Callable[[], tuple[torch.dtype, torch.device]]:
+    """Gives the dtype and the device to hold a model's adapters in, as long as it lives."""
+    alive = weakref.ref(model)
+
+    def where() -> tuple[torch.dtype, torch.device]:
+        found = alive()
+        assert found is not None
+        return pair_dtype(found), next(found.parameters()).device
+
+    return where
+
+
 def pair_dtype(model: nn.Module) -> torch.dtype:
     """Gives the dtype to hold adapters in: the model's own; on a CPU float32 for a model in 16 bits, where a product of
     rank 24 takes three times as long.
@@ -116,6 +128,7 @@ def attach(
         check_prepacking(first)
     for name in bank.names if added is None else added:
         check_base_copies(bank.adapters[name], _weights_of(model))
+    bank.follow(_where(model))
     bank.forget()
     touched = bank.touched()
     groups = [group for group in bank.groups if not isinstance(_siblings(model, group)[0][0], FusedLinear)]
@@ -240,7 +253,9 @@ def _check_mergeable(model: nn.Module, modules: Sequence[FusedLinear]) -> None:
 
 def _can_be_stacked(layers: Sequence[nn.Module]) -> bool:
     weights: list[Any] = [layer.weight for layer in layers]
-    if any(w.is_meta for w in weights) or len({id(w) for w in weights}) < len(weights):
+    if any(w.device.type not in ("cpu", "cuda") for w in weights):
+        return False  # offloaded ones are on "meta"; elsewhere nothing of it was tried
+    if len({id(w) for w in weights}) < len(weights):
         return False  # layers that share one weight cannot have a place each
     return len({(w.dtype, w.device, w.shape[1]) for w in weights}) == 1 and keep_alignment(weights)
 

@@ -10,7 +10,7 @@ by token.
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -72,6 +72,8 @@ class AdapterBank:
         self.groups = [Group(*family, dtype=dtype, device=placing.device) for family in placing.families]
         self.plan: Plan | None = None  # what lies in the buffers, where that is known
         self._dtype, self._device = dtype, placing.device
+        self._where: Callable[[], tuple[torch.dtype, torch.device]] | None = None  # the model wants adapters to be
+        self._was_where: tuple[torch.dtype, torch.device] | None = None
         self._max_rank = 0  # of a compiled pass
         self._is_merged = False
         for adapter in adapters:
@@ -158,6 +160,23 @@ class AdapterBank:
             group.pad([max_rank if Place(g, s) in places or rank else 0 for s, rank in enumerate(group.padded)])
         self.plan = None
 
+    def follow(self, where: Callable[[], tuple[torch.dtype, torch.device]]) -> None:
+        """Goes along with a model from now on, whatever casts or moves it; `where` gives the dtype and the device that
+        it wants adapters in."""
+        self.catch_up()
+        self._where, self._was_where = where, where()
+
+    def catch_up(self, *, layers: Collection[int] | None = None) -> None:
+        """Goes where the model went since. With `layers`, only weights of these tell whether some have moved."""
+        if self._where is not None and (where := self._where()) != self._was_where:
+            (self._dtype, self._device), self._was_where = where, where
+            self.store.place(dtype=self._dtype, device=self._device)
+            for group in self.groups:
+                group.place(dtype=self._dtype, device=self._device)
+            self.plan = None
+        if sum(group.restack(layers=layers) for group in self.groups):  # of all of them
+            self.plan = None
+
     def fuse(
         self,
         mixtures: Sequence[Mixture],
@@ -179,6 +198,8 @@ class AdapterBank:
         """
         if self._is_merged:
             return
+        # What moves a whole model moves its first layers, too, and to look at them alone takes no time.
+        self.catch_up(layers=(0,) if reuse else None)
         if not reuse and sum(group.repack() for group in self.groups):  # of all of them
             self.plan = None
         plan = self._plan(tuple(mixtures), by_token=tokens is not None, reuse=reuse, padded=padded)

@@ -15,9 +15,10 @@ from weakref import ref
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.dlpack import from_dlpack
 
 from dlp_lora.bank.layout import StackedLora
-from dlp_lora.bank.paths import Ways
+from dlp_lora.bank.paths import PLAIN, Ways
 
 # Bytes. A product of a vector can round by where in such a stretch its matrix begins (docs/log.md), and weights that
 # are read from a file begin anywhere in it.
@@ -153,6 +154,52 @@ class Group:
         self._linears = [list(layers) for layers in linears]
         self._b = [b.to(self._linears[0][0].weight.device) for b in self._b]
         self._allocate(self.capacity)
+
+    def restack(self, *, layers: Collection[int] | None = None) -> bool:
+        """Stacks weights again that have left their place, as after `model.to`; says whether some of `layers` had.
+
+        Where siblings are no longer alike, the layers are plain from then on.
+        """
+        layers = range(self.num_layers) if layers is None else layers
+        if self._linears is None or all(self._is_in_place(i) for i in layers):
+            return False
+        weights = [linear.weight for each in self._linears for linear in each]
+        before, is_prepacked = self._a, bool(self._prepacked)
+        if len({(w.dtype, w.device) for w in weights}) > 1:
+            self.unstack()
+            self.ways = PLAIN
+            return True
+        self._prepacked = {}
+        self._allocate(self.capacity)
+        if is_prepacked and (self._a.dtype, self._a.device) == (before.dtype, before.device):
+            self.prepack(self._pack)
+        return True
+
+    def _is_in_place(self, layer: int) -> bool:
+        """Whether the base weights of a layer lie in its stacked one."""
+        pairs: list[tuple[Tensor | None, Tensor | None]] = [
+            (parameter, stacked)
+            for linears in self._linears or ()
+            for parameter, stacked in (
+                (linears[layer].weight, self._weights[layer]),
+                (linears[layer].bias, self._biases[layer]),
+            )
+        ]
+        return all(
+            parameter is None
+            or stacked is None
+            or parameter.data_ptr() == stacked.data_ptr() + self._ends[i // 2] * stacked[0].nbytes
+            for i, (parameter, stacked) in enumerate(pairs)
+        )
+
+    def place(self, *, dtype: torch.dtype, device: torch.device) -> None:
+        """Moves the buffers; A of a stacked group goes where the base weights go."""
+        self._b = [b.to(device, dtype) for b in self._b]
+        if self._linears is None:
+            self._a = self._a.to(device, dtype)
+        self._gates.clear()
+        self._laid.clear()
+        self._forget_views()
 
     def unstack(self) -> None:
         """Gives the base layers tensors of their own again."""
@@ -364,9 +411,13 @@ def _empty_as(parameter: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _move(parameter: Tensor, place: Tensor) -> None:
-    """Moves a parameter's values, and the parameter is a view of their new place."""
+    """Moves a parameter's values, and the parameter shares the memory of their new place.
+
+    It has a storage of its own, which begins there: what saves or copies a model by its storages, as accelerate,
+    safetensors and `deepcopy` do, would take siblings for one weight and lose all but one of them.
+    """
     place.copy_(parameter.data)
-    parameter.data = place
+    parameter.data = from_dlpack(place)
 
 
 def _static(tensor: Tensor) -> Tensor:

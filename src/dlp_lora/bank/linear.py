@@ -5,7 +5,8 @@ same input; `detach` puts the very same base layers back.
 """
 
 import copy
-from typing import Any
+import copyreg
+from typing import Any, SupportsIndex
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,7 @@ class Outputs:
 class FusedLinear(nn.Module):
     """A base layer plus the fused pair of its group: `y = W x + ((x A) * gate) B`.
 
-    While nothing is active in its group it is the base layer, bit for bit. A deep copy is a copy of the base layer.
+    While nothing is active in its group it is the base layer, bit for bit. Copied and pickled it is the base layer.
     """
 
     def __init__(self, base_layer: nn.Module, group: Group, sibling: int, layer: int, outputs: Outputs) -> None:
@@ -103,6 +104,13 @@ class FusedLinear(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         return copy.deepcopy(self.base_layer, memo)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """What is pickled is the base layer."""
+        base: Any = self.base_layer
+        rebuild, *rest = base.__reduce_ex__(protocol)
+        # Pickle wants the class that `__newobj__` makes to be this one.
+        return (object.__new__ if rebuild is copyreg.__newobj__ else rebuild, *rest)  # type: ignore[attr-defined]
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The base layer's, under its own names: what is saved is an ordinary checkpoint of the base model."""

@@ -11,6 +11,7 @@ from itertools import count
 from typing import Any
 from weakref import WeakSet
 
+import torch
 from torch import Tensor
 
 from dlp_lora.bank.layout import Layout, Place, StackedLora
@@ -196,6 +197,16 @@ class AdapterStore:
             raise AdapterError(f"{path}, the folder of the adapter {name!r}, cannot be read: {error}") from error
         if stamp != entry.stamp:
             raise AdapterError(f"{path} was written anew since it was added as {name!r}; remove that and add it again")
+
+    def place(self, *, dtype: torch.dtype, device: torch.device) -> None:
+        """Moves the weights in memory, and reads others so from now on."""
+        self._layout.dtype, self._layout.device = dtype, device
+        for entry in self._loaded.values():
+            stacked = entry.stacked or {}
+            entry.stacked = {
+                place: StackedLora(lora.a.to(device, dtype), lora.b.to(device, dtype))
+                for place, lora in stacked.items()
+            }
 
     def tensors(self) -> list[Tensor]:
         """The weights in memory."""

@@ -5,9 +5,10 @@ the next token.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache as cached
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -90,6 +91,17 @@ class Followed:
         """Selects rows of the cache."""
         super().batch_select_indices(indices)  # type: ignore[misc]
         _select(self, indices)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy has copies of the rows."""
+        copied = memo[id(self)] = object.__new__(type(self))
+        vars(copied).update(deepcopy(vars(self), memo))
+        return copied
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """What is pickled is the cache that it was, without rows, which belong to an engine."""
+        kind = type(self).__mro__[2]
+        return object.__new__, (kind,), {name: value for name, value in vars(self).items() if name != ROWS}
 
     def batch_repeat_interleave(self: Any, repeats: int) -> None:
         """Repeats each row of the cache."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import cache as cached
 from functools import partial, wraps
 from types import MethodType
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex
 from weakref import WeakKeyDictionary
 
 import torch
@@ -43,10 +43,14 @@ from dlp_lora.engine.calls import Call, kept_tokens
 from dlp_lora.engine.overrides import EngineKey, Mark, Override, current_call, is_in_force, latest_mark, mark_pass
 from dlp_lora.engine.routing import Prompt, Routing, RowRouter, push_tokens, start_rows
 from dlp_lora.engine.text import Detokenizer, Passage, PromptReader
-from dlp_lora.errors import PromptError
+from dlp_lora.errors import ModelError, PromptError
 from dlp_lora.policy import Mixture
 
 CONTROLLER = "_dlp_lora_controller"
+NOT_COMPILED = (
+    "a model that an engine is attached to is not compiled by torch.compile(model): which adapters a pass uses follows "
+    "from its tokens; engine.compile() compiles its decoding steps"
+)
 
 
 @dataclass(frozen=True)
@@ -145,6 +149,7 @@ class Controller:
         """Has `torch.compile` compile what runs for the decoding steps whose fusing is padded."""
         self._compiled = torch.compile(self._plain, **kwargs)
 
+    @torch.compiler.disable(reason=NOT_COMPILED)  # type: ignore[untyped-decorator]
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Runs one forward pass, routed."""
         # By name, so that a mask or a cache given by position is seen; what does not go together fails below.
@@ -351,12 +356,15 @@ class Controller:
 def routed(kind: Any) -> Any:
     """Gives a model class whose instances route by themselves; but for that it is the same class.
 
-    A copy of an instance is the plain base model, with weights of its own.
+    A copy of an instance is the plain base model, with weights of its own, and so is what is pickled.
     """
 
     @wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return vars(self)[CONTROLLER].run(*args, **kwargs)
+
+    def compile_(self: Any, *_: Any, **__: Any) -> None:
+        raise ModelError(NOT_COMPILED)
 
     def get_compiled_call(self: Any, _: Any) -> Callable[..., Any]:
         """`generate` over a static cache on a GPU would compile the controller, too."""
@@ -370,10 +378,24 @@ def routed(kind: Any) -> Any:
         plain.__dict__.update(deepcopy(state, memo))
         return plain
 
+    def pickled(self: Any, _: SupportsIndex) -> Any:
+        state = {name: value for name, value in vars(self).items() if name != CONTROLLER}
+        return object.__new__, (kind,), state
+
+    def peft_config(_: Any) -> None:
+        # PEFT asks a model for it before it changes anything.
+        raise ModelError(
+            "an engine is attached to the model: adapters of PEFT would lie under its layers, which do not call them; "
+            "add them with engine.add_adapter(folder), or call engine.detach() and train on the plain model"
+        )
+
     namespace = {
         "forward": forward,
+        "compile": compile_,
         "get_compiled_call": get_compiled_call,
         "__deepcopy__": copied,
+        "__reduce_ex__": pickled,
+        "peft_config": property(peft_config),
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,

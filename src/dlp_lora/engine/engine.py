@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast, overload
+from typing import Any, NoReturn, SupportsIndex, cast, overload
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -458,6 +458,12 @@ class Engine:
             f"Engine({type(model).__name__} {model.config._name_or_path!r} on {model.device}, {model.dtype}; "
             f"{len(names)} adapters: {shown or 'none'}; "
             f"router: {type(self.router).__name__ if self.router else 'none'}; {self.settings}; {self.paths})"
+        )
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise TypeError(
+            "an engine is neither copied nor pickled: save_pretrained writes a bundle, and a copy of engine.model is "
+            "the plain base model"
         )
 
     def __enter__(self) -> "Engine":

@@ -64,13 +64,25 @@ def counted(name: str, variant: Any, run: Run, memory: dict[str, Memory], device
 
 
 def held_mb(*models: nn.Module, tensors: Iterable[Tensor] = ()) -> float:
-    """Megabytes of models' weights and buffers, prepacked ones included, and of other tensors, each storage once."""
+    """Megabytes of models' weights and buffers, prepacked ones included, and of other tensors, each place once."""
     modules = [module for model in models for module in model.modules()]
     found = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values(), *vars(m).values())]
     held = [t for t in (*found, *tensors) if isinstance(t, Tensor)]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
     groups = {module.group for module in modules if isinstance(module, FusedLinear)}
-    return (sum(storages.values()) + sum(group.prepacked_nbytes for group in groups)) / MB
+    return (held_nbytes(held) + sum(group.prepacked_nbytes for group in groups)) / MB
+
+
+def held_nbytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of memory that tensors keep; what storages share, as fused layers and their base do, counts once."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    total = 0
+    for device in {storage.device for storage in storages}:
+        end = 0
+        places = sorted((s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages if s.device == device)
+        for start, stop in places:
+            total += max(0, stop - max(start, end))
+            end = max(end, stop)
+    return total
 
 
 def read_mb(model: nn.Module) -> float:
