@@ -8,7 +8,7 @@ adapters and a gate of shape (batch, 1, rank) or (batch, seq, rank) weighs the l
 by token.
 """
 
-import threading
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +23,8 @@ from dlp_lora.bank.base_layers import BaseLayers
 from dlp_lora.bank.group import Group
 from dlp_lora.bank.layout import Layout, Place, StackedLora
 from dlp_lora.bank.peft_format import Adapter
-from dlp_lora.bank.store import AdapterStore, Lease
+from dlp_lora.bank.store import AdapterStore, Lease, content_digest
+from dlp_lora.bank.turns import TurnLock
 from dlp_lora.policy import Mixture
 
 # Buffers start at the rank of the whole bank, but no larger than this for one layer; a wider mixture doubles them.
@@ -67,7 +68,7 @@ class AdapterBank:
     ) -> None:
         self.base = layout if isinstance(layout, BaseLayers) else BaseLayers(layout)
         placing = Layout(self.base, siblings, dtype=dtype, device=torch.device(device))
-        self.lock = threading.RLock()
+        self.lock = TurnLock()
         self.store = AdapterStore(placing, budget_mb=budget_mb)
         self.groups = [Group(*family, dtype=dtype, device=placing.device) for family in placing.families]
         self.plan: Plan | None = None  # what lies in the buffers, where that is known
@@ -143,6 +144,37 @@ class AdapterBank:
         """
         with self.lock:
             return self.store.lease(name for mixture in mixtures for name in mixture)
+
+    def are_ready(self, names: Iterable[str]) -> bool:
+        """Whether adapters are in memory, and `content` knows what they hold: what `prepare` does takes no time.
+
+        Raises:
+            AdapterError: if the bank holds no adapter of a name.
+        """
+        with self.lock:
+            return all(self.store.entry(name).is_ready for name in names)
+
+    def prepare(self, names: Iterable[str]) -> None:
+        """Loads adapters, and computes what `content` tells of them, in this thread; passes go on meanwhile.
+
+        Raises:
+            AdapterError: if the bank holds no adapter of a name, it cannot be read, or its files were written since.
+        """
+        for name in names:
+            with self.lock:
+                entry = self.store.entry(name)
+            stacked = self.store.read(entry)
+            digest = entry.digest or content_digest(stacked)
+            with self.lock:
+                self.store.put(entry, stacked, digest)
+
+    def content(self, mixture: Mixture) -> bytes:
+        """Says what a mixture is made of: equal for equal weights of adapters that hold equal numbers, whatever their
+        names. The adapters must be ready.
+        """
+        with self.lock:
+            parts = sorted((self.store.digest(name), weight) for name, weight in mixture.items())
+        return hashlib.sha256(repr(parts).encode()).digest()
 
     def touched(self) -> list[Group]:
         """The groups in which at least one adapter changes a module."""

@@ -4,6 +4,7 @@ It says which adapters there are, keeps the most recently used ones in memory an
 computes with an adapter holds a lease on it: a leased adapter that is removed stays until the lease is given up.
 """
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -50,6 +51,12 @@ class Entry:
     stamp: tuple[tuple[int, int], ...] | None  # of its files as it was added
     is_on_disk: bool  # its weights may go, and are read again
     stacked: Mapping[Place, StackedLora] | None = None
+    digest: bytes | None = None  # of the numbers that it holds
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it is in memory and its digest is known."""
+        return self.stacked is not None and self.digest is not None
 
     @property
     def rank(self) -> int:
@@ -169,14 +176,49 @@ class AdapterStore:
         for name in names:
             entry = self.entry(name)
             if entry.stacked is None:
-                adapter = entry.adapter.with_weights()
-                self.check_files(name)
-                entry.stacked = self._layout.stack(adapter)
+                entry.stacked = self.read(entry)
                 self.num_misses += 1
             self._loaded.pop(name, None)
             self._loaded[name] = entry
         self._make_room(names)
         return [stacked for name in names if (stacked := self._entries[name].stacked) is not None]
+
+    def read(self, entry: Entry) -> Mapping[Place, StackedLora]:
+        """Gives the stacked weights of an adapter, from its folder if they are not in memory; changes nothing.
+
+        Raises:
+            AdapterError: if it cannot be read, or its files were written since it was added.
+        """
+        stacked = entry.stacked
+        if stacked is None:
+            adapter = entry.adapter.with_weights()
+            _check_files(entry)
+            stacked = self._layout.stack(adapter)
+        return stacked
+
+    def put(self, entry: Entry, stacked: Mapping[Place, StackedLora], digest: bytes) -> None:
+        """Takes what `read` gave into memory, unless the adapter is gone meanwhile."""
+        entry.digest = digest
+        name = entry.adapter.name
+        if self._entries.get(name) is not entry:
+            return
+        if entry.stacked is None:
+            entry.stacked = stacked
+            self.num_misses += 1
+        self._loaded.pop(name, None)
+        self._loaded[name] = entry
+        self._make_room([name])
+
+    def digest(self, name: str) -> bytes:
+        """The digest of the numbers that an adapter holds.
+
+        Raises:
+            AdapterError: if it cannot be read.
+        """
+        entry = self.entry(name)
+        if entry.digest is None:
+            entry.digest = content_digest(self.read(entry))
+        return entry.digest
 
     def loaded_among(self, names: Iterable[str]) -> list[str]:
         """Those of these adapters that are in memory, and may be used."""
@@ -189,14 +231,7 @@ class AdapterStore:
         Raises:
             AdapterError: if it does not.
         """
-        entry = self.entry(name)
-        path = entry.adapter.path
-        try:
-            stamp = files_stamp(path)
-        except OSError as error:
-            raise AdapterError(f"{path}, the folder of the adapter {name!r}, cannot be read: {error}") from error
-        if stamp != entry.stamp:
-            raise AdapterError(f"{path} was written anew since it was added as {name!r}; remove that and add it again")
+        _check_files(self.entry(name))
 
     def place(self, *, dtype: torch.dtype, device: torch.device) -> None:
         """Moves the weights in memory, and reads others so from now on."""
@@ -239,3 +274,23 @@ class AdapterStore:
 
     def _unknown(self, name: str) -> AdapterError:
         return AdapterError(f"no adapter {name!r}; there are {', '.join(sorted(self.adapters)) or 'none'}")
+
+
+def content_digest(stacked: Mapping[Place, StackedLora]) -> bytes:
+    """Computes a digest of the numbers of an adapter, and of where they go."""
+    digest = hashlib.sha256()
+    for place in sorted(stacked):
+        for tensor in (stacked[place].a, stacked[place].b):
+            digest.update(repr((place, tensor.dtype, tuple(tensor.shape))).encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).flatten().numpy().data)
+    return digest.digest()
+
+
+def _check_files(entry: Entry) -> None:
+    path, name = entry.adapter.path, entry.adapter.name
+    try:
+        stamp = files_stamp(path)
+    except OSError as error:
+        raise AdapterError(f"{path}, the folder of the adapter {name!r}, cannot be read: {error}") from error
+    if stamp != entry.stamp:
+        raise AdapterError(f"{path} was written anew since it was added as {name!r}; remove that and add it again")

@@ -12,10 +12,10 @@ the bank's lock from before it is routed until it has ended, and leaves nothing 
 
 import inspect
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache as cached
 from functools import partial, wraps
 from types import MethodType
@@ -41,7 +41,7 @@ from dlp_lora.engine.cache import (
 )
 from dlp_lora.engine.calls import Call, kept_tokens
 from dlp_lora.engine.overrides import EngineKey, Mark, Override, current_call, is_in_force, latest_mark, mark_pass
-from dlp_lora.engine.routing import Prompt, Routing, RowRouter, push_tokens, start_rows
+from dlp_lora.engine.routing import Among, Prompt, Routing, RowRouter, push_tokens, start_rows
 from dlp_lora.engine.text import Detokenizer, Passage, PromptReader
 from dlp_lora.errors import ModelError, PromptError
 from dlp_lora.policy import Mixture
@@ -168,6 +168,40 @@ class Controller:
             if rows is not None and cache is not None and rows_of(cache) is None:
                 bind(cache, rows)
         return output
+
+    @contextmanager
+    def under(
+        self, mixtures: Sequence[Mixture], tokens: Tensor | None = None, *, reuse: bool = False
+    ) -> Iterator[Callable[..., Any]]:
+        """Gives the model's own forward, by name, and has it run under given mixtures meanwhile, as `bank.fuse` does.
+
+        Nothing is routed, and of `position_ids` and `logits_to_keep`, a model gets what it knows.
+        """
+        optional = {"position_ids", "logits_to_keep"} - {*self._names}
+
+        def run(**kwargs: Any) -> Any:
+            return self._plain(**{name: value for name, value in kwargs.items() if name not in optional})
+
+        with self.bank.lock:
+            if self.bank.is_merged:
+                raise ValueError("the base weights hold a mixture; leave engine.merged() first")
+            try:
+                with torch.inference_mode(False), torch.no_grad():
+                    self.bank.fuse(mixtures, tokens, reuse=reuse)
+                yield run
+            finally:
+                self.bank.clear()
+
+    def start_row(
+        self, tokens: Sequence[int], call: Call, *, prompt: Prompt | None = None, among: Collection[str] | None = None
+    ) -> RowRouter:
+        """Routes a prompt; `prompt` is what the router reads, and `among` are the adapters that it may choose."""
+        routing = self.routing(call)
+        if among is not None:
+            routing = replace(routing, held=Among(frozenset(among), routing.held))
+        prompt = self._prompt(tokens, call) if prompt is None else prompt
+        (row,) = start_rows([prompt], routing, lambda: Detokenizer(self.tokenizer), fixed=call.mixtures_of(1))
+        return row
 
     def replay(self, inputs: Mapping[str, Tensor], answers: Sequence[Sequence[int]]) -> list[RowRouter]:
         """Routes given answers without the model: what it decided, as decisions follow from the tokens alone."""

@@ -5,7 +5,7 @@
 """
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from dlp_lora.engine.calls import Call, Endings, check_call, seeded
 from dlp_lora.engine.controller import Controller
 from dlp_lora.engine.overrides import Override, overriding
 from dlp_lora.engine.prompts import Message, as_batch, encode_prompts
-from dlp_lora.engine.routing import RowRouter
+from dlp_lora.engine.routing import Prompt, RowRouter
 from dlp_lora.engine.streaming import Stream
 from dlp_lora.engine.trace import Generation, Sentence
 from dlp_lora.errors import AdapterError
@@ -310,6 +310,44 @@ class Engine:
         context = Context(prompt) if isinstance(prompt, str) else prompt
         with self.bank.lock:  # a router may run the base model
             return self._controller.routing(self.call).route(context)
+
+    def start_row(
+        self,
+        tokens: Sequence[int],
+        *,
+        call: Call | None = None,
+        prompt: Prompt | None = None,
+        among: Collection[str] | None = None,
+    ) -> RowRouter:
+        """Routes a prompt of token ids, for who drives the answer token by token; `RowRouter.push` goes on from there.
+
+        Args:
+            call: in the place of that of here and now.
+            prompt: what the router reads, in the place of what the tokens say.
+            among: the adapters that the router may choose; what it gives others is the probability that none fits.
+
+        Raises:
+            RouterError: if there is no router.
+        """
+        with self.bank.lock:  # a router may run the base model
+            return self._controller.start_row(tokens, call or self.call, prompt=prompt, among=among)
+
+    @contextmanager
+    def under(
+        self, mixtures: Sequence[Mixture], tokens: torch.Tensor | None = None, *, reuse: bool = False
+    ) -> Iterator[Callable[..., Any]]:
+        """Gives the model's forward, which takes its arguments by name, and runs under given mixtures in the block.
+
+        It is for who routes rows with `start_row` and batches them. The arguments are those of `AdapterBank.fuse`; the
+        bank is locked meanwhile.
+
+        Raises:
+            ValueError: if the base weights hold a mixture, or the engine was detached.
+        """
+        if not self._is_attached:
+            raise ValueError("the engine was detached from its model; make another one with dlp_lora.load")
+        with self._controller.under(mixtures, tokens, reuse=reuse) as forward:
+            yield forward
 
     @contextmanager
     def fixed(self, mixture: Mixtures) -> Iterator["Engine"]:

@@ -92,6 +92,23 @@ class Routing:
         ]
 
 
+@dataclass(frozen=True)
+class Among(Collection[str]):
+    """Those of some names that are held, whichever these are at the time."""
+
+    names: frozenset[str]
+    held: Collection[str]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names and name in self.held
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self.held if name in self.names)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
     """What is read of a prompt: what was said before, what is asked now, and its sentences if they are routed too."""

@@ -1,0 +1,33 @@
+"""A lock for work that follows in quick succession: whoever waits for it gets it before who has just given it up."""
+
+import threading
+from types import TracebackType
+
+
+class TurnLock:
+    """A reentrant lock of which a thread that asks for it again has to let the waiting ones go first.
+
+    A plain lock goes to the thread that runs, so one that takes it pass after pass would keep others out for long.
+    """
+
+    def __init__(self) -> None:
+        self._next = threading.Lock()  # held by the thread whose turn is next
+        self._lock = threading.Lock()
+        self._owner: int | None = None
+        self._depth = 0
+
+    def __enter__(self) -> "TurnLock":
+        if self._owner != threading.get_ident():
+            with self._next:
+                self._lock.acquire()
+            self._owner = threading.get_ident()
+        self._depth += 1
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._depth -= 1
+        if not self._depth:
+            self._owner = None
+            self._lock.release()

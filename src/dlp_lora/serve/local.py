@@ -1,0 +1,129 @@
+"""The local backend: requests answered by the engine of this process, batched by a scheduler in a thread of its own."""
+
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import cast
+
+from torch import nn
+
+from dlp_lora.engine.engine import Engine
+from dlp_lora.engine.prompts import context_of
+from dlp_lora.errors import PromptError
+from dlp_lora.serve.backend import ClosedError, Health, QueueFullError, Request, Stats
+from dlp_lora.serve.cache import check_layers
+from dlp_lora.serve.row import Row, resolved
+from dlp_lora.serve.scheduler import Scheduler
+from dlp_lora.serve.stream import EventStream
+
+
+class LocalBackend:
+    """A Backend over an engine, whose model and bank belong to its scheduler from then on.
+
+    Args:
+        max_batch: how many requests are answered at once.
+        max_queue: how many more may wait.
+        max_context: tokens of a prompt and its answer, at most those of the model.
+        chunk_tokens: of a prompt that are read at once, between two steps of the others.
+        cache_mb: megabytes of KV of earlier requests that are kept for those that begin alike.
+
+    Raises:
+        ModelError: if the model's cache holds something else than keys and values.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        max_batch: int = 16,
+        max_queue: int = 256,
+        max_context: int | None = None,
+        chunk_tokens: int = 256,
+        cache_mb: float = 256.0,
+    ) -> None:
+        check_layers(engine.model)
+        self.engine = engine
+        self.max_context = min(context_of(engine.model), max_context or context_of(engine.model))
+        self._vocab_size = cast(nn.Embedding, engine.model.get_input_embeddings()).num_embeddings
+        self._scheduler = Scheduler(engine, max_batch=max_batch, chunk_tokens=chunk_tokens, cache_mb=cache_mb)
+        self._max_open = max_batch + max_queue
+        self._lock = threading.Lock()
+        self._is_closing = False
+        self._thread = threading.Thread(target=self._scheduler.run, name="dlp-lora-scheduler", daemon=True)
+        self._thread.start()
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters that there are."""
+        return self.engine.bank.names
+
+    @property
+    def health(self) -> Health:
+        """Whether it can answer."""
+        if self._is_closing:
+            return Health(is_alive=False, reason="the server is closing")
+        if not self._thread.is_alive():
+            return Health(is_alive=False, reason=f"the scheduler has ended: {self._scheduler.failure!r}")
+        return Health(is_alive=True)
+
+    def stats(self) -> Stats:
+        """What it does now, and has done."""
+        return self._scheduler.stats()
+
+    def open(self, request: Request) -> EventStream:
+        """Takes a request.
+
+        Raises:
+            PromptError: if the prompt is empty or does not fit into the model's context with `max_tokens`.
+            ValueError: if the logit bias names a token that there is not.
+            QueueFullError, ClosedError: if it takes none now.
+        """
+        max_tokens = self._checked(request)
+        with self._lock:
+            if not (health := self.health).is_alive:
+                raise ClosedError(health.reason)
+            if self._scheduler.num_open >= self._max_open:
+                raise QueueFullError(f"{self._max_open} requests run or wait already; try again later")
+            stream = EventStream(lambda: self._scheduler.cancel(row))
+            row = Row(resolved(request), stream, max_tokens)
+            self._scheduler.add(row)
+        return stream
+
+    def add_adapter(self, path: str | Path, name: str) -> None:
+        """Adds an adapter from a folder of this machine, while requests run."""
+        self.engine.add_adapter(path, name)
+
+    def remove_adapter(self, name: str) -> None:
+        """Removes an adapter; requests that run with it keep it."""
+        self.engine.remove_adapter(name)
+
+    def close(self, *, drain_s: float = 0.0) -> None:
+        """Takes no more requests, waits so long for those that run, and ends the others with a ClosedError."""
+        with self._lock:
+            self._is_closing = True
+        deadline = time.monotonic() + drain_s
+        while self._thread.is_alive() and self._scheduler.num_open and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self._scheduler.stop(ClosedError("the server is closing"))
+        self._thread.join()
+
+    def _checked(self, request: Request) -> int:
+        """Checks a request; gives how many tokens its answer may have."""
+        num_prompt, max_tokens = len(request.tokens), request.sampling.max_tokens
+        if not num_prompt:
+            raise PromptError("the prompt is empty; give at least one token of text")
+        self._check_ids("the prompt", request.tokens, PromptError)
+        self._check_ids("logit_bias", request.sampling.logit_bias, ValueError)
+        room, num_new = self.max_context - num_prompt, 1 if max_tokens is None else max_tokens
+        if room < num_new:
+            raise PromptError(
+                f"the prompt has {num_prompt} tokens, and {num_new} new ones do not fit: this model's maximum context "
+                f"length is {self.max_context}; shorten the prompt or lower max_tokens"
+            )
+        return room if max_tokens is None else max_tokens
+
+    def _check_ids(self, what: str, ids: Iterable[int], error: type[Exception]) -> None:
+        for token in ids:
+            if not 0 <= token < self._vocab_size:
+                raise error(f"{what} has the token id {token}, and the model knows 0 to {self._vocab_size - 1}")

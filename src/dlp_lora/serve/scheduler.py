@@ -1,0 +1,432 @@
+"""The scheduler: rows in, events out, one pass of the model after the other, all in one thread.
+
+A turn takes what other threads ask, routes one prompt, reads at most one chunk of a prompt, and gives each row of the
+batch one token. So a row waits for a chunk and a step at most, whatever else arrives. The token that opens a sentence
+is sampled before the pass that must run under its mixture, so rows are routed between two passes.
+
+A row whose mixture changes under `kv_policy="recompute"` leaves the batch, and its context is read again before new
+prompts are; every fourth chunk is a new prompt's, if one waits. Adapters that are not in memory are loaded by another
+thread, and their row waits meanwhile.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dlp_lora.engine.cache import cache_argument
+from dlp_lora.engine.controller import mixtures_by_token
+from dlp_lora.engine.engine import Engine
+from dlp_lora.errors import DLPLoRAError
+from dlp_lora.policy import Mixture
+from dlp_lora.serve.backend import BackendError, ClosedError, Stats
+from dlp_lora.serve.cache import SpareCache
+from dlp_lora.serve.kept import Content, KeptKV
+from dlp_lora.serve.row import Row
+
+logger = logging.getLogger(__name__)
+
+MAX_AGAIN = 3  # chunks of contexts that are read again, in a row, while a new prompt waits
+
+
+class Scheduler:
+    """Answers rows with an engine. `run` is for a thread of its own; `add`, `cancel`, `stop` may be called by any.
+
+    `max_batch` rows are answered at once, others wait. `cache_mb` megabytes of KV are kept for later requests.
+    """
+
+    def __init__(self, engine: Engine, *, max_batch: int, chunk_tokens: int, cache_mb: float) -> None:
+        for name, value in (("max_batch", max_batch), ("chunk_tokens", chunk_tokens)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.engine = engine
+        self.max_batch = max_batch
+        self.chunk_tokens = chunk_tokens
+        self.failure: BaseException | None = None  # that ended the thread
+        self._device = engine.model.device
+        self._lock = threading.Lock()  # while rows are taken or none is any more
+        self._messages: deque[Callable[[], None]] = deque()
+        self._awake = threading.Event()
+        self._is_stopping = False
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="dlp-lora-loader")
+        self._rows: set[Row] = set()  # all that have not ended
+        self._active: set[Row] = set()  # those of them that were begun to be read
+        self._queued: deque[Row] = deque()
+        self._new: deque[Row] = deque()  # their prompts are read, the first one now
+        self._again: deque[Row] = deque()  # their contexts are
+        self._num_again = 0  # chunks in a row, while a new prompt waits
+        self._decoding: list[Row] = []  # as they lie in the batch
+        self._batch = SpareCache(num_rows=0, capacity=0)
+        self._kept = KeptKV(cache_mb)
+        self._counts = dict.fromkeys(("steps", "step_tokens", "read_tokens", "cached_tokens", "switches"), 0)
+        self._route_s = self._fuse_s = 0.0
+
+    @property
+    def num_open(self) -> int:
+        """How many rows have not ended."""
+        return len(self._rows)
+
+    def add(self, row: Row) -> None:
+        """Takes a row.
+
+        Raises:
+            ClosedError: if it was stopped, or has failed.
+        """
+        with self._lock:
+            if self._is_stopping:
+                raise ClosedError(f"the scheduler has ended: {self.failure!r}")
+            self._rows.add(row)
+        self._post(partial(self._queued.append, row))
+
+    def cancel(self, row: Row) -> None:
+        """Ends a row soon."""
+        self._post(partial(self._abort, row))
+
+    def stop(self, error: BaseException) -> None:
+        """Ends all rows with an error, and then the thread."""
+        self._post(partial(self._end_all, error))
+
+    def stats(self) -> Stats:
+        """What it does now, and has done; from any thread, so it may be a step old."""
+        num_decoding, num_active = len(self._decoding), len(self._active)
+        return Stats(
+            waiting=max(0, len(self._rows) - num_active),
+            reading=max(0, num_active - num_decoding),
+            decoding=num_decoding,
+            kept_bytes=self._kept.nbytes,
+            route_s=self._route_s,
+            fuse_s=self._fuse_s,
+            **{f"num_{name}": count for name, count in self._counts.items()},
+        )
+
+    def run(self) -> None:
+        """Works until it is stopped."""
+        try:
+            while not self._is_stopping:
+                if not self.turn():
+                    self._awake.wait()
+                    self._awake.clear()
+        except BaseException as error:
+            logger.exception("the scheduler has ended")
+            self.failure = error
+            self._end_all(error)
+            raise
+        finally:
+            self._loader.shutdown(wait=False)
+
+    @torch.no_grad()
+    def turn(self) -> bool:
+        """Does what is to do next; gives whether there was anything."""
+        # A list, as each of them is to be done.
+        return any([self._take_messages(), self._route_next(), self._read_next(), self._step()])
+
+    def _post(self, message: Callable[[], None]) -> None:
+        self._messages.append(message)
+        self._awake.set()
+
+    def _take_messages(self) -> bool:
+        has_any = bool(self._messages)
+        while self._messages:
+            self._messages.popleft()()
+        return has_any
+
+    def _abort(self, row: Row) -> None:
+        if row.has_ended:
+            return
+        self._withdraw(row)
+        row.abort()
+        self._forget(row)
+
+    def _end_all(self, error: BaseException) -> None:
+        with self._lock:
+            self._is_stopping = True
+        for row in list(self._rows):
+            row.fail(error)
+            self._forget(row)
+        self._queued.clear()
+        self._new.clear()
+        self._again.clear()
+        self._decoding.clear()
+        self._batch.clear()
+
+    def _route_next(self) -> bool:
+        """Routes the prompt of one row, and has its adapters loaded."""
+        if not self._queued:
+            return False
+        row = self._queued.popleft()
+        request = row.request
+        start = time.perf_counter()
+        try:
+            with self.engine.bank.lock:
+                router = self.engine.start_row(
+                    row.tokens, call=request.call, prompt=request.prompt, among=request.adapters
+                )
+                row.lease = self.engine.bank.lease(router.mixtures)
+            row.begin(router, self._device)
+            self._prepare(row)
+        except Exception as error:
+            self._fail(row, error)
+        self._route_s += time.perf_counter() - start
+        return True
+
+    def _prepare(self, row: Row) -> None:
+        """Has a row wait to be read, once its adapters are in memory."""
+        names = {name for mixture in row.routed.mixtures for name in mixture}
+        if self.engine.bank.are_ready(names):
+            self._wait(row)
+            return
+        row.state = "loading"
+        loading = self._loader.submit(self.engine.bank.prepare, names)
+        loading.add_done_callback(lambda done: self._post(partial(self._loaded, row, done)))
+
+    def _loaded(self, row: Row, loading: "Future[None]") -> None:
+        if row.has_ended:
+            return
+        error = loading.exception()
+        if error is None:
+            self._wait(row)
+        else:
+            self._fail(row, error)
+
+    def _wait(self, row: Row) -> None:
+        row.state = "waiting"
+        row.content = self._content(row.routed.mixture)
+        (self._again if row.has_answer else self._new).append(row)
+
+    def _content(self, mixture: Mixture) -> Content:
+        return self.engine.bank.content(mixture) if self._kept.budget else b""
+
+    def _read_next(self) -> bool:
+        """Reads a chunk of a prompt, or of a context under another mixture."""
+        rows = self._next_to_read()
+        if rows is None:
+            return False
+        row = rows[0]
+        try:
+            logits = self._read(row)
+        except Exception as error:
+            rows.popleft()
+            self._fail(row, error)
+            return True
+        if len(row.contents) == len(row.tokens):
+            rows.popleft()
+            self._read_through(row, logits)
+        return True
+
+    def _next_to_read(self) -> deque[Row] | None:
+        """The queue whose first row is read next."""
+        may_begin = bool(self._new) and (self._new[0] in self._active or len(self._active) < self.max_batch)
+        if self._again and not (may_begin and self._num_again >= MAX_AGAIN):
+            self._num_again += may_begin
+            return self._again
+        self._num_again = 0
+        return self._new if may_begin else None
+
+    def _read(self, row: Row) -> Float[Tensor, "batch seq vocab"]:
+        """Encodes the next chunk of a row; gives the scores that follow it, or those of all its tokens."""
+        if row.state != "reading":
+            self._begin_reading(row)
+        assert row.cache is not None
+        start = len(row.contents)
+        stop = min(start + self.chunk_tokens, len(row.tokens))
+        router, num_tokens = row.routed, stop - start
+        mixtures, numbers = [router.mixture], None
+        if router.prompt_trace:
+            kept = torch.ones(1, stop, dtype=torch.bool)
+            mixtures, numbers = mixtures_by_token([router], kept, num_tokens=num_tokens)
+        needs_scores = row.request.sampling.num_prompt_logprobs is not None and not row.has_answer
+        started = time.perf_counter()
+        with self.engine.under(mixtures, numbers) as forward:
+            fused = time.perf_counter()
+            logits: Tensor = forward(
+                input_ids=torch.tensor([row.tokens[start:stop]], device=self._device),
+                position_ids=torch.arange(start, stop, device=self._device)[None],
+                use_cache=True,
+                logits_to_keep=0 if needs_scores else 1,
+                **cache_argument(row.cache),
+            ).logits
+        row.cache.advance(num_tokens)
+        row.contents += row.planned[start:stop]
+        row.fuse_ms += (fused - started) * 1e3
+        row.encode_ms += (time.perf_counter() - fused) * 1e3
+        self._fuse_s += fused - started
+        self._counts["read_tokens"] += num_tokens
+        if needs_scores:
+            row.add_prompt_scores(logits[0])
+        return logits
+
+    def _begin_reading(self, row: Row) -> None:
+        """Plans what a row's tokens are encoded under, and begins with what was kept of them."""
+        row.begin_reading()
+        self._active.add(row)
+        row.fuse_ms = row.encode_ms = 0.0
+        row.planned = row.contents + [row.content] * (len(row.tokens) - len(row.contents))
+        for sentence in row.routed.prompt_trace:
+            first = max(sentence.start, len(row.contents))
+            row.planned[first : sentence.end] = [self._content(sentence.mixture)] * max(0, sentence.end - first)
+        if row.cache is not None:
+            row.cache.reserve(len(row.tokens) - len(row.contents))
+            return
+        if self._kept.budget and row.request.sampling.num_prompt_logprobs is None:
+            # The last token is encoded in any case, as its scores are needed.
+            row.cache = self._kept.find(row.tokens[:-1], row.planned, capacity=len(row.tokens))
+        if row.cache is None:
+            row.cache = SpareCache(num_rows=1, capacity=len(row.tokens))
+        num_tokens = row.cache.lengths[0]
+        row.contents = row.planned[:num_tokens]
+        if not row.has_answer:
+            row.num_cached = num_tokens
+            self._counts["cached_tokens"] += num_tokens
+
+    def _read_through(self, row: Row, logits: Float[Tensor, "batch seq vocab"]) -> None:
+        """Samples the token that follows what was read, and puts the row into the batch."""
+        cache = row.cache
+        assert cache is not None
+        row.routed.charge(fuse_ms=row.fuse_ms, encode_ms=row.encode_ms if row.has_answer else 0.0)
+        switched = False
+        if row.max_tokens == 0:
+            row.finish_empty()
+        else:
+            (switched,) = self._sample([row], logits[:, -1])
+        if self._goes_on(row, switched):
+            self._batch.append(cache)
+            row.cache = None
+            row.state = "decoding"
+            self._decoding.append(row)
+        else:
+            self._leave(row, cache, 0)
+
+    def _step(self) -> bool:
+        """Gives each row of the batch one token."""
+        rows = self._decoding
+        if not rows:
+            return False
+        try:
+            scores = self._decode(rows)
+        except Exception as error:
+            self._decoding = []
+            self._batch.clear()
+            with self.engine.bank.lock:
+                self.engine.bank.forget()
+            for row in rows:
+                self._fail(row, error)
+            return True
+        for row in rows:
+            row.contents.append(row.content)
+        switched = self._sample(rows, scores)
+        # From the last one on, which takes the number of one that leaves.
+        for i in reversed(range(len(rows))):
+            if not self._goes_on(rows[i], switched[i]):
+                self._leave(rows[i], self._batch, i)
+        return True
+
+    def _decode(self, rows: list[Row]) -> Float[Tensor, "batch vocab"]:
+        """Encodes the last token of each row."""
+        started = time.perf_counter()
+        with self.engine.under([row.routed.mixture for row in rows], reuse=True) as forward:
+            fused = time.perf_counter()
+            self._batch.reserve(1)
+            logits: Tensor = forward(
+                input_ids=torch.tensor([row.tokens[-1:] for row in rows], device=self._device),
+                attention_mask=self._batch.mask(1, self._device),
+                position_ids=self._batch.positions(1, self._device),
+                use_cache=True,
+                **cache_argument(self._batch),
+            ).logits
+        self._batch.advance(1)
+        for row in rows:
+            row.routed.charge(fuse_ms=(fused - started) * 1e3)
+        self._fuse_s += fused - started
+        self._counts["steps"] += 1
+        self._counts["step_tokens"] += len(rows)
+        return logits[:, -1]
+
+    def _sample(self, rows: list[Row], scores: Float[Tensor, "batch vocab"]) -> list[bool]:
+        """Gives each row its next token; says whose mixture changes with it."""
+        scores = scores.float()
+        likeliest, are_broken = scores.argmax(dim=-1).tolist(), scores.isnan().any(dim=-1).tolist()
+        switched = [False] * len(rows)
+        for i, row in enumerate(rows):
+            sampler = row.sampler
+            assert sampler is not None
+            try:
+                if are_broken[i]:
+                    raise BackendError("the model gave scores that are no numbers; its weights or an adapter overflow")
+                token = likeliest[i] if sampler.is_argmax else sampler.sample(scores[i])
+                start = time.perf_counter()
+                with self.engine.bank.lock:  # as its adapters must not go before they are leased
+                    switched[i] = row.take(token, scores[i])
+                    if switched[i]:
+                        row.lease = self.engine.bank.lease(row.routed.mixtures)
+                self._route_s += time.perf_counter() - start
+            except Exception as error:
+                self._fail(row, error)
+        self._counts["switches"] += sum(switched)
+        return switched
+
+    def _goes_on(self, row: Row, switched: bool) -> bool:
+        """Whether a row can be in the next step, after it was given a token."""
+        if row.has_ended or not switched:
+            return not row.has_ended
+        if row.request.call.settings.kv_policy == "recompute" or not self.engine.bank.are_ready(row.routed.mixture):
+            return False
+        row.content = self._content(row.routed.mixture)
+        return True
+
+    def _leave(self, row: Row, cache: SpareCache, i: int) -> None:
+        """Goes on with a row that lies in a cache as number `i`, and has ended or is to be read again."""
+        if not row.has_ended and row.request.call.settings.kv_policy == "keep":
+            if cache is self._batch:
+                row.cache = cache.take(i, num_tokens=len(row.contents), capacity=len(row.tokens))
+        else:
+            if row.state != "failed":
+                self._kept.keep(row.tokens[: len(row.contents)], row.contents, cache, i)
+            row.contents, row.cache = [], None
+        if cache is self._batch:
+            self._drop(i, is_finite=row.state != "failed")
+        if row.has_ended:
+            self._forget(row)
+            return
+        try:
+            self._prepare(row)
+        except Exception as error:
+            self._fail(row, error)
+
+    def _drop(self, i: int, *, is_finite: bool = True) -> None:
+        """Takes a row out of the batch."""
+        if not is_finite:
+            self._batch.wipe(i)
+        self._batch.remove(i)
+        self._decoding[i] = self._decoding[-1]
+        self._decoding.pop()
+
+    def _withdraw(self, row: Row) -> None:
+        """Takes a row out of wherever it is."""
+        if row.state == "decoding":
+            self._drop(self._decoding.index(row))
+        queues: Collection[deque[Row]] = (self._queued, self._new, self._again)
+        for rows in queues:
+            if row in rows:
+                rows.remove(row)
+
+    def _fail(self, row: Row, error: BaseException) -> None:
+        """Ends a row with an error; where it lies in the batch, it is still to be dropped."""
+        if not isinstance(error, DLPLoRAError):
+            logger.error("request %s failed", row.request.id, exc_info=error)
+            failure = BackendError(f"the request failed: {type(error).__name__}: {error}")
+            failure.__cause__ = error
+            error = failure
+        row.fail(error)
+        self._forget(row)
+
+    def _forget(self, row: Row) -> None:
+        row.cache = None
+        self._rows.discard(row)
+        self._active.discard(row)

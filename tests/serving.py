@@ -1,0 +1,94 @@
+"""What tests of the server share: an engine in float64, requests, and what the engine alone answers to them."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import dlp_lora
+from conftest import EveryK, HashRouter, byte_tokenizer, lively_model
+from dlp_lora import Engine, Switching
+from dlp_lora.engine.trace import Generation, Sentence
+from dlp_lora.serve.backend import Done, Event, Request, Sampling, SentenceStart, Token
+
+PROMPTS = ("Tell me a tale", "How far is it to the moon", "Why? " * 12, "x", "One. Two. Three, and four.")
+
+
+def double_engine(adapters: Path, *, architecture: str = "llama", **settings: Any) -> Engine:
+    """An engine whose rows switch every six characters; in float64, so that a batch rounds no token away."""
+    settings = {
+        "tokenizer": byte_tokenizer(),
+        "router": HashRouter(),
+        "segmenter": partial(EveryK, 6),
+        "switching": Switching(min_tokens=1, margin=0.0),
+        **settings,
+    }
+    return dlp_lora.load(lively_model(architecture).double(), adapters=adapters, **settings)
+
+
+def ask(
+    engine: Engine, prompt: str, *, mixture: Mapping[str, float] | None = None, settings: Any = None, **sampling: Any
+) -> Request:
+    """A request as the front makes it; greedy and of 24 tokens unless told otherwise."""
+    call = engine.call
+    if mixture is not None:
+        call = replace(call, mixtures=(dlp_lora.Mixture(mixture),))
+    if settings:
+        call = call.changed(settings)
+    sampling = {"temperature": 0.0, "max_tokens": 24, **sampling}
+    return Request(tokens=tuple(engine.tokenizer(prompt)["input_ids"]), call=call, sampling=Sampling(**sampling))
+
+
+def alone(engine: Engine, request: Request) -> Generation:
+    """What the engine answers to a request by itself."""
+    sampling, call = request.sampling, request.call
+    kwargs: dict[str, Any] = {"max_new_tokens": sampling.max_tokens, "do_sample": sampling.temperature > 0}
+    if sampling.temperature > 0:
+        kwargs |= {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+        kwargs |= {"min_p": sampling.min_p or None, "seed": sampling.seed}
+    if sampling.repetition_penalty != 1:
+        kwargs["repetition_penalty"] = sampling.repetition_penalty
+    if sampling.stop:
+        kwargs |= {"stop_strings": list(sampling.stop), "tokenizer": engine.tokenizer}
+    if sampling.min_tokens:
+        kwargs["min_new_tokens"] = sampling.min_tokens
+    if call.mixtures is not None:
+        kwargs["mixture"] = call.mixtures[0]
+    generation = engine.generate(engine.tokenizer.decode(request.tokens), settings=call.settings, **kwargs)
+    assert isinstance(generation, Generation)
+    return generation
+
+
+def timeless(generation: Generation) -> Generation:
+    """Leaves out what a clock said."""
+    return replace(generation, trace=_timeless(generation.trace), prompt_trace=_timeless(generation.prompt_trace))
+
+
+def read(events: Iterable[Event]) -> Done:
+    """Reads a stream to its end, and checks that its events tell one story."""
+    events = list(events)
+    done = events[-1]
+    assert isinstance(done, Done)
+    assert not any(isinstance(event, Done) for event in events[:-1])
+    tokens = [event for event in events if isinstance(event, Token)]
+    starts = [event for event in events if isinstance(event, SentenceStart)]
+    generation = done.generation
+    assert [token.id for token in tokens] == list(generation.tokens)
+    assert [token.position for token in tokens] == list(range(len(tokens)))
+    assert [(s.position, s.mixture, s.switched) for s in starts] == [
+        (s.start, s.mixture, s.switched) for s in generation.trace
+    ]
+    for start in starts:
+        # The token that opens a sentence is the next one.
+        rest = [event for event in events[events.index(start) :] if isinstance(event, Token)]
+        assert not rest or rest[0].position == start.position
+    text = "".join(token.text for token in tokens) + done.text
+    assert generation.text.startswith(text)
+    assert text == generation.text or isinstance(done.stop, str)
+    assert done.usage.completion_tokens == len(tokens)
+    return done
+
+
+def _timeless(trace: tuple[Sentence, ...]) -> tuple[Sentence, ...]:
+    return tuple(replace(sentence, route_ms=0.0, fuse_ms=0.0, encode_ms=0.0) for sentence in trace)
