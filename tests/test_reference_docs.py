@@ -41,7 +41,7 @@ def test_the_help_names_the_defaults_of_training(pages: dict[str, str]) -> None:
 
 
 def test_options_that_take_words_name_them(pages: dict[str, str]) -> None:
-    assert "--prompt-routing whole|questions|sentences" in pages["cli.md"]
+    assert "--prompt-routing whole|questions|apart|sentences" in pages["cli.md"]
     assert re.search(r"--single, --no-single .*\n?.*\[default: --single\]", pages["cli.md"])
 
 

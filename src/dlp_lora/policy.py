@@ -10,7 +10,7 @@ from dlp_lora.errors import RouterError
 Weighting = Literal["renormalised", "paper"]
 KVPolicy = Literal["keep", "recompute"]
 Unsure = Literal["base", "keep", "likeliest"]
-PromptRouting = Literal["whole", "questions", "sentences"]
+PromptRouting = Literal["whole", "questions", "apart", "sentences"]
 
 # Probabilities are float32 sums: 0.3 + 0.3 reaches p = 0.6, and so does 0.59999999.
 TOLERANCE = 1e-6
@@ -188,7 +188,8 @@ class RoutingSettings:
     `kv_policy` says what a switch does to the tokens before it: "recompute" encodes the whole context again under the
     new mixture, as after a fresh start; "keep" leaves the tokens as they were encoded.
     `prompt_routing` says what of a prompt is routed: "questions" answers the questions of a prompt that asks several in
-    their turn, "whole" takes every prompt as one text, "sentences" also encodes each sentence under its own mixture.
+    their turn, "apart" answers each of them in a context of its own where none needs another (as "questions" where it
+    cannot), "whole" takes every prompt as one text, "sentences" also encodes each sentence under its own mixture.
     """
 
     policy: FusionPolicy = TopP()

@@ -4,28 +4,12 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import HashRouter
+from conftest import WordRouter
 from dlp_lora import Context, Engine, Switching, TopK
 from dlp_lora.router.questions import in_turn, questions_of, read_in_turn, route
 from dlp_lora.sentences import LineSegmenter
 
 MakeEngine = Callable[..., Engine]
-
-WORDS = {"add": "math", "sum": "math", "rhyme": "poems", "verse": "poems", "metre": "units", "inch": "units"}
-
-
-class WordRouter(HashRouter):
-    """Counts the words that belong to an adapter; a text of several adapters' words, or of none's, fits less."""
-
-    def _row(self, text: str) -> list[float]:
-        words = [WORDS[word] for word in text.lower().replace("?", " ").replace(".", " ").split() if word in WORDS]
-        counts = [words.count(name) for name in self.names]
-        fit = max(counts) / max(len(words), 1)
-        return [0.98 * fit * count / max(sum(counts), 1) for count in counts]
-
-    def probabilities(self, contexts: Sequence[Context]) -> torch.Tensor:
-        self.asked += contexts
-        return torch.tensor([self._row(context.prompt) for context in contexts])
 
 
 def reading(router: WordRouter) -> Callable[[Sequence[Context]], list[Mapping[str, float]]]:

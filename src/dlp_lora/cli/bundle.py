@@ -32,7 +32,10 @@ def bundle(
         str, typer.Option(help="What a switch does to the KV cache: recompute or keep.")
     ] = RoutingSettings.kv_policy,
     prompt_routing: Annotated[
-        str, typer.Option(help="What is routed: whole (the prompt), questions (of it, in turn), or sentences (Eq. 6).")
+        str,
+        typer.Option(
+            help="What is routed: whole (the prompt), questions (of it, in turn), apart, or sentences (Eq. 6)."
+        ),
     ] = "questions",
 ) -> None:
     """Put adapters, router and policy into one folder that `load` and every command take.

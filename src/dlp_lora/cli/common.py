@@ -40,7 +40,8 @@ PromptRoutingOption = Annotated[
     PromptRouting | None,
     typer.Option(
         "--prompt-routing",
-        help="What is routed: the prompt as one text, its questions in turn, or its sentences. [default: questions]",
+        help="What is routed: the prompt as one text, its questions in turn or apart, or its sentences. "
+        "[default: questions]",
     ),
 ]
 KVPolicyOption = Annotated[

@@ -41,6 +41,7 @@ from dlp_lora.engine.cache import (
 )
 from dlp_lora.engine.calls import Call, kept_tokens
 from dlp_lora.engine.overrides import EngineKey, Mark, Override, current_call, is_in_force, latest_mark, mark_pass
+from dlp_lora.engine.prompts import Message, prompt_tokens
 from dlp_lora.engine.routing import Among, Prompt, Routing, RowRouter, push_tokens, start_rows
 from dlp_lora.engine.text import Detokenizer, Passage, PromptReader
 from dlp_lora.errors import ModelError, PromptError
@@ -120,6 +121,10 @@ class Controller:
     def routing(self, call: Call) -> Routing:
         """How a call decides among the adapters that the bank holds."""
         return Routing(call=call, held=self.bank.adapters.keys())
+
+    def turns(self, prompt: str | Sequence[Message]) -> tuple[str, str]:
+        """What the router reads of a prompt: what was said before, and the newest turn."""
+        return self._read_prompt.turns(prompt_tokens(self.tokenizer, prompt))
 
     def install(self, model: nn.Module) -> None:
         """Puts the controller around a model's `forward`."""

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn, SupportsIndex, cast, overload
 
@@ -18,8 +19,9 @@ from dlp_lora.bank.attach import attach, detach, merged
 from dlp_lora.bank.bank import AdapterBank
 from dlp_lora.bank.paths import Paths, Setting
 from dlp_lora.bank.peft_format import FILES, check_base_name, read_adapter
+from dlp_lora.engine.apart import joined, prompts_apart
 from dlp_lora.engine.bundle import check_names, write_bundle
-from dlp_lora.engine.calls import Call, Endings, check_call, seeded
+from dlp_lora.engine.calls import Call, Endings, call_setting, check_call, seeded
 from dlp_lora.engine.controller import Controller
 from dlp_lora.engine.overrides import Override, overriding
 from dlp_lora.engine.prompts import Message, as_batch, encode_prompts
@@ -234,17 +236,17 @@ class Engine:
         """
         chats, single = as_batch(prompts)
         with self._calling(mixture, settings, kwargs) as call:
-            inputs = self._inputs(chats, call, kwargs)
+            apart = self._apart(chats, call, kwargs)
+            inputs = self._inputs([question for questions in apart for question in questions], call, kwargs)
             with seeded(seed, self.model.device), torch.no_grad():
                 output = cast(Any, self.model).generate(**inputs, **kwargs)
             length = inputs["input_ids"].shape[1]
             special = self.tokenizer.all_special_ids
             answers = [call.endings.trim(tokens, special) for tokens in output[:, length:].tolist()]
-            rows = self._controller.latest or ()
-            # Beams end in other rows than they began in, and a row stopped without eos has read padding.
-            if not (len(rows) == len(answers) and all(map(RowRouter.has_read, rows, answers))):
-                rows = tuple(self._controller.replay(inputs, answers))
-        generations = [row.generation(tokens) for row, tokens in zip(rows, answers, strict=True)]
+            generations = self._generations(inputs, self._controller.latest or (), answers)
+        if any(len(questions) > 1 for questions in apart):
+            following = iter(generations)
+            generations = [joined(list(islice(following, len(questions)))) for questions in apart]
         return generations[0] if single and len(generations) == 1 else generations
 
     def stream(
@@ -269,13 +271,18 @@ class Engine:
         if not single:
             raise ValueError("engine.stream takes one prompt; use engine.generate for several")
         with self._calling(mixture, settings, kwargs) as call:
-            inputs = self._inputs(chats, call, kwargs)
+            (questions,) = self._apart(chats, call, kwargs)
+            inputs = self._inputs(questions, call, kwargs)
 
             def run(**more: Any) -> None:
                 with seeded(seed, self.model.device), torch.no_grad():
                     cast(Any, self.model).generate(**inputs, **{**kwargs, **more})
 
-            return Stream(run, self._controller, call.endings, kwargs.get("stopping_criteria") or ())
+            def finish(rows: Sequence[RowRouter], answers: Sequence[list[int]]) -> Generation:
+                return joined(self._generations(inputs, rows, answers))
+
+            stopping = kwargs.get("stopping_criteria") or ()
+            return Stream(run, finish, self._controller, call.endings, stopping, num_rows=len(questions))
 
     @contextmanager
     def _calling(
@@ -288,6 +295,33 @@ class Engine:
             self._overriding({"endings": Endings.of_call(kwargs, self.model.generation_config)}),
         ):
             yield self.call
+
+    def _apart(
+        self, chats: Sequence[str | Sequence[Message]], call: Call, kwargs: Mapping[str, Any]
+    ) -> list[list[str | Sequence[Message]]]:
+        """Gives for each prompt those that are answered in its place: its questions, if they are answered apart."""
+        numbers = ("num_beams", "num_return_sequences")
+        is_one_row = all((call_setting(name, kwargs, self.model.generation_config) or 1) == 1 for name in numbers)
+        if call.settings.prompt_routing != "apart" or call.mixtures is not None or not is_one_row:
+            return [[chat] for chat in chats]
+        routing = self._controller.routing(call)
+        with self.bank.lock:  # a router may run the base model
+            return [prompts_apart(routing.read, chat, *self._controller.turns(chat)) for chat in chats]
+
+    def _generations(
+        self, inputs: Mapping[str, torch.Tensor], rows: Sequence[RowRouter], answers: Sequence[list[int]]
+    ) -> list[Generation]:
+        """Gives the answers of the latest pass's rows with their traces."""
+        # Beams end in other rows than they began in, and a row stopped without eos has read padding.
+        if not (len(rows) == len(answers) and all(map(RowRouter.has_read, rows, answers))):
+            rows = tuple(self._controller.replay(inputs, answers))
+        masked = zip(inputs["input_ids"].tolist(), inputs["attention_mask"].tolist(), strict=True)
+        read = [tuple(token for token, is_kept in zip(*row, strict=True) if is_kept) for row in masked]
+        copies = len(answers) // len(read)
+        return [
+            replace(row.generation(tokens), prompt_tokens=read[i // copies])
+            for i, (row, tokens) in enumerate(zip(rows, answers, strict=True))
+        ]
 
     def _inputs(
         self, chats: Sequence[str | Sequence[Message]], call: Call, kwargs: Mapping[str, Any]

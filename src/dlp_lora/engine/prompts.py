@@ -52,7 +52,7 @@ def encode_prompts(
     Raises:
         PromptError: if a prompt is empty, or leaves no room for `num_new` tokens in the model's context.
     """
-    rows = [_tokens(tokenizer, prompt) for prompt in prompts]
+    rows = [prompt_tokens(tokenizer, prompt) for prompt in prompts]
     limit = context_of(model)
     for i, row in enumerate(rows):
         which = f"prompt {i}" if len(rows) > 1 else "the prompt"
@@ -73,7 +73,12 @@ def encode_prompts(
     }
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message]) -> list[int]:
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message]) -> list[int]:
+    """Encodes one prompt, a chat through the chat template.
+
+    Raises:
+        PromptError: if it is no Unicode, or messages that the template cannot take.
+    """
     for text in [prompt] if isinstance(prompt, str) else [message.get("content") for message in prompt]:
         if isinstance(text, str) and any("\ud800" <= c <= "\udfff" for c in text):
             raise PromptError(f"a prompt must be Unicode, got half a character in {text[:60]!r}")

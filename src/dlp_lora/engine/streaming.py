@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from dlp_lora.engine.apart import line_break_after
 from dlp_lora.engine.calls import Endings
 from dlp_lora.engine.controller import Controller
 from dlp_lora.engine.routing import RowRouter
@@ -44,15 +45,21 @@ class Stream(Iterator[Piece]):
     def __init__(
         self,
         generate: Callable[..., None],
+        finish: Callable[[Sequence[RowRouter], Sequence[list[int]]], Generation],
         controller: Controller,
         endings: Endings,
         stopping_criteria: Sequence[StoppingCriteria] = (),
+        *,
+        num_rows: int = 1,
     ) -> None:
-        """Makes a stream in a copy of this context; `generate` runs the model with a streamer and criteria to stop."""
+        """Makes a stream in a copy of this context; `generate` runs the model with a streamer and criteria to stop.
+
+        `finish` makes the answer from the rows, one a question of the prompt, and their tokens.
+        """
         # The thread refers to the parts of the stream but not to the stream, so that one that is dropped is closed.
         self._controller = controller
-        self._endings = endings
-        self._streamer = PieceStreamer(controller)
+        self._finish = finish
+        self._streamer = PieceStreamer(controller, endings, num_rows)
         self._context = copy_context()
         stopping = StoppingCriteriaList([*stopping_criteria, Abandoned(self._streamer)])
         self._thread = threading.Thread(
@@ -82,11 +89,9 @@ class Stream(Iterator[Piece]):
             ValueError: if the stream was never begun, or failed before its first token.
         """
         self.close()
-        row = self._streamer.row
-        if row is None:
+        if not self._streamer.rows:
             raise ValueError("the stream has no answer: it was closed before its first token")
-        special = self._controller.tokenizer.all_special_ids
-        return row.generation(self._endings.trim(self._streamer.tokens, special))
+        return self._context.copy().run(self._finish, self._streamer.rows, self._streamer.answers)
 
     def close(self) -> None:
         """Stops the model and waits for it."""
@@ -96,8 +101,7 @@ class Stream(Iterator[Piece]):
         if self._is_started:
             self._thread.join()
             # As after `generate`, this context's latest pass is that of the stream, or one without a trace.
-            row = self._streamer.row
-            self._controller.note_pass(None if row is None else [row])
+            self._controller.note_pass(self._streamer.rows or None)
 
     def __enter__(self) -> "Stream":
         return self
@@ -115,37 +119,59 @@ class Stream(Iterator[Piece]):
 class PieceStreamer(BaseStreamer):
     """Hands text from the generating thread to the reading one, a token after it was sampled.
 
-    A token's mixture is known once the model has encoded it, which is when the next one arrives.
+    A token's mixture is known once the model has encoded it, which is when the next one arrives. Of several rows, the
+    questions of one prompt, a row is handed on when those before it have ended.
     """
 
-    def __init__(self, controller: Controller) -> None:
+    def __init__(self, controller: Controller, endings: Endings, num_rows: int = 1) -> None:
         self.queue: queue.Queue[Piece | BaseException | None] = queue.Queue()
         self.stopped = False
-        self.row: RowRouter | None = None  # as far as it has read
-        self.tokens: list[int] = []
+        self.rows: tuple[RowRouter, ...] = ()  # as far as they have read
+        self._tokens: list[list[int]] = [[] for _ in range(num_rows)]
         self._controller = controller
+        self._endings = endings
+        self._special_ids = frozenset(controller.tokenizer.all_special_ids)
         self._has_prompt = False
-        self._num_sent = 0
+        self._turn = self._num_sent = self._num_sentences = 0  # of which row, how much of it, sentences before it
+
+    @property
+    def answers(self) -> list[list[int]]:
+        """The tokens of each row, without what pads them."""
+        return [self._endings.trim(tokens, self._special_ids) for tokens in self._tokens]
 
     def put(self, value: Tensor) -> None:
         if not self._has_prompt:
             self._has_prompt = True  # the first call brings the prompt
             return
-        (self.row,) = self._controller.latest or (None,)
-        self._send(self.row)
-        self.tokens.append(int(value))
+        self.rows = self._controller.latest or ()
+        if self.rows:
+            self._send(self.rows)
+        for tokens, token in zip(self._tokens, value.reshape(-1).tolist(), strict=True):
+            tokens.append(token)
 
     def end(self) -> None:
-        if self.row is None:
+        if not self.rows:
             return
-        row = self.row.copy()
-        row.finish(self.tokens)
-        self._send(row)
+        rows = [row.copy() for row in self.rows]
+        for row, tokens in zip(rows, self.answers, strict=True):
+            row.finish(tokens)
+            row.ended = True
+        self._send(rows)
 
-    def _send(self, row: RowRouter | None) -> None:
-        if row is not None and len(row.text) > self._num_sent:
-            self.queue.put(Piece.of(row.text[self._num_sent :], row.mixture, len(row.decisions) - 1))
-            self._num_sent = len(row.text)
+    def _send(self, rows: Sequence[RowRouter]) -> None:
+        """Hands on what is new of the row whose turn it is, and of those that follow if it has ended."""
+        while True:
+            row = rows[self._turn]
+            is_done = row.ended and self._turn < len(rows) - 1
+            text = row.text + (line_break_after(row.text) if is_done else "")
+            if len(text) > self._num_sent:
+                number = self._num_sentences + len(row.decisions) - 1
+                self.queue.put(Piece.of(text[self._num_sent :], row.mixture, number))
+                self._num_sent = len(text)
+            if not is_done:
+                return
+            self._turn, self._num_sent = self._turn + 1, 0
+            self._num_sentences += len(row.decisions)
 
 
 class Abandoned(StoppingCriteria):  # type: ignore[misc]

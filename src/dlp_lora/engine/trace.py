@@ -38,12 +38,21 @@ class Generation:
     """One generated answer: its text, its tokens (the last may be end-of-sequence), and its trace by sentence.
 
     `prompt_trace` is that of a prompt whose sentences were routed each; its positions are among the prompt's tokens.
+    `prompt_tokens` are what the model read. An answer to questions apart has `parts` instead, one answer a question:
+    its text joins theirs with line breaks, and its tokens and trace are theirs in a row.
     """
 
     text: str
     tokens: tuple[int, ...]
     trace: tuple[Sentence, ...]
     prompt_trace: tuple[Sentence, ...] = ()
+    prompt_tokens: tuple[int, ...] = ()
+    parts: tuple["Generation", ...] = ()
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """How many tokens the model read before its answer, in the contexts of all parts."""
+        return sum(part.num_prompt_tokens for part in self.parts) if self.parts else len(self.prompt_tokens)
 
     def to_dict(self) -> dict[str, Any]:
         """Gives the answer as JSON data."""
@@ -51,6 +60,7 @@ class Generation:
         return {
             "text": self.text,
             **{name: [s.to_dict() for s in trace] for name, trace in {**traces, "trace": self.trace}.items()},
+            **({"parts": [part.to_dict() for part in self.parts]} if self.parts else {}),
         }
 
 

@@ -18,6 +18,7 @@ Read = Callable[[Sequence[Context]], Sequence[Mapping[str, float]]]
 """A router: what it gives each adapter by name, for each context; what a row lacks to 1, none of them fits."""
 
 SURE = 0.99  # how well a prompt fits to be one question without a look at its parts
+FITS_ALONE = 0.8  # how well each question fits an adapter to be answered without the others
 MAX_SENTENCES = 256  # beyond, a prompt is one text
 MARGIN = 0.2  # by which another adapter is more probable where another question begins
 
@@ -85,8 +86,11 @@ def read_in_turn(
     return rows
 
 
-def questions_of(read: Read, context: Context, row: Mapping[str, float]) -> tuple[str, ...]:
-    """Cuts a prompt into the questions that it asks, if there are several; `row` is the router's for the whole."""
+def questions_of(read: Read, context: Context, row: Mapping[str, float], *, at_least: float = 0.0) -> tuple[str, ...]:
+    """Cuts a prompt into the questions that it asks, if there are several; `row` is the router's for the whole.
+
+    Each of them fits an adapter better than the whole does, and `at_least` so well.
+    """
     fit = sum(row.values())
     if not row or fit > SURE:  # without adapters there is nothing to cut for
         return ()
@@ -95,10 +99,39 @@ def questions_of(read: Read, context: Context, row: Mapping[str, float]) -> tupl
         rows = read([replace(context, prompt=part.strip()) for part in parts])
         joined = _joined(parts, rows)
         if len(joined) == len(parts):
-            is_several = min(sum(row.values()) for row in rows) > fit
+            is_several = min(sum(row.values()) for row in rows) > max(fit, at_least)
             return tuple(part.strip() for part in parts) if is_several else ()
         parts = joined
     return ()
+
+
+def questions_apart(read: Read, context: Context) -> tuple[str, ...]:
+    """Cuts a prompt into questions that can be answered without each other; none if it is not such a prompt.
+
+    A part that needs another one ("Then add 20 to it.") is like no adapter's texts by itself, so that the prompt is not
+    cut. A first or last line that fits no adapter, where its question fits without it, is shared: an instruction or a
+    text that all of them are about. It stands with each question.
+    """
+    (row,) = read([context])
+    questions = questions_of(read, context, row, at_least=FITS_ALONE)
+    if not questions:
+        return ()
+    head, first = _line_off(read, context, questions[0], first=True)
+    tail, last = _line_off(read, context, questions[-1], first=False)
+    bare = (first, *questions[1:-1], last)
+    return tuple("\n".join(filter(None, (head, question, tail))) for question in bare)
+
+
+def _line_off(read: Read, context: Context, question: str, *, first: bool) -> tuple[str, str]:
+    """The first (or last) line of a question if it belongs to all questions, and the question without it."""
+    one, _, other = question.partition("\n") if first else question.rpartition("\n")
+    line, rest = (one.strip(), other.strip()) if first else (other.strip(), one.strip())
+    if not line or not rest:
+        return "", question
+    whole, alone, without = read([replace(context, prompt=text) for text in (question, line, rest)])
+    fit = sum(without.values())
+    is_shared = sum(alone.values()) <= 0.5 and sum(whole.values()) < SURE and fit > max(FITS_ALONE, sum(whole.values()))
+    return (line, rest) if is_shared and _leader(without) == _leader(whole) else ("", question)
 
 
 def in_turn(context: Context, questions: Sequence[str]) -> Context:

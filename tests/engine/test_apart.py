@@ -1,0 +1,183 @@
+"""Questions apart: as good as asked one at a time, in one call."""
+
+import json
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import WordRouter
+from dlp_lora import Context, Engine, Generation, Mixture, RoutingSettings, TopK
+
+MakeEngine = Callable[..., Engine]
+QUESTIONS = ("Add the sum?", "A rhyme in verse?", "How long is an inch?")
+PROMPT = "\n\n".join(QUESTIONS)
+SHORT: dict[str, Any] = {"max_new_tokens": 14, "do_sample": False}
+
+
+@pytest.fixture
+def engine(make_engine: MakeEngine) -> Engine:
+    return make_engine(router=WordRouter(), policy=TopK(1), prompt_routing="apart")
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def same(found: Generation, expected: Generation) -> None:
+    assert (found.text, found.tokens, found.prompt_tokens) == (expected.text, expected.tokens, expected.prompt_tokens)
+    assert [(s.text, s.start, s.end, s.mixture) for s in found.trace] == [
+        (s.text, s.start, s.end, s.mixture) for s in expected.trace
+    ]
+
+
+@pytest.mark.parametrize("end", ["", "\n", " \n"])
+def test_each_question_is_answered_as_if_it_were_asked_alone(engine: Engine, end: str) -> None:
+    answer = engine.generate(PROMPT + end, **SHORT)
+    assert len(answer.parts) == len(QUESTIONS)
+    for part, question in zip(answer.parts, QUESTIONS, strict=True):
+        tail = end if end else ""
+        same(part, engine.generate(question + tail, **SHORT))
+    assert len({part.trace[0].mixture for part in answer.parts}) == 3
+
+
+def test_a_question_of_a_chat_keeps_the_system_prompt_and_the_earlier_turns(engine: Engine) -> None:
+    before = [{"role": "system", "content": "Be brief."}, user("Hello!"), {"role": "assistant", "content": "Hi."}]
+    answer = engine.generate([*before, user(PROMPT)], **SHORT)
+    assert len(answer.parts) == 3
+    for part, question in zip(answer.parts, QUESTIONS, strict=True):
+        same(part, engine.generate([*before, user(question)], **SHORT))
+
+
+def test_a_text_of_the_chat_template_is_cut_within_it(engine: Engine) -> None:
+    chat: Any = [{"role": "system", "content": "Be brief."}, user(PROMPT)]
+    text = str(engine.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+    found, expected = engine.generate(text, **SHORT), engine.generate(chat, **SHORT)
+    for part, other in zip(found.parts, expected.parts, strict=True):
+        same(part, other)
+
+
+def test_the_text_joins_the_answers_and_the_trace_runs_through_all_of_them(engine: Engine) -> None:
+    answer = engine.generate(PROMPT, **SHORT)
+    assert answer.text == "\n".join(part.text for part in answer.parts)
+    assert answer.tokens == tuple(token for part in answer.parts for token in part.tokens)
+    assert "".join(sentence.text for sentence in answer.trace) == answer.text
+    spans = [(sentence.start, sentence.end) for sentence in answer.trace]
+    assert spans[0][0] == 0
+    assert all(end == start for (_, end), (start, _) in pairwise(spans))
+    numbers = [len(part.trace) for part in answer.parts]
+    assert len(answer.trace) == sum(numbers)
+    for sentence, before in zip(answer.trace[1:], answer.trace, strict=False):
+        assert sentence.switched == (sentence.mixture != before.mixture)
+    assert answer.num_prompt_tokens == sum(len(part.prompt_tokens) for part in answer.parts)
+    assert len(json.loads(json.dumps(answer.to_dict()))["parts"]) == 3
+
+
+def test_a_part_can_be_replayed_from_what_it_says(engine: Engine) -> None:
+    for part in engine.generate(PROMPT, **SHORT).parts:
+        assert part.trace[0].mixture
+        ids = torch.tensor([part.prompt_tokens])
+        mixtures = [sentence.mixture for sentence in part.trace]
+        if len({*mixtures}) == 1:  # one mixture from the prompt on
+            with engine.fixed(mixtures[0]):
+                output = engine.model.generate(ids, attention_mask=torch.ones_like(ids), **SHORT)
+            assert tuple(output[0, ids.shape[1] :].tolist()) == part.tokens
+
+
+def test_several_prompts_are_answered_in_one_batch_each_cut_or_not(engine: Engine) -> None:
+    prompts = ["Add the sum?", PROMPT, "Add it. Now what? Give me a rhyme."]
+    rows: list[int] = []
+    handle = engine.model.get_input_embeddings().register_forward_pre_hook(
+        lambda _, inputs: rows.append(inputs[0].shape[0])
+    )
+    together = engine.generate(prompts, **SHORT)
+    handle.remove()
+    assert rows[0] == 6
+    assert [len(answer.parts) for answer in together] == [0, 3, 2]
+    for prompt, found in zip(prompts, together, strict=True):
+        same(found, engine.generate(prompt, **SHORT))
+
+
+@pytest.mark.parametrize("prompt", ["Add the sum?", "Hello there. What is the sum?", "Add the sum. Then add it twice."])
+def test_a_prompt_that_is_not_cut_is_answered_as_with_questions(engine: Engine, prompt: str) -> None:
+    found = engine.generate(prompt, **SHORT)
+    assert found.parts == ()
+    same(found, engine.generate(prompt, settings=RoutingSettings(policy=TopK(1)), **SHORT))
+
+
+@pytest.mark.parametrize("settings", [{"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}, {"fixed": 1}])
+def test_beams_several_answers_and_fixed_mixtures_are_not_cut(engine: Engine, settings: dict[str, Any]) -> None:
+    arguments = {**SHORT, **settings}
+    if arguments.pop("fixed", 0):
+        arguments["mixture"] = {"math": 1.0}
+    answers = engine.generate(PROMPT, **arguments)
+    assert all(answer.parts == () for answer in (answers if isinstance(answers, list) else [answers]))
+
+
+def test_a_stream_gives_the_answers_in_the_order_of_the_prompt(engine: Engine) -> None:
+    expected = engine.generate(PROMPT, **SHORT)
+    stream = engine.stream(PROMPT, **SHORT)
+    pieces = list(stream)
+    assert "".join(pieces) == expected.text
+    same(stream.generation, expected)
+    for part, other in zip(stream.generation.parts, expected.parts, strict=True):
+        same(part, other)
+    numbers = [piece.sentence for piece in pieces]
+    assert numbers == sorted(numbers)
+    for piece in pieces:
+        assert piece.mixture == expected.trace[piece.sentence].mixture
+
+
+def test_limits_hold_for_each_question_and_one_that_has_ended_does_not_end_the_others(engine: Engine) -> None:
+    alone = engine.generate(QUESTIONS[0], **SHORT).text
+    stop = next(character for character in alone[1:-3] if character.isascii() and character.isprintable())
+    answer = engine.generate(PROMPT, **SHORT, stop_strings=[stop], tokenizer=engine.tokenizer)
+    for part, question in zip(answer.parts, QUESTIONS, strict=True):
+        same(part, engine.generate(question, **SHORT, stop_strings=[stop], tokenizer=engine.tokenizer))
+    assert len(answer.parts[0].tokens) < 14
+    stream = engine.stream(PROMPT, **SHORT, stop_strings=[stop], tokenizer=engine.tokenizer)
+    assert "".join(stream) == answer.text
+    same(stream.generation, answer)
+
+
+def test_a_stream_that_is_left_early_has_what_was_written(engine: Engine) -> None:
+    stream = engine.stream(PROMPT, **SHORT)
+    first = next(stream)
+    stream.close()
+    assert len(stream.generation.parts) == 3
+    assert stream.generation.text.startswith(first)
+
+
+def test_the_model_itself_has_one_context_and_routes_the_questions_in_turn(engine: Engine) -> None:
+    ids = engine.tokenizer(PROMPT, return_tensors="pt")
+    output = engine.model.generate(**ids, **SHORT)
+    with engine.using(prompt_routing="questions"):
+        expected = engine.generate(PROMPT, **SHORT)
+    assert tuple(output[0, ids["input_ids"].shape[1] :].tolist()) == expected.tokens
+
+
+class _OnlyShared(WordRouter):
+    """As WordRouter, where any other words make a text fit less."""
+
+    def _row(self, text: str) -> list[float]:
+        row = super()._row(text)
+        return [0.9 * value for value in row] if "please" in text.lower() else row
+
+
+@pytest.mark.parametrize("where", ["first", "last"])
+def test_a_line_that_is_about_all_questions_stands_with_each(make_engine: MakeEngine, where: str) -> None:
+    engine = make_engine(router=_OnlyShared(), policy=TopK(1), prompt_routing="apart")
+    line, questions = "Please be brief.", QUESTIONS[:2]
+    order = [line, *questions] if where == "first" else [*questions, line]
+    answer = engine.generate("\n".join(order), **SHORT)
+    for part, question in zip(answer.parts, questions, strict=True):
+        shared = (line, question) if where == "first" else (question, line)
+        same(part, engine.generate("\n".join(shared), **SHORT))
+
+
+def test_a_bundle_keeps_the_setting(engine: Engine, tmp_path: Any) -> None:
+    assert RoutingSettings.from_dict(engine.settings.to_dict()).prompt_routing == "apart"
+    assert engine.route(PROMPT)[1] == Mixture({"math": 1.0})
+    assert engine.route(Context("Add it?"))[1] == Mixture({"math": 1.0})
