@@ -62,6 +62,7 @@ CI = (
         "engine/test_recompute.py",
     ),
     *("engine/test_threads.py", "engine/test_prompt_routing.py"),
+    *("serve/test_local.py", "serve/test_scheduler.py"),
 )
 OTHER_TIERS = {"models", "engines", "clients"}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import dlp_lora
-from conftest import EveryK, HashRouter, byte_tokenizer, lively_model
+from conftest import EveryK, HashRouter, byte_tokenizer, lively_model, make_adapter
 from dlp_lora import Engine, Switching
 from dlp_lora.engine.trace import Generation, Sentence
 from dlp_lora.serve.backend import Done, Event, Request, Sampling, SentenceStart, Token
@@ -25,6 +25,12 @@ def double_engine(adapters: Path, *, architecture: str = "llama", **settings: An
         **settings,
     }
     return dlp_lora.load(lively_model(architecture).double(), adapters=adapters, **settings)
+
+
+def extra_adapters(root: Path) -> tuple[Path, ...]:
+    """Two adapters that go by one name, one after the other."""
+    model = lively_model()
+    return tuple(make_adapter(model, root / str(i), seed=10 + i, scale=0.3) for i in range(2))
 
 
 def ask(

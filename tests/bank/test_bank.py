@@ -684,7 +684,7 @@ def test_a_lease_holds_neither_the_bank_nor_its_tensors_and_a_copy_is_the_same_l
     bank = bank_of(2)
     lease = bank.lease([Mixture({"a": 0.5}), {}])
     assert lease.names == {"a"}
-    assert all(referent in (Lease, lease.names) for referent in gc.get_referents(lease))
+    assert all(referent in (Lease, lease.names, {}, False) for referent in gc.get_referents(lease))
     copied = copy.deepcopy([lease])
     del lease
     bank.remove("a")
@@ -735,3 +735,41 @@ def test_places_are_kept_unless_too_much_would_lie_idle(before: list[str], names
         assert all(order[i] == name for i, name in enumerate(before) if name in names)
         assert set(order) <= {*names, *before}
     assert keep_places(names, order, rank=rank.__getitem__) == order  # nothing moves in the next pass
+
+
+def test_an_adapter_takes_the_name_of_a_removed_one_if_who_runs_with_that_follows() -> None:
+    bank, mixture = bank_of(2), Mixture({"a": 1.0})
+    lease = bank.lease([mixture], follows=True)
+    content = bank.content(mixture)
+    bank.remove("a")
+    bank.add(adapter("a", dict.fromkeys(LAYOUT, 3), seed=9))
+    assert bank.content(lease.of(mixture)) == content != bank.content(mixture)
+    bank.fuse([lease.of(mixture), mixture])
+    new = {"a": adapter("a", dict.fromkeys(LAYOUT, 3), seed=9)}
+    for row, adapters in enumerate((adapters_of(2), new)):
+        assert_close(fused_delta(bank, "layers.0.up", row), delta(adapters, mixture, "layers.0.up"))
+    del lease
+    bank.fuse([mixture])
+    assert bank.store.loaded == ("a",)
+
+
+def test_what_a_mixture_is_made_of_depends_on_numbers_and_weights_and_not_on_names(tmp_path: Path) -> None:
+    one, like, other = (
+        adapter(name, dict.fromkeys(LAYOUT, 2), seed=seed) for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    )
+    bank = AdapterBank(LAYOUT, [one, like, other])
+    contents = [bank.content(Mixture(m)) for m in ({"a": 1.0}, {"b": 1.0}, {"c": 1.0}, {"a": 0.5}, {})]
+    assert contents[0] == contents[1]
+    assert len(set(contents)) == 4
+
+
+def test_adapters_on_disk_are_prepared_without_a_pass(tmp_path: Path) -> None:
+    bank = AdapterBank(LAYOUT, on_disk(tmp_path, "a", "b"), budget_mb=1.0)
+    assert not bank.are_ready(["a"])
+    bank.prepare(["a"])
+    assert bank.are_ready(["a"])
+    assert bank.store.loaded == ("a",)
+    bank.fuse([Mixture({"a": 1.0})])
+    assert bank.store.num_misses == 1
+    with pytest.raises(AdapterError, match="no adapter 'nobody'"):
+        bank.prepare(["nobody"])

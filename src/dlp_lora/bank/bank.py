@@ -117,7 +117,8 @@ class AdapterBank:
         """Adds one adapter; mixtures may use it from the next `fuse` on. Buffers stay where they are.
 
         Raises:
-            AdapterError: if it does not fit the layout, its name is taken, or a removed adapter of its name is leased.
+            AdapterError: if it does not fit the layout, its name is taken, or a removed adapter of its name is leased
+                to one that does not follow.
         """
         with self.lock:
             self.store.add(adapter)
@@ -136,14 +137,17 @@ class AdapterBank:
             self.store.remove(name)
             self.plan = None
 
-    def lease(self, mixtures: Iterable[Mapping[str, float]]) -> Lease:
+    def lease(self, mixtures: Iterable[Mapping[str, float]], *, follows: bool = False) -> Lease:
         """Keeps the adapters of mixtures, removed or not, for as long as somebody refers to the lease that it gives.
+
+        If it `follows`, another adapter may be added under the name of one that was removed: who holds the lease fuses
+        `lease.of(mixture)`.
 
         Raises:
             AdapterError: if a mixture names an adapter that the bank does not hold.
         """
         with self.lock:
-            return self.store.lease(name for mixture in mixtures for name in mixture)
+            return self.store.lease((name for mixture in mixtures for name in mixture), follows=follows)
 
     def are_ready(self, names: Iterable[str]) -> bool:
         """Whether adapters are in memory, and `content` knows what they hold: what `prepare` does takes no time.

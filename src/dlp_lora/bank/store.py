@@ -18,18 +18,31 @@ from torch import Tensor
 from dlp_lora.bank.layout import Layout, Place, StackedLora
 from dlp_lora.bank.peft_format import Adapter, files_stamp
 from dlp_lora.errors import AdapterError
+from dlp_lora.policy import Mixture
 
 
 class Lease:
     """Says that adapters are in use for as long as somebody refers to it; it refers to nothing itself.
 
-    A copy is the same lease.
+    If it `follows`, its holder fuses `of(mixture)` and not the mixture itself, so that another adapter may take the
+    name of a removed one. A copy is the same lease.
     """
 
-    __slots__ = ("__weakref__", "names")
+    __slots__ = ("__weakref__", "_moved", "follows", "names")
 
-    def __init__(self, names: Iterable[str]) -> None:
+    def __init__(self, names: Iterable[str], *, follows: bool = False) -> None:
         self.names = frozenset(names)
+        self.follows = follows
+        self._moved: dict[str, str] = {}
+
+    def of(self, mixture: Mixture) -> Mixture:
+        """Gives a mixture of the leased adapters, by the names that the bank calls them by now."""
+        return Mixture({self._moved.get(name, name): w for name, w in mixture.items()}) if self._moved else mixture
+
+    def move(self, name: str, key: str) -> None:
+        """Notes that the adapter of a name is called otherwise from now on."""
+        self._moved[name] = key
+        self.names = self.names - {name} | {key}
 
     def __copy__(self) -> "Lease":
         return self
@@ -97,7 +110,8 @@ class AdapterStore:
         """Adds an adapter.
 
         Raises:
-            AdapterError: if it does not fit the layout, its name is taken, or a removed adapter of its name is leased.
+            AdapterError: if it does not fit the layout, its name is taken, or a removed adapter of its name is leased
+                to one that does not follow.
         """
         name = adapter.name
         if name in self.adapters:
@@ -105,10 +119,7 @@ class AdapterStore:
         self._layout.check(adapter)
         self._drop_removed()
         if name in self._entries:
-            raise AdapterError(
-                f"rows still run with the removed adapter {name!r}; let them end and drop their KV caches, or "
-                f"add {adapter.path} under another name"
-            )
+            self._make_way(name, adapter)
         stamp = None
         with suppress(OSError):  # one that was never in a folder
             stamp = files_stamp(adapter.path)
@@ -139,14 +150,14 @@ class AdapterStore:
         self._entries[name].is_on_disk = False
         self._drop_removed()
 
-    def lease(self, names: Iterable[str]) -> Lease:
+    def lease(self, names: Iterable[str], *, follows: bool = False) -> Lease:
         """Keeps adapters, removed or not, for as long as the lease that it gives is referred to.
 
         Raises:
             AdapterError: if there is no adapter of a name.
         """
         self._drop_removed()
-        lease = Lease(names)
+        lease = Lease(names, follows=follows)
         for name in lease.names:
             self.entry(name)
         self._leases.add(lease)
@@ -199,8 +210,8 @@ class AdapterStore:
     def put(self, entry: Entry, stacked: Mapping[Place, StackedLora], digest: bytes) -> None:
         """Takes what `read` gave into memory, unless the adapter is gone meanwhile."""
         entry.digest = digest
-        name = entry.adapter.name
-        if self._entries.get(name) is not entry:
+        name = next((name for name, other in self._entries.items() if other is entry), None)
+        if name is None:
             return
         if entry.stacked is None:
             entry.stacked = stacked
@@ -247,6 +258,21 @@ class AdapterStore:
         """The weights in memory."""
         loras = [lora for entry in self._loaded.values() for lora in (entry.stacked or {}).values()]
         return [tensor for lora in loras for tensor in (lora.a, lora.b)]
+
+    def _make_way(self, name: str, adapter: Adapter) -> None:
+        """Has a removed adapter that is leased give its name up."""
+        leases = [lease for lease in self._leases if name in lease.names]
+        if not all(lease.follows for lease in leases):
+            raise AdapterError(
+                f"rows still run with the removed adapter {name!r}; let them end and drop their KV caches, or "
+                f"add {adapter.path} under another name"
+            )
+        key = f"{name} (removed, {self._entries[name].number})"
+        self._entries[key] = self._entries.pop(name)
+        if name in self._loaded:
+            self._loaded[key] = self._loaded.pop(name)
+        for lease in leases:
+            lease.move(name, key)
 
     def _make_room(self, names: Sequence[str]) -> None:
         """Drops adapters beyond the budget, but none of these."""

@@ -16,6 +16,11 @@ class TurnLock:
         self._owner: int | None = None
         self._depth = 0
 
+    @property
+    def is_awaited(self) -> bool:
+        """Whether a thread waits for it."""
+        return self._next.locked()
+
     def __enter__(self) -> "TurnLock":
         if self._owner != threading.get_ident():
             with self._next:

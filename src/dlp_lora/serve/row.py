@@ -12,6 +12,7 @@ from dlp_lora.bank.store import Lease
 from dlp_lora.engine.calls import Endings
 from dlp_lora.engine.routing import RowRouter
 from dlp_lora.engine.trace import Generation
+from dlp_lora.policy import Mixture
 from dlp_lora.sentences import Segmenter
 from dlp_lora.serve.backend import Done, PromptScores, Request, SentenceStart, Times, Token, Usage
 from dlp_lora.serve.cache import SpareCache
@@ -88,6 +89,11 @@ class Row:
         """Its routing, which has begun."""
         assert self.router is not None
         return self.router
+
+    def leased(self, mixture: Mixture) -> Mixture:
+        """Gives a mixture of the row by the names that the bank calls its adapters by now."""
+        assert self.lease is not None
+        return self.lease.of(mixture)
 
     def begin(self, router: RowRouter, device: torch.device) -> None:
         """Takes the routing of its prompt."""
@@ -215,6 +221,7 @@ class Row:
         now = time.perf_counter()
         answer = self.tokens[self.num_prompt :]
         generation = Generation(text="", tokens=(), trace=()) if self.router is None else self.router.generation(answer)
+        generation = replace(generation, prompt_tokens=self.request.tokens)
         rest = generation.text[self._num_sent : end.at]
         if event is not None:
             self.stream.put(replace(event, text=rest))

@@ -69,6 +69,11 @@ class Scheduler:
         self._route_s = self._fuse_s = 0.0
 
     @property
+    def batch_lengths(self) -> tuple[int, ...]:
+        """How many tokens the KV cache of the batch holds of each row in it."""
+        return tuple(self._batch.lengths)
+
+    @property
     def num_open(self) -> int:
         """How many rows have not ended."""
         return len(self._rows)
@@ -111,15 +116,23 @@ class Scheduler:
         try:
             while not self._is_stopping:
                 if not self.turn():
-                    self._awake.wait()
-                    self._awake.clear()
+                    self.wait()
         except BaseException as error:
             logger.exception("the scheduler has ended")
             self.failure = error
             self._end_all(error)
             raise
         finally:
-            self._loader.shutdown(wait=False)
+            self.close()
+
+    def wait(self, *, timeout_s: float | None = None) -> None:
+        """Waits until another thread asks for something, or has loaded an adapter."""
+        self._awake.wait(timeout_s)
+        self._awake.clear()
+
+    def close(self) -> None:
+        """Ends its other thread."""
+        self._loader.shutdown(wait=False)
 
     @torch.no_grad()
     def turn(self) -> bool:
@@ -168,7 +181,7 @@ class Scheduler:
                 router = self.engine.start_row(
                     row.tokens, call=request.call, prompt=request.prompt, among=request.adapters
                 )
-                row.lease = self.engine.bank.lease(router.mixtures)
+                row.lease = self.engine.bank.lease(router.mixtures, follows=True)
             row.begin(router, self._device)
             self._prepare(row)
         except Exception as error:
@@ -178,13 +191,19 @@ class Scheduler:
 
     def _prepare(self, row: Row) -> None:
         """Has a row wait to be read, once its adapters are in memory."""
-        names = {name for mixture in row.routed.mixtures for name in mixture}
-        if self.engine.bank.are_ready(names):
+        if self._are_ready(row):
             self._wait(row)
             return
+        assert row.lease is not None
         row.state = "loading"
-        loading = self._loader.submit(self.engine.bank.prepare, names)
+        loading = self._loader.submit(self.engine.bank.prepare, row.lease.names)
         loading.add_done_callback(lambda done: self._post(partial(self._loaded, row, done)))
+
+    def _are_ready(self, row: Row) -> bool:
+        """Whether a row's adapters are in memory."""
+        assert row.lease is not None
+        with self.engine.bank.lock:
+            return self.engine.bank.are_ready(row.lease.names)
 
     def _loaded(self, row: Row, loading: "Future[None]") -> None:
         if row.has_ended:
@@ -197,11 +216,15 @@ class Scheduler:
 
     def _wait(self, row: Row) -> None:
         row.state = "waiting"
-        row.content = self._content(row.routed.mixture)
+        row.content = self._content(row, row.routed.mixture)
         (self._again if row.has_answer else self._new).append(row)
 
-    def _content(self, mixture: Mixture) -> Content:
-        return self.engine.bank.content(mixture) if self._kept.budget else b""
+    def _content(self, row: Row, mixture: Mixture) -> Content:
+        """What a mixture of a row is made of; unknown where no KV is kept."""
+        if not self._kept.budget:
+            return b""
+        with self.engine.bank.lock:
+            return self.engine.bank.content(row.leased(mixture))
 
     def _read_next(self) -> bool:
         """Reads a chunk of a prompt, or of a context under another mixture."""
@@ -243,7 +266,9 @@ class Scheduler:
             mixtures, numbers = mixtures_by_token([router], kept, num_tokens=num_tokens)
         needs_scores = row.request.sampling.num_prompt_logprobs is not None and not row.has_answer
         started = time.perf_counter()
-        with self.engine.under(mixtures, numbers) as forward:
+        bank = self.engine.bank
+        # The names of adapters may change until the bank is locked.
+        with bank.lock, self.engine.under([row.leased(mixture) for mixture in mixtures], numbers) as forward:
             fused = time.perf_counter()
             logits: Tensor = forward(
                 input_ids=torch.tensor([row.tokens[start:stop]], device=self._device),
@@ -270,7 +295,8 @@ class Scheduler:
         row.planned = row.contents + [row.content] * (len(row.tokens) - len(row.contents))
         for sentence in row.routed.prompt_trace:
             first = max(sentence.start, len(row.contents))
-            row.planned[first : sentence.end] = [self._content(sentence.mixture)] * max(0, sentence.end - first)
+            content = self._content(row, sentence.mixture)
+            row.planned[first : sentence.end] = [content] * max(0, sentence.end - first)
         if row.cache is not None:
             row.cache.reserve(len(row.tokens) - len(row.contents))
             return
@@ -330,7 +356,9 @@ class Scheduler:
     def _decode(self, rows: list[Row]) -> Float[Tensor, "batch vocab"]:
         """Encodes the last token of each row."""
         started = time.perf_counter()
-        with self.engine.under([row.routed.mixture for row in rows], reuse=True) as forward:
+        bank = self.engine.bank
+        # The names of adapters may change until the bank is locked.
+        with bank.lock, self.engine.under([row.leased(row.routed.mixture) for row in rows], reuse=True) as forward:
             fused = time.perf_counter()
             self._batch.reserve(1)
             logits: Tensor = forward(
@@ -364,7 +392,7 @@ class Scheduler:
                 with self.engine.bank.lock:  # as its adapters must not go before they are leased
                     switched[i] = row.take(token, scores[i])
                     if switched[i]:
-                        row.lease = self.engine.bank.lease(row.routed.mixtures)
+                        row.lease = self.engine.bank.lease(row.routed.mixtures, follows=True)
                 self._route_s += time.perf_counter() - start
             except Exception as error:
                 self._fail(row, error)
@@ -375,9 +403,9 @@ class Scheduler:
         """Whether a row can be in the next step, after it was given a token."""
         if row.has_ended or not switched:
             return not row.has_ended
-        if row.request.call.settings.kv_policy == "recompute" or not self.engine.bank.are_ready(row.routed.mixture):
+        if row.request.call.settings.kv_policy == "recompute" or not self._are_ready(row):
             return False
-        row.content = self._content(row.routed.mixture)
+        row.content = self._content(row, row.routed.mixture)
         return True
 
     def _leave(self, row: Row, cache: SpareCache, i: int) -> None:

@@ -1,0 +1,153 @@
+"""Whatever comes, goes and switches meanwhile, each row is answered as by the engine alone."""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from dlp_lora import Engine
+from dlp_lora.engine.trace import Generation
+from dlp_lora.serve.backend import Request
+from dlp_lora.serve.row import Row, resolved
+from dlp_lora.serve.scheduler import Scheduler
+from dlp_lora.serve.stream import EventStream
+from serving import PROMPTS, alone, ask, double_engine, extra_adapters, read, timeless
+
+MIXTURES: tuple[dict[str, float] | None, ...] = (
+    None,
+    None,
+    {},
+    {"math": 1.0},
+    {"units": 0.7, "poems": 0.3},
+    {"extra": 1.0},
+    {"extra": 0.5, "math": 0.5},
+)
+
+
+def open_row(scheduler: Scheduler, request: Request) -> Row:
+    stream = EventStream(lambda: scheduler.cancel(row))
+    row = Row(resolved(request), stream, request.sampling.max_tokens or 0)
+    scheduler.add(row)
+    return row
+
+
+def finish(scheduler: Scheduler) -> None:
+    """Has a scheduler work until nothing is left to do."""
+    while scheduler.num_open:
+        if not scheduler.turn():
+            scheduler.wait(timeout_s=10)
+
+
+class Serving(RuleBasedStateMachine):
+    """Requests arrive, are cancelled and switch, and an adapter comes and goes, between any two turns."""
+
+    engine: Engine
+    extras: tuple[Path, ...]
+    answers: ClassVar[dict[Any, Generation]]
+    rows = Bundle("rows")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scheduler = Scheduler(self.engine, max_batch=3, chunk_tokens=8, cache_mb=1.0)
+        self.open: list[tuple[Row, Generation]] = []
+        self.extra: Path | None = None
+
+    @rule(
+        target=rows,
+        prompt=st.sampled_from(PROMPTS),
+        mixture=st.sampled_from(MIXTURES),
+        kv_policy=st.sampled_from(("recompute", "keep")),
+        sampling=st.sampled_from(({}, {"max_tokens": 3}, {"temperature": 1.0, "seed": 5}, {"repetition_penalty": 1.2})),
+    )
+    def arrive(self, prompt: str, mixture: dict[str, float] | None, kv_policy: str, sampling: dict[str, Any]) -> Row:
+        if mixture and "extra" in mixture and self.extra is None:
+            mixture = {"math": 1.0}
+        request = ask(self.engine, prompt, mixture=mixture, settings={"kv_policy": kv_policy}, **sampling)
+        key = prompt, repr(mixture), kv_policy, repr(sampling), self.extra
+        if key not in self.answers:
+            self.answers[key] = timeless(alone(self.engine, request))
+        row = open_row(self.scheduler, request)
+        if mixture and "extra" in mixture:
+            self.scheduler.turn()  # it has its adapters from when its prompt is routed
+            while row.state == "queued":
+                self.scheduler.turn()
+        self.open.append((row, self.answers[key]))
+        return row
+
+    @rule(num_turns=st.integers(1, 12))
+    def work(self, num_turns: int) -> None:
+        for _ in range(num_turns):
+            self.scheduler.turn()
+
+    @rule(row=consumes(rows))
+    def leave(self, row: Row) -> None:
+        row.stream.cancel()
+
+    @rule(i=st.integers(0, 1))
+    @precondition(lambda self: self.extra is None)
+    def add(self, i: int) -> None:
+        self.engine.add_adapter(self.extras[i], "extra")
+        self.extra = self.extras[i]
+
+    @rule()
+    @precondition(lambda self: self.extra is not None)
+    def remove(self) -> None:
+        self.engine.remove_adapter("extra")
+        self.extra = None
+
+    @invariant()
+    def the_batch_holds_the_rows_that_decode(self) -> None:
+        scheduler = self.scheduler
+        stats = scheduler.stats()
+        decoding = [row for row, _ in self.open if row.state == "decoding"]
+        assert stats.decoding == len(decoding)
+        assert stats.decoding + stats.reading <= scheduler.max_batch
+        assert sorted(scheduler.batch_lengths) == sorted(len(row.tokens) - 1 for row in decoding)
+
+    def teardown(self) -> None:
+        finish(self.scheduler)
+        for row, answer in self.open:
+            done = read(row.stream)
+            if done.reason == "abort":
+                assert answer.tokens[: len(done.generation.tokens)] == done.generation.tokens
+            else:
+                assert timeless(done.generation) == answer
+            assert row.lease is None
+            assert row.cache is None
+        assert not self.scheduler.batch_lengths
+        if self.extra is not None:
+            self.engine.remove_adapter("extra")
+        self.scheduler.close()
+
+
+@pytest.fixture(scope="module")
+def extras(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
+    return extra_adapters(tmp_path_factory.mktemp("extras"))
+
+
+@pytest.mark.parametrize("budget_mb", [None, 0.005], ids=["in memory", "on disk"])
+def test_answers_do_not_depend_on_what_else_happens(
+    lively_adapters: Path, extras: tuple[Path, ...], budget_mb: float | None
+) -> None:
+    class OfEngine(Serving):
+        engine = double_engine(lively_adapters, budget_mb=budget_mb)
+        answers: ClassVar[dict[Any, Generation]] = {}
+
+    OfEngine.extras = extras
+    run_state_machine_as_test(
+        OfEngine,
+        settings=settings(
+            max_examples=20, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )
