@@ -197,6 +197,36 @@ TARGETS: dict[str, dict[str, Any]] = {
     "alphas": {"alpha_pattern": {"q_proj": 3, "^model.layers.0.*v_proj": 5}},
     "ranks, alphas and rslora": {"use_rslora": True, "rank_pattern": {"q_proj": 9}, "alpha_pattern": {".*v_proj": 3}},
     "a segment is no end": {"rank_pattern": {"proj": 9}, "alpha_pattern": {"self_attn": 3}},
+    "rslora and ranks of layers": {
+        "use_rslora": True,
+        "r": 6,
+        "lora_alpha": 5,
+        "rank_pattern": {r"layers\.[01]\.self_attn\.q_proj": 3, "v_proj": 12},
+    },
+    "alphas by alternatives": {"alpha_pattern": {"(q|k)_proj": 2.5, r".*layers\.1.*v_proj": 9}},
+    "the first of two alphas": {"alpha_pattern": {".*_proj": 2, "q_proj": 20}},
+    "a rank of one module": {"rank_pattern": {r"^model.layers.0.self_attn.q_proj$": 1}},
+    "a part of a name is no name": {"rank_pattern": {"j": 9, "q_proj": 5}},
+    "layers and one more than there are": {"layers_to_transform": [1, 5]},
+    "without a module and a name": {
+        "target_modules": ["q_proj", "v_proj", "o_proj"],
+        "exclude_modules": ["layers.0.self_attn.q_proj", "o_proj"],
+    },
+    "all-linear without a pattern": {"target_modules": "all-linear", "exclude_modules": r".*mlp.*"},
+    "a pattern with anchors": {
+        "target_modules": r"^model\.layers\.\d+\.(self_attn\.(q|o)|mlp\.down)_proj$",
+    },
+    "a parameter": {"target_modules": [], "target_parameters": ["mlp.down_proj.weight"]},
+    "parameters, ranks and alphas": {
+        "target_parameters": ["self_attn.o_proj.weight", "layers.1.mlp.up_proj.weight"],
+        "rank_pattern": {"o_proj": 2, "up_proj.weight": 6},
+        "alpha_pattern": {r"o_proj\.weight": 3},
+    },
+    "a parameter and rslora": {
+        "target_modules": [],
+        "target_parameters": ["q_proj.weight"],
+        "use_rslora": True,
+    },
     "more targets than PEFT lists": {
         "target_modules": [f"layers.{i}.self_attn.{p}_proj" for i in (0, 1, *range(2, 12)) for p in "qv"]
     },
@@ -235,6 +265,32 @@ EDITED: dict[str, dict[str, Any]] = {
     "no task": {"task_type": None},
     "an early version": {"peft_version": None, "alpha_pattern": {}, "rank_pattern": {}},
     "another alpha": {"lora_alpha": 0.5},
+    "an alpha below zero": {"lora_alpha": -4},
+    "an alpha of zero": {"lora_alpha": 0},
+    "a path of Windows": {"base_model_name_or_path": "D:\\models\\Llama-2-7b\\"},
+    "a share of Windows": {"base_model_name_or_path": r"\\server\share\llama"},
+    "no base": {"base_model_name_or_path": None},
+    "kinds that are off": {
+        "use_dora": False,
+        "use_qalora": False,
+        "use_bdlora": None,
+        "alora_invocation_tokens": None,
+        "lora_bias": False,
+    },
+    "DoRA by 0": {"use_dora": 0},
+    "a bias on B that is not there": {"lora_bias": True},
+    "the other orientation": {"fan_in_fan_out": True},
+    "PEFT 0.2": {"enable_lora": None, "merge_weights": False, "peft_version": None},
+    "PEFT 0.2 of GPT-2": {"enable_lora": [True, False, True], "merge_weights": False},
+    "a pattern of one name": {"target_modules": "q_proj"},
+    "a pattern that ends": {"target_modules": ".*q_proj"},
+    "one layer as a number": {"layers_to_transform": 0},
+    "no layers": {"layers_to_transform": []},
+    "nothing to save": {"modules_to_save": []},
+    "a parameter that is not there": {"target_parameters": ["mlp.nothing"]},
+    "another task": {"task_type": "FEATURE_EXTRACTION"},
+    "a rank of zero": {"r": 0},
+    "a rank that is no whole number": {"r": 4.5},
     "rslora": {"use_rslora": True},
 }
 
@@ -246,7 +302,7 @@ def test_edited_settings_mean_what_they_mean_to_peft(changes: dict[str, Any], fa
     edit(folder, **changes)
     try:
         theirs = peft_logits(folder, family)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
         with pytest.raises(AdapterError, match="it"):
             our_logits(folder, family)
     else:
@@ -356,6 +412,105 @@ def test_weights_of_several_adapters_in_one_file(tmp_path: Path) -> None:
     rekey(plain, both("one", "two"))
     with pytest.raises(AdapterError, match=r"the weights of several adapters \(one, two\); save each in a folder of"):
         our_logits(plain, "llama")
+
+
+DTYPES = [torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("halves", ["AB", "A"])
+def test_weights_of_any_precision_are_those_that_peft_computes_with(
+    dtype: torch.dtype, halves: str, tmp_path: Path
+) -> None:
+    folder = made(tmp_path / "it", "llama")
+    rekey(
+        folder, lambda tensors: {k: t.to(dtype) if k.split(".lora_")[1][0] in halves else t for k, t in tensors.items()}
+    )
+    assert_same(our_logits(folder, "llama"), peft_logits(folder, "llama"))
+    assert_same(our_logits(folder, "llama", budget_mb=1e-6), peft_logits(folder, "llama"))
+    assert_fits(folder, "llama")
+
+
+BESIDE: dict[str, Keys] = {
+    "an optimiser's": {"optimizer.state": torch.ones(2)},
+    "a LoRA that is not targeted": {
+        PREFIX + "model.layers.0.self_attn.rotary.lora_A.weight": torch.ones(4, 8),
+        PREFIX + "model.layers.0.self_attn.rotary.lora_B.weight": torch.ones(8, 4),
+    },
+}
+
+
+@pytest.mark.parametrize("more", BESIDE.values(), ids=BESIDE.keys())
+def test_weights_that_peft_has_no_place_for_are_left_out(more: Keys, tmp_path: Path) -> None:
+    folder = made(tmp_path / "it", "llama")
+    rekey(folder, lambda tensors: {**tensors, **more})
+    assert_same(our_logits(folder, "llama"), peft_logits(folder, "llama"))
+    assert_fits(folder, "llama")
+
+
+MORE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Conv1D as PEFT finds it": ("gpt2", {"fan_in_fan_out": False, "target_modules": ["c_attn", "c_fc", "c_proj"]}),
+    "fused layers of ranks": (
+        "phi3",
+        {"target_modules": ["qkv_proj", "gate_up_proj", "down_proj"], "rank_pattern": {"gate_up_proj": 7}},
+    ),
+    "a tied head": ("qwen2", {"target_modules": ["q_proj", "lm_head"]}),
+    "a tied head by name": ("qwen2", {"target_modules": ["q_proj", "lm_head"], "ensure_weight_tying": True}),
+    "both parts of a multimodal model": ("gemma3", {"target_modules": r".*\.(q_proj|v_proj)"}),
+    "a vision tower's own layers": (
+        "gemma3",
+        {"target_modules": r".*(vision_tower|language_model).*(q_proj|fc1)"},
+    ),
+    "a projector": ("llava", {"target_modules": r".*(linear_1|q_proj)"}),
+    "a parameter beside experts": ("mixtral", {"target_parameters": ["o_proj.weight"]}),
+}
+
+
+@pytest.mark.parametrize("family, config", MORE_FAMILIES.values(), ids=MORE_FAMILIES.keys())
+def test_layers_of_other_families_are_those_that_peft_changes(
+    family: str, config: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = made(tmp_path / "it", family, **config)
+    assert_same(our_logits(folder, family), peft_logits(folder, family))
+    assert_fits(folder, family)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_only_the_settings_say_whether_a_parameters_lora_is_applied(family: str, tmp_path: Path) -> None:
+    folder = made(tmp_path / "it", family, target_parameters=["self_attn.o_proj.weight"])
+    edit(folder, target_parameters=None)
+    assert_same(our_logits(folder, family), peft_logits(folder, family))
+    assert "o_proj, are not applied, as in PEFT" in assert_fits(folder, family)
+
+
+@pytest.mark.parametrize(
+    ("family", "parameter", "message"),
+    [
+        (
+            "qwen3_moe",
+            "mlp.experts.gate_up_proj",
+            r"experts\.gate_up_proj, which is no linear layer in this base but a",
+        ),
+        ("gpt2", "attn.c_proj.weight", r"c_proj\.weight as a parameter, which a Conv1D holds the other way round"),
+        ("llama", "embed_tokens.weight", r"embed_tokens\.weight, which is no linear layer in this base but a"),
+    ],
+)
+def test_parameters_that_are_no_linear_layers_are_refused(
+    family: str, parameter: str, message: str, tmp_path: Path
+) -> None:
+    folder = made(tmp_path / "it", family, target_modules=[], target_parameters=[parameter])
+    with pytest.raises(AdapterError, match=message):
+        our_logits(folder, family)
+
+
+def test_a_zero_bias_on_b_and_a_zero_embedding_change_nothing(tmp_path: Path) -> None:
+    folder = made(tmp_path / "it", "llama", lora_bias=True)
+    rekey(folder, lambda tensors: {key: t * 0 if key.endswith("bias") else t for key, t in tensors.items()})
+    assert_same(our_logits(folder, "llama"), peft_logits(folder, "llama"))
+    assert "B.bias' changes nothing and is left out" in assert_fits(folder, "llama")
+    folder = made(tmp_path / "embedding", "llama", target_modules=["q_proj", "embed_tokens"])
+    rekey(folder, lambda tensors: {key: t * 0 if "embedding_B" in key else t for key, t in tensors.items()})
+    assert_same(our_logits(folder, "llama"), peft_logits(folder, "llama"))
 
 
 # Weights beside the LoRAs

@@ -336,7 +336,7 @@ def _no_lora(path: Path, config: Mapping[str, Any]) -> str:
 
 
 def _is_set(value: Any) -> bool:
-    return value is not None and value is not False and value not in ({}, [], "")
+    return bool(value)  # PEFT, too, takes 0 and "" for no
 
 
 def _check_types(file: Path, config: Mapping[str, Any]) -> None:
@@ -599,7 +599,7 @@ def _modules(
 def _needs_peft(config: Mapping[str, Any], layout: BaseLayers) -> bool:
     target = config.get("target_modules")
     is_broad = target is None or (isinstance(target, str) and target.lower() == ALL_LINEAR)
-    return is_broad or layout.is_renamed or bool(config.get("ensure_weight_tying"))
+    return is_broad or layout.is_renamed or bool(config.get("ensure_weight_tying") or config.get("target_parameters"))
 
 
 def _placed_by_peft(
@@ -612,16 +612,24 @@ def _placed_by_peft(
         module: (file.tensors[pair["A"]].shape, file.tensors[pair["B"]].shape) for module, pair in keys.pairs.items()
     }
     placed = placement(path, config, shapes, layout.skeleton)
-    if placed.parameters:
-        module, parameter = min(placed.parameters.items(), key=lambda pair: ".experts" not in pair[1])
+    weights = {module: name.removesuffix(".weight") for module, name in placed.parameters.items()}
+    linear = {module: name for module, name in weights.items() if layout.modules.get(name) == "Linear"}
+    if bare := placed.parameters.keys() - linear.keys():
+        others = {module: placed.parameters[module] for module in bare}
+        module, parameter = min(others.items(), key=lambda pair: (".experts" not in pair[1], pair))
+        if weights[module] in layout:
+            raise AdapterError(
+                f"{path} cannot be fused exactly: it adapts {parameter} as a parameter, which a "
+                f"{layout.modules[weights[module]]} holds the other way round; retrain with target_modules"
+            )
         raise AdapterError(
             f"{path} cannot be fused exactly: {module} adapts {parameter}, which is no linear layer in this base but a "
             f"bare parameter (target_parameters), as PEFT adapts experts; retrain with target_modules of the attention"
         )
-    found = {new: old for old, new in placed.placed.items()}
+    found = {new: old for old, new in (*placed.placed.items(), *linear.items())}
     untargeted = []
     for module in keys.pairs:
-        if module in placed.placed:
+        if module in placed.placed or module in linear:
             continue
         name = placed.renamed.get(module, module)
         moved = _in_text_model(name, layout) or name
@@ -656,8 +664,15 @@ def _two_for_one(path: Path, first: str, second: str, module: str) -> str:
     return f"{path}: {first} and {second} would both change {module} of the base model; keep one of them"
 
 
+def _is_parameter(config: Mapping[str, Any], module: str) -> bool:
+    """Whether the weight of a module of this name is one of the `target_parameters`."""
+    return f".{module}.weight".endswith(tuple(f".{name}" for name in config.get("target_parameters") or ()))
+
+
 def _is_targeted(config: Mapping[str, Any], module: str) -> bool:
     """Whether PEFT applies a LoRA to a module of this name; "all-linear" is any linear layer."""
+    if _is_parameter(config, module):
+        return True
     target = config.get("target_modules")
     is_broad = target is None or (isinstance(target, str) and target.lower() == ALL_LINEAR)
     if is_broad and not config.get("exclude_modules") and not config.get("modules_to_save"):
@@ -675,7 +690,10 @@ def _is_targeted(config: Mapping[str, Any], module: str) -> bool:
 
 
 def _targets(config: Mapping[str, Any]) -> str:
-    keys = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+    keys = (
+        *("target_modules", "target_parameters", "exclude_modules"),
+        *("layers_to_transform", "layers_pattern", "modules_to_save"),
+    )
     return ", ".join(f"{key}={config[key]!r}" for key in keys if _is_set(config.get(key)))
 
 
@@ -729,8 +747,10 @@ def _numberless(name: str) -> str:
 
 def _entry(path: Path, config: Mapping[str, Any], file: TensorFile, module: str, pair: Mapping[str, str]) -> LoraEntry:
     a, b = file.tensors[pair["A"]].shape, file.tensors[pair["B"]].shape
-    rank = _for_module(config.get("rank_pattern") or {}, module, config.get("r", 8))
-    alpha = _for_module(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", 8))
+    # PEFT looks a LoRA of a parameter up by the parameter's name.
+    name = f"{module}.weight" if _is_parameter(config, module) else module
+    rank = _for_module(config.get("rank_pattern") or {}, name, config.get("r", 8))
+    alpha = _for_module(config.get("alpha_pattern") or {}, name, config.get("lora_alpha", 8))
     if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not math.isfinite(alpha):
         raise AdapterError(
             f"{path}: its config says rank {rank!r} and alpha {alpha!r} for {module}; "

@@ -69,6 +69,13 @@ class TensorFile:
         integer, _, sign = _FLOATS.get(self.tensors[key].dtype, (np.uint8, 0, 0))
         return not bool((self._bits(key, integer) & ~integer(sign)).any())
 
+    def read(self, key: str) -> bytearray:
+        """The bytes of a tensor."""
+        start, stop = self._offsets[key]
+        with self.path.open("rb") as file:
+            file.seek(start)
+            return bytearray(file.read(stop - start))
+
     def _bits(self, key: str, integer: type[np.unsignedinteger[Any]]) -> npt.NDArray[Any]:
         start, stop = self._offsets[key]
         return (
