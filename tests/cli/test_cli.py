@@ -1,6 +1,8 @@
 import io
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,15 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 from rich.console import Console
+from transformers import StoppingCriteria, StoppingCriteriaList
 from typer.main import get_command
 
 import dlp_lora
 from commands import json_lines, ok, run, visible
-from conftest import byte_tokenizer, lively_model, make_adapter
+from conftest import CHAT_TEMPLATE, byte_tokenizer, lively_model, make_adapter
 from dlp_lora.cli.app import app
 from dlp_lora.cli.bench import COLUMNS, LABELS, cell, tables
 from dlp_lora.cli.common import console
-from dlp_lora.cli.generate import routing_table
+from dlp_lora.cli.generate import routing_table, say_answer
 from dlp_lora.tasks import Example, Task, write_task
 
 QUICK = ("--max-new-tokens", "8")
@@ -132,6 +135,44 @@ def test_json_lines_from_standard_input_are_answered_line_by_line(work: Path) ->
     (chat,) = json_lines(ok("generate", "Hello", "--chat", "--bundle", work / "bundle", *QUICK, "--json"))
     assert second["text"] == chat["text"]
     assert second["messages"] == lines[1]["messages"]
+
+
+def test_json_lines_hand_the_chat_template_all_that_it_reads(work: Path, tmp_path: Path) -> None:
+    shutil.copytree(work / "bundle", tmp_path / "bundle")
+    shutil.copytree(work / "model", tmp_path / "model")
+    template = "{% if tools %}{{ 'TOOLS' }}{% endif %}{% if shouts %}{{ 'LOUD' }}{% endif %}" + str(CHAT_TEMPLATE)
+    byte_tokenizer(chat_template=template).save_pretrained(tmp_path / "model")
+    chat = [{"role": "user", "content": "Hello"}]
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
+    lines: list[dict[str, Any]] = [
+        {"messages": chat},
+        {"messages": parts},
+        {"messages": chat, "tools": [{"type": "function", "function": {"name": "f"}}]},
+        {"messages": chat, "chat_template_kwargs": {"shouts": True}},
+        {"messages": [*chat, {"role": "assistant", "content": "I am"}]},
+        {"messages": [*chat, {"role": "assistant", "content": "I am"}], "continue_final_message": False},
+    ]
+    ask = ("generate", "--bundle", tmp_path / "bundle", "--model", tmp_path / "model", *QUICK)
+    plain, in_parts, *others = json_lines(ok(*ask, stdin="\n".join(map(json.dumps, lines))))
+    assert plain["text"] == in_parts["text"]
+    assert len({plain["text"], *(other["text"] for other in others)}) == 5
+    kwargs = ("--chat-template-kwargs", '{"shouts": true}')
+    (shouted,) = json_lines(ok(*ask, *kwargs, stdin=json.dumps(lines[0])))
+    assert shouted["text"] == others[1]["text"]
+    assert ok(*ask, *kwargs, "--chat", "Hello") == shouted["text"].strip() + "\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ({"prompt": "Hello", "tools": [{}]}, "line 1: tools: only chats have them"),
+        ({"messages": [{"role": "user", "content": "Hi"}], "tools": {}}, "line 1: tools must be a list"),
+        ({"messages": [{"role": "user", "content": 3}]}, "line 1: the content of a message must be a string"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "line 1: a message holds a part of type"),
+    ],
+)
+def test_a_line_that_no_template_reads_is_named(work: Path, line: dict[str, Any], reason: str) -> None:
+    assert reason in " ".join(run("generate", "-b", work / "bundle", *QUICK, stdin=json.dumps(line)).stderr.split())
 
 
 def test_the_routing_shows_the_adapters_of_each_sentence(work: Path) -> None:
@@ -362,6 +403,41 @@ def test_chatting_answers_each_line_until_an_empty_one(work: Path, raw: tuple[st
     assert visible(engine.generate(prompt, max_new_tokens=8).text) in visible(shown)
 
 
+def test_a_chat_goes_on_in_a_full_context(work: Path) -> None:
+    lines = "".join(f"red green blue cyan pink grey gold lime {i} please tell me more of it\n" for i in range(9))
+    done = run("chat", "--bundle", work / "bundle", "--max-new-tokens", "40", stdin=lines)
+    assert done.exit_code == 0
+    assert "context of 512 tokens is full: the 2 oldest messages are left out" in " ".join(done.stderr.split())
+
+
+def test_a_question_that_cannot_be_answered_ends_neither_the_chat_nor_what_was_said(work: Path) -> None:
+    done = run("chat", "--bundle", work / "bundle", *QUICK, stdin=f"Hello\n{'long ' * 200}\nAgain\n")
+    assert done.exit_code == 0
+    assert done.stderr.count("error: the question alone fills the model's context") == 1
+    engine = dlp_lora.load(work / "bundle")
+    said = engine.generate([{"role": "user", "content": "Hello"}], max_new_tokens=8).text
+    chat = [("user", "Hello"), ("assistant", said), ("user", "Again")]
+    answer = engine.generate([{"role": role, "content": text} for role, text in chat], max_new_tokens=8)
+    assert visible(answer.text) in visible(done.stdout)
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_chat(work: Path) -> None:
+    engine = dlp_lora.load(work / "bundle")
+
+    class Interrupting(StoppingCriteria):  # type: ignore[misc]
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            if input_ids.shape[1] == num_tokens + 4:
+                os.kill(os.getpid(), signal.SIGINT)
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    num_tokens = len(engine.tokenizer("Hello")["input_ids"])
+    stopping = StoppingCriteriaList([Interrupting()])
+    text = say_answer(engine.stream("Hello", max_new_tokens=400, do_sample=False, stopping_criteria=stopping), {})
+    whole = engine.generate("Hello", max_new_tokens=400, do_sample=False).text
+    assert text != whole
+    assert whole.startswith(text)
+
+
 def test_chatting_ends_with_its_input(work: Path) -> None:
     assert ok("chat", "--bundle", work / "bundle", *QUICK, "--raw", stdin="").count("\n") == 1
 
@@ -406,11 +482,15 @@ ERRORS: dict[str, tuple[tuple[str, ...], str, str]] = {
     "not JSON": (("generate", "--bundle", "{work}/bundle"), "\n{{oops\n", "standard input, line 2: not JSON"),
     "no prompt": (("generate", "--bundle", "{work}/bundle"), '{{"text": 1}}\n', "standard input, line 1: expected"),
     "a number": (("generate", "--bundle", "{work}/bundle"), '{{"prompt": 1}}\n', "standard input, line 1: expected"),
-    "a list": (("generate", "--bundle", "{work}/bundle"), '{{"prompt": ["a"]}}\n', "standard input, line 1: expected"),
+    "a list": (
+        ("generate", "--bundle", "{work}/bundle"),
+        '{{"prompt": ["a"]}}\n',
+        "standard input, line 1: expected",
+    ),
     "bad messages": (
         ("generate", "--bundle", "{work}/bundle"),
         '{{"messages": [{{"role": "user"}}]}}\n',
-        "standard input, line 1: expected",
+        "standard input, line 1: the content of a message must be a string or parts of text",
     ),
     "bad answer": (
         ("route", "--router", "{work}/router"),

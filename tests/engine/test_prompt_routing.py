@@ -459,7 +459,7 @@ class TestSettings:
 
     @pytest.mark.usefixtures("unchecked")
     def test_another_word_is_refused(self, make_engine: MakeEngine, engine: Engine) -> None:
-        message = "prompt_routing must be 'whole' or 'questions' or 'sentences', got 'words'"
+        message = "prompt_routing must be 'whole' or 'questions' or 'apart' or 'sentences', got 'words'"
         with pytest.raises(ValueError, match=message):
             make_engine(prompt_routing="words")
         with pytest.raises(ValueError, match=message), engine.using(prompt_routing="words"):

@@ -11,7 +11,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from conftest import CHAT_TEMPLATE, EveryK, byte_tokenizer
+from dlp_lora import Context
+from dlp_lora.chat import Chat
 from dlp_lora.engine.text import Detokenizer, PromptReader, decode, decoder
+from dlp_lora.engine.turns import read_chat
 from dlp_lora.sentences import SentenceSegmenter
 
 SPECIALS = ["<unk>", "<s>", "</s>"]
@@ -181,6 +184,25 @@ TEMPLATES = {
     "gemma": GEMMA,
     "plain": PLAIN,
 }
+VICUNA = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ 'USER: ' + m['content'] + ' ' }}"
+    "{% elif m['role'] == 'system' %}{{ m['content'] + ' ' }}"
+    "{% else %}{{ 'ASSISTANT: ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+ALPACA = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '### Instruction:\n' + m['content'] + '\n\n' }}"
+    "{% elif m['role'] == 'system' %}{{ m['content'] + '\n\n' }}"
+    "{% else %}{{ '### Response:\n' + m['content'] + '\n\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
+)
+QWEN_3 = (
+    "{% for m in messages %}{% if m['role'] == 'tool' %}{{ '<|im_start|>user\n<tool_response>\n' + m['content'] + "
+    "'\n</tool_response><|im_end|>\n' }}{% else %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + "
+    "'<|im_end|>\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}"
+    "{% elif opens %}{{ '<think>\n' }}{% endif %}{% endif %}"
+)
 MARKS = ["<s>", "</s>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>"]
 CHATS = {
     "one turn": [("user", "How far is it?")],
@@ -269,6 +291,58 @@ class TestPromptReader:
         assert read.turns(after) == ("", "Why?")
         assert read.turns(before) == ("", "Why?")  # a conversation that goes on
         assert [p.text.strip() for p in read.sentences(after, SentenceSegmenter)] == ["Why?"]
+
+    @pytest.mark.parametrize("template", [VICUNA, ALPACA], ids=["vicuna", "alpaca"])
+    @pytest.mark.parametrize("kind", TOKENIZERS)
+    def test_the_words_of_a_template_without_special_tokens_are_not_read(self, kind: str, template: str) -> None:
+        tokenizer = chat_tokenizer(kind, template)
+        read = PromptReader(tokenizer)
+        system, user = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 3 + 4?"}
+        chats = {("", "What is 3 + 4?"): [user], ("Be brief.", "What is 3 + 4?"): [system, user]}
+        chats["Be brief.\nWhat is 3 + 4?\n7", "Why?"] = [
+            *(system, user),
+            *({"role": "assistant", "content": "7"}, {"role": "user", "content": "Why?"}),
+        ]
+        for expected, chat in chats.items():
+            encoded: Any = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
+            assert read.turns(encoded["input_ids"]) == expected
+        assert read.turns(tokenizer("Be brief. Why?")["input_ids"]) == ("", "Be brief. Why?")
+
+    @pytest.mark.parametrize("template", [CHATML, QWEN_3, VICUNA, ALPACA], ids=["chatml", "qwen-3", "vicuna", "alpaca"])
+    def test_an_answer_that_was_begun_is_none_of_the_question(self, template: str) -> None:
+        tokenizer = byte_tokenizer(chat_template=template)
+        chat = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because. It"}]
+        encoded: Any = tokenizer.apply_chat_template(chat, continue_final_message=True, return_dict=True)
+        tokens, read = encoded["input_ids"], PromptReader(tokenizer)
+        assert read.context(tokens) == Context("Why?", "Because. It")
+        (passage,) = read.sentences(tokens, SentenceSegmenter)
+        assert passage.text.strip() == "Why?"
+        assert "Because" not in decode(tokenizer, tokens[passage.start : passage.end])
+
+    @pytest.mark.parametrize("change", [{}, {"enable_thinking": False}, {"opens": True}], ids=str)
+    def test_a_thought_that_the_template_opens_or_leaves_empty_is_not_read(self, change: dict[str, bool]) -> None:
+        tokenizer = byte_tokenizer(chat_template=QWEN_3)
+        chat = [{"role": "user", "content": "Why?"}]
+        encoded: Any = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, **change)
+        assert PromptReader(tokenizer).context(encoded["input_ids"]) == Context("Why?")
+
+    @pytest.mark.parametrize("template", [CHATML, QWEN_3, LLAMA_3], ids=["chatml", "qwen-3", "llama-3"])
+    @pytest.mark.parametrize(
+        ("roles", "expected"),
+        [
+            (["developer", "user"], Context("1", history="0")),
+            (["user", "assistant", "tool"], Context("0", history="1\n2")),
+            (["system", "user", "assistant", "tool", "assistant", "user"], Context("5", history="0\n1\n2\n3\n4")),
+        ],
+    )
+    def test_the_question_is_the_newest_turn_of_the_user(
+        self, template: str, roles: list[str], expected: Context
+    ) -> None:
+        tokenizer = chat_tokenizer("byte-level", template)
+        chat = [{"role": role, "content": str(i)} for i, role in enumerate(roles)]
+        encoded: Any = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
+        assert PromptReader(tokenizer).context(encoded["input_ids"]) == expected
+        assert read_chat(Chat(messages=chat)) == expected
 
     def test_a_template_that_refuses_everything_reads_raw_text(self) -> None:
         tokenizer = chat_tokenizer("byte-level", "{{ raise_exception('no') }}")

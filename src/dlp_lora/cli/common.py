@@ -50,6 +50,12 @@ KVPolicyOption = Annotated[
         "--kv-policy", help="What a switch does to the KV cache: encode the row again, or keep it. [default: recompute]"
     ),
 ]
+TemplateOption = Annotated[
+    str | None,
+    typer.Option(
+        "--chat-template-kwargs", help="Arguments of the chat template as JSON: '{\"enable_thinking\": false}'."
+    ),
+]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ... [default: cpu]")]
 PrepackOption = Annotated[
     bool, typer.Option("--prepack", help="Faster tokens on a CPU for a second copy of the linear layers' weights.")

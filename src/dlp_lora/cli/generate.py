@@ -1,6 +1,7 @@
 """Commands that answer: generate, chat."""
 
 import sys
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -8,13 +9,14 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from dlp_lora.cli.common import EngineOptions, JsonOption, console, open_engine, stderr
-from dlp_lora.cli.json_lines import print_json, questions
-from dlp_lora.cli.options import mixture_of, with_options
-from dlp_lora.errors import PromptError
+from dlp_lora.chat import Chat, Message
+from dlp_lora.cli.common import EngineOptions, JsonOption, TemplateOption, console, open_engine, say, stderr
+from dlp_lora.cli.json_lines import print_json, prompt_of, questions
+from dlp_lora.cli.options import json_object, mixture_of, with_options
+from dlp_lora.errors import DLPLoRAError, PromptError
 
 if TYPE_CHECKING:
-    from dlp_lora import Sentence
+    from dlp_lora import Engine, Sentence, Stream
 
 COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red", "bright_cyan", "bright_magenta", "bright_green")
 
@@ -27,6 +29,7 @@ def generate(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the chat template.")] = False,
+    chat_template_kwargs: TemplateOption = None,
     fixed: Annotated[
         str | None, typer.Option(help='Use this mixture instead of the router: "math=0.6,units=0.4".')
     ] = None,
@@ -38,17 +41,16 @@ def generate(
 
     Examples: `dlp-lora generate --bundle demo/bundle "Convert 3 kilometres to metres." --show-routing`, or
     `dlp-lora generate --bundle demo/bundle < prompts.jsonl > answers.jsonl` with lines `{"prompt": "..."}` or
-    `{"messages": [{"role": "user", "content": "..."}]}`.
+    `{"messages": [{"role": "user", "content": "..."}]}`, with `tools`, `chat_template_kwargs` and
+    `continue_final_message` beside messages.
     """
+    template = json_object("chat-template-kwargs", chat_template_kwargs)
     engine = open_engine(engine_options, need_router=fixed is None)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": seed is not None, "seed": seed}
     with engine.fixed(mixture_of(fixed)) if fixed is not None else nullcontext():
         for number, record in questions(prompt):
-            source: Any = record.get("messages") or record["prompt"]
-            if chat and isinstance(source, str):
-                source = [{"role": "user", "content": source}]
             try:
-                answer = engine.generate(source, **options)
+                answer = engine.generate(prompt_of(record, template, is_chat=chat), **options)
             except PromptError as error:
                 raise PromptError(f"standard input, line {number}: {error}" if number else str(error)) from error
             if as_json or prompt is None:
@@ -67,24 +69,66 @@ def chat(
     engine_options: EngineOptions,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     raw: Annotated[bool, typer.Option("--raw", help="No chat template and no memory: each line is a prompt.")] = False,
+    chat_template_kwargs: TemplateOption = None,
 ) -> None:
-    """Chat in the terminal; the answer's colour is its heaviest adapter. An empty line or Ctrl-D ends it.
+    """Chat in the terminal; the answer's colour is its heaviest adapter.
+
+    Ctrl-C stops an answer; an empty line or Ctrl-D ends the chat. Where the model's context is full, the oldest
+    messages are left out.
 
     Example: `dlp-lora chat --bundle demo/bundle`
     """
+    template = json_object("chat-template-kwargs", chat_template_kwargs)
     engine = open_engine(engine_options)
     colours = dict(zip(engine.bank.names, COLOURS * len(engine.bank), strict=False))
     console.print("  ".join(f"[{colour}]■ {escape(name)}[/]" for name, colour in colours.items()) + "  ■ base model")
-    messages: list[dict[str, str]] = []
+    messages: list[Message] = []
     while line := _ask():
-        messages = [*([] if raw else messages), {"role": "user", "content": line}]
-        text = ""
-        for piece in engine.stream(line if raw else messages, max_new_tokens=max_new_tokens):
-            text += piece
-            top = next(iter(piece.mixture), "")
-            console.print(escape(piece), style=colours.get(top, "default"), end="", highlight=False, soft_wrap=True)
-        console.print()
-        messages.append({"role": "assistant", "content": text})
+        question: Message = {"role": "user", "content": line}
+        try:
+            if raw:
+                say_answer(engine.stream(line, max_new_tokens=max_new_tokens), colours)
+                continue
+            asked = Chat(messages=[*messages, question], chat_template_kwargs=template)
+            asked, room = _fitting(engine, asked, max_new_tokens)
+            text = say_answer(engine.stream(asked, max_new_tokens=room), colours)
+        except (DLPLoRAError, ValueError, RuntimeError) as error:  # of this answer; the next may go well
+            stderr.print(f"[bold red]error:[/] {escape(' '.join(str(error).split()))}", soft_wrap=True)
+            continue
+        if text:
+            messages = [*asked.messages, {"role": "assistant", "content": text}]
+
+
+def say_answer(stream: "Stream", colours: Mapping[str, str]) -> str:
+    """Prints an answer as it comes; Ctrl-C stops it. Gives what was printed."""
+    text = ""
+    with stream:
+        try:
+            for piece in stream:
+                text += piece
+                colour = colours.get(next(iter(piece.mixture), ""), "default")
+                console.print(escape(piece), style=colour, end="", highlight=False, soft_wrap=True)
+        except KeyboardInterrupt:
+            stream.close()
+            console.print(" [dim](stopped)[/]", end="")
+        finally:
+            console.print()
+    return text
+
+
+def _fitting(engine: "Engine", chat: Chat, max_new_tokens: int) -> tuple[Chat, int]:
+    """Drops the oldest turns until an answer fits into the model's context, and says so; gives room for an answer."""
+    from dlp_lora.engine.prompts import context_of, encode_prompt, fitting
+
+    context = context_of(engine.model)
+    fitted = fitting(engine.tokenizer, chat, max_tokens=context - max_new_tokens)
+    if dropped := len(chat.messages) - len(fitted.messages):
+        say(f"the model's context of {context} tokens is full: the {dropped} oldest messages are left out")
+    # A long question gets a short answer rather than none.
+    num_left = context - len(encode_prompt(engine.tokenizer, fitted).tokens)
+    if num_left < 1:
+        raise PromptError(f"the question alone fills the model's context of {context} tokens; ask a shorter one")
+    return fitted, min(max_new_tokens, num_left)
 
 
 def routing_table(trace: tuple["Sentence", ...], *, of: str = "sentence") -> Table:

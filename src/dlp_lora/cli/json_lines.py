@@ -5,7 +5,12 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from dlp_lora.chat import Chat, text_of
+from dlp_lora.errors import PromptError
 from dlp_lora.files import parse_json
+
+OPTIONS = {"tools": list, "chat_template_kwargs": dict, "continue_final_message": bool}
+"""What may stand beside messages, as JSON."""
 
 
 def questions(prompt: str | None) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -35,7 +40,33 @@ def questions(prompt: str | None) -> Iterator[tuple[int, dict[str, Any]]]:
                 f'standard input, line {number}: expected {{"prompt": "..."}} or {{"messages": [...]}}, '
                 f"got {line.strip()[:60]}"
             )
+        try:
+            for message in record.get("messages", ()):
+                text_of(message)
+        except PromptError as error:
+            raise ValueError(f"standard input, line {number}: {error}") from error
         yield number, record
+
+
+def prompt_of(record: dict[str, Any], template_kwargs: dict[str, Any], *, is_chat: bool) -> str | Chat:
+    """Gives the prompt of a line of JSON with all that its chat template reads; a line's arguments win over others.
+
+    Raises:
+        PromptError: if an option is of another kind, or there is one and no chat.
+    """
+    options = {name: record[name] for name in OPTIONS if record.get(name) is not None}
+    for name, value in options.items():
+        if not isinstance(value, OPTIONS[name]):
+            kind = {list: "a list", dict: "an object", bool: "true or false"}[OPTIONS[name]]
+            raise PromptError(f"{name} must be {kind}, got {str(value)[:60]!r}")
+    options["chat_template_kwargs"] = {**template_kwargs, **options.get("chat_template_kwargs", {})}
+    if "messages" in record:
+        return Chat(messages=record["messages"], **options)
+    if is_chat:
+        return Chat(messages=[{"role": "user", "content": record["prompt"]}], **options)
+    if given := [name for name, value in options.items() if value]:
+        raise PromptError(f"{', '.join(given)}: only chats have them; give messages, or --chat")
+    return str(record["prompt"])
 
 
 def print_json(data: Any) -> None:
@@ -50,11 +81,7 @@ def _is_question(record: dict[str, Any]) -> bool:
     if "messages" not in record:
         return isinstance(record.get("prompt"), str)
     messages = record["messages"]
-    return (
-        isinstance(messages, list)
-        and bool(messages)
-        and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-            for m in messages
-        )
+    are_turns = isinstance(messages, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages
     )
+    return are_turns and bool(messages)

@@ -8,6 +8,8 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
+from dlp_lora.files import parse_json
+
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
     """Gives a command an option for each annotated field of each of its parameters that is a dataclass.
@@ -64,6 +66,19 @@ def mixture_of(text: str) -> dict[str, float]:
         except ValueError as error:
             raise ValueError(f'{part!r} is not NAME=WEIGHT; write for example "math=0.6,units=0.4"') from error
     return mixture
+
+
+def json_object(option: str, text: str | None) -> dict[str, Any]:
+    """Reads an option whose value is a JSON object; nothing is an empty one."""
+    if text is None:
+        return {}
+    try:
+        value = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"--{option} takes a JSON object, got {text!r} ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"--{option} takes a JSON object, got {text!r}")
+    return value
 
 
 def _options(group: Any) -> dict[str, inspect.Parameter]:

@@ -58,21 +58,27 @@ def route(
 
 def context_of(record: dict[str, Any]) -> "Context":
     """Reads a line of JSON as a router reads an answer while it is written: the newest sentence after those before."""
+    from dlp_lora.chat import Chat, check_text
+    from dlp_lora.engine.turns import read_chat
     from dlp_lora.router import Context
     from dlp_lora.sentences import split
 
-    messages = list(record.get("messages", ()))
-    begun = messages.pop()["content"] if len(messages) > 1 and messages[-1].get("role") == "assistant" else ""
-    turns = [message["content"] for message in messages] or [record["prompt"]]
-    history, answer = record.get("history", ""), record.get("answer", begun)
-    for text in (history, answer, *turns):
+    options = {name: record[name] for name in ("continue_final_message",) if name in record}
+    if "messages" in record:
+        context = read_chat(Chat(messages=record["messages"], **options))
+    else:
+        context = Context(record["prompt"])
+    history, answer = record.get("history", ""), record.get("answer", context.answer)
+    for text in (history, answer, context.prompt):
         if not isinstance(text, str):
             raise ValueError(f"prompt, messages, history and answer must be strings, got {text!r}")
-        if any("\ud800" <= c <= "\udfff" for c in text):
-            raise ValueError(f"prompt, messages, history and answer must be Unicode, got half a character in {text!r}")
+        check_text(text)
     sentences = split(answer) or [""]
     return Context(
-        turns[-1], "".join(sentences[:-1]), sentences[-1], history="\n".join(filter(None, [history, *turns[:-1]]))
+        context.prompt,
+        "".join(sentences[:-1]),
+        sentences[-1],
+        history="\n".join(filter(None, [history, context.history])),
     )
 
 

@@ -6,31 +6,30 @@ No adapter then reads the other questions, which costs small models most of thei
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
-from dlp_lora.engine.prompts import Message
+from dlp_lora.chat import Chat, text_of
 from dlp_lora.engine.trace import Generation, Sentence
 from dlp_lora.router import Context
 from dlp_lora.router.questions import Read, questions_apart
 
-Chat = str | Sequence[Message]
 
-
-def prompts_apart(read: Read, prompt: Chat, history: str, text: str) -> list[Any]:
-    """Gives a prompt for each question of a prompt; the prompt itself where it is not cut.
+def prompts_apart(read: Read, prompt: str | Chat, context: Context) -> list[str | Chat]:
+    """Gives a prompt for each question of a prompt; the prompt itself where it is not cut, or its answer was begun.
 
     Args:
-        history: what the router reads of the turns before the newest.
-        text: what it reads of the newest turn.
+        context: what the router reads of the prompt.
     """
-    questions = questions_apart(read, Context(text, history=history))
+    if context.answer:
+        return [prompt]
+    text = context.prompt
+    questions = questions_apart(read, context)
     if isinstance(prompt, str):
         head, found, tail = prompt.rpartition(text)  # a text of the chat template has some around the turn
         return [f"{head}{question}{tail}" for question in questions] if found and questions else [prompt]
-    *before, newest = prompt
-    if not questions or newest.get("role") != "user" or newest["content"].strip() != text:
+    *before, newest = prompt.messages
+    if not questions or newest.get("role") != "user" or text_of(newest).strip() != text:
         return [prompt]
-    return [[*before, {**newest, "content": question}] for question in questions]
+    return [replace(prompt, messages=[*before, {**newest, "content": question}]) for question in questions]
 
 
 def joined(parts: Sequence[Generation]) -> Generation:

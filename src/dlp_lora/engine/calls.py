@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dlp_lora.policy import Mixture, RoutingSettings
-from dlp_lora.router import Router
+from dlp_lora.router import Context, Router
 from dlp_lora.sentences import Segmenter, SentenceSegmenter
 
 
@@ -57,7 +57,8 @@ class Call:
     """How one answer comes about: routing settings, router, segmenter, fixed mixtures and endings.
 
     `mixtures` are what the caller fixed, one for all rows or one a row; None leaves the choice to the router.
-    `segmenter` makes what finds the sentences of a row.
+    `segmenter` makes what finds the sentences of a row. `contexts` are what the router reads of the prompts that are
+    known, by their tokens; others are read from their tokens.
     """
 
     settings: RoutingSettings = field(default_factory=RoutingSettings)
@@ -65,6 +66,7 @@ class Call:
     segmenter: Callable[[], Segmenter] = SentenceSegmenter
     mixtures: tuple[Mixture, ...] | None = None
     endings: Endings = Endings()
+    contexts: Mapping[tuple[int, ...], Context] = field(default_factory=dict)
 
     @property
     def is_base(self) -> bool:

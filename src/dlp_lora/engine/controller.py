@@ -41,7 +41,6 @@ from dlp_lora.engine.cache import (
 )
 from dlp_lora.engine.calls import Call, kept_tokens
 from dlp_lora.engine.overrides import EngineKey, Mark, Override, current_call, is_in_force, latest_mark, mark_pass
-from dlp_lora.engine.prompts import Message, prompt_tokens
 from dlp_lora.engine.routing import Among, Prompt, Routing, RowRouter, push_tokens, start_rows
 from dlp_lora.engine.text import Detokenizer, Passage, PromptReader
 from dlp_lora.errors import ModelError, PromptError
@@ -99,7 +98,7 @@ class Controller:
         self._passes: WeakKeyDictionary[Mark, tuple[RowRouter, ...]] = WeakKeyDictionary()
         self._fused: tuple[Sequence[Mixture], Tensor | None] = [], None  # by the pass that runs
         self._compiled: Callable[..., Any] | None = None  # runs decoding steps over a static cache
-        self._read_prompt = PromptReader(tokenizer)
+        self.read_prompt = PromptReader(tokenizer)
 
     @property
     def call(self) -> Call:
@@ -121,10 +120,6 @@ class Controller:
     def routing(self, call: Call) -> Routing:
         """How a call decides among the adapters that the bank holds."""
         return Routing(call=call, held=self.bank.adapters.keys())
-
-    def turns(self, prompt: str | Sequence[Message]) -> tuple[str, str]:
-        """What the router reads of a prompt: what was said before, and the newest turn."""
-        return self._read_prompt.turns(prompt_tokens(self.tokenizer, prompt))
 
     def install(self, model: nn.Module) -> None:
         """Puts the controller around a model's `forward`."""
@@ -295,12 +290,12 @@ class Controller:
         )
 
     def _prompt(self, tokens: Sequence[int], call: Call) -> Prompt:
-        history, text = self._read_prompt.turns(tokens)
+        context = call.contexts.get(tuple(tokens)) or self.read_prompt.context(tokens)
         passages: list[Passage] = []
         if call.settings.prompt_routing == "sentences":
             min_tokens = call.settings.switching.min_tokens
-            passages = self._read_prompt.sentences(tokens, call.segmenter, min_tokens=min_tokens)
-        return Prompt(history=history, text=text, passages=tuple(passages))
+            passages = self.read_prompt.sentences(tokens, call.segmenter, min_tokens=min_tokens)
+        return Prompt.of(context, passages)
 
     def _encode_again(self, rows: CachedRows, switched: Sequence[int], given: PassArguments) -> float:
         """Encodes what the KV cache holds of some rows under their mixtures of now, in place; gives milliseconds.

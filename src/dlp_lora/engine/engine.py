@@ -19,12 +19,13 @@ from dlp_lora.bank.attach import attach, detach, merged
 from dlp_lora.bank.bank import AdapterBank
 from dlp_lora.bank.paths import Paths, Setting
 from dlp_lora.bank.peft_format import FILES, check_base_name, read_adapter
+from dlp_lora.chat import Chat, Message
 from dlp_lora.engine.apart import joined, prompts_apart
 from dlp_lora.engine.bundle import check_names, write_bundle
 from dlp_lora.engine.calls import Call, Endings, call_setting, check_call, seeded
 from dlp_lora.engine.controller import Controller
 from dlp_lora.engine.overrides import Override, overriding
-from dlp_lora.engine.prompts import Message, as_batch, encode_prompts
+from dlp_lora.engine.prompts import EncodedPrompt, as_batch, contexts_of, encode_prompt, encode_prompts, padded
 from dlp_lora.engine.routing import Prompt, RowRouter
 from dlp_lora.engine.streaming import Stream
 from dlp_lora.engine.trace import Generation, Sentence
@@ -195,55 +196,76 @@ class Engine:
         mixture: Mixtures | None = None,
         settings: RoutingSettings | None = None,
         seed: int | None = None,
+        tools: Sequence[Any] = (),
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        continue_final_message: bool | None = None,
         **kwargs: Any,
     ) -> Generation: ...
 
     @overload
     def generate(
         self,
-        prompts: Sequence[str] | Sequence[Message] | Sequence[Sequence[Message]],
+        prompts: Chat | Sequence[str | Chat] | Sequence[Message] | Sequence[Sequence[Message]],
         *,
         mixture: Mixtures | None = None,
         settings: RoutingSettings | None = None,
         seed: int | None = None,
+        tools: Sequence[Any] = (),
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        continue_final_message: bool | None = None,
         **kwargs: Any,
     ) -> Any: ...
 
     def generate(
         self,
-        prompts: str | Sequence[str] | Sequence[Message] | Sequence[Sequence[Message]],
+        prompts: str | Chat | Sequence[str | Chat] | Sequence[Message] | Sequence[Sequence[Message]],
         *,
         mixture: Mixtures | None = None,
         settings: RoutingSettings | None = None,
         seed: int | None = None,
+        tools: Sequence[Any] = (),
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        continue_final_message: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """Answers a prompt (gives a Generation) or a list of prompts (gives a list of them).
 
         A string is raw text, as in `model.generate`; a list of messages with role and content is one chat and goes
-        through the tokenizer's chat template. All arguments of Hugging Face's `generate` work, and answers are sampled
-        or greedy as there: by the model's generation config unless `do_sample` is given.
+        through the tokenizer's chat template; so does a Chat, which also holds tools and arguments of the template. All
+        arguments of Hugging Face's `generate` work, and answers are sampled or greedy as there: by the model's
+        generation config unless `do_sample` is given.
 
         Args:
             mixture: used for this call instead of the router, as by `fixed`.
             settings: of this call, in the place of the engine's.
             seed: of sampling.
+            tools: which the chat template reads: JSON schemas, or functions.
+            chat_template_kwargs: arguments of the chat template, as `{"enable_thinking": False}`.
+            continue_final_message: whether the last message is the beginning of the answer, which then goes on; by
+                default it is if it is the assistant's.
 
         Raises:
-            PromptError: if a prompt is neither text nor messages, is empty, or too long for the model's context with
-                its `max_new_tokens`.
+            PromptError: if a prompt is neither text nor messages, is empty, too long for the model's context with its
+                `max_new_tokens`, or refused by the chat template.
             ValueError: if an argument cannot be followed sentence by sentence, or the engine was detached.
         """
-        chats, single = as_batch(prompts)
+        chats, single = as_batch(
+            prompts,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+            continue_final_message=continue_final_message,
+        )
         with self._calling(mixture, settings, kwargs) as call:
             apart = self._apart(chats, call, kwargs)
-            inputs = self._inputs([question for questions in apart for question in questions], call, kwargs)
-            with seeded(seed, self.model.device), torch.no_grad():
-                output = cast(Any, self.model).generate(**inputs, **kwargs)
-            length = inputs["input_ids"].shape[1]
-            special = self.tokenizer.all_special_ids
-            answers = [call.endings.trim(tokens, special) for tokens in output[:, length:].tolist()]
-            generations = self._generations(inputs, self._controller.latest or (), answers)
+            encoded = encode_prompts(self.tokenizer, [question for questions in apart for question in questions])
+            inputs = self._inputs(encoded, call, kwargs)
+            with self._overriding({"contexts": contexts_of(encoded)}):
+                with seeded(seed, self.model.device), torch.no_grad():
+                    output = cast(Any, self.model).generate(**inputs, **kwargs)
+                length = inputs["input_ids"].shape[1]
+                special = self.tokenizer.all_special_ids
+                answers = [call.endings.trim(tokens, special) for tokens in output[:, length:].tolist()]
+                generations = self._generations(inputs, self._controller.latest or (), answers)
         if any(len(questions) > 1 for questions in apart):
             following = iter(generations)
             generations = [joined(list(islice(following, len(questions)))) for questions in apart]
@@ -251,11 +273,14 @@ class Engine:
 
     def stream(
         self,
-        prompt: str | Sequence[Message],
+        prompt: str | Chat | Sequence[Message],
         *,
         mixture: Mapping[str, float] | None = None,
         settings: RoutingSettings | None = None,
         seed: int | None = None,
+        tools: Sequence[Any] = (),
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        continue_final_message: bool | None = None,
         **kwargs: Any,
     ) -> Stream:
         """Answers one prompt piece by piece; the pieces concatenate to what `generate` gives.
@@ -267,12 +292,18 @@ class Engine:
         Raises:
             PromptError, ValueError: as `generate`.
         """
-        chats, single = as_batch(prompt)
+        chats, single = as_batch(
+            prompt,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+            continue_final_message=continue_final_message,
+        )
         if not single:
             raise ValueError("engine.stream takes one prompt; use engine.generate for several")
         with self._calling(mixture, settings, kwargs) as call:
             (questions,) = self._apart(chats, call, kwargs)
-            inputs = self._inputs(questions, call, kwargs)
+            encoded = encode_prompts(self.tokenizer, questions)
+            inputs = self._inputs(encoded, call, kwargs)
 
             def run(**more: Any) -> None:
                 with seeded(seed, self.model.device), torch.no_grad():
@@ -282,7 +313,8 @@ class Engine:
                 return joined(self._generations(inputs, rows, answers))
 
             stopping = kwargs.get("stopping_criteria") or ()
-            return Stream(run, finish, self._controller, call.endings, stopping, num_rows=len(questions))
+            with self._overriding({"contexts": contexts_of(encoded)}):
+                return Stream(run, finish, self._controller, call.endings, stopping, num_rows=len(questions))
 
     @contextmanager
     def _calling(
@@ -296,17 +328,20 @@ class Engine:
         ):
             yield self.call
 
-    def _apart(
-        self, chats: Sequence[str | Sequence[Message]], call: Call, kwargs: Mapping[str, Any]
-    ) -> list[list[str | Sequence[Message]]]:
+    def _apart(self, prompts: Sequence[str | Chat], call: Call, kwargs: Mapping[str, Any]) -> list[list[str | Chat]]:
         """Gives for each prompt those that are answered in its place: its questions, if they are answered apart."""
         numbers = ("num_beams", "num_return_sequences")
         is_one_row = all((call_setting(name, kwargs, self.model.generation_config) or 1) == 1 for name in numbers)
         if call.settings.prompt_routing != "apart" or call.mixtures is not None or not is_one_row:
-            return [[chat] for chat in chats]
+            return [[prompt] for prompt in prompts]
         routing = self._controller.routing(call)
         with self.bank.lock:  # a router may run the base model
-            return [prompts_apart(routing.read, chat, *self._controller.turns(chat)) for chat in chats]
+            return [prompts_apart(routing.read, prompt, self._context(prompt)) for prompt in prompts]
+
+    def _context(self, prompt: str | Chat) -> Context:
+        """What the router reads of a prompt."""
+        encoded = encode_prompt(self.tokenizer, prompt)
+        return encoded.context or self._controller.read_prompt.context(encoded.tokens)
 
     def _generations(
         self, inputs: Mapping[str, torch.Tensor], rows: Sequence[RowRouter], answers: Sequence[list[int]]
@@ -324,16 +359,16 @@ class Engine:
         ]
 
     def _inputs(
-        self, chats: Sequence[str | Sequence[Message]], call: Call, kwargs: Mapping[str, Any]
+        self, prompts: Sequence[EncodedPrompt], call: Call, kwargs: Mapping[str, Any]
     ) -> dict[str, torch.Tensor]:
-        """Checks a call of `generate` and encodes its prompts."""
+        """Checks a call of `generate`; gives its prompts as the model reads them."""
         if not self._is_attached:
             raise ValueError("the engine was detached from its model; make another one with dlp_lora.load")
         check_call(kwargs, self.model.generation_config)
         fixed = call.mixtures or ()
-        if len(fixed) > 1 and len(fixed) != len(chats):
-            raise ValueError(f"{len(fixed)} mixtures were fixed for {len(chats)} prompts; give one, or one a prompt")
-        return encode_prompts(self.model, self.tokenizer, chats, num_new=kwargs.get("max_new_tokens") or 1)
+        if len(fixed) > 1 and len(fixed) != len(prompts):
+            raise ValueError(f"{len(fixed)} mixtures were fixed for {len(prompts)} prompts; give one, or one a prompt")
+        return padded(prompts, self.model, self.tokenizer, num_new=kwargs.get("max_new_tokens") or 1)
 
     def route(self, prompt: str | Context) -> tuple[dict[str, float], Mixture]:
         """Says what would answer a prompt, without running the model: a probability by adapter name, and the mixture.

@@ -1,63 +1,134 @@
-"""Prompts as people give them, strings and chats, in; padded token ids out."""
+"""Prompts as people give them, strings and chats, in; token ids and what the router reads of them out."""
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dlp_lora.chat import Chat, Message, chat_tokens, check_text, text_of
+from dlp_lora.engine.routing import Prompt
+from dlp_lora.engine.turns import read_chat
 from dlp_lora.errors import PromptError
-
-Message = Mapping[str, str]
-"""A turn of a chat: its role and its content."""
+from dlp_lora.router import Context
 
 
-def as_batch(prompts: Any) -> tuple[list[str | Sequence[Message]], bool]:
-    """Gives one prompt or several as a list, and whether it was one.
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt as tokens, and what the router reads of it; None for a string, which is read from its tokens.
+
+    A string may be a conversation that the caller has put through the chat template already.
+    """
+
+    tokens: tuple[int, ...]
+    context: Context | None = None
+
+    @property
+    def prompt(self) -> Prompt | None:
+        """What a row is started with; its sentences are not cut."""
+        return None if self.context is None else Prompt.of(self.context)
+
+
+def as_batch(
+    prompts: Any,
+    *,
+    tools: Sequence[Any] = (),
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    continue_final_message: bool | None = None,
+) -> tuple[list[str | Chat], bool]:
+    """Gives one prompt or several as a list, and whether it was one. What a Chat says itself wins over the arguments.
 
     Raises:
-        PromptError: if there is none, or something else than text or messages.
+        PromptError: if there is none, something else than text or messages, or arguments of a chat come with a string.
     """
-    if isinstance(prompts, str):
-        return [prompts], True
-    if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
+    single = isinstance(prompts, str | Chat)
+    if not single and (isinstance(prompts, Mapping) or not isinstance(prompts, Iterable)):
         raise _strange(prompts)
-    found = list(prompts)
+    found = [prompts] if single else list(prompts)
     if not found:
         raise PromptError("there is no prompt; give a string, a list of strings, or messages")
     if _is_chat(found):
-        return [found], True
-    for prompt in found:
-        if not isinstance(prompt, str) and not _is_chat(prompt):
-            raise _strange(prompt)
-    return found, False
+        found, single = [found], True
+    options: dict[str, Any] = {
+        "tools": tools,
+        "chat_template_kwargs": chat_template_kwargs or {},
+        "continue_final_message": continue_final_message,
+    }
+    options = {name: value for name, value in options.items() if value not in ((), [], {}, None)}
+    return [_with(prompt, options) for prompt in found], single
 
 
-def context_of(model: PreTrainedModel) -> int:
-    """How many tokens the model reads, prompt and answer together; without end where its settings name no limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-
-
-def encode_prompts(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str | Sequence[Message]],
-    *,
-    num_new: int,
-) -> dict[str, Tensor]:
-    """Encodes prompts, chats through the chat template, padded on the left: input_ids and attention_mask, (batch, seq).
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Chat) -> EncodedPrompt:
+    """Encodes a prompt, a chat through the chat template.
 
     Raises:
-        PromptError: if a prompt is empty, or leaves no room for `num_new` tokens in the model's context.
+        PromptError: if it is empty, or the chat template cannot write it.
     """
-    rows = [prompt_tokens(tokenizer, prompt) for prompt in prompts]
+    if isinstance(prompt, str):
+        check_text(prompt)
+        tokens, context = list(tokenizer(prompt)["input_ids"]) if prompt.strip() else [], None
+    else:
+        context = read_chat(prompt)
+        has_text = any(text_of(message).strip() or message.get("tool_calls") for message in prompt.messages)
+        tokens = chat_tokens(tokenizer, prompt) if has_text else []
+    if not tokens:
+        raise PromptError("the prompt is empty; give at least one token of text")
+    return EncodedPrompt(tuple(tokens), context)
+
+
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[Any] = (),
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    continue_final_message: bool | None = None,
+) -> EncodedPrompt:
+    """Encodes messages as `encode_prompt` does a Chat of them."""
+    chat = Chat(
+        messages=messages,
+        tools=tools,
+        chat_template_kwargs=chat_template_kwargs or {},
+        continue_final_message=continue_final_message,
+    )
+    return encode_prompt(tokenizer, chat)
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | Chat]) -> list[EncodedPrompt]:
+    """Encodes prompts.
+
+    Raises:
+        PromptError: as `encode_prompt`, and says which of several it is.
+    """
+    encoded = []
+    for i, prompt in enumerate(prompts):
+        try:
+            encoded.append(encode_prompt(tokenizer, prompt))
+        except PromptError as error:
+            raise PromptError(f"prompt {i}: {error}" if len(prompts) > 1 else str(error)) from error
+    return encoded
+
+
+def contexts_of(prompts: Sequence[EncodedPrompt]) -> dict[tuple[int, ...], Context]:
+    """Gives what the router reads of those prompts that are chats, by their tokens, as `Call.contexts` has it."""
+    return {prompt.tokens: prompt.context for prompt in prompts if prompt.context is not None}
+
+
+def padded(
+    prompts: Sequence[EncodedPrompt], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, num_new: int
+) -> dict[str, Tensor]:
+    """Pads prompts on the left: input_ids and attention_mask, (batch, seq).
+
+    Raises:
+        PromptError: if one leaves no room for `num_new` tokens in the model's context.
+    """
+    rows = [list(prompt.tokens) for prompt in prompts]
     limit = context_of(model)
     for i, row in enumerate(rows):
         which = f"prompt {i}" if len(rows) > 1 else "the prompt"
-        if not row:
-            raise PromptError(f"{which} is empty; give at least one token of text")
         if len(row) + num_new > limit:
             raise PromptError(
                 f"{which} has {len(row)} tokens, and {num_new} new ones do not fit: the model's context is {limit}; "
@@ -73,27 +144,39 @@ def encode_prompts(
     }
 
 
-def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message]) -> list[int]:
-    """Encodes one prompt, a chat through the chat template.
+def context_of(model: PreTrainedModel) -> int:
+    """How many tokens the model reads, prompt and answer together; without end where its settings name no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+
+def fitting(tokenizer: PreTrainedTokenizerBase, chat: Chat, *, max_tokens: int) -> Chat:
+    """Drops the oldest turns of a chat, each question with its answers, until it has at most `max_tokens` tokens.
+
+    What stands before the first question, as a system message, and the latest question stay, even if they alone have
+    more tokens.
 
     Raises:
-        PromptError: if it is no Unicode, or messages that the template cannot take.
+        PromptError: as `encode_prompt`.
     """
-    for text in [prompt] if isinstance(prompt, str) else [message.get("content") for message in prompt]:
-        if isinstance(text, str) and any("\ud800" <= c <= "\udfff" for c in text):
-            raise PromptError(f"a prompt must be Unicode, got half a character in {text[:60]!r}")
+    while len(encode_prompt(tokenizer, chat).tokens) > max_tokens:
+        asked = [i for i, message in enumerate(chat.messages) if message.get("role") == "user"]
+        if len(asked) < 2:
+            break
+        chat = replace(chat, messages=[*chat.messages[: asked[0]], *chat.messages[asked[1] :]])
+    return chat
+
+
+def _with(prompt: Any, options: Mapping[str, Any]) -> str | Chat:
     if isinstance(prompt, str):
-        return list(tokenizer(prompt)["input_ids"]) if prompt.strip() else []
-    if not getattr(tokenizer, "chat_template", None):
-        raise PromptError("the tokenizer has no chat template; give the prompt as a string instead of messages")
-    for message in prompt:
-        if not isinstance(message.get("content"), str):
-            raise PromptError(f"the content of a message must be a string, got {_shown(message.get('content'))}")
-    if not any(message["content"].strip() for message in prompt):
-        return []
-    messages = [dict(message) for message in prompt]
-    encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-    return list(encoded["input_ids"])
+        if options:
+            raise PromptError(f"{', '.join(options)}: for chats, but a prompt is a string; give it as messages")
+        return prompt
+    if not isinstance(prompt, Chat) and not _is_chat(prompt):
+        raise _strange(prompt)
+    chat = prompt if isinstance(prompt, Chat) else Chat(messages=list(prompt))
+    default = Chat(messages=())
+    unset = {name: value for name, value in options.items() if getattr(chat, name) == getattr(default, name)}
+    return replace(chat, **unset)
 
 
 def _is_chat(prompt: Any) -> bool:
@@ -102,10 +185,6 @@ def _is_chat(prompt: Any) -> bool:
 
 def _strange(prompt: Any) -> PromptError:
     return PromptError(
-        f"a prompt is a string or a list of messages with role and content, got {_shown(prompt)}; token ids go to "
-        "engine.model.generate"
+        f"a prompt is a string or a list of messages with role and content, got {type(prompt).__name__} "
+        f"{str(prompt)[:60]!r}; token ids go to engine.model.generate"
     )
-
-
-def _shown(value: Any) -> str:
-    return f"{type(value).__name__} {str(value)[:60]!r}"

@@ -64,10 +64,15 @@ class Routing:
         A prompt that is not clearly one question costs up to three more calls of the router.
         """
         start = time.perf_counter()
-        rows: list[Mapping[str, float]] = list(self.read([*prompts, *sentences]))
+        bare = [replace(context, answer="", sentence="") for context in prompts]
+        is_cut = self.call.settings.prompt_routing != "whole"
+        begun = [i for i, context in enumerate(prompts) if is_cut and context != bare[i]]
+        found = list(self.read([*prompts, *sentences, *(bare[i] for i in begun)]))
+        rows: list[Mapping[str, float]] = list(found[: len(prompts) + len(sentences)])
+        whole = dict(enumerate(rows[: len(prompts)])) | dict(zip(begun, found[len(rows) :], strict=True))
         questions: list[tuple[str, ...]] = [()] * len(prompts)
-        if self.call.settings.prompt_routing != "whole":
-            questions = [questions_of(self.read, c, row) for c, row in zip(prompts, rows, strict=False)]
+        if is_cut:
+            questions = [questions_of(self.read, context, whole[i]) for i, context in enumerate(bare)]
         for i, parts in enumerate(questions):
             if parts:
                 (rows[i],) = read_in_turn(self.read, [prompts[i]], [parts])
@@ -111,11 +116,24 @@ class Among(Collection[str]):
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """What is read of a prompt: what was said before, what is asked now, and its sentences if they are routed too."""
+    """What is read of a prompt: what was said before, what is asked now, the answer as far as the caller wrote it, and
+    the prompt's sentences if they are routed too.
+    """
 
     history: str
     text: str
+    answer: str = ""
     passages: tuple[Passage, ...] = ()
+
+    @classmethod
+    def of(cls, context: Context, passages: Sequence[Passage] = ()) -> "Prompt":
+        """Makes one of what a router reads."""
+        return cls(history=context.history, text=context.prompt, answer=context.answer, passages=tuple(passages))
+
+    def context(self, answer: str, opens: int) -> Context:
+        """What the router reads where a sentence opens in an answer, which goes on behind its beginning."""
+        answer, opens = self.answer + answer, len(self.answer) + opens
+        return Context(self.text, answer[:opens], answer[opens:], self.history)
 
 
 @dataclass
@@ -211,7 +229,7 @@ class RowRouter:
         if not piece:
             return []
         self.text += piece
-        return self.segmenter.push(piece)
+        return [max(offset - len(self.prompt.answer), 0) for offset in self.segmenter.push(piece)]
 
     def charge(self, *, fuse_ms: float, encode_ms: float = 0.0) -> None:
         """Writes down what the decision in force cost, the first time that it is fused."""
@@ -239,12 +257,17 @@ def start_rows(
 ) -> list[RowRouter]:
     """Routes prompts, all in one call of the router; with `fixed`, one mixture a prompt, the router is not asked."""
     passages = [passage for prompt in prompts for passage in prompt.passages]
+    segmenters = [routing.call.segmenter() for _ in prompts]
+    begun = [s.push(p.answer) if p.answer else [] for s, p in zip(segmenters, prompts, strict=True)]
     questions: Sequence[tuple[str, ...]] = [()] * len(prompts)
     if fixed:
         openings = [Decision(mixture=mixture) for mixture in fixed]
         routed = [Decision(mixture=m) for prompt, m in zip(prompts, fixed, strict=True) for _ in prompt.passages]
     else:
-        contexts = [Context(prompt.text, history=prompt.history) for prompt in prompts]
+        contexts = [
+            prompt.context("", (starts or [0])[-1] - len(prompt.answer))
+            for prompt, starts in zip(prompts, begun, strict=True)
+        ]
         sentences = [Context(p.text.strip(), history=p.history.strip()) for p in passages]
         decisions, questions = routing.decide_prompts(contexts, sentences)
         openings, routed = decisions[: len(prompts)], decisions[len(prompts) :]
@@ -254,13 +277,13 @@ def start_rows(
             routing,
             prompt,
             make_detokenizer(),
-            routing.call.segmenter(),
+            segmenter,
             [opening],
             prompt_trace=_prompt_trace(prompt.passages, following, routing.call.settings.switching),
             questions=parts,
             is_fixed=bool(fixed),
         )
-        for prompt, opening, parts in zip(prompts, openings, questions, strict=True)
+        for prompt, segmenter, opening, parts in zip(prompts, segmenters, openings, questions, strict=True)
     ]
 
 
@@ -280,10 +303,7 @@ def push_tokens(rows: Sequence[RowRouter], tokens: Sequence[int]) -> list[bool]:
         else:
             opening[i] = row.num_tokens - 1, offset
     for routing, some in _by_routing(rows, opening):
-        contexts = [
-            Context(rows[i].prompt.text, rows[i].text[:at], rows[i].text[at:], rows[i].prompt.history)
-            for i, (_, at) in some.items()
-        ]
+        contexts = [rows[i].prompt.context(rows[i].text, at) for i, (_, at) in some.items()]
         decisions = routing.decide(contexts, list(some.values()), [rows[i].questions for i in some])
         for i, decision in zip(some, decisions, strict=True):
             held = hold(rows[i].mixture, decision, routing.call.settings.switching)

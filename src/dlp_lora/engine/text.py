@@ -12,6 +12,9 @@ from tokenizers import decoders
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from dlp_lora.engine.template import ChatTemplate, Span
+from dlp_lora.engine.turns import ASSISTANT, Turn, read_turns
+from dlp_lora.router import Context
 from dlp_lora.sentences import Segmenter
 
 REPLACEMENT = "\ufffd"
@@ -90,23 +93,29 @@ class PromptReader:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._decode = decoder(tokenizer)
-        self._day = date.today()
-        self._templates = [_chat_glue(tokenizer)]
+        self._day: date | None = None
+        self._templates: list[ChatTemplate] = []
         specials = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, specials)) or "(?!)")
 
     def __call__(self, tokens: Sequence[int]) -> str:
         """Decodes a prompt; the turns of a conversation stand on lines of their own."""
-        return "\n".join(filter(None, self.turns(tokens)))
+        context = self.context(tokens)
+        return "\n".join(filter(None, [context.history, context.prompt, context.answer]))
 
     def turns(self, tokens: Sequence[int]) -> tuple[str, str]:
-        """Decodes a prompt into what was said before and the newest turn; without a template it is one turn."""
+        """Decodes a prompt into what was said before and what is asked; without a template it is one turn."""
+        context = self.context(tokens)
+        return context.history, context.prompt
+
+    def context(self, tokens: Sequence[int]) -> Context:
+        """Decodes a prompt into what the router reads, with an answer that was begun."""
         if getattr(self._tokenizer, "chat_template", None):
-            text = _without_bos(self._tokenizer, decode(self._tokenizer, tokens, skip_special_tokens=False))
-            if glue := self._glue_of(text):
-                turns = [turn for part in glue.split(text) if (turn := self._special.sub("", part).strip())]
-                return "\n".join(turns[:-1]), turns[-1] if turns else ""
-        return "", decode(self._tokenizer, tokens).strip()
+            text = decode(self._tokenizer, tokens, skip_special_tokens=False)
+            if (spans := self._spans(text)) is not None:
+                turns = [span.turn(text) for span in spans]
+                return read_turns([Turn(turn.role, self._special.sub("", turn.text)) for turn in turns])
+        return Context(decode(self._tokenizer, tokens).strip())
 
     def sentences(
         self, tokens: Sequence[int], segmenter: Callable[[], Segmenter], *, min_tokens: int = 1
@@ -146,12 +155,16 @@ class PromptReader:
             if first < last
         ]
 
-    def _glue_of(self, text: str) -> re.Pattern[str] | None:
-        """What stands around the contents of a conversation, if the text is one of the chat template."""
+    def _spans(self, text: str) -> list[Span] | None:
+        """Where the turns of a conversation stand, if the text is one of the chat template."""
+        if not getattr(self._tokenizer, "chat_template", None):
+            return None
         if date.today() != self._day:  # templates may print it, and conversations last over midnight
             self._day = date.today()
-            self._templates = [_chat_glue(self._tokenizer), self._templates[0]]
-        return next((glue for openings, glue in self._templates if glue and text.startswith(openings)), None)
+            read = partial(decode, self._tokenizer, skip_special_tokens=False)
+            self._templates = [ChatTemplate(self._tokenizer, read), *self._templates[:1]]
+        found = (template.spans(text) for template in self._templates)
+        return next((spans for spans in found if spans is not None), None)
 
     def _aligned(self, tokens: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
         """The whole text, and where in it the characters of a token, or of a few tokens together, begin."""
@@ -165,22 +178,26 @@ class PromptReader:
         return text, tiles
 
     def _visible(self, text: str) -> tuple[str, list[int], list[int]]:
-        """What the router reads, where each character of it stands in the text, and where turns begin in it."""
-        hidden = self._special
-        if glue := self._glue_of(_without_bos(self._tokenizer, text)):
-            hidden = re.compile(f"(?P<glue>{glue.pattern})|{hidden.pattern}")
-        read, end = "", 0
-        places: list[int] = []
-        turns = [0]
-        for match in hidden.finditer(text):
-            read += text[end : match.start()]
-            places += range(end, match.start())
-            if match.lastgroup:
+        """What the router reads of the prompt, where each character of it stands in the text, and where turns begin."""
+        spans = self._spans(text)
+        turns, read, places = [0], "", list[int]()
+        if spans and spans[-1].role == ASSISTANT:  # it is the answer, of which only the line break before is read
+            spans = [*spans[:-1], Span(ASSISTANT, spans[-1].start, spans[-1].start)]
+        end = 0
+        for span in [Span("", 0, len(text))] if spans is None else spans:
+            if spans is not None:
                 read += "\n"
-                places.append(match.start())
+                places.append(end)
                 turns.append(len(read))
-            end = match.end()
-        return read + text[end:], [*places, *range(end, len(text))], turns
+            start = span.start
+            for match in self._special.finditer(text, span.start, span.end):
+                read += text[start : match.start()]
+                places += range(start, match.start())
+                start = match.end()
+            read += text[start : span.end]
+            places += range(start, span.end)
+            end = span.end
+        return read, places, turns
 
 
 def decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[int]], str]:
@@ -216,38 +233,3 @@ def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], *, skip_sp
     return str(
         tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
     )
-
-
-def _without_bos(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    # A template may hold it, the tokenizer may add it, and both may do so at once.
-    while tokenizer.bos_token and text.startswith(tokenizer.bos_token):
-        text = text.removeprefix(tokenizer.bos_token).lstrip()
-    return text
-
-
-def _chat_glue(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[str, ...], re.Pattern[str] | None]:
-    """Finds what a chat template puts around contents, by rendering conversations of known contents."""
-    if not getattr(tokenizer, "chat_template", None):
-        return (), None
-    openings: list[str] = []
-    glue: set[str] = set()
-    for roles in (["user"], ["user", "assistant", "user"], ["system", "user", "assistant", "user"]):
-        contents = [f"@@{i}@@" for i in range(len(roles))]
-        messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
-        for prompt in (True, False):
-            try:
-                text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-            except Exception:
-                continue  # a template may refuse a role: then no prompt of such roles exists
-            # As it reads once tokenized: some tokenizers put spaces beside special tokens.
-            ids = tokenizer(str(text), add_special_tokens=False)["input_ids"]
-            read = decode(tokenizer, ids, skip_special_tokens=False)
-            parts = re.split("|".join(contents), read if all(c in read for c in contents) else str(text))
-            parts[0] = _without_bos(tokenizer, parts[0])
-            openings.append(parts[0])
-            glue.update(parts)
-    openings = [opening for opening in openings if opening]
-    if not openings:
-        return (), None
-    pattern = "|".join(re.escape(part) for part in sorted(glue, key=len, reverse=True) if part.strip())
-    return tuple(openings), re.compile(pattern)
