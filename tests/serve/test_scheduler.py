@@ -1,5 +1,6 @@
 """Whatever comes, goes and switches meanwhile, each row is answered as by the engine alone."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -132,6 +133,24 @@ class Serving(RuleBasedStateMachine):
 
 
 @pytest.fixture(scope="module")
+def engine(lively_adapters: Path) -> Engine:
+    return double_engine(lively_adapters)
+
+
+@pytest.fixture
+def make_scheduler(engine: Engine) -> Iterator[Callable[..., Scheduler]]:
+    made: list[Scheduler] = []
+
+    def make(**changes: Any) -> Scheduler:
+        made.append(Scheduler(engine, **{"max_batch": 4, "chunk_tokens": 8, "cache_mb": 0.0, **changes}))
+        return made[-1]
+
+    yield make
+    for scheduler in made:
+        scheduler.close()
+
+
+@pytest.fixture(scope="module")
 def extras(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
     return extra_adapters(tmp_path_factory.mktemp("extras"))
 
@@ -151,3 +170,87 @@ def test_answers_do_not_depend_on_what_else_happens(
             max_examples=20, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
+
+
+def test_while_a_prompt_is_read_each_row_gets_a_token_for_each_chunk(
+    engine: Engine, make_scheduler: Callable[..., Scheduler]
+) -> None:
+    scheduler = make_scheduler()
+    rows = [open_row(scheduler, ask(engine, PROMPTS[1], mixture={"math": 1.0}, max_tokens=60)) for _ in range(2)]
+    work_until(scheduler, lambda: all(row.state == "decoding" for row in rows))
+    long = open_row(scheduler, ask(engine, "x" * 100, mixture={"units": 1.0}))
+    num_chunks = 0
+    while long.state != "decoding":
+        before, num_read = [row.num_tokens for row in rows], scheduler.stats().num_read_tokens
+        scheduler.turn()
+        assert [row.num_tokens for row in rows] == [n + 1 for n in before]
+        num_chunks += scheduler.stats().num_read_tokens > num_read
+        assert scheduler.stats().num_read_tokens - num_read <= 8
+    assert num_chunks == 13
+    finish(scheduler)
+
+
+def test_contexts_are_read_again_before_new_prompts_but_every_fourth_chunk_is_one_of_these(
+    engine: Engine, make_scheduler: Callable[..., Scheduler]
+) -> None:
+    scheduler = make_scheduler(max_batch=4, chunk_tokens=4)
+    switching = [open_row(scheduler, ask(engine, PROMPTS[i], max_tokens=400)) for i in range(3)]
+    work_until(scheduler, lambda: all(row.num_tokens > 30 or row.has_ended for row in switching))
+    new = open_row(scheduler, ask(engine, "x" * 80, mixture={"math": 1.0}))
+    read = []
+    while not new.has_answer:
+        num_read, num_new = scheduler.stats().num_read_tokens, len(new.contents)
+        scheduler.turn()
+        if scheduler.stats().num_read_tokens > num_read:
+            read.append(len(new.contents) > num_new)
+    assert sum(not is_new for is_new in read) > 20  # contexts that were read again meanwhile
+    gaps = "".join("n" if is_new else "." for is_new in read)
+    assert "...." not in gaps.lstrip(".")
+    for row in switching:
+        row.stream.cancel()
+    finish(scheduler)
+
+
+@pytest.mark.parametrize("state", ["queued", "waiting", "reading", "decoding"])
+def test_a_reader_that_leaves_frees_its_row_in_the_next_turn(
+    engine: Engine, make_scheduler: Callable[..., Scheduler], state: str
+) -> None:
+    scheduler = make_scheduler(max_batch=1)
+    others = [open_row(scheduler, ask(engine, "x", mixture={}, max_tokens=3))] if state in ("queued", "waiting") else []
+    row = open_row(scheduler, ask(engine, "x" * 40, mixture={"math": 1.0}))
+    work_until(scheduler, lambda: row.state == state)
+    row.stream.cancel()
+    row.stream.cancel()
+    scheduler.turn()
+    assert row.has_ended
+    assert row.lease is None
+    assert scheduler.num_open == sum(not other.has_ended for other in others)
+    assert read(row.stream).reason == "abort"
+    finish(scheduler)
+    assert scheduler.stats().decoding == scheduler.stats().reading == scheduler.stats().waiting == 0
+
+
+def test_a_row_whose_adapter_is_on_disk_waits_and_the_others_do_not(lively_adapters: Path) -> None:
+    engine = double_engine(lively_adapters, budget_mb=1.0)
+    scheduler = Scheduler(engine, max_batch=2, chunk_tokens=8, cache_mb=0.0)
+    base = open_row(scheduler, ask(engine, "x", mixture={}, max_tokens=200, ignore_eos=True))
+    work_until(scheduler, lambda: base.state == "decoding")
+    with engine.bank.loading:  # as if the disk were slow
+        row = open_row(scheduler, ask(engine, "x", mixture={"math": 1.0}))
+        for _ in range(5):
+            num_tokens = base.num_tokens
+            scheduler.turn()
+            assert base.num_tokens == num_tokens + 1
+        assert row.state == "loading"
+    work_until(scheduler, lambda: row.state == "decoding")
+    assert engine.bank.store.num_misses == 1
+    base.stream.cancel()
+    finish(scheduler)
+    scheduler.close()
+
+
+def work_until(scheduler: Scheduler, holds: Callable[[], bool]) -> None:
+    """Has a scheduler work until something holds."""
+    while not holds():
+        if not scheduler.turn():
+            scheduler.wait(timeout_s=10)

@@ -9,6 +9,7 @@ by token.
 """
 
 import hashlib
+import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -69,6 +70,7 @@ class AdapterBank:
         self.base = layout if isinstance(layout, BaseLayers) else BaseLayers(layout)
         placing = Layout(self.base, siblings, dtype=dtype, device=torch.device(device))
         self.lock = TurnLock()
+        self.loading = threading.Lock()  # one adapter is prepared at a time
         self.store = AdapterStore(placing, budget_mb=budget_mb)
         self.groups = [Group(*family, dtype=dtype, device=placing.device) for family in placing.families]
         self.plan: Plan | None = None  # what lies in the buffers, where that is known
@@ -165,12 +167,13 @@ class AdapterBank:
             AdapterError: if the bank holds no adapter of a name, it cannot be read, or its files were written since.
         """
         for name in names:
-            with self.lock:
-                entry = self.store.entry(name)
-            stacked = self.store.read(entry)
-            digest = entry.digest or content_digest(stacked)
-            with self.lock:
-                self.store.put(entry, stacked, digest)
+            with self.loading:
+                with self.lock:
+                    entry = self.store.entry(name)
+                stacked = self.store.read(entry)
+                digest = entry.digest or content_digest(stacked)
+                with self.lock:
+                    self.store.put(entry, stacked, digest)
 
     def content(self, mixture: Mixture) -> bytes:
         """Says what a mixture is made of: equal for equal weights of adapters that hold equal numbers, whatever their
