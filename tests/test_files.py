@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dlp_lora.files import name_of, recover_folder, replace_folder, write_text
+from dlp_lora.files import name_of, recover_folder, replace_file, replace_folder, write_text
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -272,3 +272,60 @@ def test_a_folder_is_named_after_itself_and_a_link_not_after_what_it_leads_to(
     assert [name_of(tmp_path / name) for name in ("run42", "sums", "run42/../sums")] == ["run42", "sums", "sums"]
     monkeypatch.chdir(tmp_path / "run42")
     assert name_of(".") == "run42"
+
+
+def test_all_that_is_written_may_be_read_by_those_whom_the_umask_lets(tmp_path: Path) -> None:
+    mask = os.umask(0o022)
+    try:
+        with replace_folder(tmp_path / "router", own=("weights", "parts")) as folder:
+            (folder / "parts").mkdir(mode=0o700)
+            for file in (folder / "weights", folder / "parts" / "more"):
+                file.touch(mode=0o600)
+        (tmp_path / "router" / "run.sh").touch(mode=0o700)
+        with replace_folder(tmp_path / "router", own=("weights", "parts")) as folder:
+            (folder / "weights").touch(mode=0o600)
+            (folder / "parts").mkdir(mode=0o700)
+        modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "router").iterdir()}
+    finally:
+        os.umask(mask)
+    assert modes == {"weights": 0o644, "parts": 0o755, "run.sh": 0o700}  # what others put there stays as it is
+
+
+def test_files_are_on_the_disk_before_they_get_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    fsync, rename, replace = os.fsync, Path.rename, os.replace
+
+    def flushed(descriptor: int) -> None:
+        events.append(f"flush {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        fsync(descriptor)
+
+    def renamed(source: Path, target: Path) -> Path:
+        events.append(f"name {target.name}")
+        return rename(source, target)
+
+    def replaced(source: Path, target: Path) -> None:
+        events.append(f"name {target.name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(Path, "rename", renamed)
+    monkeypatch.setattr(os, "replace", replaced)
+    with replace_folder(tmp_path / "folder") as folder:
+        (folder / "weights").write_text("new")
+    assert events.index("flush weights") < events.index("name folder") < events.index(f"flush {tmp_path.name}")
+    events.clear()
+    write_text(tmp_path / "record.json", "{}")
+    assert events == ["flush .record.json.partial", "name record.json", f"flush {tmp_path.name}"]
+
+
+def test_a_file_that_is_not_written_to_its_end_leaves_the_one_before(tmp_path: Path) -> None:
+    write_text(tmp_path / "record.json", "old")
+
+    def write() -> None:
+        with replace_file(tmp_path / "record.json") as aside:
+            aside.write_text("half")
+            raise OSError(errno.ENOSPC, "the disk is full")
+
+    with pytest.raises(OSError, match="the disk is full"):
+        write()
+    assert contents(tmp_path) == {"record.json": "old"}

@@ -18,6 +18,7 @@ from dlp_lora.engine.engine import Engine
 from dlp_lora.engine.loading import load
 from dlp_lora.engine.trace import Sentence
 from dlp_lora.files import write_text
+from dlp_lora.kept import read_kept
 from dlp_lora.lab.evals.metrics import contains
 from dlp_lora.lab.records.environment import environment
 from dlp_lora.policy import Mixture, TopP
@@ -171,12 +172,11 @@ def _router(
 ) -> dict[str, Any]:
     sizes = {"num_train": args.num_train + args.num_serial, "num_test": args.num_test, "epochs": args.router_epochs}
     identity = {"tasks": list(args.tasks), **sizes, "seed": args.seed, "data_seed": args.data_seed}
-    if (folder / "report.json").is_file():
-        kept: dict[str, Any] = json.loads((folder / "report.json").read_text())
-        if kept.get("identity") == identity:
-            MiniMLP.from_pretrained(folder)
-            on_event(DemoEvent(stage="router", done=1, total=1, note="there already"))
-            return kept
+    kept = read_kept(folder / "report.json")
+    if kept.get("identity") == identity:
+        MiniMLP.from_pretrained(folder)
+        on_event(DemoEvent(stage="router", done=1, total=1, note="there already"))
+        return kept
 
     def on_step(step: int, num_steps: int, loss: float) -> None:
         on_event(DemoEvent(stage="router", done=step, total=num_steps, note=f"loss {loss:.3f}"))
@@ -197,7 +197,7 @@ def _evaluate(
     engine: Engine, tasks: Sequence[Task], file: Path, args: DemoArgs, on_event: Callable[[DemoEvent], None]
 ) -> list[dict[str, Any]]:
     identity = _identity(engine, args)
-    kept = json.loads(file.read_text()) if file.is_file() else {}
+    kept = read_kept(file, "identity", "answers")
     records: list[dict[str, Any]] = kept["answers"] if kept.get("identity") == identity else []
     # The tasks are pooled, so that rows of one batch need different adapters and nobody says which.
     pooled = [(task.name, task.test[i]) for i in range(args.num_test) for task in tasks]
@@ -251,7 +251,7 @@ def _pairs(
     engine: Engine, tasks: Sequence[Task], file: Path, args: DemoArgs, on_event: Callable[[DemoEvent], None]
 ) -> dict[str, dict[str, float]]:
     identity = _identity(engine, args)
-    kept = json.loads(file.read_text()) if file.is_file() else {}
+    kept = read_kept(file, "identity", "shares")
     found: dict[str, dict[str, float]] = kept["shares"] if kept.get("identity") == identity else {}
     asked = [
         (first, second, first.test[i % args.num_test], second.test[(i + 1) % args.num_test])

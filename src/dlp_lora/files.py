@@ -1,5 +1,6 @@
-"""Folders that are written whole or not at all, and files that people write."""
+"""Folders and files that are written whole or not at all, and files that people write."""
 
+import errno
 import json
 import os
 import shutil
@@ -30,14 +31,16 @@ def replace_folder(path: str | Path, *, own: Sequence[str] = ()) -> Iterator[Pat
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     try:
         yield aside
+        _finish_files(aside)
         if own and path.exists():
             _carry_over([entry for entry in path.iterdir() if entry.name not in own], aside)
-        aside.chmod(0o777 & ~_umask())
+        _flush(aside)
         previous = _previous(path)
         if path.exists():
             shutil.rmtree(previous, ignore_errors=True)
             path.rename(previous)
         aside.rename(path)
+        _flush(path.parent)
         if previous.exists():
             # Under this name, what a kill leaves of it is never recovered.
             previous.rename(aside)
@@ -66,11 +69,23 @@ def recover_folder(path: str | Path) -> None:
         _previous(path).rename(path)
 
 
+@contextmanager
+def replace_file(path: Path) -> Iterator[Path]:
+    """Yields the path of a file beside `path`, and puts it in the place of `path` if all went well."""
+    aside = path.with_name(f".{path.name}.partial")
+    try:
+        yield aside
+        _flush(aside)
+        os.replace(aside, path)
+        _flush(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a text file whole or not at all."""
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    with replace_file(path) as aside:
+        aside.write_text(text, encoding="utf-8")
 
 
 def parse_json(text: str) -> Any:
@@ -111,6 +126,33 @@ def _link_or_copy(source: str, target: str) -> str:
     except OSError:
         shutil.copy2(source, target, follow_symlinks=False)
     return target
+
+
+def _finish_files(folder: Path) -> None:
+    """Gives all that was written into a folder ordinary permissions, and has the disk hold it.
+
+    safetensors writes files that their owner alone may read, as does `mkdtemp`.
+    """
+    mask = _umask()
+    for parent, _, files in os.walk(folder, topdown=False):
+        for file in files:
+            Path(parent, file).chmod(0o666 & ~mask)
+            _flush(Path(parent, file))
+        Path(parent).chmod(0o777 & ~mask)
+        _flush(Path(parent))
+
+
+def _flush(path: Path) -> None:
+    """Has the disk hold a file, or the names in a folder: a rename must not outlive what it names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network disks cannot do this to a folder.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def _previous(path: Path) -> Path:

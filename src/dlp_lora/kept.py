@@ -1,6 +1,6 @@
-"""Rows that are kept on disk as they come: batches of questions in, one JSON line a question out.
+"""What a run keeps on disk to go on from: JSON files, and rows as they come, one JSON line a question.
 
-The first line is the rows' identity, all that they depend on: what was kept under another is never taken for them.
+The first line of rows is their identity, all that they depend on: what was kept under another is never taken for them.
 """
 
 import gzip
@@ -10,8 +10,50 @@ from pathlib import Path
 from typing import Any
 
 from dlp_lora.errors import RecordError
+from dlp_lora.files import replace_file, write_text
 
 Row = dict[str, Any]
+
+
+def read_kept(file: Path, *keys: str) -> dict[str, Any]:
+    """Reads the JSON object that an earlier run kept in a file; an empty one if there is no such file.
+
+    Raises:
+        RecordError: naming the file, if it is damaged or lacks one of the `keys`.
+    """
+    if not file.is_file():
+        return {}
+    (found,) = _objects(file, [read_json(file)], keys)
+    return found
+
+
+def read_kept_list(file: Path, *keys: str) -> list[dict[str, Any]]:
+    """As `read_kept`, of a list of such objects; an empty one if there is no such file."""
+    if not file.is_file():
+        return []
+    found = read_json(file)
+    return _objects(file, found if isinstance(found, list) else [found], keys)
+
+
+def read_json(file: Path) -> Any:
+    """Reads JSON that an earlier run wrote.
+
+    Raises:
+        RecordError: naming the file, if it is damaged.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RecordError(f"{file} is damaged ({error}); remove it, and it is made again") from error
+
+
+def _objects(file: Path, found: list[Any], keys: Sequence[str]) -> list[dict[str, Any]]:
+    for one in found:
+        if not isinstance(one, dict):
+            raise RecordError(f"{file} is damaged (expected a JSON object); remove it, and it is made again")
+        if missing := [key for key in keys if key not in one]:
+            raise RecordError(f"{file} is damaged (it has no {', '.join(missing)}); remove it, and it is made again")
+    return found
 
 
 def keep_rows(
@@ -26,7 +68,7 @@ def keep_rows(
     """Computes the batches into `file`, or goes on with it; gives all rows, in the batches' order.
 
     Raises:
-        RecordError: if the file was begun under another identity, unless it may be replaced.
+        RecordError: if the file was begun under another identity, unless it may be replaced, or a line is damaged.
     """
     rows = _resume(file, json.loads(json.dumps(identity)), batches, replace=replace)
     num_done = len(rows)
@@ -45,16 +87,18 @@ def keep_rows(
 
 
 def read_rows(file: Path) -> list[Row]:
-    """Reads the rows that a file holds, a torn last line left out."""
+    """Reads the rows that a file holds, a torn last line left out.
+
+    Raises:
+        RecordError: naming the line, if another one is damaged.
+    """
     return [row for row in _lines(file) if "identity" not in row] if file.is_file() else []
 
 
 def write_outputs(file: Path, rows: Iterable[Row]) -> None:
     """Writes rows into a compressed file, all or nothing."""
-    aside = file.with_name(f".{file.name}.partial")
-    with gzip.open(aside, "wt", encoding="utf-8") as lines:
+    with replace_file(file) as aside, gzip.open(aside, "wt", encoding="utf-8") as lines:
         lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    aside.replace(file)
 
 
 def differences(before: Any, now: Any, key: str = "") -> str:
@@ -86,15 +130,17 @@ def _resume(file: Path, identity: Row, batches: Sequence[Sequence[Any]], *, repl
         whole += len(batch)
     rows = rows[:whole]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [{"identity": identity}, *rows])
-    aside = file.with_name(f".{file.name}.partial")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(file)
+    write_text(file, text)
     return rows
 
 
 def _lines(file: Path) -> Iterator[Row]:
-    for line in file.read_bytes().split(b"\n")[:-1]:  # what follows the last was cut short by a kill
+    # What follows the last end of a line was cut short by a kill.
+    for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], start=1):
         try:
-            yield json.loads(line)
-        except ValueError:
-            return
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise RecordError(f"{file}:{number} is damaged ({error}); remove the line and those after it") from error
+        if not isinstance(row, dict):
+            raise RecordError(f"{file}:{number} is damaged (expected a JSON object); remove it and those after it")
+        yield row

@@ -17,6 +17,7 @@ import dlp_lora
 from conftest import EveryK, HashRouter, byte_tokenizer, lively_model
 from dlp_lora import Context, Engine, Generation, Mixture, Sentence, SentenceSegmenter, Switching, Threshold, TopK, TopP
 from dlp_lora.engine.cache import CACHE_NAME, CACHE_NAMES
+from dlp_lora.errors import PromptError
 from dlp_lora.sentences import split
 
 MakeEngine = Callable[..., Engine]
@@ -589,3 +590,19 @@ class TestCaches:
     def test_generating_without_a_cache_is_refused(self, engine: Engine) -> None:
         with pytest.raises(ValueError, match="follows the KV cache; leave use_cache on"):
             engine.generate("Why?", max_new_tokens=2, use_cache=False)
+
+
+def test_a_token_without_an_embedding_is_refused_before_the_pass(make_engine: MakeEngine) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<t1>", "<t2>"]})
+    engine = make_engine(tokenizer=tokenizer)
+    for ask in (
+        lambda: engine.generate("hi <t2>", max_new_tokens=2),
+        lambda: list(engine.stream("hi <t2>", max_new_tokens=2)),
+        lambda: engine.model(torch.tensor([[97, 260]])),
+    ):
+        with pytest.raises(PromptError, match="holds '<t2>', token 260, but the model has embeddings of 260 tokens"):
+            ask()
+    engine.model.config.image_token_id = 260
+    with pytest.raises(IndexError):  # its embedding comes from elsewhere, in a model that has images
+        engine.model(torch.tensor([[97, 260]]))

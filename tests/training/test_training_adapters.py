@@ -338,6 +338,40 @@ def test_a_checkpoint_of_other_weights_is_not_gone_on_with(tmp_path: Path, caplo
     assert "holds a run with other settings or examples; this one starts at its first step" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["state.json", "state.safetensors"])
+@pytest.mark.parametrize("damage", ["cut", "emptied", "gone"])
+def test_a_damaged_checkpoint_is_named_with_its_folder(tmp_path: Path, name: str, damage: str) -> None:
+    with pytest.raises(KilledError):
+        train(tmp_path / "toy", on_step=kill_at(3))
+    file = tmp_path / ".toy.training" / name
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[: 100 if damage == "cut" else 0])
+    if (name, damage) == ("state.json", "gone"):  # there is no checkpoint
+        assert train(tmp_path / "toy").num_examples
+        return
+    with pytest.raises(TrainingError, match=r"the checkpoint .*\.toy\.training is damaged \(.*remove this folder"):
+        train(tmp_path / "toy")
+
+
+def test_a_damaged_record_of_an_adapter_is_named(tmp_path: Path) -> None:
+    train(tmp_path / "toy")
+    file = tmp_path / "toy" / TRAINING_FILE
+    for text in (file.read_text()[:50], "[]", "{}"):
+        file.write_text(text)
+        with pytest.raises(TrainingError, match=r"training\.json is damaged \(.*pass overwrite or another out"):
+            train(tmp_path / "toy")
+
+
+def test_examples_of_tokens_that_the_model_has_no_embeddings_of_are_refused(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<t1>", "<t2>"]})
+    task = Task(name="toy", train=(Example(prompt="<t2> hi", answer="ok"),), test=())
+    with pytest.raises(TaskError, match=r"toy: the text holds '<t2>', token 260, .* embeddings of 260 tokens alone"):
+        train_adapter(lively_model(), tokenizer, task, tmp_path / "toy", QUICK)
+
+
 def test_an_adapter_trained_elsewhere_is_left_alone(tmp_path: Path) -> None:
     train(tmp_path / "toy")
     (tmp_path / "toy" / TRAINING_FILE).unlink()

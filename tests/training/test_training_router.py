@@ -11,6 +11,7 @@ from transformers import ByT5Tokenizer
 
 from conftest import byte_tokenizer
 from dlp_lora import Context, MiniMLP, RouterError, TrainingError
+from dlp_lora.router import router_hash
 from dlp_lora.tasks import Example, Task, compose
 from dlp_lora.training.contexts import MIX
 from dlp_lora.training.router import (
@@ -128,12 +129,18 @@ def test_fewer_than_two_tasks_are_refused(num: int) -> None:
         train_router(TASKS[:num], TOKENIZER)
 
 
-def test_tasks_without_tests_are_refused_before_any_training() -> None:
-    steps: list[int] = []
+def test_tasks_without_tests_are_measured_on_the_training_prompts_that_were_held_out(
+    trained: tuple[MiniMLP, RouterReport],
+) -> None:
     tasks = [replace(task, test=()) for task in TASKS]
+    router, report = train_router(tasks, TOKENIZER, ARGS)
+    num_held_out = sum(round(ARGS.held_out * len(task.train)) for task in TASKS)
+    assert (report.measured_on, report.num_test) == ("held-out", num_held_out)
+    assert report.accuracy > 0.9
+    assert trained[1].measured_on == "test"
+    assert router_hash(router) == router_hash(trained[0])
     with pytest.raises(TrainingError, match="no task has test examples"):
-        train_router(tasks, TOKENIZER, on_step=lambda step, num, loss: steps.append(step))
-    assert steps == []
+        report_on(router, tasks)
 
 
 def test_tasks_of_one_example_can_be_learned() -> None:

@@ -120,17 +120,18 @@ def router_from_adapters(
 
 
 def _show_report(report: Any) -> None:
+    prompts = "test prompts" if report.measured_on == "test" else "training prompts that were held out"
     console.print(
         f"{report.num_parameters:,} parameters, trained in {report.seconds:.0f} s\n"
-        f"held-out accuracy {report.accuracy:.2%} on {report.num_test:,} test prompts of {len(report.names)} tasks\n"
+        f"held-out accuracy {report.accuracy:.2%} on {report.num_test:,} {prompts} of {len(report.names)} tasks\n"
         f"calibration error {report.ece:.2%} (before temperature {report.temperature:.2f}: {report.ece_before:.2%})"
     )
-    table = Table(title="confusion: test prompts that went to another task")
+    table = Table(title=f"confusion: {prompts} that went to another task")
     for column in ("task", "accuracy", "went to"):
         table.add_column(column)
     for name, accuracy, mistakes in report.mistakes():
         table.add_row(escape(name), f"{accuracy:.1%}", ", ".join(f"{other} {n}" for other, n in mistakes.items()))
-    console.print(table if table.row_count else "no test prompt went to another task")
+    console.print(table if table.row_count else "no prompt went to another task")
 
 
 def _show_made(names: tuple[str, ...], kind: str, temperature: float, out: Path, *, as_json: bool) -> None:

@@ -41,6 +41,7 @@ from dlp_lora.engine.cache import (
 )
 from dlp_lora.engine.calls import Call, kept_tokens
 from dlp_lora.engine.overrides import EngineKey, Mark, Override, current_call, is_in_force, latest_mark, mark_pass
+from dlp_lora.engine.prompts import check_embedded
 from dlp_lora.engine.routing import Among, Prompt, Routing, RowRouter, push_tokens, start_rows
 from dlp_lora.engine.text import Detokenizer, Passage, PromptReader
 from dlp_lora.errors import ModelError, PromptError
@@ -290,6 +291,7 @@ class Controller:
         )
 
     def _prompt(self, tokens: Sequence[int], call: Call) -> Prompt:
+        check_embedded(self._model, self.tokenizer, tokens)
         context = call.contexts.get(tuple(tokens)) or self.read_prompt.context(tokens)
         passages: list[Passage] = []
         if call.settings.prompt_routing == "sentences":

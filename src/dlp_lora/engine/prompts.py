@@ -1,7 +1,7 @@
 """Prompts as people give them, strings and chats, in; token ids and what the router reads of them out."""
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,6 +59,30 @@ def as_batch(
     }
     options = {name: value for name, value in options.items() if value not in ((), [], {}, None)}
     return [_with(prompt, options) for prompt in found], single
+
+
+def check_embedded(model: Any, tokenizer: PreTrainedTokenizerBase, tokens: Collection[int]) -> None:
+    """Checks that a model has an embedding of each token: a tokenizer may have learned tokens that the model has not.
+
+    Raises:
+        PromptError: naming the first that has none.
+    """
+    num_embeddings = model.get_input_embeddings().weight.shape[0]
+    if not tokens or max(tokens) < num_embeddings:
+        return
+    # The places of images and sounds may have numbers beyond; their embeddings come from elsewhere.
+    config = model.config.to_dict()
+    places = {
+        config.get(f"{kind}_{word}") for kind in ("image", "video", "audio") for word in ("token_id", "token_index")
+    }
+    unknown = next((token for token in tokens if token >= num_embeddings and token not in places), None)
+    if unknown is not None:
+        text = tokenizer.convert_ids_to_tokens(unknown)
+        what = f"token {unknown}" if text is None else f"{text!r}, token {unknown}"
+        raise PromptError(
+            f"the text holds {what}, but the model has embeddings of {num_embeddings} tokens alone; leave it out, or "
+            "use the tokenizer that the model was made with"
+        )
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Chat) -> EncodedPrompt:

@@ -3,13 +3,12 @@
 import gzip
 import json
 import logging
-import os
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dlp_lora.errors import TaskError
-from dlp_lora.files import name_of, parse_json
+from dlp_lora.files import name_of, parse_json, replace_file
 from dlp_lora.tasks.task import Example, Task, same_prompt
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
@@ -179,10 +178,5 @@ def _check_disjoint(
 
 def _write_lines(path: Path, examples: Iterable[Example]) -> None:
     lines = (json.dumps(example.to_json(), ensure_ascii=False) + "\n" for example in examples)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(lines)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replace_file(path) as aside, aside.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(lines)

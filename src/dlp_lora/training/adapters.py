@@ -26,8 +26,8 @@ from dlp_lora.bank.adapter_folder import CONFIG_FILE, check_adapter_name
 from dlp_lora.bank.attach import linear_layers, siblings
 from dlp_lora.bank.base_layers import BaseLayers
 from dlp_lora.bank.peft_names import lora_layers, placement
-from dlp_lora.engine.prompts import context_of
-from dlp_lora.errors import TaskError, TrainingError
+from dlp_lora.engine.prompts import check_embedded, context_of
+from dlp_lora.errors import PromptError, TaskError, TrainingError
 from dlp_lora.files import name_of, recover_folder, replace_folder
 from dlp_lora.tasks.formats import encode_example
 from dlp_lora.tasks.task import Task
@@ -82,12 +82,12 @@ def train_adapter(
         TrainingError: if `out` was trained with other settings or examples and `overwrite` is false, it holds
             something else, the model lacks the target modules or has them in a form that no engine could fuse, or the
             loss or the weights are not finite.
-        TaskError: if no example is short enough.
+        TaskError: if no example is short enough, or one holds a token that the model has no embedding of.
     """
     args, out = args or AdapterTrainingArgs(), Path(out)
     check_adapter_name(name_of(out), out)
     recover_folder(out)
-    examples, num_left_out = _encode(tokenizer, task, args, context=context_of(model))
+    examples, num_left_out = _encode(model, tokenizer, task, args)
     identity: dict[str, Any] = {
         "base_model": Path(model.config._name_or_path).name,
         "model_hash": model_hash(model),
@@ -160,8 +160,9 @@ def train_adapters(
 
 
 def _encode(
-    tokenizer: PreTrainedTokenizerBase, task: Task, args: AdapterTrainingArgs, *, context: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, args: AdapterTrainingArgs
 ) -> tuple[list[tuple[list[int], list[int]]], int]:
+    context = context_of(model)
     longest = min(args.max_length, context)  # tokens
     encoded = [encode_example(tokenizer, example, args.prompt_format) for example in task.train]
     kept = [pair for pair in encoded if len(pair[0]) + len(pair[1]) <= longest]
@@ -170,6 +171,10 @@ def _encode(
         logger.warning("%s: %d examples are longer than %d tokens and left out", task.name, left_out, longest)
     if not kept:
         raise _too_long(task, args, context)
+    try:
+        check_embedded(model, tokenizer, {token for read, learned in kept for token in (*read, *learned)})
+    except PromptError as error:
+        raise TaskError(f"{task.name}: {error}") from error
     return kept, left_out
 
 
@@ -290,10 +295,16 @@ def _finished(name: str, out: Path, identity: dict[str, Any]) -> TrainedAdapter:
         known = {key: record[key] for key in identity if key != "model_hash" or key in record}
         default = AdapterTrainingArgs().identity()
         known["args"] = {key: known["args"].get(key, value) for key, value in default.items()}
-    except (OSError, ValueError, KeyError):
+        found = _trained(name, out, record)
+    except FileNotFoundError:
         raise TrainingError(
             f"{out} holds an adapter that was not trained here; pass overwrite or another out"
         ) from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise TrainingError(
+            f"{out / TRAINING_FILE} is damaged ({error!r}), so nobody knows how the adapter was trained; pass "
+            "overwrite or another out"
+        ) from error
     if {**identity, **known} != identity:
         words = {"base_model": "base_model", "model_hash": "the base model's weights", "examples": "examples"}
         changed = [word for key, word in words.items() if known.get(key, identity[key]) != identity[key]]
@@ -305,7 +316,7 @@ def _finished(name: str, out: Path, identity: dict[str, Any]) -> TrainedAdapter:
         raise TrainingError(
             f"{out} was trained with other settings: {', '.join(changed)}; pass overwrite, or write somewhere else"
         )
-    return replace(_trained(name, out, record), was_there=True)
+    return replace(found, was_there=True)
 
 
 def _trained(name: str, out: Path, record: dict[str, Any]) -> TrainedAdapter:

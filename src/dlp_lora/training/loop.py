@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dlp_lora.errors import TrainingError
@@ -74,25 +75,37 @@ class Run:
             write_text(folder / "state.json", json.dumps(state))
 
     def resume(self, work: Path, identity: dict[str, Any], *, at_most: int | None = None) -> None:
-        """Reads the checkpoint of the same run, if there is one, of `at_most` so many steps."""
+        """Reads the checkpoint of the same run, if there is one, of `at_most` so many steps.
+
+        Raises:
+            TrainingError: naming the checkpoint, if it is damaged.
+        """
         recover_folder(work)
         if not (work / "state.json").is_file():
             return
-        state = json.loads((work / "state.json").read_text())
-        if {**identity, **state["identity"]} != identity:  # earlier versions kept no hash of the model
-            logger.warning("%s holds a run with other settings or examples; this one starts at its first step", work)
-            return
-        if at_most is not None and len(state["losses"]) > at_most:
-            return
-        tensors = load_file(work / "state.safetensors")
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(tensors[f"weight/{name}"])
-                self.optimizer.state[parameter] = {
-                    key: tensors[f"{key}/{name}"].to(parameter.device if key != "step" else "cpu")
-                    for key in ("step", "exp_avg", "exp_avg_sq")
-                }
-        self.losses, self.seconds = state["losses"], state["seconds"]
+        try:
+            state = json.loads((work / "state.json").read_text(encoding="utf-8"))
+            if {**identity, **state["identity"]} != identity:  # earlier versions kept no hash of the model
+                logger.warning(
+                    "%s holds a run with other settings or examples; this one starts at its first step", work
+                )
+                return
+            losses, seconds = [float(loss) for loss in state["losses"]], float(state["seconds"])
+            if at_most is not None and len(losses) > at_most:
+                return
+            tensors = load_file(work / "state.safetensors")
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    parameter.copy_(tensors[f"weight/{name}"])
+                    self.optimizer.state[parameter] = {
+                        key: tensors[f"{key}/{name}"].to(parameter.device if key != "step" else "cpu")
+                        for key in ("step", "exp_avg", "exp_avg_sq")
+                    }
+        except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+            raise TrainingError(
+                f"the checkpoint {work} is damaged ({error!r}); remove this folder to train from the first step"
+            ) from error
+        self.losses, self.seconds = losses, seconds
 
     def learning_rate(self) -> float:
         """The learning rate of the next step."""

@@ -8,7 +8,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -84,7 +84,7 @@ class RouterTrainingArgs:
 
 @dataclass(frozen=True, kw_only=True)
 class RouterReport:
-    """What a router got right on the tasks' test prompts.
+    """What a router got right on the tasks' test prompts, or without any on the training prompts that were held out.
 
     `confusion[i][j]` counts prompts of task i that went to task j. The calibration error is the mean gap between
     confidence and accuracy over 15 bins of confidence (ECE), before and after the temperature.
@@ -100,6 +100,7 @@ class RouterReport:
     temperature: float
     ece_before: float
     ece: float
+    measured_on: Literal["test", "held-out"] = "test"
     losses: list[float] = field(repr=False, default_factory=list)
 
     def mistakes(self) -> list[tuple[str, float, dict[str, int]]]:
@@ -126,6 +127,9 @@ def train_router(
 ) -> tuple[TrainedRouter, RouterReport]:
     """Trains a router over the tasks, named after them, and measures it on their test prompts.
 
+    If no task has any, it is measured on the training prompts that were held out: the router did not learn them, but
+    they fitted how sure it may be. A task of a single example is then measured on this one, which was learned.
+
     Args:
         tokenizer: what a mini-MLP, or an encoder of random weights, reads text through.
         config: of a mini-MLP.
@@ -138,7 +142,6 @@ def train_router(
     if len(tasks) < 2:
         raise TrainingError(f"a router chooses between tasks, but got {len(tasks)}; give at least two task folders")
     tasks = [routable(task) for task in tasks]
-    _check_tests(tasks)
     start = time.perf_counter()
     rng = random.Random(args.seed)
     torch.manual_seed(args.seed)
@@ -153,7 +156,11 @@ def train_router(
         router.near = Nearness.of(router.memory) if args.memory else None
     _calibrate(router, held_out, args, rng)
     seconds = time.perf_counter() - start
-    return router, _report(router, tasks, seconds=seconds, losses=losses)
+    if any(task.test for task in tasks):
+        return router, _report(router, tasks, seconds=seconds, losses=losses)
+    measured = [replace(task, test=tuple(own)) for task, own in zip(tasks, held_out, strict=True)]
+    report = _report(router, measured, seconds=seconds, losses=losses)
+    return router, replace(report, measured_on="held-out")
 
 
 def report_on(router: TrainedRouter, tasks: Sequence[Task]) -> RouterReport:
@@ -165,6 +172,8 @@ def report_on(router: TrainedRouter, tasks: Sequence[Task]) -> RouterReport:
     unknown = [task.name for task in tasks if task.name not in router.names]
     if unknown:
         raise TrainingError(f"the router does not know {', '.join(unknown)}; it knows {', '.join(router.names)}")
+    if not any(task.test for task in tasks):
+        raise TrainingError("no task has test examples to measure the router on; add test.jsonl files")
     return _report(router, tasks, seconds=0.0, losses=[])
 
 
@@ -314,13 +323,7 @@ def _fit_temperature(logits: Float[Tensor, "n adapters"], labels: Int[Tensor, " 
     return float(candidates[losses.argmin()])
 
 
-def _check_tests(tasks: Sequence[Task]) -> None:
-    if not any(task.test for task in tasks):
-        raise TrainingError("no task has test examples to measure the router on; add test.jsonl files")
-
-
 def _report(router: TrainedRouter, tasks: Sequence[Task], *, seconds: float, losses: list[float]) -> RouterReport:
-    _check_tests(tasks)
     texts = [(router.names.index(task.name), example.prompt) for task in tasks for example in task.test]
     labels = torch.tensor([label for label, _ in texts])
     logits = _logits(router, [Context(text) for _, text in texts])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dlp_lora.files import write_text
+from dlp_lora.kept import read_kept_list
 from dlp_lora.lab.records.environment import environment
 
 FILE = "environments.json"
@@ -18,7 +19,7 @@ class Environments:
     def __init__(self, out: Path) -> None:
         self._file = out / FILE
         self._now = environment()
-        kept = json.loads(self._file.read_text()) if self._file.is_file() else []
+        kept = read_kept_list(self._file, "environment", "peak_memory_mb")
         self._before = [own for own in kept if own["environment"] != self._now]
         self._peak_mb = max((own["peak_memory_mb"] for own in kept if own["environment"] == self._now), default=0)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from dlp_lora.errors import TaskError
 from dlp_lora.files import write_text
-from dlp_lora.kept import read_rows, write_outputs
+from dlp_lora.kept import read_kept, read_rows, write_outputs
 from dlp_lora.lab.evals.answers import batches
 from dlp_lora.lab.evals.metrics import check_scoring
 from dlp_lora.lab.evals.record import merged
@@ -128,9 +128,7 @@ def check_apart(tasks: Sequence[Task]) -> None:
 
 def _larger_before(out: Path) -> dict[str, Any] | None:
     """What a larger model gave when the run was finished before."""
-    file = out / RECORD_FILE
-    record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return record.get(LARGER)
+    return read_kept(out / RECORD_FILE).get(LARGER)
 
 
 def _outputs_of(plain: dict[str, Any] | None, folder: Path) -> Iterator[dict[str, Any]]:

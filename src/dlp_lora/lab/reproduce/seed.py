@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dlp_lora.engine.engine import Engine
 from dlp_lora.engine.loading import load, load_router
 from dlp_lora.files import write_text
-from dlp_lora.kept import differences
+from dlp_lora.kept import differences, read_kept
 from dlp_lora.lab.evals.answers import Question, data_hash, identity_of
 from dlp_lora.lab.evals.chance import described
 from dlp_lora.lab.evals.evaluation import Evaluation
@@ -31,6 +31,7 @@ from dlp_lora.training.args import AdapterTrainingArgs
 from dlp_lora.training.loop import Progress
 from dlp_lora.training.router import load_tokenizer, train_router
 
+ROUTER_KEYS = ("accuracy", "ece", "num_parameters", "seconds", "temperature")  # of its report
 TOKENS_A_QUESTION = 24  # of a serial answer
 
 
@@ -143,14 +144,13 @@ class Seed:
             router.save_pretrained(folder)
             write_text(file, json.dumps(report.to_dict(), indent=1) + "\n")
         load_router(folder)
-        found: dict[str, Any] = json.loads(file.read_text())
+        found = read_kept(file, "names", "confusion", *ROUTER_KEYS)
         self._event("router", 1, 1, f"accuracy {found['accuracy']:.4f}")
         confusion = {
             name: {other: n for other, n in zip(found["names"], row, strict=True) if n}
             for name, row in zip(found["names"], found["confusion"], strict=True)
         }
-        keys = ("accuracy", "ece", "num_parameters", "seconds", "temperature")
-        return {**{key: found[key] for key in keys}, "confusion": confusion}
+        return {**{key: found[key] for key in ROUTER_KEYS}, "confusion": confusion}
 
     @contextmanager
     def _engine(self, *, single: bool = False) -> Iterator[Engine]:
@@ -192,7 +192,7 @@ class Seed:
                 self._serial_left_out[step] = len(drawn) - len(prompts)
             asked = {"num_prompts": num_prompts, "tasks": [task.name for task in tasks]}
             identity = {**identity_of(engine, self.tasks, METHODS["dlp"]), **asked}
-            kept = json.loads(file.read_text()) if file.is_file() else {}
+            kept = read_kept(file, "identity", "methods")
             if not differences(kept.get("identity"), identity):
                 found = kept["methods"]
             methods = serial_methods(engine.bank.names, prompts) if prompts else []

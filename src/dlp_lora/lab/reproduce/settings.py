@@ -10,7 +10,7 @@ import torch
 
 from dlp_lora.errors import RecordError
 from dlp_lora.files import write_text
-from dlp_lora.kept import differences
+from dlp_lora.kept import differences, read_kept
 from dlp_lora.lab.evals.answers import data_hash
 from dlp_lora.lab.reproduce.args import ReproduceArgs
 from dlp_lora.tasks import Task
@@ -77,12 +77,7 @@ def keep_settings(out: Path, settings: dict[str, Any]) -> None:
 
 
 def _kept(out: Path) -> dict[str, Any]:
-    file = out / "settings.json"
-    try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError as error:
-        raise RecordError(f"{file} is damaged ({error}); choose another --out, or put it back") from error
-    return found
+    return read_kept(out / "settings.json")
 
 
 def _fixed(settings: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from dlp_lora.engine.loading import load_router
 from dlp_lora.errors import TaskError
 from dlp_lora.files import write_text
+from dlp_lora.kept import read_kept
 from dlp_lora.lab.evals.answers import data_hash
 from dlp_lora.lab.evals.router.measures import Reading
 from dlp_lora.lab.evals.router.samples import Question, Sample, questions, whole
@@ -191,9 +192,7 @@ def read_trained(folder: str | Path) -> Trained:
 
 
 def _report(folder: Path) -> dict[str, Any]:
-    file = folder / REPORT_FILE
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return found
+    return read_kept(folder / REPORT_FILE)
 
 
 def _hash(*parts: Any) -> str:
