@@ -35,11 +35,12 @@ Method = Literal["base", "base_chat", "own_adapter", "dlp"]
 METHODS: tuple[Method, ...] = ("base", "base_chat", "own_adapter", "dlp")
 
 
-# How the context of the second question is encoded: under the first one's adapter, or under its own in one of two ways.
+# How the context of the second question is encoded: under the first one's adapter, under its own, or without the first.
 WAYS: Mapping[str, dict[str, Any]] = {
     "keep": {"kv_policy": "keep", "prompt_routing": "questions"},
     "keep, prompt by sentence": {"kv_policy": "keep", "prompt_routing": "sentences"},
     "recompute": {"kv_policy": "recompute", "prompt_routing": "questions"},
+    "apart": {"kv_policy": "recompute", "prompt_routing": "apart"},
 }
 
 

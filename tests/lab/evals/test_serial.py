@@ -1,13 +1,15 @@
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tokenizers import normalizers
 
 import dlp_lora
-from conftest import byte_tokenizer, lively_model
-from dlp_lora import Engine, Mixture, TaskError
+from conftest import HashRouter, byte_tokenizer, lively_model
+from dlp_lora import Context, Engine, Generation, Mixture, TaskError, TopK
 from dlp_lora.lab.evals.serial import (
     LineBreaks,
     SerialPrompt,
@@ -82,7 +84,8 @@ def test_tokens_of_several_line_breaks_end_one_answer() -> None:
 
 def test_blank_lines_are_no_answers() -> None:
     prompt = SerialPrompt(tasks=("math", "poems"), examples=(TASKS[0].test[1], TASKS[1].test[2]))
-    assert [row["right"] for row in _scored(prompt, "\n1\n \n\n2\n", ["math", "poems"])] == [True, True]
+    answer = Generation(text="\n1\n \n\n2\n", tokens=(), trace=())
+    assert [row["right"] for row in _scored(prompt, answer, 0.1)] == [True, True]
 
 
 def test_the_method_that_is_told_the_tasks_gives_each_line_its_own_adapter(engine: Engine) -> None:
@@ -125,3 +128,36 @@ def test_the_method_that_is_told_the_tasks_knows_prompts_that_a_tokenizer_normal
     told = {m.name: m for m in serial_methods(engine.bank.names, prompts)}["oracle"]
     rows = answer_serial(engine, told, prompts, max_new_tokens=30, prompt_format="plain")
     assert rows[0]["routed"]
+
+
+class _ByName(HashRouter):
+    """Knows a question by the name of its task in it; a text of several names is like none."""
+
+    def probabilities(self, contexts: Sequence[Context]) -> torch.Tensor:
+        rows = [[float(name in context.prompt) for name in self.names] for context in contexts]
+        return torch.tensor([[0.98 * value if sum(row) == 1 else 0.1 * value for value in row] for row in rows])
+
+
+def test_apart_is_scored_as_each_question_alone(lively_adapters: Path) -> None:
+    engine = dlp_lora.load(
+        lively_model(), tokenizer=byte_tokenizer(), adapters=lively_adapters, router=_ByName(), policy=TopK(1)
+    )
+    prompts = serial_prompts(TASKS, 2, 5)
+    methods = {m.name: m for m in serial_methods(engine.bank.names, prompts)}
+    settings: dict[str, Any] = {"max_new_tokens": 24, "batch_size": 2, "prompt_format": "plain"}
+    apart, alone = (answer_serial(engine, methods[name], prompts, **settings) for name in ("apart", "alone"))
+    assert all(row["is_cut"] and row["routed"] for row in apart)
+    assert [row["text"] for row in apart] == [row["text"] for row in alone]
+    assert len({row["text"] for row in apart}) > 2
+
+
+def test_a_prompt_that_apart_does_not_cut_is_answered_in_turn(lively_adapters: Path) -> None:
+    engine = dlp_lora.load(
+        lively_model(), tokenizer=byte_tokenizer(), adapters=lively_adapters, router=HashRouter(), policy=TopK(1)
+    )
+    prompts = serial_prompts(TASKS, 2, 4)
+    methods = {m.name: m for m in serial_methods(engine.bank.names, prompts)}
+    settings: dict[str, Any] = {"max_new_tokens": 24, "prompt_format": "plain"}
+    apart, in_turn = (answer_serial(engine, methods[name], prompts, **settings) for name in ("apart", "recompute"))
+    assert not any(row["is_cut"] for row in apart)
+    assert [row["text"] for row in apart] == [row["text"] for row in in_turn]

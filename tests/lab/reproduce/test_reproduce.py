@@ -50,7 +50,7 @@ SMALL = ReproduceArgs(
     answers=AnswerArgs(batch_size=4, max_new_tokens=4, prompt_format="plain"),
     methods=METHODS,
     serial=(2,),
-    serial_questions=4,
+    serial_prompts=2,
 )
 INFOS = {"colours": TaskInfo(kind="mcq", chance=0.5), "story": TaskInfo(kind="qa")}
 
@@ -430,7 +430,7 @@ def test_what_is_longer_than_the_context_is_counted_and_stops_nothing(tmp_path: 
     colours = replace(colours, train=(*colours.train, replace(long, answer="blue")), test=(*colours.test, long))
     colours = replace(colours, train=(*colours.train[:-1], replace(long, prompt=long.prompt + " Say.")))
     untested = replace(sides, name="untested", test=())
-    args = replace(SLIGHT, limit=None, methods=("base", "dlp"), serial=(2,), serial_questions=12)
+    args = replace(SLIGHT, limit=None, methods=("base", "dlp"), serial=(2,), serial_prompts=6)
     record = read(
         reproduce(
             save(short, tmp_path / "model"), [colours, sides, story, untested], tmp_path / "run", args, infos=INFOS

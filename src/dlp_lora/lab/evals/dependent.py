@@ -5,10 +5,19 @@ and their answers are exact.
 """
 
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+
+from dlp_lora.engine.engine import Engine
+from dlp_lora.engine.trace import Generation
+from dlp_lora.lab.evals.metrics import bootstrap, contains, text_after
 from dlp_lora.tasks import Example, Task
+from dlp_lora.tasks.formats import as_prompt
+from dlp_lora.tasks.task import PromptFormat
 from dlp_lora.tasks.templates import date_reasoning, letter_order, object_counting, sequence, unit_conversion
 
 NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Ines", "Jonas")
@@ -17,10 +26,14 @@ FRUIT = ("apples", "pears", "plums", "lemons", "figs", "melons")
 NOUNS = (
     ("house", "La casa", 1), ("table", "La mesa", 1), ("door", "La puerta", 1), ("night", "La noche", 1),
     ("book", "El libro", 0), ("tree", "El árbol", 0), ("dog", "El perro", 0), ("garden", "El jardín", 0),
+    ("street", "La calle", 1), ("window", "La ventana", 1), ("chair", "La silla", 1), ("shirt", "La camisa", 1),
+    ("car", "El coche", 0), ("hat", "El sombrero", 0), ("bridge", "El puente", 0), ("shoe", "El zapato", 0),
 )  # fmt: skip
 ADJECTIVES = (
     ("red", "rojo", "roja"), ("small", "pequeño", "pequeña"), ("new", "nuevo", "nueva"),
     ("old", "viejo", "vieja"), ("white", "blanco", "blanca"), ("long", "largo", "larga"),
+    ("black", "negro", "negra"), ("clean", "limpio", "limpia"), ("beautiful", "bonito", "bonita"),
+    ("expensive", "caro", "cara"), ("cheap", "barato", "barata"), ("short", "corto", "corta"),
 )  # fmt: skip
 
 
@@ -156,16 +169,25 @@ KINDS: dict[str, Callable[[random.Random], Dependent]] = {
         *(translate_and_count, text_and_questions),
     )
 }
+MAX_AGAIN = 1000  # draws in a row of prompts that were drawn before
 SEPARATORS = (" ", " ", "\n", "\n\n")
 
 
 def dependent_prompts(num: int, *, seed: int = 0, kinds: Sequence[str] = tuple(KINDS)) -> list[Dependent]:
-    """Draws `num` different prompts, the kinds in turn."""
+    """Draws `num` different prompts, the kinds in turn.
+
+    Raises:
+        ValueError: if a kind has not so many.
+    """
     rng = random.Random(f"dependent {seed}")
     found: dict[str, Dependent] = {}
-    while len(found) < num:
+    num_again = 0
+    while len(found) < num and num_again < MAX_AGAIN:
         prompt = KINDS[kinds[len(found) % len(kinds)]](rng)
+        num_again = num_again + 1 if prompt.prompt in found else 0
         found.setdefault(prompt.prompt, prompt)
+    if len(found) < num:
+        raise ValueError(f"there are about {len(found)} different dependent prompts; ask for fewer than {num}")
     return list(found.values())
 
 
@@ -173,6 +195,67 @@ def dependent_task(*, num_train: int, num_test: int, seed: int = 0, name: str = 
     """The prompts as a task to learn; none is in both halves."""
     drawn = [dependent.example for dependent in dependent_prompts(num_train + num_test, seed=seed)]
     return Task(name=name, train=tuple(drawn[num_test:]), test=tuple(drawn[:num_test]))
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "keep": {"kv_policy": "keep", "prompt_routing": "questions"},
+    "recompute": {"kv_policy": "recompute", "prompt_routing": "questions"},
+    "by-sentence": {"kv_policy": "recompute", "prompt_routing": "sentences"},
+    "apart": {"kv_policy": "recompute", "prompt_routing": "apart"},
+}
+
+
+def answer_dependent(
+    engine: Engine,
+    way: str,
+    prompts: Sequence[Dependent],
+    *,
+    max_new_tokens: int = 48,
+    batch_size: int = 8,
+    prompt_format: PromptFormat = "auto",
+    on_batch: Callable[[int, int], None] = lambda done, total: None,
+) -> list[dict[str, Any]]:
+    """Answers prompts in one of the WAYS; a row a prompt: what was said, which values stand in it, in order, and time.
+
+    An answer is right if both values stand in it, the second behind the first.
+    """
+    rows: list[dict[str, Any]] = []
+    for first in range(0, len(prompts), batch_size):
+        on_batch(first, len(prompts))
+        batch = prompts[first : first + batch_size]
+        asked: list[Any] = [as_prompt(engine.tokenizer, each.prompt, prompt_format) for each in batch]
+        start = time.perf_counter()
+        with engine.using(**WAYS[way]):
+            answers: list[Generation] = engine.generate(asked, max_new_tokens=max_new_tokens, do_sample=False)
+        seconds = (time.perf_counter() - start) / len(batch)
+        for each, answer in zip(batch, answers, strict=True):
+            rows.append({"kind": each.kind, "text": answer.text, **_scored(each, answer), "seconds": round(seconds, 4)})
+    on_batch(len(prompts), len(prompts))
+    return rows
+
+
+def dependent_scores(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The shares of right answers and of prompts that were cut, of each kind and of all, with intervals."""
+    kinds = dict.fromkeys(row["kind"] for row in rows)
+    groups = {**{kind: [row for row in rows if row["kind"] == kind] for kind in kinds}, "all": list(rows)}
+    return {
+        kind: {
+            "right": round(float(np.mean([row["right"] for row in own])), 5),
+            "interval": [round(x, 5) for x in bootstrap(np.array([row["right"] for row in own], dtype=float))],
+            "first_right": round(float(np.mean([row["first_right"] for row in own])), 5),
+            "cut": round(float(np.mean([row["is_cut"] for row in own])), 5),
+            "seconds": round(float(np.mean([row["seconds"] for row in own])), 4),
+            "num_prompts": len(own),
+        }
+        for kind, own in groups.items()
+    }
+
+
+def _scored(prompt: Dependent, answer: Generation) -> dict[str, bool]:
+    first, second = prompt.values
+    rest = text_after(answer.text, first)
+    is_right = rest is not None and contains(rest, [second])
+    return {"first_right": rest is not None, "right": is_right, "is_cut": bool(answer.parts)}
 
 
 def _two(kind: str, first: str, then: str, values: tuple[str, str]) -> Dependent:

@@ -55,10 +55,15 @@ def contains(answer: str, references: Sequence[str]) -> bool:
 
     Lenient towards a model that answers at length: it is right if the value appears anywhere.
     """
-    found = normalise(answer)
-    wanted = filter(None, map(normalise, references))
+    return any(text_after(answer, reference) is not None for reference in references)
+
+
+def text_after(answer: str, reference: str) -> str | None:
+    """What stands in the answer behind the first place of a reference as whole words; None if it is not there."""
+    wanted = normalise(reference)
     # "3" does not stand in "3.5", nor "5".
-    return any(re.search(rf"(?<!\w)(?<!\d\.){re.escape(r)}(?!\w|\.\d)", found) for r in wanted)
+    found = re.search(rf"(?<!\w)(?<!\d\.){re.escape(wanted)}(?!\w|\.\d)", normalise(answer)) if wanted else None
+    return None if found is None else found.string[found.end() :]
 
 
 def bleu(answers: Sequence[str], references: Sequence[Sequence[str]]) -> BleuScore:

@@ -89,7 +89,10 @@ def _mean(trees: Sequence[Any]) -> Any:
 
 
 def serial_scores(rows: Sequence[dict[str, Any]], n: int) -> dict[str, Any]:
-    """`accuracy_later` is that of the questions after the first, which only a switch gives to their own adapter."""
+    """`accuracy_later` is that of the questions after the first, which only a switch gives to their own adapter.
+
+    `cut` is the share of prompts that were answered apart, `seconds` is the time a question took.
+    """
     right = np.array([row["right"] for row in rows], dtype=float).reshape(-1, n)  # (prompts, questions)
     return {
         "accuracy": round(float(right.mean()), 5),
@@ -98,4 +101,6 @@ def serial_scores(rows: Sequence[dict[str, Any]], n: int) -> dict[str, Any]:
         "interval_later": [round(x, 5) for x in bootstrap(right[:, 1:].mean(axis=1))],
         "routed": round(float(np.mean([row["routed"] for row in rows])), 5),
         "num_questions": len(rows),
+        "seconds": round(float(np.mean([row["seconds"] for row in rows])), 4),
+        "cut": round(float(np.mean([row["is_cut"] for row in rows])), 5),
     }

@@ -2,14 +2,17 @@
 
 An adapter that learned single questions ends the text after its answer. So the end of an answer is written as a line
 break until n lines are there: one rule for all methods, inside one free-running `generate`. A line is a sentence, so
-that is where the router is asked again.
+that is where the router is asked again. Questions that are answered apart, or asked alone, end as single ones do.
 """
 
+import math
 import random
+import time
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
+from dlp_lora.engine.apart import joined
 from dlp_lora.engine.engine import Engine
 from dlp_lora.engine.prompts import context_of
 from dlp_lora.engine.trace import Generation
@@ -47,11 +51,12 @@ class SerialPrompt:
 
 @dataclass(frozen=True, kw_only=True)
 class SerialMethod:
-    """A way to answer a serial prompt: settings of the engine, or one fixed mixture."""
+    """A way to answer a serial prompt: settings of the engine, or one fixed mixture; or each question asked alone."""
 
     name: str
     settings: dict[str, Any]
     mixture: Mixture | None = None
+    is_alone: bool = False
 
 
 def serial_prompts(tasks: Sequence[Task], n: int, num_prompts: int, *, seed: int = 0) -> list[SerialPrompt]:
@@ -86,7 +91,8 @@ def fitting(
 def serial_methods(names: Sequence[str], prompts: Sequence[SerialPrompt]) -> list[SerialMethod]:
     """The methods: base, each question's own adapter by its label, and routed by what the router reads.
 
-    `dlp` cuts the prompt into its questions, `whole` reads it as one text, `prompt-only` never switches.
+    `dlp` cuts the prompt into its questions, `apart` answers each in a context of its own, `whole` reads it as one
+    text, `prompt-only` never switches. `alone` asks each question by itself: what the others are to come near.
     """
     lines = {"segmenter": LineSegmenter, "switching": Switching(min_tokens=1, margin=0.0)}
     told = _Told(names, prompts)
@@ -96,6 +102,8 @@ def serial_methods(names: Sequence[str], prompts: Sequence[SerialPrompt]) -> lis
         SerialMethod(name="oracle-recompute", settings={**lines, "router": told, "kv_policy": "recompute"}),
         SerialMethod(name="dlp", settings={**lines, "kv_policy": "keep"}),
         SerialMethod(name="recompute", settings={**lines, "kv_policy": "recompute"}),
+        SerialMethod(name="apart", settings={**lines, "prompt_routing": "apart", "kv_policy": "recompute"}),
+        SerialMethod(name="alone", settings={**lines, "kv_policy": "recompute"}, is_alone=True),
         SerialMethod(name="whole", settings={**lines, "prompt_routing": "whole", "kv_policy": "keep"}),
         SerialMethod(name="by-sentence", settings={**lines, "prompt_routing": "sentences"}),
         SerialMethod(name="prompt-only", settings={**lines, "switching": Switching(min_tokens=10**9)}),
@@ -114,17 +122,17 @@ def answer_serial(
 ) -> list[dict[str, Any]]:
     """Answers serial prompts; for each question: the line that was given, whether it is right, which adapter led.
 
-    Where a switch encodes the context anew, prompts are answered one at a time: one that switches would have all rows
-    of its batch encoded.
+    `seconds` is each question's share of its batch, and `is_cut` says whether its prompt was answered apart.
     """
     rows: list[dict[str, Any]] = []
-    batch_size = 1 if method.settings.get("kv_policy") == "recompute" else batch_size
-    for start in range(0, len(prompts), batch_size):
-        on_batch(start, len(prompts))
-        batch = prompts[start : start + batch_size]
+    for first in range(0, len(prompts), batch_size):
+        on_batch(first, len(prompts))
+        batch = prompts[first : first + batch_size]
+        start = time.perf_counter()
         answers = generate_serial(engine, method, batch, max_new_tokens=max_new_tokens, prompt_format=prompt_format)
+        seconds = (time.perf_counter() - start) / sum(len(prompt.tasks) for prompt in batch)
         for prompt, answer in zip(batch, answers, strict=True):
-            rows += _scored(prompt, answer.text, [next(iter(s.mixture), None) for s in answer.trace])
+            rows += _scored(prompt, answer, seconds)
     return rows
 
 
@@ -137,16 +145,31 @@ def generate_serial(
     prompt_format: PromptFormat = "auto",
 ) -> list[Generation]:
     """Answers one batch of serial prompts, of as many questions each."""
-    asked: list[Any] = [as_prompt(engine.tokenizer, p.text, prompt_format) for p in prompts]
+    n = len(prompts[0].tasks)
+    each: dict[str, Any] = {"max_new_tokens": math.ceil(max_new_tokens / n), "do_sample": False}
+
+    def ask(texts: Iterable[str], **settings: Any) -> list[Generation]:
+        asked: list[Any] = [as_prompt(engine.tokenizer, text, prompt_format) for text in texts]
+        answers: list[Generation] = engine.generate(asked, **settings)
+        return answers
+
+    def ask_in_turn(some: Sequence[SerialPrompt]) -> list[Generation]:
+        breaks = LogitsProcessorList([LineBreaks(engine.tokenizer, engine.eos_ids, n)])
+        texts = [prompt.text for prompt in some]
+        return ask(texts, max_new_tokens=max_new_tokens, do_sample=False, logits_processor=breaks) if texts else []
+
     chosen = engine.fixed(method.mixture) if method.mixture is not None else engine.using(**method.settings)
     with chosen:
-        answers: list[Generation] = engine.generate(
-            asked,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            logits_processor=LogitsProcessorList([LineBreaks(engine.tokenizer, engine.eos_ids, len(prompts[0].tasks))]),
-        )
-    return answers
+        if method.is_alone:
+            answers = iter(ask((example.prompt for prompt in prompts for example in prompt.examples), **each))
+            return [joined(list(islice(answers, n))) for _ in prompts]
+        if engine.settings.prompt_routing != "apart":
+            return ask_in_turn(prompts)
+        apart = ask((prompt.text for prompt in prompts), **each)
+        whole = [prompt for prompt, answer in zip(prompts, apart, strict=True) if not answer.parts]
+        with engine.using(prompt_routing="questions"):
+            answers = iter(ask_in_turn(whole))
+        return [answer if answer.parts else next(answers) for answer in apart]
 
 
 class LineBreaks(LogitsProcessor):
@@ -208,15 +231,23 @@ def _as_read(text: str) -> str:
     return same_prompt(unicodedata.normalize("NFKC", text))
 
 
-def _scored(prompt: SerialPrompt, text: str, led_by: Sequence[str | None]) -> list[dict[str, Any]]:
-    lines = [line for line in text.split("\n") if line.strip()]
+def _scored(prompt: SerialPrompt, answer: Generation, seconds: float) -> list[dict[str, Any]]:
+    is_cut = bool(answer.parts)
+    if len(answer.parts) == len(prompt.tasks):
+        lines = [part.text.strip() for part in answer.parts]
+        led_by = [next(iter(part.trace[0].mixture), None) for part in answer.parts]
+    else:
+        lines = [line.strip() for line in answer.text.split("\n") if line.strip()]
+        led_by = [next(iter(sentence.mixture), None) for sentence in answer.trace]
     return [
         {
             "task": task,
             "position": i,
-            "text": lines[i].strip() if i < len(lines) else "",
+            "text": lines[i] if i < len(lines) else "",
             "right": i < len(lines) and exact_match(lines[i], example.accepted),
             "routed": i < len(led_by) and led_by[i] == task,
+            "is_cut": is_cut,
+            "seconds": round(seconds, 4),
         }
         for i, (task, example) in enumerate(zip(prompt.tasks, prompt.examples, strict=True))
     ]

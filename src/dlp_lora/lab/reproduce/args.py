@@ -24,7 +24,7 @@ class ReproduceArgs:
     methods: tuple[str, ...] = MAIN
     teacher_forced: bool = True
     serial: tuple[int, ...] = (3, 5, 10)
-    serial_questions: int = 120  # asked in all at each of these lengths
+    serial_prompts: int = 300  # at each of these lengths
     limit: int | None = None
     seeds: tuple[int, ...] = (0,)
 
@@ -38,8 +38,8 @@ class ReproduceArgs:
         methods_named(self.methods)
         if any(n < 2 for n in self.serial):
             raise ValueError(f"ReproduceArgs.serial asks at least 2 questions at once, got {self.serial}")
-        if self.serial_questions < 1:
-            raise ValueError(f"ReproduceArgs.serial_questions must be at least 1, got {self.serial_questions}")
+        if self.serial_prompts < 1:
+            raise ValueError(f"ReproduceArgs.serial_prompts must be at least 1, got {self.serial_prompts}")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"ReproduceArgs.limit must be at least 1, got {self.limit}")
         if not self.seeds:

@@ -1,7 +1,6 @@
 """One pass through all steps with one training seed: adapters, router, answers, each kept on disk."""
 
 import json
-import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -181,7 +180,7 @@ class Seed:
             self._serial_skipped[step] = len(tasks)
             self._event(step, 1, 1, f"skipped: of {n} tasks of choice there are {len(tasks)}")
         else:
-            num_prompts = math.ceil(self.args.serial_questions / n)
+            num_prompts = self.args.serial_prompts
             drawn = serial_prompts(tasks, n, num_prompts, seed=self.seed)
             room: dict[str, Any] = {
                 "max_new_tokens": TOKENS_A_QUESTION * n,

@@ -1,0 +1,67 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from dlp_lora import Engine, Generation
+from dlp_lora.lab.evals.dependent import (
+    KINDS,
+    WAYS,
+    _scored,
+    answer_dependent,
+    dependent_prompts,
+    dependent_scores,
+    dependent_task,
+)
+
+
+def test_prompts_are_different_of_all_kinds_in_turn_and_the_same_for_the_same_seed() -> None:
+    prompts = dependent_prompts(70)
+    assert len({each.prompt for each in prompts}) == 70
+    assert [each.kind for each in prompts[:7]] == list(KINDS)
+    assert prompts == dependent_prompts(70)
+    assert prompts != dependent_prompts(70, seed=1)
+    assert {"\n" in each.prompt for each in prompts} == {True, False}
+
+
+def test_more_prompts_than_there_are_are_refused() -> None:
+    with pytest.raises(ValueError, match="different dependent prompts; ask for fewer than 100000"):
+        dependent_prompts(100_000, kinds=["translate_and_count"])
+
+
+def test_as_a_task_an_answer_has_a_line_for_each_value() -> None:
+    task = dependent_task(num_train=20, num_test=6)
+    assert (len(task.train), len(task.test)) == (20, 6)
+    assert not {e.prompt for e in task.train} & {e.prompt for e in task.test}
+    assert all(len(example.answer.split("\n")) == 2 for example in task.train)
+
+
+@pytest.mark.parametrize(
+    "text, first, both",
+    [
+        ("3000\n3020", True, True),
+        ("It is 3000 metres. With 20 more, 3020.", True, True),
+        ("3020", False, False),
+        ("3020\n3000", True, False),
+        ("3000 3000", True, False),
+        ("", False, False),
+    ],
+)
+def test_an_answer_is_right_if_the_second_value_stands_behind_the_first(text: str, first: bool, both: bool) -> None:
+    (prompt,) = dependent_prompts(1)
+    prompt = type(prompt)(kind="convert_and_add", prompt="Convert 3 km. Add 20 to it.", values=("3000", "3020"))
+    found = _scored(prompt, Generation(text=text, tokens=(), trace=()))
+    assert (found["first_right"], found["right"]) == (first, both)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_answers_every_prompt(make_engine: Callable[..., Engine], way: str) -> None:
+    prompts, seen = dependent_prompts(5), list[Any]()
+    rows = answer_dependent(
+        make_engine(), way, prompts, max_new_tokens=4, batch_size=2, on_batch=lambda *now: seen.append(now)
+    )
+    assert [row["kind"] for row in rows] == [each.kind for each in prompts]
+    assert seen == [(0, 5), (2, 5), (4, 5), (5, 5)]
+    scores = dependent_scores(rows)
+    assert set(scores) == {*(each.kind for each in prompts), "all"}
+    assert scores["all"]["num_prompts"] == 5
