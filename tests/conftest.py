@@ -61,6 +61,7 @@ CI = (
         "engine/test_load.py",
         "engine/test_recompute.py",
     ),
+    "serve/test_api.py",
     *("engine/test_threads.py", "engine/test_prompt_routing.py"),
     *("serve/test_local.py", "serve/test_scheduler.py"),
 )

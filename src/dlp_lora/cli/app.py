@@ -24,6 +24,7 @@ from dlp_lora.cli.learning_curve import learning_curve
 from dlp_lora.cli.lm_eval import lm_eval
 from dlp_lora.cli.report import report
 from dlp_lora.cli.route import route
+from dlp_lora.cli.serve import serve
 from dlp_lora.cli.tasks import tasks
 from dlp_lora.cli.train_adapter import train_adapter, train_adapters
 from dlp_lora.cli.train_router import router_from_adapters, router_from_descriptions, train_router
@@ -84,7 +85,7 @@ app = typer.Typer(
     help="Many LoRA adapters, one model, nobody picking: sentence-level dynamic LoRA fusion.",
 )
 for command in (
-    *(generate, chat, route),
+    *(generate, chat, route, serve),
     *(bundle, add_task, remove_task, check, export),
     *(train_adapter, train_adapters, train_router, router_from_descriptions, router_from_adapters),
     *(demo, evaluate, learning_curve, reproduce, report, tasks),

@@ -1,0 +1,245 @@
+"""Adapters that come and go while a server runs: from folders that its owner named, and from nowhere else."""
+
+import os
+import stat
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from dlp_lora.bank.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, check_adapter_name, content_hash
+from dlp_lora.bank.base_layers import BaseLayers
+from dlp_lora.bank.check import check_adapters
+from dlp_lora.engine.bundle import Bundle, read_bundle
+from dlp_lora.engine.loading import load_router
+from dlp_lora.errors import AdapterError, BundleError, DLPLoRAError
+from dlp_lora.router import MiniMLP, Router
+from dlp_lora.serve.errors import APIError, invalid
+from dlp_lora.serve.logs import LOGGER
+from dlp_lora.serve.schema import AdapterResponse, LoadAdapterRequest, ReloadResponse
+from dlp_lora.serve.service import Service
+from dlp_lora.tasks import Example, Task
+from dlp_lora.training.extend import add_tasks, remove_tasks
+
+# Beside the adapter itself, what PEFT and people leave in its folder is not read.
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+
+
+class AdapterManager:
+    """Loads, unloads and reloads adapters of a service, one after the other; each call may take seconds.
+
+    `folders` are where adapters may be loaded from; `bundle` is what `reload` reads again.
+    """
+
+    def __init__(
+        self, service: Service, layout: BaseLayers, *, folders: Sequence[str | Path] = (), bundle: Path | None = None
+    ) -> None:
+        self._service = service
+        self._layout = layout
+        self._folders = [Path(os.path.abspath(folder)) for folder in folders]
+        for folder in self._folders:
+            if not folder.is_dir():
+                raise AdapterError(f"--adapter-dir {folder} is not a folder")
+        self._bundle = bundle
+        self._hashes = {} if bundle is None else _hashes(read_bundle(bundle))
+        self._paths = {} if bundle is None else dict(read_bundle(bundle).adapters)
+        self._lock = threading.Lock()
+
+    def load(self, body: LoadAdapterRequest) -> AdapterResponse:
+        """Loads an adapter, and teaches the router its examples.
+
+        Raises:
+            APIError: if its name is taken, or it lies elsewhere or does not fit.
+        """
+        name = body.lora_name
+        with self._lock:
+            folder = self._folder(body.lora_path)
+            self._check_name(name, folder)
+            is_there = name in self._service.backend.adapters
+            if is_there and not body.load_inplace:
+                raise invalid(
+                    f"The lora adapter {name!r} has already been loaded; unload it first, or set load_inplace to true",
+                    "lora_name",
+                    "adapter_exists",
+                )
+            (check,) = check_adapters(self._layout, {name: folder})
+            if not check.fits:
+                raise invalid(f"lora_path: {check.reason}", "lora_path", "adapter_refused")
+            taught = self._taught(body)
+            self._put(name, folder, is_there=is_there)
+            if taught is not None:
+                self._use(taught)
+            router = self._service.call.router
+            is_routed = router is not None and name in router.names
+            LOGGER.info("adapter loaded", extra={"adapter": name, "is_routed": is_routed})
+            unknown = "the router does not know it and never chooses it: give examples, or ask for it by name"
+            how = "the router may choose it" if is_routed else unknown
+            return {
+                "message": f"Success: LoRA adapter {name!r} added; {how}.",
+                "lora_name": name,
+                "is_routed": is_routed,
+            }
+
+    def unload(self, name: str) -> AdapterResponse:
+        """Removes an adapter; answers that run with it keep it.
+
+        Raises:
+            APIError: if there is none of this name.
+        """
+        with self._lock:
+            if name not in self._service.backend.adapters:
+                raise APIError(
+                    404,
+                    f"The lora adapter {name!r} cannot be found.",
+                    type="not_found_error",
+                    param="lora_name",
+                    code="adapter_not_found",
+                )
+            self._service.backend.remove_adapter(name)
+            self._service.metrics.forget(name)
+            LOGGER.info("adapter unloaded", extra={"adapter": name})
+        return {
+            "message": f"Success: LoRA adapter {name!r} removed.",
+            "lora_name": name,
+            "is_routed": False,
+        }
+
+    def reload(self) -> ReloadResponse:
+        """Reads the bundle again: its adapters, router and routing settings. Answers that run are not disturbed.
+
+        Raises:
+            APIError: if there is no bundle, it is damaged, or has another base model.
+        """
+        with self._lock:
+            if self._bundle is None:
+                raise invalid("the server was not started from a bundle folder, so there is nothing to read again")
+            try:
+                bundle = read_bundle(self._bundle)
+                router = None if bundle.router is None else self._router(bundle)
+            except DLPLoRAError as error:
+                raise invalid(str(error), code="bundle_refused") from error
+            hashes = _hashes(bundle)
+            there = set(self._service.backend.adapters)
+            removed = sorted((self._hashes.keys() - hashes.keys()) & there)
+            replaced = sorted(n for n in hashes.keys() & there if hashes[n] != self._hashes.get(n))
+            added = sorted(hashes.keys() - there)
+            for check in check_adapters(self._layout, {name: bundle.adapters[name] for name in (*added, *replaced)}):
+                if not check.fits:
+                    raise invalid(check.reason, code="adapter_refused")
+            for name in removed:
+                self._service.backend.remove_adapter(name)
+                self._service.metrics.forget(name)
+            for name in (*replaced, *added):
+                self._check_name(name, bundle.adapters[name])
+                self._put(name, bundle.adapters[name], is_there=name in replaced)
+            with self._service.lock:
+                self._service.call = replace(self._service.call, router=router, settings=bundle.settings)
+            self._hashes = hashes
+            LOGGER.info("bundle reloaded", extra={"added": added, "removed": removed, "replaced": replaced})
+        return {
+            "message": f"Success: read {self._bundle} again.",
+            "added": added,
+            "removed": removed,
+            "replaced": replaced,
+        }
+
+    def _put(self, name: str, folder: Path, *, is_there: bool) -> None:
+        """Adds an adapter, in the place of another of its name; that comes back if it fails."""
+        before = self._paths.get(name)
+        if is_there:
+            self._service.backend.remove_adapter(name)
+        try:
+            self._service.backend.add_adapter(folder, name)
+        except DLPLoRAError:
+            if is_there and before is not None:
+                self._service.backend.add_adapter(before, name)
+            raise
+        self._paths[name] = folder
+
+    def _taught(self, body: LoadAdapterRequest) -> MiniMLP | None:
+        """A router that knows the adapter, too; None without examples."""
+        if not body.examples:
+            return None
+        router = self._service.call.router
+        if not isinstance(router, MiniMLP):
+            kind = "no router" if router is None else f"a {type(router).__name__}"
+            raise invalid(f"examples: only a MiniMLP learns adapters later, and the server has {kind}", "examples")
+        name = body.lora_name
+        if name in router.names:
+            if len(router.names) == 1:
+                raise invalid("examples: the router knows this adapter alone; load it without examples", "examples")
+            router = remove_tasks(router, [name])
+        try:
+            examples = tuple(Example(prompt=one.prompt, answer=one.answer) for one in body.examples)
+            return add_tasks(router, [Task(name=name, train=examples, test=())])
+        except DLPLoRAError as error:
+            raise invalid(f"examples: {error}", "examples") from error
+
+    def _use(self, router: Router) -> None:
+        with self._service.lock:
+            self._service.call = replace(self._service.call, router=router)
+
+    def _check_name(self, name: str, folder: Path) -> None:
+        self._service.names.check_free(name)
+        try:
+            check_adapter_name(name, folder)
+        except AdapterError as error:
+            raise invalid(f"lora_name: {error}", "lora_name") from error
+
+    def _folder(self, given: str) -> Path:
+        """Finds the folder of an adapter, inside one of those that may be loaded from.
+
+        Raises:
+            APIError: if it is elsewhere, or there is a link on the way to it or in it.
+        """
+        if not self._folders:
+            raise APIError(
+                403, "no adapter may be loaded: start the server with --adapter-dir", type="permission_error"
+            )
+        path = Path(given)
+        if "\0" in given or ".." in path.parts:
+            raise invalid('lora_path: must hold no ".."', "lora_path", "path_refused")
+        for root in self._folders:
+            folder = root / path  # an absolute path stays what it is
+            if folder == root or not folder.is_relative_to(root):
+                continue
+            parts = [root.joinpath(*folder.relative_to(root).parts[:n]) for n in range(1, len(folder.parts) + 1)]
+            if any(part.is_symlink() for part in parts):
+                raise invalid("lora_path: must not lead over a link", "lora_path", "path_refused")
+            if folder.is_dir():
+                _check_files(folder)
+                return folder
+        raise invalid(
+            f"lora_path: there is no folder {given[:200]!r} in those that adapters may be loaded from; hub ids and "
+            "folders elsewhere are refused",
+            "lora_path",
+            "path_refused",
+        )
+
+    def _router(self, bundle: Bundle) -> Router:
+        assert bundle.router is not None
+        if bundle.base_model != self._service.root:
+            raise BundleError(
+                f"{self._bundle} is for the base model {bundle.base_model}, and {self._service.root} runs; start "
+                "another server"
+            )
+        return load_router(bundle.router)
+
+
+def _check_files(folder: Path) -> None:
+    for entry in sorted(folder.iterdir()):
+        mode = entry.lstat().st_mode
+        if stat.S_ISLNK(mode) or not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise invalid(f"lora_path: {entry.name} is a link or no file", "lora_path", "path_refused")
+        if entry.suffix in PICKLES and not (folder / WEIGHTS_FILE).is_file():
+            raise invalid(
+                f"lora_path: {entry.name} may be a pickle, which can run code; save it as {WEIGHTS_FILE}",
+                "lora_path",
+                "path_refused",
+            )
+    if not (folder / CONFIG_FILE).is_file():
+        raise invalid(f"lora_path: there is no {CONFIG_FILE} in it", "lora_path", "adapter_refused")
+
+
+def _hashes(bundle: Bundle) -> dict[str, str]:
+    return {name: content_hash(folder) for name, folder in bundle.adapters.items()}

@@ -1,0 +1,155 @@
+"""Answers: the streams of a request in, pieces of text as they come out; whatever ends it, the rows are freed."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from dlp_lora.serve.backend import Done, PromptScores, SentenceStart, Stream, Token
+from dlp_lora.serve.errors import APIError
+from dlp_lora.serve.metrics import Meter
+from dlp_lora.serve.service import Asked, Service
+from dlp_lora.serve.trace import SentenceCutter
+
+KEEPALIVE_S = 15.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Text of one sentence; `sentence` is told with its first piece. `tokens` are those that it is the text of."""
+
+    text: str
+    sentence: SentenceStart | None = None
+    tokens: tuple[Token, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """The end of an answer, and how many characters of it there were."""
+
+    done: Done
+    num_characters: int
+
+
+Item = Piece | PromptScores | Ended
+
+
+class Answers:
+    """The answers to one request, read together. Use it as a context manager: leaving it frees what still runs."""
+
+    def __init__(self, service: Service, asked: Asked) -> None:
+        self._service = service
+        self._asked = asked
+        self._streams: list[Stream] = []
+        self._tasks: list[asyncio.Task[None]] = []
+        self._queue: asyncio.Queue[tuple[int, Item | BaseException]] = asyncio.Queue()
+        self._since_s = time.perf_counter()
+        self.num_prompt = self.num_answer = self.num_cached = 0  # tokens
+
+    async def __aenter__(self) -> "Answers":
+        self._service.num_running += 1
+        try:
+            for request in self._asked.requests:
+                self._streams.append(self._service.backend.open(request))
+        except BaseException:
+            await self.__aexit__()
+            raise
+        self._tasks = [asyncio.create_task(self._read(i, stream)) for i, stream in enumerate(self._streams)]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._service.num_running -= 1
+        for stream in self._streams:
+            stream.cancel()
+        for task in self._tasks:
+            task.cancel()
+
+    async def items(self) -> AsyncIterator[tuple[int, Item] | None]:
+        """Gives what comes of any answer, by its number; None where nothing came for a while.
+
+        Raises:
+            APIError: if the time is up.
+            DLPLoRAError: if an answer failed.
+        """
+        num_left = len(self._streams)
+        while num_left:
+            left_s = self._since_s + self._asked.deadline_s - time.perf_counter()
+            if left_s <= 0:
+                self._service.metrics.aborted.labels("deadline").inc()
+                raise APIError(
+                    504,
+                    f"the answer took longer than {self._asked.deadline_s:g} s",
+                    type="server_error",
+                    code="deadline_exceeded",
+                )
+            if self._queue.empty():
+                try:
+                    index, item = await asyncio.wait_for(self._queue.get(), min(KEEPALIVE_S, left_s))
+                except TimeoutError:
+                    yield None
+                    continue
+            else:
+                index, item = self._queue.get_nowait()
+            if isinstance(item, BaseException):
+                raise item
+            if isinstance(item, Ended):
+                num_left -= 1
+            yield index, item
+
+    async def whole(self) -> list[tuple[list[Piece], PromptScores | None, Ended]]:
+        """Gives all answers at their ends."""
+        pieces: list[list[Piece]] = [[] for _ in self._streams]
+        scores: list[PromptScores | None] = [None] * len(self._streams)
+        ends: dict[int, Ended] = {}
+        async for got in self.items():
+            match got:
+                case (index, Piece() as piece):
+                    pieces[index].append(piece)
+                case (index, PromptScores() as score):
+                    scores[index] = score
+                case (index, Ended() as ended):
+                    ends[index] = ended
+        return [(pieces[i], scores[i], ends[i]) for i in range(len(pieces))]
+
+    async def _read(self, index: int, stream: Stream) -> None:
+        service = self._service
+        meter = Meter(service.metrics, self._asked.choice.label, lambda: service.backend.adapters, self._since_s)
+        cutter, tokens = SentenceCutter(), list[Token]()
+        try:
+            async for event in stream:
+                match event:
+                    case SentenceStart():
+                        cutter.begin(event)
+                    case PromptScores():
+                        self._put(index, event)
+                    case Token():
+                        meter.token()
+                        tokens.append(event)
+                        tokens = self._cut(index, cutter, event.text, tokens)
+                    case Done():
+                        tokens = self._cut(index, cutter, event.text, tokens)
+                        if tokens:
+                            self._put(index, Piece(text="", tokens=tuple(tokens)))
+                        meter.done(event)
+                        self._count(event)
+                        self._put(index, Ended(done=event, num_characters=cutter.num_sent))
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            self._queue.put_nowait((index, error))
+
+    def _cut(self, index: int, cutter: SentenceCutter, text: str, tokens: list[Token]) -> list[Token]:
+        """Hands on the pieces of a text; gives the tokens that are still without one."""
+        parts = list(cutter.cut(text))
+        for i, (part, sentence) in enumerate(parts):
+            is_last = i == len(parts) - 1
+            self._put(index, Piece(text=part, sentence=sentence, tokens=tuple(tokens) if is_last else ()))
+        return [] if parts else tokens
+
+    def _put(self, index: int, item: Item) -> None:
+        self._queue.put_nowait((index, item))
+
+    def _count(self, done: Done) -> None:
+        self.num_prompt += done.usage.prompt_tokens
+        self.num_answer += done.usage.completion_tokens
+        self.num_cached += done.usage.cached_tokens

@@ -1,0 +1,120 @@
+"""Bodies: the bytes of a request in, JSON out, without what JSON's readers let through and its writers cannot say."""
+
+import json
+import re
+from collections.abc import Callable, Coroutine
+from typing import Any
+from urllib.parse import urlsplit
+
+from fastapi.routing import APIRoute
+from starlette.requests import Request
+from starlette.responses import Response
+
+from dlp_lora.serve.errors import APIError, invalid
+
+# curl sends the last one unless it is told otherwise. A web page may send it to any address without asking, so it is
+# refused where it comes from another site's page.
+FORM = "application/x-www-form-urlencoded"
+MAX_DEPTH = 64
+SURROGATE = re.compile(rb"\\u[dD][89abAB]")
+
+
+class JSONRequest(Request):
+    """A request whose body is JSON."""
+
+    async def json(self) -> Any:
+        """Reads the body.
+
+        Raises:
+            APIError: if it is no JSON, or holds NaN, half a character or too deep a nest.
+        """
+        if not hasattr(self, "_json"):
+            self._json = parse(await self.body())
+        return self._json
+
+
+class JSONRoute(APIRoute):
+    """A route whose bodies are JSON, read strictly."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Gives the handler of a request."""
+        handle = super().get_route_handler()
+
+        async def checked(request: Request) -> Response:
+            if self.body_field is not None:
+                check_type(request)
+                # FastAPI reads a body as JSON by its type alone.
+                headers = [pair for pair in request.scope["headers"] if pair[0] != b"content-type"]
+                scope = {**request.scope, "headers": [*headers, (b"content-type", b"application/json")]}
+                request = JSONRequest(scope, request.receive)
+            return await handle(request)
+
+        return checked
+
+
+def check_type(request: Request) -> None:
+    """Checks that a body says that it is JSON, or says nothing.
+
+    Raises:
+        APIError: if it says otherwise.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind in ("", "application/json") or (kind.startswith("application/") and kind.endswith("+json")):
+        return
+    if kind == FORM and not _is_from_elsewhere(request):
+        return
+    raise APIError(415, f"the content type is {kind[:80]!r}, expected application/json", code="unsupported_media_type")
+
+
+def parse(body: bytes) -> Any:
+    """Parses a body.
+
+    Raises:
+        APIError: if it is no JSON, or holds NaN, half a character or too deep a nest.
+    """
+    try:
+        data = json.loads(body, parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise invalid(f"the body is not UTF-8: {error.reason} at byte {error.start}", code="invalid_json") from error
+    except json.JSONDecodeError as error:
+        raise invalid(
+            f"the body is no JSON: {error.msg} at line {error.lineno}, column {error.colno}", code="invalid_json"
+        ) from error
+    except (RecursionError, ValueError) as error:  # int() limits its digits
+        raise invalid(f"the body cannot be read: {error}", code="invalid_json") from error
+    if _depth(body) > MAX_DEPTH:
+        raise invalid(f"the body is nested more than {MAX_DEPTH} deep", code="invalid_json")
+    if SURROGATE.search(body):
+        _check_unicode(data)
+    return data
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _depth(body: bytes) -> int:
+    """How deep brackets are nested at most; those inside strings count, too, if they could matter."""
+    if body.count(b"[") + body.count(b"{") <= MAX_DEPTH:
+        return 0
+    depth = deepest = 0
+    for match in re.finditer(rb'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', body, re.DOTALL):
+        token = match.group()
+        if token in (b"[", b"{"):
+            depth += 1
+            deepest = max(deepest, depth)
+        elif token in (b"]", b"}"):
+            depth -= 1
+    return deepest
+
+
+def _check_unicode(data: Any) -> None:
+    try:
+        json.dumps(data, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise invalid("the body holds half a character (a lone surrogate)", code="invalid_json") from error
+
+
+def _is_from_elsewhere(request: Request) -> bool:
+    origin = request.headers.get("origin")
+    return origin is not None and urlsplit(origin).netloc != request.headers.get("host")

@@ -1,0 +1,142 @@
+"""Calls of tools: the text of an answer in, deltas of a message out."""
+
+import json
+from collections.abc import Sequence
+from typing import Any, Protocol
+from uuid import uuid4
+
+from transformers import PreTrainedTokenizerBase
+
+from dlp_lora.serve.grammar import call_prefix
+from dlp_lora.serve.schema import AssistantMessage, CalledTool, FinishReason
+
+Delta = dict[str, Any]
+"""What a chunk adds to a message: `content`, or parts of `tool_calls`."""
+
+
+class MessageWriter(Protocol):
+    """Turns the text of an answer into deltas of its message."""
+
+    def push(self, text: str) -> list[Delta]:
+        """Adds text; gives the deltas that are certain since."""
+        ...
+
+    def end(self, reason: FinishReason) -> tuple[list[Delta], FinishReason]:
+        """Gives the last deltas, and why the answer ended."""
+        ...
+
+
+class TextWriter:
+    """An answer in text."""
+
+    def push(self, text: str) -> list[Delta]:
+        """Adds text."""
+        return [{"content": text}]
+
+    def end(self, reason: FinishReason) -> tuple[list[Delta], FinishReason]:
+        """Ends it."""
+        return [], reason
+
+
+class ArgumentsWriter:
+    """A call of one function: the text is its arguments."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._has_begun = False
+
+    def push(self, text: str) -> list[Delta]:
+        """Adds text."""
+        begin = [] if self._has_begun else [_begun(self._name)]
+        self._has_begun = True
+        return [*begin, _arguments(text)]
+
+    def end(self, reason: FinishReason) -> tuple[list[Delta], FinishReason]:
+        """Ends it; as OpenAI does, the reason of a named function is "stop"."""
+        return [], reason
+
+
+class CallWriter:
+    """A call of one of several functions, as `Grammars.of_calls` has it written."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._prefixes = {call_prefix(name): name for name in names}
+        self._text = ""
+        self._begun = ""  # the name
+        self._num_sent = 0
+
+    def push(self, text: str) -> list[Delta]:
+        """Adds text."""
+        self._text += text
+        deltas: list[Delta] = []
+        if not self._begun:
+            prefix = next((prefix for prefix in self._prefixes if self._text.startswith(prefix)), None)
+            if prefix is None:
+                return []
+            self._begun, self._num_sent = self._prefixes[prefix], len(prefix)
+            deltas.append(_begun(self._begun))
+        end = len(self._text) - 1  # the last bracket is the call's
+        if end > self._num_sent:
+            deltas.append(_arguments(self._text[self._num_sent : end]))
+            self._num_sent = end
+        return deltas
+
+    def end(self, reason: FinishReason) -> tuple[list[Delta], FinishReason]:
+        """Ends it."""
+        rest = self._text[self._num_sent :] if self._begun and reason == "length" else ""
+        return [_arguments(rest)] if rest else [], "tool_calls" if reason == "stop" else reason
+
+
+class TemplateWriter:
+    """An answer that may hold calls, which the tokenizer's response template tells from text: known at its end."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._prompt = prompt
+        self._text = ""
+
+    def push(self, text: str) -> list[Delta]:
+        """Adds text."""
+        self._text += text
+        return []
+
+    def end(self, reason: FinishReason) -> tuple[list[Delta], FinishReason]:
+        """Reads the answer; one that the template cannot read is text."""
+        try:
+            message = self._tokenizer.parse_response(self._text, prefix=self._tokenizer.decode(list(self._prompt)))
+        except Exception:  # a model may write anything
+            message = {"content": self._text}
+        deltas: list[Delta] = [{"content": message["content"]}] if message.get("content") else []
+        calls = message.get("tool_calls") or []
+        for index, call in enumerate(calls):
+            function = call.get("function", call)
+            arguments = function.get("arguments", {})
+            written = arguments if isinstance(arguments, str) else json.dumps(arguments)
+            deltas += [_begun(str(function.get("name")), index), _arguments(written, index)]
+        return deltas, "tool_calls" if calls else reason
+
+
+def message_of(deltas: Sequence[Delta]) -> AssistantMessage:
+    """Puts the deltas of a message together."""
+    content: str | None = None
+    calls: list[CalledTool] = []
+    for delta in deltas:
+        if "content" in delta:
+            content = (content or "") + delta["content"]
+        for part in delta.get("tool_calls", ()):
+            if "id" in part:
+                calls.append({"id": part["id"], "type": "function", "function": dict(part["function"])})  # type: ignore[typeddict-item]
+            else:
+                calls[part["index"]]["function"]["arguments"] += part["function"]["arguments"]
+    if calls:
+        return {"role": "assistant", "content": content, "refusal": None, "tool_calls": calls}
+    return {"role": "assistant", "content": content or "", "refusal": None}
+
+
+def _begun(name: str, index: int = 0) -> Delta:
+    call = {"index": index, "id": f"call_{uuid4().hex[:24]}", "type": "function"}
+    return {"tool_calls": [{**call, "function": {"name": name, "arguments": ""}}]}
+
+
+def _arguments(text: str, index: int = 0) -> Delta:
+    return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}

@@ -1,0 +1,126 @@
+"""Grammars: a response format or tools in, what an answer may be token by token out (llguidance)."""
+
+import json
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import llguidance
+import llguidance.hf
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from dlp_lora.serve.backend import BackendError
+from dlp_lora.serve.errors import invalid, unsupported
+from dlp_lora.serve.schema import FunctionDefinition
+
+
+class Grammars:
+    """Makes the grammars of answers; `vocab_size` is how many tokens the model scores."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._eos_ids = list(eos_ids)
+        self._guide: llguidance.LLTokenizer | None = None
+        self._lock = threading.Lock()
+
+    def of_format(self, response_format: Mapping[str, Any]) -> "AnswerGrammar | None":
+        """Gives the grammar of a response format, None for text.
+
+        Raises:
+            APIError: if it is none, or its schema cannot be followed.
+        """
+        kind = response_format.get("type")
+        if kind == "text":
+            return None
+        if kind == "json_object":
+            return self._made(_json_grammar({"type": "object"}), "response_format")
+        if kind == "json_schema":
+            holder = response_format.get("json_schema")
+            schema = holder.get("schema") if isinstance(holder, Mapping) else None
+            if not isinstance(schema, Mapping):
+                raise invalid(
+                    'response_format: "json_schema" must hold an object "schema"', "response_format.json_schema"
+                )
+            return self._made(_json_grammar(schema), "response_format.json_schema")
+        raise unsupported(
+            "response_format", f"response_format: type {kind!r} is not one of text, json_object and json_schema"
+        )
+
+    def of_call(self, function: FunctionDefinition) -> "AnswerGrammar":
+        """Gives the grammar of the arguments of one function."""
+        return self._made(_json_grammar(_arguments(function)), "tools")
+
+    def of_calls(self, functions: Sequence[FunctionDefinition]) -> "AnswerGrammar":
+        """Gives the grammar of a call of one of several functions, as `call_prefix` begins it and "}" ends it."""
+        rules = [f"start: {' | '.join(f'call_{i}' for i in range(len(functions)))}"]
+        for i, function in enumerate(functions):
+            rules.append(f'call_{i}: {json.dumps(call_prefix(function.name))} args_{i} "}}"')
+            rules.append(f"args_{i}: %json {json.dumps(_compact(_arguments(function)))}")
+        return self._made(llguidance.LLMatcher.grammar_from_lark("\n".join(rules)), "tools")
+
+    def _made(self, grammar: str, param: str) -> "AnswerGrammar":
+        guide = self._loaded(param)
+        matcher = llguidance.LLMatcher(guide, grammar, log_level=0)
+        if matcher.is_error():
+            reason = " ".join(matcher.get_error().split())[:300]
+            raise invalid(f"{param}: the schema cannot be followed: {reason}", param)
+        return AnswerGrammar(matcher)
+
+    def _loaded(self, param: str) -> llguidance.LLTokenizer:
+        with self._lock:  # it takes a second, once
+            if self._guide is None:
+                if not isinstance(self._tokenizer, PreTrainedTokenizerFast):
+                    raise unsupported(param, f"{param} needs a fast tokenizer, and this model has none")
+                self._guide = llguidance.hf.from_tokenizer(
+                    self._tokenizer, n_vocab=self._vocab_size, eos_token=self._eos_ids or None
+                )
+            return self._guide
+
+
+class AnswerGrammar:
+    """Where one answer stands in its grammar."""
+
+    def __init__(self, matcher: llguidance.LLMatcher) -> None:
+        self._matcher = matcher
+
+    def mask(self, scores: Float[Tensor, " vocab"]) -> None:
+        """Sets the scores of the tokens that may not come next to minus infinity, in place."""
+        bits = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
+        if self._matcher.is_error():
+            raise BackendError(f"the grammar cannot go on: {self._matcher.get_error()}")
+        allowed = (bits[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
+        is_allowed = allowed.flatten()[: len(scores)].bool().to(scores.device)
+        scores[: len(is_allowed)].masked_fill_(~is_allowed, float("-inf"))
+        scores[len(is_allowed) :] = float("-inf")
+
+    def accept(self, token: int) -> bool:
+        """Adds the token that came; gives whether the answer is complete."""
+        if not self._matcher.consume_token(token):
+            raise BackendError(f"the grammar does not allow the token {token}: {self._matcher.get_error()}")
+        return self._matcher.is_stopped()
+
+    def copy(self) -> "AnswerGrammar":
+        """Gives the grammar of another answer to the same request."""
+        return AnswerGrammar(self._matcher.deep_copy())
+
+
+def call_prefix(name: str) -> str:
+    """What stands before the arguments in the call of a function."""
+    return f'{{"name": {json.dumps(name)}, "arguments": '
+
+
+def _arguments(function: FunctionDefinition) -> Mapping[str, Any]:
+    return function.parameters or {"type": "object", "properties": {}, "additionalProperties": False}
+
+
+def _json_grammar(schema: Mapping[str, Any]) -> str:
+    return llguidance.LLMatcher.grammar_from_json_schema(json.dumps(_compact(schema)))
+
+
+def _compact(schema: Mapping[str, Any]) -> dict[str, Any]:
+    # Where white space is free, a small model may write nothing else.
+    return {**schema, "x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}

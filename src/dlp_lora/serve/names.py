@@ -1,0 +1,90 @@
+"""Names of models: what a client calls `model` in, which mixture answers out."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from dlp_lora.policy import Mixture
+from dlp_lora.serve.errors import APIError, invalid
+
+BASE = "base"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Who answers: the router chooses where `mixture` is None. `asked` is echoed, `label` stands in metrics."""
+
+    asked: str
+    label: str
+    mixture: Mixture | None
+
+
+@dataclass(frozen=True)
+class ModelNames:
+    """The names that a server answers to; `served` is that of the routed model."""
+
+    served: str
+
+    @property
+    def base(self) -> str:
+        """The name of the base model alone."""
+        return f"{self.served}:{BASE}"
+
+    def listed(self, adapters: Sequence[str]) -> tuple[str, ...]:
+        """All names of one word, the routed model first."""
+        return (self.served, self.base, *adapters)
+
+    def check_free(self, adapter: str) -> None:
+        """Checks that an adapter may have a name.
+
+        Raises:
+            APIError: if clients could not tell it from another model's.
+        """
+        if adapter == self.served or adapter.startswith(f"{self.served}:"):
+            raise invalid(f"an adapter cannot be named {adapter!r}: {self.served} is the routed model", "lora_name")
+
+    def choose(self, asked: str | None, adapters: Collection[str]) -> Choice:
+        """Finds who answers to a name, among the adapters that there are.
+
+        Raises:
+            APIError: if there is no model of this name, or the mixture is none.
+        """
+        if asked is None or asked == self.served:
+            return Choice(asked=self.served, label=self.served, mixture=None)
+        if asked == self.base:
+            return Choice(asked=asked, label=self.base, mixture=Mixture())
+        name = asked if asked in adapters else asked.removeprefix(f"{self.served}:")
+        if name in adapters:
+            return Choice(asked=asked, label=name, mixture=Mixture({name: 1.0}))
+        if "=" in asked:
+            return Choice(asked=asked, label="mixture", mixture=self._mixture(asked, adapters))
+        raise self.unknown(asked, adapters)
+
+    def unknown(self, asked: str, adapters: Collection[str]) -> APIError:
+        """What to say of a name that nothing has."""
+        listed = self.listed(sorted(adapters))
+        some = ", ".join(listed[:12]) + (", ..." if len(listed) > 12 else "")
+        return APIError(
+            404,
+            f"The model {asked[:200]!r} does not exist. There are {some}; and mixtures, as in "
+            f'"{(listed[2:] or ("math",))[0]}=0.6".',
+            type="not_found_error",
+            param="model",
+            code="model_not_found",
+        )
+
+    def _mixture(self, asked: str, adapters: Collection[str]) -> Mixture:
+        weights: dict[str, float] = {}
+        for part in asked.split(","):
+            name, _, weight = (text.strip() for text in part.partition("="))
+            if name not in adapters:
+                raise self.unknown(name, adapters)
+            if name in weights:
+                raise invalid(f"model: {name!r} stands in the mixture twice", "model")
+            try:
+                weights[name] = float(weight)
+            except ValueError:
+                raise invalid(f'model: {part!r} is not NAME=WEIGHT, as in "math=0.6,units=0.4"', "model") from None
+        try:
+            return Mixture(weights)
+        except ValueError as error:
+            raise invalid(f"model: {error}", "model") from None

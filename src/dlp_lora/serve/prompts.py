@@ -1,0 +1,129 @@
+"""Prompts: messages, text or token ids of a request in, the tokens that the model reads out."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from dlp_lora.chat import template_arguments, text_of
+from dlp_lora.engine.prompts import EncodedPrompt, encode_chat
+from dlp_lora.errors import PromptError
+from dlp_lora.serve.errors import invalid, too_long, unsupported
+from dlp_lora.serve.schema import ChatFields, ChatMessage, PromptRequest, Tool
+
+
+class PromptEncoder:
+    """Encodes the prompts of requests; `max_context` is how many tokens a prompt and its answer may have."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_context: int, vocab_size: int) -> None:
+        self.tokenizer = tokenizer
+        self.max_context = max_context
+        self.vocab_size = vocab_size
+
+    @cached_property
+    def longest_token(self) -> int:
+        """How many characters the longest token stands for."""
+        return max((len(token) for token in self.tokenizer.get_vocab()), default=1)
+
+    @cached_property
+    def reads_tools(self) -> bool:
+        """Whether the chat template shows tools to the model."""
+        try:
+            return "tools" in template_arguments(str(self.tokenizer.get_chat_template(None, [{}])))
+        except ValueError:  # there is none
+            return False
+
+    def chat(self, chat: ChatFields | PromptRequest, tools: Sequence[Tool] = ()) -> EncodedPrompt:
+        """Encodes messages through the chat template.
+
+        Raises:
+            APIError: if there is no template, it refuses them, or they are too long.
+        """
+        messages = [_plain(message) for message in chat.messages or ()]
+        continues = bool(chat.continue_final_message)
+        if chat.add_generation_prompt == continues:
+            raise unsupported(
+                "add_generation_prompt",
+                "add_generation_prompt is true unless continue_final_message is, and then false; leave it out",
+            )
+        if continues and messages[-1]["role"] != "assistant":
+            raise invalid(
+                "continue_final_message: the last message must be the assistant's, whose text is gone on with",
+                "continue_final_message",
+            )
+        if tools and not self.reads_tools:
+            messages = _with_tools(messages, tools)
+        self._check_length(sum(len(message.get("content") or "") for message in messages))
+        try:
+            encoded = encode_chat(
+                self.tokenizer,
+                messages,
+                tools=[tool.model_dump(exclude_none=True) for tool in tools] if self.reads_tools else (),
+                chat_template_kwargs=chat.chat_template_kwargs,
+                continue_final_message=continues,
+            )
+        except PromptError as error:
+            raise invalid(f"messages: {error}", "messages") from error
+        self.check_room(encoded.tokens, 0)
+        return encoded
+
+    def text(self, text: str, *, add_special_tokens: bool | None = None) -> EncodedPrompt:
+        """Encodes text as it is.
+
+        Raises:
+            APIError: if there is none, or it is too long.
+        """
+        self._check_length(len(text))
+        options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        return self._checked(self.tokenizer(text, **options)["input_ids"] if text.strip() else ())
+
+    def ids(self, tokens: Sequence[int]) -> EncodedPrompt:
+        """Takes token ids as they are.
+
+        Raises:
+            APIError: if there is none, one is unknown, or there are too many.
+        """
+        if unknown := next((token for token in tokens if token >= self.vocab_size), None):
+            raise invalid(f"prompt: the model knows token ids up to {self.vocab_size - 1}, got {unknown}", "prompt")
+        return self._checked(tokens)
+
+    def check_room(self, tokens: Sequence[int], num_new: int) -> None:
+        """Checks that an answer fits behind a prompt.
+
+        Raises:
+            APIError: if it does not.
+        """
+        if len(tokens) + num_new > self.max_context:
+            raise too_long(f"{len(tokens)} tokens", num_new, self.max_context)
+
+    def _check_length(self, num_characters: int) -> None:
+        """Refuses what cannot fit, before anybody reads it."""
+        if num_characters > self.max_context * self.longest_token:
+            least = num_characters // self.longest_token
+            raise too_long(f"more than {least} tokens", 1, self.max_context)
+
+    def _checked(self, tokens: Sequence[int]) -> EncodedPrompt:
+        if not tokens:
+            raise invalid("prompt: it is empty; give at least one token of text", "prompt")
+        self.check_room(tokens, 0)
+        return EncodedPrompt(tuple(tokens))
+
+
+def _plain(message: ChatMessage) -> dict[str, Any]:
+    """A message as templates read it: a developer is the system, and parts of text are one."""
+    plain = message.model_dump(exclude_none=True)
+    if message.role == "developer":
+        plain["role"] = "system"
+    if isinstance(message.content, list):
+        plain["content"] = text_of(plain)
+    return plain
+
+
+def _with_tools(messages: list[dict[str, Any]], tools: Sequence[Tool]) -> list[dict[str, Any]]:
+    """Tells a model whose template reads no tools of them, in a system message."""
+    listed = "\n".join(tool.function.model_dump_json(exclude_none=True) for tool in tools)
+    told = f"You may call these functions:\n{listed}"
+    if messages[0]["role"] == "system":
+        return [{**messages[0], "content": f"{messages[0]['content']}\n\n{told}"}, *messages[1:]]
+    return [{"role": "system", "content": told}, *messages]

@@ -1,0 +1,63 @@
+"""Sampling: the fields of a request in, how a backend samples its answers out."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dlp_lora.serve.backend import Grammar, Sampling
+from dlp_lora.serve.errors import invalid
+from dlp_lora.serve.schema import SamplingFields
+
+NAMES = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+
+
+def defaults_of(generation_config: Any) -> dict[str, Any]:
+    """What a model's generation config says of sampling, as `generate` follows it: greedy unless it says otherwise."""
+    settings = generation_config.to_diff_dict()
+    found = {name: settings[name] for name in ("repetition_penalty",) if settings.get(name) is not None}
+    if not settings.get("do_sample"):
+        return {**found, "temperature": 0.0}
+    chosen = ("temperature", "top_p", "top_k", "min_p")
+    return {**found, **{name: settings[name] for name in chosen if settings.get(name) is not None}}
+
+
+def sampling_of(
+    fields: SamplingFields,
+    defaults: Mapping[str, Any],
+    *,
+    number: int,
+    max_tokens: int | None,
+    vocab_size: int,
+    num_logprobs: int | None = None,
+    num_prompt_logprobs: int | None = None,
+    grammar: Grammar | None = None,
+) -> Sampling:
+    """Gives the sampling of answer `number` of a request: with a seed, each answer has another one.
+
+    Raises:
+        APIError: if a token of `logit_bias` is none.
+    """
+    values = {name: getattr(fields, name) for name in NAMES if getattr(fields, name) is not None}
+    values = {**defaults, **values}
+    if values.get("top_k") == -1:
+        values["top_k"] = 0
+    stop = (fields.stop,) if isinstance(fields.stop, str) else tuple(fields.stop or ())
+    return Sampling(
+        **values,
+        logit_bias=_biases(fields.logit_bias or {}, vocab_size),
+        seed=None if fields.seed is None else (fields.seed + number) % 2**64,
+        max_tokens=max_tokens,
+        min_tokens=fields.min_tokens or 0,
+        stop=stop,
+        stop_token_ids=frozenset(fields.stop_token_ids or ()),
+        ignore_eos=bool(fields.ignore_eos),
+        num_logprobs=num_logprobs,
+        num_prompt_logprobs=num_prompt_logprobs,
+        grammar=grammar,
+    )
+
+
+def _biases(given: Mapping[str, float], vocab_size: int) -> dict[int, float]:
+    for token in given:
+        if not (token.isascii() and token.isdigit()) or int(token) >= vocab_size:
+            raise invalid(f"logit_bias: {token[:40]!r} is no token id of 0 to {vocab_size - 1}", "logit_bias")
+    return {int(token): bias for token, bias in given.items()}

@@ -1,0 +1,533 @@
+"""The bodies of requests and answers: OpenAI's API as vLLM speaks it, with `dlp` beside it.
+
+Numbers and strings must be what they say they are; null stands for a field that is left out. Fields that nobody here
+knows are accepted, as clients send fields of many servers, but for those in REFUSED: they would change the answer.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, NotRequired
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+from typing_extensions import TypedDict  # on Python 3.11 pydantic reads no other
+
+from dlp_lora.policy import KVPolicy, PromptRouting, Unsure
+
+MAX_CHOICES = 128  # answers of one request
+MAX_LOGPROBS = 20
+MAX_STOPS = 16
+
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+StopString = Annotated[str, Field(min_length=1, max_length=1000)]
+
+# Fields of other servers that are not done here, and the values that ask for nothing.
+REFUSED: Mapping[str, tuple[Any, ...]] = {
+    "add_special_tokens": (),
+    "allowed_token_ids": (),
+    "audio": (),
+    "bad_words": ([],),
+    "best_of": (1,),
+    "cache_salt": (),
+    "chat_template": (),
+    "documents": ([],),
+    "function_call": ("none",),
+    "functions": ([],),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "include_stop_str_in_output": (False,),
+    "kv_transfer_params": (),
+    "length_penalty": (1, 1.0),
+    "logits_processors": ([],),
+    "lora_path": (),
+    "modalities": (["text"],),
+    "mm_processor_kwargs": (),
+    "prediction": (),
+    "prompt_logprobs": (),
+    "reasoning_effort": (),
+    "return_token_ids": (False,),
+    "skip_special_tokens": (True,),
+    "store": (False,),
+    "structured_outputs": (),
+    "suffix": ("",),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "vllm_xargs": (),
+    "web_search_options": (),
+}
+
+
+class Body(BaseModel):
+    """A body: strict about types, open to fields that are not known."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    @model_validator(mode="after")
+    def _refuse(self) -> "Body":
+        for name, value in (self.model_extra or {}).items():
+            # By type, too: true is 1, and no beam search is not one beam.
+            neutral = any(value == other and type(value) is type(other) for other in REFUSED.get(name, ()))
+            if name in REFUSED and value is not None and not neutral:
+                raise PydanticCustomError("unsupported", "{field} is not supported; leave it out", {"field": name})
+        return self
+
+
+class Closed(BaseModel):
+    """An object of this server's, whose fields are all known: a misspelt one would be lost."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class SwitchingOptions(Closed):
+    """When a sentence may switch; what is left out is as the server has it."""
+
+    min_tokens: Annotated[int, Field(ge=1)] | None = None
+    margin: Annotated[float, Field(ge=0, le=1)] | None = None
+    unsure: Unsure | None = None
+
+
+class DLPOptions(Closed):
+    """How one answer is routed, and what is said of it; what is left out is as the server has it."""
+
+    trace: bool = Field(default=True, description="Whether the answer says which sentence used which adapters.")
+    prompt_tokens: bool = Field(default=False, description="Whether it holds the token ids of the prompt.")
+    adapters: list[str] | None = Field(default=None, description="The adapters that the router may choose among.")
+    fixed: dict[str, Annotated[float, Field(allow_inf_nan=False)]] | None = Field(
+        default=None, description="Weights by adapter, in the place of the router; {} is the base model."
+    )
+    policy: dict[str, Any] | None = Field(
+        default=None, description='What turns probabilities into weights, as {"type": "TopP", "p": 0.9}.'
+    )
+    switching: SwitchingOptions | None = None
+    kv_policy: KVPolicy | None = None
+    prompt_routing: PromptRouting | None = None
+    deadline_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        default=None, description="Longest time that the request may take, at most the server's."
+    )
+
+
+class StreamOptions(Body):
+    """What else a stream holds."""
+
+    include_usage: bool | None = Field(default=None, description="One more chunk, with usage and no choices.")
+
+
+class SamplingFields(Body):
+    """What the two ways to generate have in common."""
+
+    model: str | None = Field(default=None, description="The routed model, its base, an adapter or a mixture.")
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    seed: Seed | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: list[TokenId] | None = None
+    ignore_eos: bool | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    response_format: dict[str, Any] | None = None
+    dlp: DLPOptions | None = None
+
+    @property
+    def options(self) -> DLPOptions:
+        """How the answer is routed."""
+        return self.dlp or DLPOptions()
+
+
+class TextPart(Body):
+    """A part of a message."""
+
+    type: str
+    text: str | None = None
+
+    @model_validator(mode="after")
+    def _is_text(self) -> "TextPart":
+        if self.type != "text":
+            raise PydanticCustomError(
+                "unsupported", "parts of type {kind} are not supported; send text", {"kind": self.type}
+            )
+        if self.text is None:
+            raise PydanticCustomError("missing", "a part of type text needs text")
+        return self
+
+
+class FunctionCall(Body):
+    """A call that the assistant made."""
+
+    name: str
+    arguments: str | dict[str, Any]
+
+
+class ToolCall(Body):
+    """A call of a tool."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class ChatMessage(Body):
+    """A turn of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _has_content(self) -> "ChatMessage":
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise PydanticCustomError("missing", "a message needs content")
+        return self
+
+
+class FunctionDefinition(Body):
+    """A function that the model may call; `parameters` is a JSON schema."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(Body):
+    """A tool that the model may call."""
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class NamedFunction(Body):
+    """The function that is to be called."""
+
+    name: str
+
+
+class NamedTool(Body):
+    """The tool that is to be called."""
+
+    type: Literal["function"] = "function"
+    function: NamedFunction
+
+
+class ChatFields(Body):
+    """A chat, and what its template reads."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
+
+
+class ChatRequest(ChatFields, SamplingFields):
+    """The body of /v1/chat/completions."""
+
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+
+class CompletionRequest(SamplingFields):
+    """The body of /v1/completions; a prompt is text or token ids, or a list of such."""
+
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)]
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[list[TokenId]], Field(min_length=1, max_length=MAX_CHOICES)]
+    )
+    max_tokens: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="16, unless given; 0 with echo alone."
+    )
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+
+class PromptRequest(Body):
+    """A prompt, or messages: the body of /v1/route and /tokenize."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    tools: list[Tool] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
+
+    @model_validator(mode="after")
+    def _is_one(self) -> "PromptRequest":
+        if (self.prompt is None) == (self.messages is None):
+            raise PydanticCustomError("missing", "give either prompt or messages")
+        return self
+
+
+class RouteRequest(PromptRequest):
+    """The body of /v1/route."""
+
+    dlp: DLPOptions | None = None
+
+
+class TokenizeRequest(PromptRequest):
+    """The body of /tokenize."""
+
+    add_special_tokens: bool | None = Field(
+        default=None, description="As the tokenizer does, unless given; of a prompt alone."
+    )
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(Body):
+    """The body of /detokenize."""
+
+    model: str | None = None
+    tokens: list[TokenId]
+
+
+class ExampleFields(Closed):
+    """A prompt that an adapter is for, and its answer: what the router learns from."""
+
+    prompt: Annotated[str, Field(min_length=1, pattern=r"\S")]
+    answer: Annotated[str, Field(min_length=1, pattern=r"\S")]
+
+
+class LoadAdapterRequest(Body):
+    """The body of /v1/load_lora_adapter; without `examples` the router never chooses the adapter."""
+
+    lora_name: Annotated[str, Field(min_length=1, max_length=200)]
+    lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
+    load_inplace: bool | None = None
+    examples: Annotated[list[ExampleFields], Field(min_length=1, max_length=10_000)] | None = None
+
+
+class UnloadAdapterRequest(Body):
+    """The body of /v1/unload_lora_adapter."""
+
+    lora_name: Annotated[str, Field(min_length=1, max_length=200)]
+
+
+class SentenceTrace(TypedDict):
+    """One sentence of an answer and how it was routed; `start` and `end` count its tokens, `offset` characters.
+
+    What is measured only later (`end`, `text`, `fuse_ms`, `encode_ms`) is missing while an answer streams.
+    """
+
+    sentence: int
+    start: int
+    offset: int
+    mixture: dict[str, float]
+    probabilities: dict[str, float]
+    switched: bool
+    abstained: bool
+    route_ms: float
+    end: NotRequired[int]
+    text: NotRequired[str]
+    fuse_ms: NotRequired[float]
+    encode_ms: NotRequired[float]
+
+
+class DLPTrace(TypedDict, total=False):
+    """How an answer was routed, sentence by sentence; and its prompt, if its sentences were routed, too."""
+
+    trace: list[SentenceTrace]
+    prompt_trace: list[SentenceTrace]
+    prompt_tokens: list[int]
+
+
+class Usage(TypedDict):
+    """How many tokens a request took."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: dict[str, int]
+
+
+class TopLogprob(TypedDict):
+    """A token that might have come."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    """A token that came."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(TypedDict):
+    """The log-probabilities of an answer's tokens."""
+
+    content: list[TokenLogprob]
+    refusal: None
+
+
+class CompletionLogprobs(TypedDict):
+    """The log-probabilities of an answer's tokens, and of the prompt's with `echo`."""
+
+    text_offset: list[int]
+    token_logprobs: list[float | None]
+    tokens: list[str]
+    top_logprobs: list[dict[str, float] | None]
+
+
+class CalledFunction(TypedDict):
+    """The function that is called; `arguments` is JSON."""
+
+    name: str
+    arguments: str
+
+
+class CalledTool(TypedDict):
+    """A call of a tool."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class AssistantMessage(TypedDict):
+    """What the assistant said."""
+
+    role: Literal["assistant"]
+    content: str | None
+    refusal: None
+    tool_calls: NotRequired[list[CalledTool]]
+
+
+FinishReason = Literal["stop", "length", "tool_calls"]
+
+
+class ChatChoice(TypedDict):
+    """One answer."""
+
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason
+    stop_reason: str | int | None
+    dlp: NotRequired[DLPTrace]
+
+
+class ChatResponse(TypedDict):
+    """The answer of /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    system_fingerprint: None
+
+
+class CompletionChoice(TypedDict):
+    """One answer."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason
+    stop_reason: str | int | None
+    dlp: NotRequired[DLPTrace]
+
+
+class CompletionResponse(TypedDict):
+    """The answer of /v1/completions."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+    system_fingerprint: None
+
+
+class ModelCard(TypedDict):
+    """A model that may be asked for; an adapter's `parent` is the routed model."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    parent: str | None
+    max_model_len: int
+
+
+class ModelList(TypedDict):
+    """The answer of /v1/models."""
+
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class TokenizeResponse(TypedDict):
+    """The answer of /tokenize."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class DetokenizeResponse(TypedDict):
+    """The answer of /detokenize."""
+
+    prompt: str
+
+
+class RouteResponse(TypedDict):
+    """Which adapters would answer; `questions` are those of a prompt that asks several."""
+
+    model: str
+    mixture: dict[str, float]
+    probabilities: dict[str, float]
+    abstained: bool
+    questions: list[str]
+    route_ms: float
+    num_tokens: int
+
+
+class AdapterResponse(TypedDict):
+    """What was done with an adapter; `is_routed` says whether the router may choose it."""
+
+    message: str
+    lora_name: str
+    is_routed: bool
+
+
+class ReloadResponse(TypedDict):
+    """How the adapters changed."""
+
+    message: str
+    added: list[str]
+    removed: list[str]
+    replaced: list[str]
+
+
+class VersionResponse(TypedDict):
+    """The answer of /version."""
+
+    version: str
+
+
+class HealthResponse(TypedDict):
+    """The answer of /health, whose status tells the same."""
+
+    status: Literal["ok", "unhealthy", "draining"]
+    reason: str

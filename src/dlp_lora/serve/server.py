@@ -1,0 +1,161 @@
+"""The server: an engine and settings in, a process that answers until it is told to end."""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import cast
+
+import uvicorn
+from starlette.types import ASGIApp
+from torch import nn
+
+from dlp_lora.engine.engine import Engine
+from dlp_lora.serve.adapters import AdapterManager
+from dlp_lora.serve.app import make_app
+from dlp_lora.serve.backend import Backend
+from dlp_lora.serve.grammar import Grammars
+from dlp_lora.serve.keys import Keys
+from dlp_lora.serve.local import LocalBackend
+from dlp_lora.serve.logs import LOGGER
+from dlp_lora.serve.names import ModelNames
+from dlp_lora.serve.prompts import PromptEncoder
+from dlp_lora.serve.sampling import defaults_of
+from dlp_lora.serve.service import Service
+from dlp_lora.serve.settings import ServerSettings
+
+FLUSH_S = 5  # for answers that were cut to reach their clients
+POLL_S = 0.02
+
+
+def make_service(engine: Engine, settings: ServerSettings, keys: Keys, *, name: str) -> Service:
+    """Makes the service of an engine, with the local backend; `name` is what clients call it."""
+    backend = LocalBackend(
+        engine,
+        max_batch=settings.max_batch,
+        max_queue=settings.max_queue,
+        max_context=settings.max_context,
+        chunk_tokens=settings.chunk_tokens,
+        cache_mb=settings.cache_mb,
+    )
+    vocab_size = cast(nn.Embedding, engine.model.get_input_embeddings()).num_embeddings
+    service = Service(
+        backend=backend,
+        call=engine.call,
+        encoder=PromptEncoder(engine.tokenizer, max_context=backend.max_context, vocab_size=vocab_size),
+        grammars=Grammars(engine.tokenizer, vocab_size, sorted(engine.eos_ids)),
+        names=ModelNames(settings.served_model_name or name),
+        settings=settings,
+        keys=keys,
+        start_row=engine.start_row,
+        sampling_defaults=defaults_of(engine.model.generation_config),
+        root=engine.model.config._name_or_path,
+    )
+    for adapter in engine.bank.names:
+        service.names.check_free(adapter)
+    return service
+
+
+def serve(
+    engine: Engine,
+    settings: ServerSettings,
+    keys: Keys,
+    *,
+    name: str,
+    bundle: Path | None = None,
+    listener: socket.socket | None = None,
+    on_ready: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Answers requests until SIGTERM or SIGINT; those that run then may end. A second signal ends the process at once.
+
+    Args:
+        name: what clients call the routed model, unless the settings say.
+        bundle: the folder that the engine is of, if it is one, so that it can be read again.
+        listener: from `listen`; made here by default.
+        on_ready: told the address.
+    """
+    listener = listener or listen(settings)
+    service = make_service(engine, settings, keys, name=name)
+    manager = AdapterManager(service, engine.bank.base, folders=settings.adapter_dir, bundle=bundle)
+    if not keys.has_users and not listener.getsockname()[0].startswith("127."):
+        LOGGER.warning("everybody who reaches this address may ask: there is no key")
+    app = make_app(service, manager)
+    with contextlib.suppress(KeyboardInterrupt):
+        _Server(app, service, lambda: on_ready(address_of(listener))).run(sockets=[listener])
+
+
+def listen(settings: ServerSettings) -> socket.socket:
+    """Takes the address of a server, before anything is loaded.
+
+    Raises:
+        OSError: if it is taken, or is none of this machine's.
+    """
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(place)
+    except OSError as error:
+        raise OSError(f"the server cannot listen on {settings.host}, port {settings.port}: {error}") from error
+    return listener
+
+
+def address_of(listener: socket.socket) -> str:
+    """The address of a listener as a browser takes it."""
+    host, port = listener.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):
+        host = "localhost"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn, which on a signal first lets the answers that run come to their ends."""
+
+    def __init__(self, app: ASGIApp, service: Service, on_ready: Callable[[], None]) -> None:
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=FLUSH_S,
+            timeout_keep_alive=30,
+            lifespan="off",
+        )
+        super().__init__(config)
+        self._service = service
+        self._on_ready = on_ready
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._drain: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begins to listen."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        self._on_ready()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drains at the first signal, and ends at the second."""
+        if self._service.is_draining or self._loop is None:
+            self.should_exit = self.force_exit = True
+            return
+        self._service.is_draining = True
+        self._loop.call_soon_threadsafe(self._begin_drain)
+
+    def _begin_drain(self) -> None:
+        self._drain = asyncio.ensure_future(self._drained())
+
+    async def _drained(self) -> None:
+        service, loop = self._service, asyncio.get_running_loop()
+        LOGGER.info("closing", extra={"num_running": service.num_running})
+        deadline = loop.time() + service.settings.shutdown_s
+        while service.num_running and loop.time() < deadline:
+            await asyncio.sleep(POLL_S)
+        backend: Backend = service.backend
+        await asyncio.to_thread(backend.close)
+        while service.num_running and loop.time() < deadline + FLUSH_S:
+            await asyncio.sleep(POLL_S)
+        self.should_exit = True

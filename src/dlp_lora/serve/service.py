@@ -1,0 +1,309 @@
+"""The service: what answers, how it is asked, and what its clients may see of it."""
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+from uuid import uuid4
+
+from dlp_lora.engine.calls import Call
+from dlp_lora.engine.prompts import EncodedPrompt
+from dlp_lora.engine.routing import RowRouter
+from dlp_lora.errors import DLPLoRAError
+from dlp_lora.policy import Mixture, Only, RoutingSettings, policy_from_dict
+from dlp_lora.serve.backend import Backend, Grammar, Request
+from dlp_lora.serve.errors import invalid, unavailable, unsupported
+from dlp_lora.serve.grammar import AnswerGrammar, Grammars
+from dlp_lora.serve.keys import Access, Keys
+from dlp_lora.serve.metrics import Metrics
+from dlp_lora.serve.names import Choice, ModelNames
+from dlp_lora.serve.prompts import PromptEncoder
+from dlp_lora.serve.sampling import sampling_of
+from dlp_lora.serve.schema import (
+    MAX_CHOICES,
+    ChatRequest,
+    CompletionRequest,
+    DLPOptions,
+    RouteRequest,
+    SamplingFields,
+    Tool,
+)
+from dlp_lora.serve.settings import ServerSettings
+
+DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as OpenAI has it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A prompt as it was encoded, and its text if that was given."""
+
+    encoded: EncodedPrompt
+    text: str | None = None
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """What the model reads."""
+        return self.encoded.tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A request that was checked: a backend's request for each answer, the answers to one prompt side by side."""
+
+    id: str
+    created: int
+    choice: Choice
+    options: DLPOptions
+    prompts: tuple[Prompt, ...]
+    requests: tuple[Request, ...]
+    deadline_s: float
+
+    def prompt_of(self, index: int) -> Prompt:
+        """The prompt of an answer."""
+        return self.prompts[index * len(self.prompts) // len(self.requests)]
+
+
+@dataclass(kw_only=True)
+class Service:
+    """A backend with all that turns requests of clients into its own.
+
+    `call` is how answers are routed unless their requests say otherwise, and `start_row` routes a prompt without
+    answering it. `num_running` counts the requests that are being answered.
+    """
+
+    backend: Backend
+    call: Call
+    encoder: PromptEncoder
+    grammars: Grammars
+    names: ModelNames
+    settings: ServerSettings
+    keys: Keys
+    start_row: Callable[..., RowRouter]
+    sampling_defaults: Mapping[str, Any]
+    root: str  # the base model
+    is_draining: bool = False
+    num_running: int = 0
+    started_s: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self.metrics = Metrics(self.backend.stats)
+        self.lock = threading.Lock()  # of changes to `call`
+
+    def visible(self, access: Access) -> tuple[str, ...]:
+        """The adapters that a key may use."""
+        names = self.backend.adapters
+        return names if access.adapters is None else tuple(name for name in names if name in access.adapters)
+
+    def check_open(self) -> None:
+        """Raises an APIError if the server takes no requests any more."""
+        if self.is_draining:
+            raise unavailable("the server is closing; try again in a moment", "shutting_down")
+
+    def chat(self, body: ChatRequest, access: Access) -> Asked:
+        """Checks a request of /v1/chat/completions, and encodes its messages. It takes time: not for an event loop."""
+        tools = offered(body)
+        grammar = self._grammar(body, tools)
+        prompt = Prompt(encoded=self.encoder.chat(body, tools))
+        if body.top_logprobs and not body.logprobs:
+            raise invalid("top_logprobs needs logprobs: true", "top_logprobs")
+        max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        return self._asked(
+            body,
+            access,
+            [prompt],
+            prefix="chatcmpl",
+            max_tokens=max_tokens,
+            num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            grammar=grammar,
+        )
+
+    def completion(self, body: CompletionRequest, access: Access) -> Asked:
+        """Checks a request of /v1/completions, and encodes its prompts. It takes time: not for an event loop."""
+        given: Sequence[Any] = (
+            [body.prompt] if isinstance(body.prompt, str) or not _is_nested(body.prompt) else body.prompt
+        )
+        prompts = [
+            Prompt(encoded=self.encoder.text(one), text=one)
+            if isinstance(one, str)
+            else Prompt(encoded=self.encoder.ids(one))
+            for one in given
+        ]
+        max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+        if max_tokens == 0 and not body.echo:
+            raise invalid("max_tokens: must be at least 1, or 0 with echo", "max_tokens")
+        return self._asked(
+            body,
+            access,
+            prompts,
+            prefix="cmpl",
+            max_tokens=max_tokens,
+            num_logprobs=body.logprobs,
+            num_prompt_logprobs=body.logprobs if body.echo else None,
+            grammar=self.grammars.of_format(body.response_format) if body.response_format else None,
+        )
+
+    def route(self, body: RouteRequest, access: Access) -> tuple[Choice, Prompt, RowRouter]:
+        """Says how a prompt would be routed, without answering it. It takes time: not for an event loop."""
+        choice = self.names.choose(body.model, self.visible(access))
+        if body.prompt is not None:
+            prompt = Prompt(encoded=self.encoder.text(body.prompt))
+        else:
+            prompt = Prompt(encoded=self.encoder.chat(body, body.tools or ()))
+        call, among = self._routed(choice, body.dlp or DLPOptions(), access)
+        return choice, prompt, self.start_row(prompt.tokens, call=call, prompt=prompt.encoded.prompt, among=among)
+
+    def _asked(
+        self,
+        body: SamplingFields,
+        access: Access,
+        prompts: Sequence[Prompt],
+        *,
+        prefix: str,
+        max_tokens: int | None,
+        num_logprobs: int | None,
+        num_prompt_logprobs: int | None = None,
+        grammar: AnswerGrammar | None = None,
+    ) -> Asked:
+        choice = self.names.choose(body.model, self.visible(access))
+        call, among = self._routed(choice, body.options, access)
+        n = body.n or 1
+        if n * len(prompts) > MAX_CHOICES:
+            raise invalid(f"n: {n} answers to {len(prompts)} prompts are more than {MAX_CHOICES}", "n")
+        if unknown := next((t for t in body.stop_token_ids or () if t >= self.encoder.vocab_size), None):
+            raise invalid(
+                f"stop_token_ids: the model knows token ids up to {self.encoder.vocab_size - 1}, got {unknown}",
+                "stop_token_ids",
+            )
+        if max_tokens is not None and (body.min_tokens or 0) > max_tokens:
+            raise invalid(f"min_tokens: {body.min_tokens} is more than max_tokens, {max_tokens}", "min_tokens")
+        if body.stream_options is not None and not body.stream:
+            raise invalid("stream_options needs stream: true", "stream_options")
+        for prompt in prompts:
+            self.encoder.check_room(prompt.tokens, 1 if max_tokens is None else max_tokens)
+        id_ = f"{prefix}-{uuid4().hex}"
+        requests = [
+            Request(
+                tokens=prompt.tokens,
+                call=call,
+                prompt=prompt.encoded.prompt,
+                adapters=among,
+                id=f"{id_}-{number}",
+                sampling=sampling_of(
+                    body,
+                    self.sampling_defaults,
+                    number=number,
+                    max_tokens=max_tokens,
+                    vocab_size=self.encoder.vocab_size,
+                    num_logprobs=num_logprobs,
+                    num_prompt_logprobs=num_prompt_logprobs,
+                    grammar=None if grammar is None else _another(grammar),
+                ),
+            )
+            for prompt in prompts
+            for number in range(n)
+        ]
+        return Asked(
+            id=id_,
+            created=int(time.time()),
+            choice=choice,
+            options=body.options,
+            prompts=tuple(prompts),
+            requests=tuple(requests),
+            deadline_s=min(body.options.deadline_s or self.settings.deadline_s, self.settings.deadline_s),
+        )
+
+    def _grammar(self, body: ChatRequest, tools: Sequence[Tool]) -> AnswerGrammar | None:
+        choice = body.tool_choice
+        if isinstance(choice, str) and choice in ("auto", "required") and not body.tools:
+            raise invalid(f"tool_choice: {choice!r} needs tools", "tool_choice")
+        called = called_tools(body)
+        grammar = self.grammars.of_format(body.response_format) if body.response_format else None
+        if not called:
+            if tools and getattr(self.encoder.tokenizer, "response_template", None) is None:
+                raise unsupported(
+                    "tool_choice",
+                    "tool_choice: 'auto', which tools alone ask for, needs a tokenizer with a response template to "
+                    'tell calls from text; use "required", "none" or the name of a function',
+                )
+            return grammar
+        if grammar is not None:
+            raise invalid("response_format cannot be followed in a call of a tool", "response_format")
+        functions = [tool.function for tool in called]
+        return self.grammars.of_calls(functions) if choice == "required" else self.grammars.of_call(functions[0])
+
+    def _routed(self, choice: Choice, options: DLPOptions, access: Access) -> tuple[Call, frozenset[str] | None]:
+        """How a request is routed, and the adapters that its router may choose among."""
+        visible = self.visible(access)
+        allowed = access.adapters
+        if options.adapters is not None:
+            _check_known(options.adapters, visible, "dlp.adapters")
+            allowed = frozenset(options.adapters)
+        changes: dict[str, Any] = {
+            name: value for name in ("kv_policy", "prompt_routing") if (value := getattr(options, name)) is not None
+        }
+        if options.policy is not None:
+            changes["policy"] = _policy(options.policy, visible)
+        if options.switching is not None:
+            given = options.switching.model_dump(exclude_none=True)
+            changes["switching"] = replace(self.call.settings.switching, **given)
+        mixture = choice.mixture
+        if options.fixed is not None:
+            if mixture is not None:
+                raise invalid(f"dlp.fixed: {choice.asked!r} is fixed already; ask for {self.names.served}", "dlp.fixed")
+            _check_known(options.fixed, visible, "dlp.fixed")
+            mixture = Mixture(options.fixed)
+        if mixture is not None:
+            return self.call.changed({**changes, "mixtures": (mixture,)}), allowed
+        if self.call.router is None:
+            raise invalid(
+                f"model: there is no router, so {choice.asked!r} cannot choose adapters; ask for one of them, for a "
+                f"mixture or for {self.names.base}",
+                "model",
+            )
+        return self.call.changed(changes), allowed
+
+
+def offered(body: ChatRequest) -> Sequence[Tool]:
+    """The tools that the model is told of."""
+    return () if body.tool_choice == "none" else body.tools or ()
+
+
+def called_tools(body: ChatRequest) -> Sequence[Tool]:
+    """The tools of which one must be called; none where the model may answer otherwise.
+
+    Raises:
+        APIError: if the one that is named is not there.
+    """
+    choice, tools = body.tool_choice, body.tools or ()
+    if choice is None or isinstance(choice, str):
+        return tools if choice == "required" else ()
+    named = [tool for tool in tools if tool.function.name == choice.function.name]
+    if not named:
+        raise invalid(f"tool_choice: there is no function {choice.function.name!r} among the tools", "tool_choice")
+    return named[:1]
+
+
+def _is_nested(prompt: Sequence[Any]) -> bool:
+    return not isinstance(prompt[0], int)
+
+
+def _another(grammar: AnswerGrammar) -> Grammar:
+    return grammar.copy()
+
+
+def _check_known(names: Sequence[str] | Mapping[str, float], visible: Sequence[str], param: str) -> None:
+    if unknown := sorted(set(names) - set(visible)):
+        there = ", ".join(sorted(visible)[:12]) or "none"
+        raise invalid(f"{param}: there is no adapter {unknown[0]!r}; there are {there}", param, "adapter_not_found")
+
+
+def _policy(given: Mapping[str, Any], visible: Sequence[str]) -> Any:
+    try:
+        policy = policy_from_dict(given)
+        RoutingSettings(policy=policy)
+    except (ValueError, TypeError, DLPLoRAError) as error:
+        raise invalid(f"dlp.policy: {error}", "dlp.policy") from error
+    if isinstance(policy, Only):
+        _check_known([policy.name], visible, "dlp.policy")
+    return policy

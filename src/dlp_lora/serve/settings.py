@@ -1,0 +1,63 @@
+"""Settings of a server: what a person chooses as it is started."""
+
+import re
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+SERVED_NAME = re.compile(r"[^\s,=]+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """Where a server listens, what it is called, and how much it takes on.
+
+    Keys stand apart, in `Keys`: nothing that is printed or logged holds one.
+    """
+
+    served_model_name: Annotated[
+        str | None, typer.Option(help="What clients call the routed model. [default: the bundle folder's name]")
+    ] = None
+    host: Annotated[str, "Address to listen on; 0.0.0.0 for all."] = "127.0.0.1"
+    port: Annotated[int, "Port to listen on; 0 takes any free one."] = 8000
+    max_batch: Annotated[int, "Requests that are answered at once."] = 16
+    max_queue: Annotated[int, "Requests that may wait; more are refused with 503."] = 256
+    max_context: Annotated[
+        int | None, typer.Option(help="Tokens of a prompt and its answer. [default: the model's context]")
+    ] = None
+    chunk_tokens: Annotated[int, "Tokens of a prompt that are read between two steps of the others."] = 256
+    cache_mb: Annotated[float, "Megabytes of KV of earlier requests that are kept for those that begin alike."] = 256.0
+    max_body_mb: Annotated[float, "Largest body of a request."] = 16.0
+    deadline_s: Annotated[float, "Longest time that a request may take, waiting included."] = 600.0
+    shutdown_s: Annotated[float, "How long running requests may go on after SIGTERM."] = 30.0
+    adapter_dir: Annotated[
+        tuple[str, ...], typer.Option(help="Folders that adapters may be loaded from while the server runs.")
+    ] = ()
+    allow_origin: Annotated[
+        tuple[str, ...], typer.Option(help="Web pages of which origins may call the server, as https://chat.example.")
+    ] = ()
+    allow_host: Annotated[
+        tuple[str, ...],
+        typer.Option(help="Names that clients may call the server by, behind a proxy. [default: see the docs]"),
+    ] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch", "chunk_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("max_queue", "cache_mb", "shutdown_s"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("max_body_mb", "deadline_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.max_context is not None and self.max_context < 2:
+            raise ValueError(f"max_context must be at least 2, got {self.max_context}")
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"port must be in 0 to 65535, got {self.port}")
+        if self.served_model_name is not None and not SERVED_NAME.fullmatch(self.served_model_name):
+            raise ValueError(
+                f"the served model name must hold no space, comma or =, got {self.served_model_name!r}; clients write "
+                "mixtures with these"
+            )

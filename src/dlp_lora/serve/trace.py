@@ -1,0 +1,80 @@
+"""Traces: what a backend tells of an answer's sentences in, what its reader is told out."""
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from dlp_lora.engine.trace import Sentence
+from dlp_lora.serve.backend import SentenceStart
+from dlp_lora.serve.schema import SentenceTrace
+
+
+@dataclass
+class SentenceCutter:
+    """Cuts the text of a stream where sentences begin, so that each piece belongs to one."""
+
+    num_sent: int = 0  # characters
+    _starts: deque[SentenceStart] = field(default_factory=deque)
+
+    def begin(self, start: SentenceStart) -> None:
+        """Notes that a sentence begins, somewhere in the text to come."""
+        self._starts.append(start)
+
+    def cut(self, text: str) -> Iterator[tuple[str, SentenceStart | None]]:
+        """Gives the text in pieces, each with the sentence that begins with it, if one does."""
+        start: SentenceStart | None = None
+        while self._starts and self._starts[0].offset < self.num_sent + len(text):
+            length = max(0, self._starts[0].offset - self.num_sent)
+            if length or start is not None:
+                yield text[:length], start
+                text = text[length:]
+                self.num_sent += length
+            start = self._starts.popleft()
+        if text or start is not None:
+            yield text, start
+            self.num_sent += len(text)
+
+
+def start_of(start: SentenceStart) -> SentenceTrace:
+    """Says what is known of a sentence as it begins."""
+    return {
+        "sentence": start.number,
+        "start": start.position,
+        "offset": start.offset,
+        "mixture": dict(start.mixture),
+        "probabilities": _rounded(start.probabilities),
+        "switched": start.switched,
+        "abstained": start.abstained,
+        "route_ms": round(start.route_ms, 3),
+    }
+
+
+def sentences_of(trace: Sequence[Sentence], num_characters: int | None = None) -> list[SentenceTrace]:
+    """Says what is known of the sentences of a text at its end; of the text, no more than is sent."""
+    told: list[SentenceTrace] = []
+    offset = 0
+    for number, sentence in enumerate(trace):
+        end = offset + len(sentence.text)
+        seen = end if num_characters is None else min(end, num_characters)
+        told.append(
+            {
+                "sentence": number,
+                "start": sentence.start,
+                "offset": offset,
+                "mixture": dict(sentence.mixture),
+                "probabilities": _rounded(sentence.probabilities),
+                "switched": sentence.switched,
+                "abstained": sentence.abstained,
+                "route_ms": round(sentence.route_ms, 3),
+                "end": sentence.end,
+                "text": sentence.text[: max(0, seen - offset)],
+                "fuse_ms": round(sentence.fuse_ms, 3),
+                "encode_ms": round(sentence.encode_ms, 3),
+            }
+        )
+        offset = end
+    return told
+
+
+def _rounded(probabilities: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(p, 6) for name, p in probabilities.items()}
