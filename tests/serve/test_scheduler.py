@@ -249,6 +249,24 @@ def test_a_row_whose_adapter_is_on_disk_waits_and_the_others_do_not(lively_adapt
     scheduler.close()
 
 
+@pytest.mark.parametrize("kv_policy", ["recompute", "keep"])
+def test_a_row_keeps_its_adapter_while_another_takes_its_name(
+    engine: Engine, make_scheduler: Callable[..., Scheduler], extras: tuple[Path, ...], kv_policy: str
+) -> None:
+    scheduler = make_scheduler(cache_mb=1.0)
+    rows, answers = [], []
+    for path in extras:
+        engine.add_adapter(path, "extra")
+        request = ask(engine, PROMPTS[1], mixture={"extra": 1.0}, settings={"kv_policy": kv_policy})
+        answers.append(timeless(alone(engine, request)))
+        rows.append(open_row(scheduler, request))
+        work_until(scheduler, lambda: rows[-1].num_tokens > 2)
+        engine.remove_adapter("extra")
+    finish(scheduler)
+    assert [timeless(read(row.stream).generation) for row in rows] == answers
+    assert answers[0].tokens != answers[1].tokens
+
+
 def work_until(scheduler: Scheduler, holds: Callable[[], bool]) -> None:
     """Has a scheduler work until something holds."""
     while not holds():
