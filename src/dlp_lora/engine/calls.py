@@ -52,6 +52,18 @@ class Endings:
         return tokens[:end]
 
 
+@dataclass(eq=False, kw_only=True)
+class Generating:
+    """One call of the model's `generate` that runs: how long its prompts are, and whether one has been begun."""
+
+    num_prompt: int | None = None
+    has_begun: bool = False
+
+    def is_prompt(self, num_tokens: int) -> bool:
+        """Whether the first `num_tokens` tokens of a row are no more than its prompt."""
+        return self.num_prompt is not None and num_tokens <= self.num_prompt
+
+
 @dataclass(frozen=True, kw_only=True)
 class Call:
     """How one answer comes about: routing settings, router, segmenter, fixed mixtures and endings.
@@ -67,6 +79,7 @@ class Call:
     mixtures: tuple[Mixture, ...] | None = None
     endings: Endings = Endings()
     contexts: Mapping[tuple[int, ...], Context] = field(default_factory=dict)
+    generating: Generating | None = None
 
     @property
     def is_base(self) -> bool:
@@ -106,23 +119,23 @@ def call_setting(name: str, kwargs: Mapping[str, Any], generation_config: Any) -
     return next((value for value in values if value is not None), None)
 
 
-def check_call(kwargs: Mapping[str, Any], generation_config: Any) -> None:
+def check_call(kwargs: Mapping[str, Any], generation_config: Any, *, is_stream: bool = False) -> None:
     """Checks the arguments of a call, its own generation config and the model's.
 
     Raises:
         ValueError: if one of them cannot be followed.
     """
     for name in NOT_ARGUMENTS:
-        given = call_setting(name, kwargs, generation_config)
-        if given is not None and given is not False:
+        if kwargs.get(name) not in (None, False):
             raise ValueError(f"{name} is not an argument of engine.generate; use engine.model.generate")
     if call_setting("prompt_lookup_num_tokens", kwargs, generation_config) is not None:
         raise ValueError(
             "prompt_lookup_num_tokens reads several tokens at once, so sentences cannot be routed one by one; leave "
             "it out"
         )
-    if call_setting("use_cache", kwargs, generation_config) is False:
-        raise ValueError("routing by sentence follows the KV cache; leave use_cache on")
+    for name in ("num_return_sequences", "num_beams") if is_stream else ():
+        if (number := call_setting(name, kwargs, generation_config) or 1) > 1:
+            raise ValueError(f"engine.stream gives one answer, but {name} is {number}; use engine.generate")
 
 
 @contextmanager
@@ -135,23 +148,54 @@ def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
         yield
 
 
-def kept_tokens(ids: Tensor, mask: Any, *, num_cached: int = 0) -> Bool[Tensor, "batch seq"]:
+def kept_tokens(
+    ids: Tensor, mask: Any, *, num_cached: int = 0, endings: Endings = Endings()
+) -> Bool[Tensor, "batch seq"]:
     """Which of the tokens behind `num_cached` others are no padding.
 
     A mask of (batch, seq) tells, or one of what tokens attend to, as static caches have it: what is no padding attends
-    to itself.
+    to itself. Without a mask, padding is what fills rows up on the right.
+
+    Raises:
+        ValueError: if the mask is of another kind.
     """
-    if isinstance(mask, Mapping):  # one for each kind of layer
-        mask = next(iter(mask.values()), None)
+    if isinstance(mask, Mapping):  # one for each kind of layer, some of which need none
+        mask = next((each for each in mask.values() if each is not None), None)
     num_new = ids.shape[1]
+    if mask is None:
+        return _kept_without_mask(ids, endings)
     if isinstance(mask, Tensor) and mask.ndim == 2:
-        return mask[:, -num_new:].bool()
+        # A mask may be as wide as a static cache, or tell of the new tokens alone.
+        first = num_cached if mask.shape[1] >= num_cached + num_new else mask.shape[1] - num_new
+        return mask[:, first : first + num_new].bool()
     if isinstance(mask, Tensor) and mask.ndim == 4:
         attended = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0  # (batch, new tokens, places)
         # A cache of a sliding window has places for the last tokens alone.
         first = min(num_cached, attended.shape[2] - num_new)
         return attended.diagonal(offset=first, dim1=-2, dim2=-1).expand(len(ids), -1)
-    return torch.ones_like(ids, dtype=torch.bool)
+    shape = f" of {mask.ndim} dimensions" if isinstance(mask, Tensor) else ""
+    raise ValueError(
+        f"an attention mask of (batch, seq) or (batch, 1, seq, places) says what is padding, got a "
+        f"{type(mask).__name__}{shape}; pass one of these"
+    )
+
+
+def _kept_without_mask(ids: Tensor, endings: Endings) -> Bool[Tensor, "batch seq"]:
+    """Leaves out what fills rows up on the right: tokens that end or pad rows, or zeros that only some rows end with.
+
+    Others that call the model pad with such tokens and pass no mask, as what is behind a text does not change it.
+    """
+    kept = torch.ones_like(ids, dtype=torch.bool)
+    if ids.shape[1] < 2:
+        return kept
+    special = torch.tensor(sorted(endings.pad_ids | endings.eos_ids), dtype=ids.dtype, device=ids.device)
+    for is_filler, is_text_too in ((torch.isin(ids, special), False), (ids == 0, True)):
+        length = is_filler.flip(1).cumprod(1).sum(1)  # (batch) of the run at the end
+        if is_text_too:
+            length = length - length.min()
+        kept &= torch.arange(ids.shape[1], device=ids.device) < (ids.shape[1] - length)[:, None]
+    kept[:, 0] |= ~kept.any(1)
+    return kept
 
 
 def _ids(value: int | Sequence[int] | None) -> frozenset[int]:

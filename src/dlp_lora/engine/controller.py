@@ -15,11 +15,11 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache as cached
 from functools import partial, wraps
 from types import MethodType
-from typing import Any, Literal, SupportsIndex
+from typing import Any, SupportsIndex
 from weakref import WeakKeyDictionary
 
 import torch
@@ -31,7 +31,6 @@ from dlp_lora.bank.bank import AdapterBank
 from dlp_lora.engine.cache import (
     CachedRows,
     bind,
-    cache_among,
     cache_argument,
     cache_of,
     check_rewritable,
@@ -39,8 +38,24 @@ from dlp_lora.engine.cache import (
     rows_of,
     write_rows,
 )
-from dlp_lora.engine.calls import Call, kept_tokens
-from dlp_lora.engine.overrides import EngineKey, Mark, Override, current_call, is_in_force, latest_mark, mark_pass
+from dlp_lora.engine.calls import Call, Generating, call_setting, kept_tokens
+from dlp_lora.engine.overrides import (
+    EngineKey,
+    Mark,
+    Override,
+    current_call,
+    is_in_force,
+    latest_mark,
+    mark_pass,
+    overriding,
+)
+from dlp_lora.engine.passes import (
+    PassArguments,
+    check_generate,
+    check_is_kept,
+    check_not_packed,
+    check_text_is_known,
+)
 from dlp_lora.engine.prompts import check_embedded
 from dlp_lora.engine.routing import Among, Prompt, Routing, RowRouter, push_tokens, start_rows
 from dlp_lora.engine.text import Detokenizer, Passage, PromptReader
@@ -52,39 +67,10 @@ NOT_COMPILED = (
     "a model that an engine is attached to is not compiled by torch.compile(model): which adapters a pass uses follows "
     "from its tokens; engine.compile() compiles its decoding steps"
 )
-
-
-@dataclass(frozen=True)
-class PassArguments:
-    """What a forward pass is given: token ids, mask, KV cache, and how many tokens the cache holds."""
-
-    kwargs: dict[str, Any]
-    ids: Int[Tensor, "batch seq"] | None
-    mask: Any
-    cache: Cache | None
-    num_cached: int
-
-    @classmethod
-    def of(cls, kwargs: dict[str, Any]) -> "PassArguments":
-        """Reads the arguments of a model's forward, all by name."""
-        cache = cache_among(kwargs.values())
-        num_cached = int(cache.get_seq_length()) if cache is not None else 0
-        return cls(kwargs, kwargs.get("input_ids"), kwargs.get("attention_mask"), cache, num_cached)
-
-    def kind(self, known: CachedRows | None) -> Literal["start", "step", "more"]:
-        """A pass starts rows, takes a step of one token, or reads more text: the next turn, a chunk, a cropped cache.
-
-        `known` are the rows of its KV cache.
-        """
-        if self.ids is None or known is None or self.num_cached == 0:
-            return "start"
-        return "step" if self.ids.shape[1] == 1 and known.ids.shape[1] == self.num_cached else "more"
-
-    @property
-    def kept(self) -> Bool[Tensor, "batch seq"]:
-        """Which of the tokens are no padding."""
-        assert self.ids is not None
-        return kept_tokens(self.ids, self.mask, num_cached=self.num_cached)
+NOT_BATCHED = (
+    "continuous batching packs the tokens of all requests into one row, which cannot be routed; pass the prompts to "
+    "engine.generate as a list, or serve them with a backend of dlp_lora.serve"
+)
 
 
 class Controller:
@@ -150,6 +136,30 @@ class Controller:
         """Has `torch.compile` compile what runs for the decoding steps whose fusing is padded."""
         self._compiled = torch.compile(self._plain, **kwargs)
 
+    def generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Runs the model's `generate`, whose passes can be followed.
+
+        The cache that routing needs is used, and stop strings find their tokenizer, whatever the base's own generation
+        config says.
+
+        Raises:
+            ValueError: if something is asked for that cannot be routed.
+        """
+        names = [*inspect.signature(generate).parameters]
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        config = self._model.generation_config
+        if self.call.mixtures is None:
+            check_generate(kwargs, config)
+            if call_setting("use_cache", {}, kwargs.get("generation_config") or config) is False:
+                kwargs["use_cache"] = True
+        if call_setting("stop_strings", kwargs, config):
+            kwargs.setdefault("tokenizer", self.tokenizer)
+        ids = kwargs.get("inputs", kwargs.get("input_ids"))
+        generating = Generating(num_prompt=ids.shape[1] if isinstance(ids, Tensor) and ids.ndim == 2 else None)
+        lease = self.bank.lease(())
+        with overriding(Override(key=self.key, changes={"generating": generating}, lease=lease)):
+            return generate(**kwargs)
+
     @torch.compiler.disable(reason=NOT_COMPILED)  # type: ignore[untyped-decorator]
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Runs one forward pass, routed."""
@@ -159,15 +169,15 @@ class Controller:
         with self.bank.lock:
             try:
                 # Of arguments without a name, the first are the token ids.
-                rows = self._prepare(PassArguments.of({"input_ids": args[0], **kwargs} if args else kwargs))
+                given = PassArguments.of({"input_ids": args[0], **kwargs} if args else kwargs)
+                rows = self._prepare(given)
                 run = self._plain if self._compiled is None or not self.bank.is_padded else self._compiled
                 with self._keeping_mixtures():
                     output = run(*args, **kwargs)
             finally:
                 self.bank.clear()
-            cache = cache_of(output)
-            if rows is not None and cache is not None and rows_of(cache) is None:
-                bind(cache, rows)
+            if rows is not None and given.num_cached == 0:
+                self._keep_rows(rows, given, cache_of(output))
         return output
 
     @contextmanager
@@ -228,7 +238,9 @@ class Controller:
             self._fuse_embeddings(given, call)
             return None
         known = rows_of(given.cache)
-        match given.kind(known):
+        if call.mixtures is None:
+            check_text_is_known(given, known, call)
+        match given.kind(known, call.generating):
             case "step":
                 assert known is not None
                 rows, switched = known, self._step(known, given, call)
@@ -236,9 +248,7 @@ class Controller:
                 assert known is not None
                 rows, switched = self._read_on(known, given, call)
             case _:
-                rows, switched = CachedRows(self._start_rows(given.ids, given.kept, call), given.ids, given.kept), []
-                if call.settings.kv_policy == "recompute" and call.mixtures is None:
-                    check_rewritable(given.cache)
+                rows, switched = self._start(given, call), []
         self.note_pass(rows.rows)
         if rows.lease is None or switched:
             rows.lease = self.bank.lease([mixture for row in rows.rows for mixture in row.mixtures])
@@ -251,6 +261,28 @@ class Controller:
         for i, row in enumerate(rows.rows):
             row.charge(fuse_ms=fuse_ms, encode_ms=encode_ms if i in switched else 0.0)
         return rows
+
+    def _start(self, given: PassArguments, call: Call) -> CachedRows:
+        """Routes the prompts of a pass that starts rows."""
+        assert given.ids is not None
+        kept = given.kept(call)
+        if call.mixtures is None:
+            check_not_packed(given, kept)
+            if call.settings.kv_policy == "recompute":
+                check_rewritable(given.cache)
+        if call.generating is not None:
+            call.generating.has_begun = True
+        return CachedRows(self._start_rows(given.ids, kept, call), given.ids, kept)
+
+    def _keep_rows(self, rows: CachedRows, given: PassArguments, cache: Cache | None) -> None:
+        """Ties rows to the KV cache that the pass which started them has left."""
+        call = self.call
+        if call.mixtures is None:
+            check_is_kept(cache, given, call, self._model)
+            if call.settings.kv_policy == "recompute" and given.cache is None:
+                check_rewritable(cache)
+        if cache is not None and rows_of(cache) is None:
+            bind(cache, rows)
 
     def _fuse_embeddings(self, given: PassArguments, call: Call) -> None:
         if call.mixtures is None:
@@ -274,7 +306,9 @@ class Controller:
         """Routes the whole text again, with what is new; gives the rows, and which have other mixtures than before."""
         assert given.ids is not None
         ids = torch.cat([known.ids[:, : given.num_cached], given.ids], dim=1)
-        kept = torch.cat([known.kept[:, : given.num_cached], given.kept], dim=1)
+        kept = torch.cat([known.kept[:, : given.num_cached], given.kept(call)], dim=1)
+        if call.mixtures is None:
+            check_not_packed(given, kept[:, given.num_cached :])
         rows = CachedRows(self._start_rows(ids, kept, call), ids, kept)
         switched = [
             i
@@ -399,6 +433,13 @@ def routed(kind: Any) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return vars(self)[CONTROLLER].run(*args, **kwargs)
 
+    @wraps(kind.generate)
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return vars(self)[CONTROLLER].generate(super(routed_kind, self).generate, *args, **kwargs)
+
+    def batch_continuously(self: Any, *_: Any, **__: Any) -> None:
+        raise ModelError(NOT_BATCHED)
+
     def compile_(self: Any, *_: Any, **__: Any) -> None:
         raise ModelError(NOT_COMPILED)
 
@@ -427,6 +468,9 @@ def routed(kind: Any) -> Any:
 
     namespace = {
         "forward": forward,
+        "generate": generate,
+        "generate_batch": batch_continuously,
+        "init_continuous_batching": batch_continuously,
         "compile": compile_,
         "get_compiled_call": get_compiled_call,
         "__deepcopy__": copied,
@@ -436,7 +480,8 @@ def routed(kind: Any) -> Any:
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
     }
-    return type(kind.__name__, (kind,), namespace)
+    routed_kind: Any = type(kind.__name__, (kind,), namespace)
+    return routed_kind
 
 
 def _has_sentences(rows: Sequence[RowRouter]) -> bool:

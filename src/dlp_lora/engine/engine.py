@@ -25,11 +25,12 @@ from dlp_lora.engine.bundle import check_names, write_bundle
 from dlp_lora.engine.calls import Call, Endings, call_setting, check_call, seeded
 from dlp_lora.engine.controller import Controller
 from dlp_lora.engine.overrides import Override, overriding
+from dlp_lora.engine.passes import check_keeps_cache
 from dlp_lora.engine.prompts import EncodedPrompt, as_batch, contexts_of, encode_prompt, encode_prompts, padded
 from dlp_lora.engine.routing import Prompt, RowRouter
 from dlp_lora.engine.streaming import Stream
 from dlp_lora.engine.trace import Generation, Sentence
-from dlp_lora.errors import AdapterError
+from dlp_lora.errors import AdapterError, ModelError
 from dlp_lora.files import local_folder
 from dlp_lora.policy import FusionPolicy, KVPolicy, Mixture, PromptRouting, RoutingSettings, Switching
 from dlp_lora.router import Context, Router
@@ -63,6 +64,7 @@ class Engine:
     ) -> None:
         if router is not None:
             check_names(router.names, bank.names)
+        check_keeps_cache(model)
         self.model = model
         self.tokenizer = tokenizer
         self.bank = bank
@@ -261,11 +263,11 @@ class Engine:
             inputs = self._inputs(encoded, call, kwargs)
             with self._overriding({"contexts": contexts_of(encoded)}):
                 with seeded(seed, self.model.device), torch.no_grad():
-                    output = cast(Any, self.model).generate(**inputs, **kwargs)
+                    output = cast(Any, self.model).generate(**inputs, **{**kwargs, "return_dict_in_generate": False})
                 length = inputs["input_ids"].shape[1]
                 special = self.tokenizer.all_special_ids
                 answers = [call.endings.trim(tokens, special) for tokens in output[:, length:].tolist()]
-                generations = self._generations(inputs, self._controller.latest or (), answers)
+                generations = self._generations(inputs, self._controller.latest or (), answers, call, kwargs)
         if any(len(questions) > 1 for questions in apart):
             following = iter(generations)
             generations = [joined(list(islice(following, len(questions)))) for questions in apart]
@@ -303,14 +305,14 @@ class Engine:
         with self._calling(mixture, settings, kwargs) as call:
             (questions,) = self._apart(chats, call, kwargs)
             encoded = encode_prompts(self.tokenizer, questions)
-            inputs = self._inputs(encoded, call, kwargs)
+            inputs = self._inputs(encoded, call, kwargs, is_stream=True)
 
             def run(**more: Any) -> None:
                 with seeded(seed, self.model.device), torch.no_grad():
-                    cast(Any, self.model).generate(**inputs, **{**kwargs, **more})
+                    cast(Any, self.model).generate(**inputs, **{**kwargs, "return_dict_in_generate": False, **more})
 
             def finish(rows: Sequence[RowRouter], answers: Sequence[list[int]]) -> Generation:
-                return joined(self._generations(inputs, rows, answers))
+                return joined(self._generations(inputs, rows, answers, call, kwargs))
 
             stopping = kwargs.get("stopping_criteria") or ()
             with self._overriding({"contexts": contexts_of(encoded)}):
@@ -344,11 +346,27 @@ class Engine:
         return encoded.context or self._controller.read_prompt.context(encoded.tokens)
 
     def _generations(
-        self, inputs: Mapping[str, torch.Tensor], rows: Sequence[RowRouter], answers: Sequence[list[int]]
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        rows: Sequence[RowRouter],
+        answers: Sequence[list[int]],
+        call: Call,
+        kwargs: Mapping[str, Any],
     ) -> list[Generation]:
-        """Gives the answers of the latest pass's rows with their traces."""
-        # Beams end in other rows than they began in, and a row stopped without eos has read padding.
+        """Gives the answers of the latest pass's rows with their traces.
+
+        Raises:
+            ModelError: if the passes have not followed the answers, so that nobody knows what these ran with.
+        """
         if not (len(rows) == len(answers) and all(map(RowRouter.has_read, rows, answers))):
+            # Beams end in other rows than they began in, and a row stopped without eos has read padding.
+            has_beams = (call_setting("num_beams", kwargs, self.model.generation_config) or 1) > 1
+            has_read_on = len(rows) == len(answers) and all(map(RowRouter.has_read_past, rows, answers))
+            if not (has_beams or has_read_on or call.mixtures is not None):
+                raise ModelError(
+                    f"the passes of {type(self.model).__name__} did not follow its answer token by token, so there is "
+                    "no trace of it; leave out what decodes in another way, or use engine.fixed()"
+                )
             rows = tuple(self._controller.replay(inputs, answers))
         masked = zip(inputs["input_ids"].tolist(), inputs["attention_mask"].tolist(), strict=True)
         read = [tuple(token for token, is_kept in zip(*row, strict=True) if is_kept) for row in masked]
@@ -359,12 +377,12 @@ class Engine:
         ]
 
     def _inputs(
-        self, prompts: Sequence[EncodedPrompt], call: Call, kwargs: Mapping[str, Any]
+        self, prompts: Sequence[EncodedPrompt], call: Call, kwargs: Mapping[str, Any], *, is_stream: bool = False
     ) -> dict[str, torch.Tensor]:
         """Checks a call of `generate`; gives its prompts as the model reads them."""
         if not self._is_attached:
             raise ValueError("the engine was detached from its model; make another one with dlp_lora.load")
-        check_call(kwargs, self.model.generation_config)
+        check_call(kwargs, self.model.generation_config, is_stream=is_stream)
         fixed = call.mixtures or ()
         if len(fixed) > 1 and len(fixed) != len(prompts):
             raise ValueError(f"{len(fixed)} mixtures were fixed for {len(prompts)} prompts; give one, or one a prompt")

@@ -192,6 +192,10 @@ class RowRouter:
         n = self.num_tokens
         return len(answer) - 1 <= n <= len(answer) and self.tokens == list(answer[:n])
 
+    def has_read_past(self, answer: Sequence[int]) -> bool:
+        """Whether it has followed an answer and what pads its row."""
+        return not answer or self.tokens[: len(answer) - 1] == list(answer[:-1])
+
     def finish(self, tokens: Sequence[int]) -> None:
         """Adds the tokens that were sampled but never encoded (the last one is not), and any held-back text."""
         for token in tokens[self.num_tokens :]:

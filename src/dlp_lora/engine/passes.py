@@ -1,0 +1,157 @@
+"""Forward passes: what one is given, and the checks that its rows can be followed from the prompt to the last token.
+
+What a row runs with follows from its text, so a pass whose text is not known is refused: a model that keeps no KV cache
+of transformers, a second prompt within one call of `generate` (contrast passes, decoding without a cache), several
+sequences packed into a row, a cache that others have filled. Under a fixed mixture nothing has to be known.
+"""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+from transformers import Cache, UnbatchedClassifierFreeGuidanceLogitsProcessor
+
+from dlp_lora.engine.cache import CACHE_NAMES, CachedRows, cache_among
+from dlp_lora.engine.calls import Call, Generating, call_setting, kept_tokens
+from dlp_lora.errors import ModelError, PromptError
+
+# What attention over packed sequences, or over the blocks of a paged cache, is given.
+PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "block_table", "read_index", "write_index")
+
+
+@dataclass(frozen=True)
+class PassArguments:
+    """What a forward pass is given: token ids, mask, KV cache, and how many tokens the cache holds."""
+
+    kwargs: dict[str, Any]
+    ids: Int[Tensor, "batch seq"] | None
+    mask: Any
+    cache: Cache | None
+    num_cached: int
+
+    @classmethod
+    def of(cls, kwargs: dict[str, Any]) -> "PassArguments":
+        """Reads the arguments of a model's forward, all by name."""
+        cache = cache_among(kwargs.values())
+        num_cached = int(cache.get_seq_length()) if cache is not None else 0
+        return cls(kwargs, kwargs.get("input_ids"), kwargs.get("attention_mask"), cache, num_cached)
+
+    def kind(self, known: CachedRows | None, generating: Generating | None) -> Literal["start", "step", "more"]:
+        """A pass starts rows, takes a step of one token, or reads more text: the next turn, a chunk, a cropped cache.
+
+        `known` are the rows of its KV cache. One token is a step unless it is the end of the prompt of a `generate`.
+        """
+        if self.ids is None or known is None or self.num_cached == 0:
+            return "start"
+        is_step = self.ids.shape[1] == 1 and known.ids.shape[1] == self.num_cached
+        if is_step and generating is not None and generating.is_prompt(self.num_cached + 1):
+            return "more"
+        return "step" if is_step else "more"
+
+    def kept(self, call: Call) -> Bool[Tensor, "batch seq"]:
+        """Which of the tokens are no padding."""
+        assert self.ids is not None
+        return kept_tokens(self.ids, self.mask, num_cached=self.num_cached, endings=call.endings)
+
+
+def check_keeps_cache(model: nn.Module) -> None:
+    """Checks that a model keeps its state in a KV cache of transformers, which its rows are followed by.
+
+    Raises:
+        ModelError: if it keeps none, or a state of its own.
+    """
+    kind: Any = type(model)
+    takes = set(inspect.signature(kind.forward).parameters)
+    supports = getattr(kind, "_supports_default_dynamic_cache", None)
+    # A forward that names no arguments may take one, which its passes will show.
+    takes_none = "input_ids" in takes and not takes & set(CACHE_NAMES)
+    if takes_none or (supports is not None and not supports()):
+        raise ModelError(
+            f"{kind.__name__} keeps no KV cache of transformers (a `Cache`): an answer cannot be followed sentence by "
+            "sentence; take a model that does, or use one adapter with PEFT"
+        )
+
+
+def check_text_is_known(given: PassArguments, known: CachedRows | None, call: Call) -> None:
+    """Checks that a pass, which is not under a fixed mixture, reads on where its rows are known to be.
+
+    Raises:
+        PromptError: if its text is not known.
+    """
+    held = 0 if known is None else known.ids.shape[1]
+    if given.num_cached > held:
+        raise PromptError(
+            f"the KV cache holds {given.num_cached} tokens, of which this engine has read {held}, so the router does "
+            "not know the text; start with the whole prompt and a new cache, or use engine.fixed()"
+        )
+    if given.num_cached == 0 and call.generating is not None and call.generating.has_begun:
+        raise PromptError(
+            "a second prompt within one call of generate: a contrast pass, as of guidance, or a decoding step without "
+            "a KV cache; routing cannot follow it: leave that setting out, or use engine.fixed()"
+        )
+
+
+def check_not_packed(given: PassArguments, kept: Bool[Tensor, "batch seq"]) -> None:
+    """Checks that each row of a pass is one text.
+
+    Raises:
+        PromptError: if several sequences are packed into one.
+    """
+    positions = given.kwargs.get("position_ids")
+    restarts = False
+    if isinstance(positions, Tensor) and positions.ndim == 2 and positions.shape[1] == kept.shape[1]:
+        falls = positions[:, 1:] < positions[:, :-1]
+        restarts = bool((falls & kept[:, 1:] & kept[:, :-1]).any())
+    if restarts or any(given.kwargs.get(name) is not None for name in PACKING):
+        raise PromptError(
+            "several sequences are packed into one row, as continuous batching and packed training have it; routing "
+            "needs one text a row: pass them as rows with padding, or use engine.fixed()"
+        )
+
+
+def check_is_kept(cache: Cache | None, given: PassArguments, call: Call, model: nn.Module) -> None:
+    """Checks that the KV cache that a pass over a prompt has left holds its tokens.
+
+    Raises:
+        ModelError: if it does not, so that the next token would be taken for another prompt.
+    """
+    assert given.ids is not None
+    if cache is None:
+        if call.generating is None:
+            return  # nothing follows
+        found = "no KV cache of transformers"
+    else:
+        num_held, num_read = int(cache.get_seq_length()), given.ids.shape[1]
+        if num_held == num_read:
+            return
+        found = f"a {type(cache).__name__} of {num_held} tokens after a prompt of {num_read}"
+    raise ModelError(
+        f"{type(model).__name__} gives {found}, so its answers cannot be followed sentence by sentence; use "
+        "engine.fixed(), or another model"
+    )
+
+
+def check_generate(kwargs: Mapping[str, Any], generation_config: Any) -> None:
+    """Checks that what a call of `generate` asks for, by itself or by its generation config, can be routed.
+
+    Raises:
+        ValueError: if passes would not follow the answer token by token.
+    """
+    instead = "leave it out, or choose the adapters with engine.fixed(), under which it works"
+    for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
+        if call_setting(name, kwargs, generation_config) is not None:
+            raise ValueError(
+                f"{name} has the model read several guessed tokens at once, so sentences cannot be routed one by one "
+                f"and the answer would be another; {instead}"
+            )
+    scale = call_setting("guidance_scale", kwargs, generation_config)
+    processors = kwargs.get("logits_processor") or ()
+    guides = any(isinstance(each, UnbatchedClassifierFreeGuidanceLogitsProcessor) for each in processors)
+    if scale not in (None, 1, 1.0) or guides or kwargs.get("negative_prompt_ids") is not None:
+        name = "negative_prompt_ids" if scale is None and not guides else "guidance_scale"
+        raise ValueError(f"{name} runs the model over another prompt beside the answer, which has no route; {instead}")
+    if kwargs.get("use_cache") is False:
+        raise ValueError("routing by sentence follows the KV cache; leave use_cache on, or use engine.fixed()")
