@@ -86,7 +86,7 @@ def test_a_model_that_gives_no_cache_is_refused_at_its_first_pass(make_engine: M
     engine = make_engine()
     plain = engine._controller._plain
     engine._controller._plain = lambda **kwargs: plain(**{**kwargs, "use_cache": False, "cache": None})
-    with pytest.raises(ModelError, match="gives .* so its answers cannot be followed"):
+    with pytest.raises(ModelError, match=r"gives .* so its answers cannot be followed"):
         engine.generate("Why?", max_new_tokens=3)
 
 

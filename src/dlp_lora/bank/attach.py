@@ -9,13 +9,14 @@ from typing import Any, cast
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dlp_lora.bank.bank import AdapterBank
 from dlp_lora.bank.base_layers import BaseLayers
 from dlp_lora.bank.cpu import check_prepacking, prepack
 from dlp_lora.bank.group import FusedPair, Group, keep_alignment
-from dlp_lora.bank.linear import FusedLinear, Outputs, is_plain
+from dlp_lora.bank.linear import FusedLinear, Outputs, Place, is_plain
 from dlp_lora.bank.paths import PLAIN, Paths, Setting, check_setting, fixed
 from dlp_lora.bank.peft_format import check_base_copies
 from dlp_lora.bank.timing import Trial, time_paths
@@ -30,6 +31,8 @@ SIBLINGS = (
     ("query", "key", "value"),
 )
 
+
+_LISTS = (nn.ModuleList, nn.ModuleDict)
 
 DEFAULT: Setting = "auto"
 """The paths where none are asked for."""
@@ -214,7 +217,24 @@ def _put(model: nn.Module, group: Group, *, stacked: bool) -> None:
     outputs = [Outputs() for _ in layers[0]]
     for s, names in enumerate(group.modules):
         for i, name in enumerate(names):
-            model.set_submodule(name, FusedLinear(layers[s][i], group, s, i, outputs[i]))
+            place = place_of(model, name)
+            model.set_submodule(name, FusedLinear(layers[s][i], group, s, i, outputs[i], place=place))
+
+
+def place_of(model: nn.Module, name: str) -> Place:
+    """Says what a layer of a model reads, by where it lies."""
+    parts = name.split(".")
+    lists = [i for i in range(1, len(parts)) if isinstance(model.get_submodule(".".join(parts[:i])), _LISTS)]
+    if any("expert" in part and "shared" not in part for part in parts) or len(lists) > 1:
+        return "experts"
+    if isinstance(model, PreTrainedModel):
+        head = model.get_output_embeddings()
+        if head is not None and model.get_submodule(name) in (head, getattr(head, "base_layer", None)):
+            return "head"
+        decoder = model.get_decoder() if model.config.get_text_config() is not model.config else model
+        if decoder is not None and decoder is not model and model.get_submodule(name) not in {*decoder.modules()}:
+            return "images"
+    return "text"
 
 
 def _take_off(model: nn.Module, group: Group) -> None:

@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dlp_lora.bank.base_layers import BaseLayers
-from dlp_lora.bank.group import Group
+from dlp_lora.bank.group import Group, Reads
 from dlp_lora.bank.layout import Layout, Place, StackedLora
 from dlp_lora.bank.peft_format import Adapter
 from dlp_lora.bank.store import AdapterStore, Lease, content_digest
@@ -220,6 +220,7 @@ class AdapterBank:
         self,
         mixtures: Sequence[Mixture],
         tokens: Int[Tensor, "batch seq"] | None = None,
+        reads: Reads | None = None,
         *,
         reuse: bool = False,
         padded: bool = False,
@@ -230,6 +231,7 @@ class AdapterBank:
         Where rows differ and `reuse` is set, adapters that lie in the buffers keep their places, so that only new ones
         are copied; otherwise the result does not depend on what was fused before, to the last bit. Prepacked weights
         are compared with the base's unless `reuse` is set, as that takes as long as a layer.
+        `reads` tells what the pass reads: layers check by it that a gate is laid over the rows that it is for.
         Where `padded`, for a compiled pass over as many rows as there are mixtures, if they fit in: then `is_padded`.
 
         Raises:
@@ -237,6 +239,8 @@ class AdapterBank:
         """
         if self._is_merged:
             return
+        for group in self.groups:
+            group.reads = reads
         # What moves a whole model moves its first layers, too, and to look at them alone takes no time.
         self.catch_up(layers=(0,) if reuse else None)
         if not reuse and sum(group.repack() for group in self.groups):  # of all of them

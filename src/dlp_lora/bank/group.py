@@ -34,6 +34,13 @@ class FusedPair(NamedTuple):
     rows: slice
 
 
+class Reads(NamedTuple):
+    """What a pass reads: how many tokens of each row, and whether all rows have as many images."""
+
+    num_tokens: int
+    has_like_images: bool = False
+
+
 class Prepacked(NamedTuple):
     """The base weights `[W_1; ...]` of one layer once more, in oneDNN's own layout, and A beside them."""
 
@@ -76,7 +83,8 @@ class Group:
 
     `modules[s][i]` is the name of sibling `s` in layer `i`. `active` is what the layers compute with now; while it is
     None they are the base's. `write` and `idle` set it, `clear` unsets it, `activate` sets it to what was written last.
-    Buffers stay where they are until a mixture does not fit in. `ways` says how the products are computed.
+    Buffers stay where they are until a mixture does not fit in. `ways` says how the products are computed, and `reads`
+    what the pass reads, where that is known.
 
     A compiled pass must find tensors of one shape at one place, whatever the mixture. `write(..., batch=...)` gives it
     the ranks that `padded` says for each sibling, and a gate that is zero beyond the mixture.
@@ -96,6 +104,7 @@ class Group:
         self.d_outs = tuple(d_outs)
         self.ways = Ways()
         self.active: Fused | None = None
+        self.reads: Reads | None = None
         self.num_allocations = 0
         self.padded = (0,) * len(self.modules)
         self._written: Fused | None = None

@@ -6,7 +6,7 @@ same input; `detach` puts the very same base layers back.
 
 import copy
 import copyreg
-from typing import Any, SupportsIndex
+from typing import Any, Literal, SupportsIndex
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,18 @@ from torch import Tensor, nn
 from dlp_lora.bank.cpu import prepacked_product, product
 from dlp_lora.bank.group import Fused, FusedProjection, Group
 from dlp_lora.bank.paths import FEW_ROWS, Way
+from dlp_lora.errors import ModelError
+
+Place = Literal["text", "head", "experts", "images"]
+"""What a layer reads: every token of each row; the last ones alone; those that chose an expert; images or sounds."""
+
+
+_READS = {
+    "text": "other tokens than those of the batch in their order",
+    "head": "other tokens than the last ones of each row",
+    "experts": "the tokens that chose an expert, of all rows together",
+    "images": "images, of which rows have unlike numbers, or sentences of one row",
+}
 
 
 class Outputs:
@@ -36,13 +48,23 @@ class FusedLinear(nn.Module):
     While nothing is active in its group it is the base layer, bit for bit. Copied and pickled it is the base layer.
     """
 
-    def __init__(self, base_layer: nn.Module, group: Group, sibling: int, layer: int, outputs: Outputs) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        group: Group,
+        sibling: int,
+        layer: int,
+        outputs: Outputs,
+        *,
+        place: Place = "text",
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.group = group
         self.sibling = sibling
         self.layer = layer
         self.outputs = outputs
+        self.place = place
         self._plain = is_plain(base_layer)
 
     def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
@@ -67,7 +89,7 @@ class FusedLinear(nn.Module):
         a, b, rows = pairs[self.layer]
         low = x.reshape(-1, x.shape[-1]).to(a.dtype) @ a  # (rows, rank)
         if fused.gate is not None:
-            weigh(low, fused.gate[..., rows])
+            self._weigh(low, fused.gate[..., rows], x.shape[:-1])
         add_product(y.view(-1, y.shape[-1]), low, b)
         return y
 
@@ -86,11 +108,42 @@ class FusedLinear(nn.Module):
         ys, low = project(x.reshape(-1, x.shape[-1]), projection, way, self.group.dtype)
         if low is not None:
             if fused.gate is not None:
-                weigh(low, fused.gate)
+                self._weigh(low, fused.gate, x.shape[:-1])
             for sibling, rows, b in projection.pairs:
                 add_product(ys[sibling], low[:, rows], b)
         shape = x.shape[:-1]
         return [y.view(*shape, -1) for y in ys]
+
+    def _weigh(self, low: Float[Tensor, "rows rank"], gate: Float[Tensor, "batch _ rank"], lead: torch.Size) -> None:
+        """Weighs low-rank activations in place, row by row or token by token; `lead` is the shape of the input's rows.
+
+        Raises:
+            ModelError: if it is not known which rows of the batch they belong to.
+        """
+        if not low.shape[0]:
+            return
+        batch, reads = gate.shape[0], self.group.reads
+        num_each, rest = divmod(low.shape[0], batch)
+        # Some models give a layer the tokens of all rows as one list, and their head the last tokens of each row alone.
+        num_tokens = lead[1] if len(lead) > 1 and lead[0] == batch else num_each
+        fits = rest == 0 and (len(lead) == 1 or lead[0] == batch)
+        match self.place:
+            case "text":
+                fits = fits and (reads is None or num_tokens == reads.num_tokens)
+            case "experts":
+                fits = False
+            case "images":
+                fits = rest == 0 and gate.shape[1] == 1 and reads is not None and reads.has_like_images
+                num_tokens = num_each
+            case _:
+                fits = fits and (reads is None or num_tokens <= reads.num_tokens)
+        if not fits:
+            name = self.group.modules[self.sibling][self.layer]
+            raise ModelError(
+                f"{name} reads {_READS[self.place]}, so a pass of several mixtures cannot tell which of its "
+                f"{low.shape[0]} rows has which of {batch}; answer such prompts one at a time, or with one mixture"
+            )
+        low.view(batch, num_tokens, -1, low.shape[-1]).mul_(gate[:, -num_tokens:, None])
 
     @property
     def weight(self) -> Tensor:
@@ -149,13 +202,6 @@ def add_product(y: Float[Tensor, "rows d_out"], h: Float[Tensor, "rows rank"], b
         y.addmm_(h.to(y.dtype), b)
     else:
         y.add_(h.to(b.dtype) @ b)
-
-
-def weigh(h: Float[Tensor, "*rows rank"], gate: Float[Tensor, "batch _ rank"]) -> None:
-    """Weighs low-rank activations in place, row by row or token by token."""
-    # Some models give a layer the tokens of all rows as one list, and their head the last tokens of each row alone.
-    tokens = h.view(gate.shape[0], -1, h.shape[-1])
-    tokens.mul_(gate[:, -tokens.shape[1] :])
 
 
 def is_plain(layer: nn.Module) -> bool:

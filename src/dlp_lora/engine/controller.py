@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedTokenizerBase
 
 from dlp_lora.bank.bank import AdapterBank
+from dlp_lora.bank.group import Reads
 from dlp_lora.engine.cache import (
     CachedRows,
     bind,
@@ -55,6 +56,7 @@ from dlp_lora.engine.passes import (
     check_is_kept,
     check_not_packed,
     check_text_is_known,
+    has_like_images,
 )
 from dlp_lora.engine.prompts import check_embedded
 from dlp_lora.engine.routing import Among, Prompt, Routing, RowRouter, push_tokens, start_rows
@@ -83,7 +85,7 @@ class Controller:
         self.key = EngineKey()
         self.merged: Override | None = None  # the block that holds a mixture in the base weights
         self._passes: WeakKeyDictionary[Mark, tuple[RowRouter, ...]] = WeakKeyDictionary()
-        self._fused: tuple[Sequence[Mixture], Tensor | None] = [], None  # by the pass that runs
+        self._fused: tuple[Sequence[Mixture], Tensor | None, Reads | None] = [], None, None  # by the pass that runs
         self._compiled: Callable[..., Any] | None = None  # runs decoding steps over a static cache
         self.read_prompt = PromptReader(tokenizer)
 
@@ -287,7 +289,8 @@ class Controller:
     def _fuse_embeddings(self, given: PassArguments, call: Call) -> None:
         if call.mixtures is None:
             raise PromptError("routing reads token ids, but got inputs_embeds; pass input_ids or use engine.fixed()")
-        self._fused = call.mixtures_of(given.kwargs["inputs_embeds"].shape[0]), None
+        batch, num_tokens = given.kwargs["inputs_embeds"].shape[:2]
+        self._fused = call.mixtures_of(batch), None, Reads(num_tokens)
         self.bank.fuse(*self._fused)
 
     def _step(self, known: CachedRows, given: PassArguments, call: Call) -> list[int]:
@@ -414,11 +417,12 @@ class Controller:
     def _fuse_rows(self, cached: CachedRows, *, num_tokens: int, padded: bool = False) -> None:
         """Fuses for a pass over the last `num_tokens` tokens of rows."""
         rows = cached.rows
+        reads = Reads(num_tokens, num_tokens > 1 and has_like_images(self._model, cached.ids[:, -num_tokens:]))
         # The last token of a prompt belongs to the answer, so a pass over one token is none over a prompt's sentences.
         if num_tokens > 1 and _has_sentences(rows):
-            self._fused = mixtures_by_token(rows, cached.kept, num_tokens=num_tokens)
+            self._fused = *mixtures_by_token(rows, cached.kept, num_tokens=num_tokens), reads
         else:
-            self._fused = [row.mixture for row in rows], None
+            self._fused = [row.mixture for row in rows], None, reads
         self.bank.fuse(*self._fused, reuse=num_tokens == 1, padded=padded)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import Cache, UnbatchedClassifierFreeGuidanceLogitsProcessor
@@ -155,3 +156,15 @@ def check_generate(kwargs: Mapping[str, Any], generation_config: Any) -> None:
         raise ValueError(f"{name} runs the model over another prompt beside the answer, which has no route; {instead}")
     if kwargs.get("use_cache") is False:
         raise ValueError("routing by sentence follows the KV cache; leave use_cache on, or use engine.fixed()")
+
+
+def has_like_images(model: nn.Module, ids: Int[Tensor, "batch seq"]) -> bool:
+    """Whether every row holds the place of as many images, sounds and videos as the others; false for a text model."""
+    config: Any = getattr(model, "config", None)
+    if config is None or config.get_text_config() is config:
+        return False
+    names = [name for name in vars(config) if name.endswith(("_token_id", "_token_index"))]
+    numbers = {getattr(config, name) for name in names if not name.startswith(("bos_", "eos_", "pad_"))}
+    places = torch.tensor(sorted(n for n in numbers if isinstance(n, int)), dtype=ids.dtype, device=ids.device)
+    counts = (ids[..., None] == places).sum(1)  # (batch, kinds)
+    return bool((counts == counts[:1]).all()) and bool(counts.any())
