@@ -112,7 +112,7 @@ class FusedLinear(nn.Module):
             for sibling, rows, b in projection.pairs:
                 add_product(ys[sibling], low[:, rows], b)
         shape = x.shape[:-1]
-        return [y.view(*shape, -1) for y in ys]
+        return [y.view(*shape, y.shape[-1]) for y in ys]
 
     def _weigh(self, low: Float[Tensor, "rows rank"], gate: Float[Tensor, "batch _ rank"], lead: torch.Size) -> None:
         """Weighs low-rank activations in place, row by row or token by token; `lead` is the shape of the input's rows.
