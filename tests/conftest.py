@@ -59,6 +59,7 @@ CI = (
         "engine/test_copies.py",
         "engine/test_engine.py",
         "engine/test_load.py",
+        "engine/test_nothing_stays_behind.py",
         "engine/test_recompute.py",
     ),
     "serve/test_api.py",
