@@ -4,6 +4,7 @@ import pytest
 
 from conftest import CHAT_TEMPLATE, byte_tokenizer
 from dlp_lora import TaskError
+from dlp_lora.chat import Chat
 from dlp_lora.tasks import Example
 from dlp_lora.tasks.formats import as_prompt, encode_example, resolve_format
 
@@ -35,7 +36,7 @@ def test_chat_without_a_template_is_refused() -> None:
 
 
 def test_a_prompt_is_one_user_message_or_the_text_itself() -> None:
-    assert as_prompt(CHAT, "Hi", "auto") == [{"role": "user", "content": "Hi"}]
+    assert as_prompt(CHAT, "Hi", "auto") == Chat(messages=[{"role": "user", "content": "Hi"}])
     assert as_prompt(CHAT, "Hi", "plain") == "Hi"
 
 

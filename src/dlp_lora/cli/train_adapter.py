@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from dlp_lora.cli.common import DataOption, JsonOption, ModelOption, OutOption, base_model
+from dlp_lora.cli.common import DataOption, JsonOption, ModelOption, OutOption, TemplateOption, base_model
 from dlp_lora.cli.json_lines import print_json
-from dlp_lora.cli.options import with_options, words
+from dlp_lora.cli.options import json_object, with_options, words
 from dlp_lora.cli.progress import progress
 from dlp_lora.training.args import PRESETS, AdapterTrainingArgs
 
@@ -37,6 +37,7 @@ class AdapterOptions:
         str | None,
         f"auto, chat or plain. [default: {DEFAULT.prompt_format}, the chat template of models that have one]",
     ] = None
+    chat_template_kwargs: TemplateOption = None
     seed: Annotated[int | None, f"Seed of initialisation, order and dropout. [default: {DEFAULT.seed}]"] = None
 
     def training_args(self) -> AdapterTrainingArgs:
@@ -47,6 +48,8 @@ class AdapterOptions:
         del options["preset"]
         if self.target_modules is not None and self.target_modules != "all-linear":
             options["target_modules"] = words(self.target_modules)
+        if self.chat_template_kwargs is not None:
+            options["chat_template_kwargs"] = json_object("chat-template-kwargs", self.chat_template_kwargs)
         return replace(PRESETS[self.preset], **options)
 
 

@@ -1,9 +1,11 @@
 """How a task's prompt and answer become tokens: the one way for training, evaluation and the command line."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from dlp_lora.chat import Chat, chat_tokens
 from dlp_lora.errors import TaskError
 from dlp_lora.tasks.task import Example, PromptFormat
 
@@ -23,27 +25,47 @@ def resolve_format(tokenizer: PreTrainedTokenizerBase, prompt_format: PromptForm
 
 
 def as_prompt(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, prompt_format: PromptFormat
-) -> str | list[dict[str, str]]:
-    """What `engine.generate` takes: one user message, or the text itself."""
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    prompt_format: PromptFormat,
+    *,
+    tools: Sequence[Mapping[str, Any]] = (),
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> str | Chat:
+    """What `engine.generate` takes: a chat of one user message, or the text itself.
+
+    Raises:
+        TaskError: if there are tools or arguments of a chat template, and no chat.
+    """
     if resolve_format(tokenizer, prompt_format) == "chat":
-        return [{"role": "user", "content": prompt}]
+        messages = [{"role": "user", "content": prompt}]
+        return Chat(messages=messages, tools=tools, chat_template_kwargs=chat_template_kwargs or {})
+    if tools or chat_template_kwargs:
+        what = "the example has tools" if tools else "there are chat_template_kwargs"
+        raise TaskError(f"{what}, which only a chat template reads, but the prompt format is 'plain'; use 'chat'")
     return prompt
 
 
 def encode_example(
-    tokenizer: PreTrainedTokenizerBase, example: Example, prompt_format: PromptFormat
+    tokenizer: PreTrainedTokenizerBase,
+    example: Example,
+    prompt_format: PromptFormat,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[list[int], list[int]]:
     """Gives the tokens that are read, and those that are learned: the answer, then end-of-sequence if it is whole.
 
     After a plain prompt, what separates it from the answer is learned with the answer.
+
+    Raises:
+        PromptError: if the chat template cannot write the prompt.
     """
-    prompt = as_prompt(tokenizer, example.prompt, prompt_format)
+    prompt = as_prompt(
+        tokenizer, example.prompt, prompt_format, tools=example.tools, chat_template_kwargs=chat_template_kwargs
+    )
     if isinstance(prompt, str):
         read, separator = list(tokenizer(prompt)["input_ids"]), _separator(prompt)
     else:
-        encoded: Any = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
-        read, separator = list(encoded["input_ids"]), ""
+        read, separator = chat_tokens(tokenizer, prompt), ""
     if example.answer_prefix:
         read += tokenizer(separator + example.answer_prefix, add_special_tokens=False)["input_ids"]
         separator = ""

@@ -1,13 +1,13 @@
 """Tasks as plain data: an Example is a question with its answer, a Task is a named set of them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dlp_lora.errors import TaskError
 
 REQUIRED_KEYS = ("prompt", "answer")
-OPTIONAL_KEYS = ("choices", "references", "answer_prefix", "complete")
+OPTIONAL_KEYS = ("choices", "references", "answer_prefix", "complete", "tools")
 IGNORED_KEYS = ("id", "meta")
 
 PromptFormat = Literal["auto", "chat", "plain"]
@@ -28,6 +28,8 @@ class Example:
     """The start of the answer that is given, not learned: the sentences of other tasks."""
     complete: bool = True
     """False where the answer goes on in another task's sentence, so no end-of-sequence is learned."""
+    tools: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
+    """JSON schemas of the tools that the answer may call; the chat template reads them beside the prompt."""
 
     def __post_init__(self) -> None:
         for key in REQUIRED_KEYS:
@@ -59,6 +61,7 @@ class Example:
             references=_texts(row, "references") or (),
             answer_prefix=_text(row, "answer_prefix", default=""),
             complete=_flag(row, "complete", default=True),
+            tools=_objects(row, "tools"),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -72,6 +75,8 @@ class Example:
             row["answer_prefix"] = self.answer_prefix
         if not self.complete:
             row["complete"] = False
+        if self.tools:
+            row["tools"] = [dict(tool) for tool in self.tools]
         return row
 
 
@@ -119,6 +124,15 @@ def _texts(row: Mapping[str, object], key: str) -> tuple[str, ...] | None:
         if not isinstance(item, str):
             raise TaskError(f"{key!r} holds {_kind(item)}, expected strings only; put it in quotes")
     return tuple(_encodable(item, key) for item in value)
+
+
+def _objects(row: Mapping[str, object], key: str) -> tuple[Mapping[str, Any], ...]:
+    value = row.get(key)
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise TaskError(f"{key!r} is {_kind(value)}, expected a list of objects or null")
+    return tuple(value)
 
 
 def _flag(row: Mapping[str, object], key: str, *, default: bool) -> bool:

@@ -139,7 +139,7 @@ def check_lengths(
     """
     context = context_of(model)
     for task in tasks:
-        encoded = (encode_example(tokenizer, example, args.prompt_format) for example in task.train)
+        encoded = _encoded(tokenizer, task, args)
         if not any(len(read) + len(learned) <= min(args.max_length, context) for read, learned in encoded):
             raise _too_long(task, args, context)
 
@@ -164,7 +164,7 @@ def _encode(
 ) -> tuple[list[tuple[list[int], list[int]]], int]:
     context = context_of(model)
     longest = min(args.max_length, context)  # tokens
-    encoded = [encode_example(tokenizer, example, args.prompt_format) for example in task.train]
+    encoded = list(_encoded(tokenizer, task, args))
     kept = [pair for pair in encoded if len(pair[0]) + len(pair[1]) <= longest]
     left_out = len(encoded) - len(kept)
     if left_out:
@@ -176,6 +176,13 @@ def _encode(
     except PromptError as error:
         raise TaskError(f"{task.name}: {error}") from error
     return kept, left_out
+
+
+def _encoded(
+    tokenizer: PreTrainedTokenizerBase, task: Task, args: AdapterTrainingArgs
+) -> Iterator[tuple[list[int], list[int]]]:
+    for example in task.train:
+        yield encode_example(tokenizer, example, args.prompt_format, args.chat_template_kwargs)
 
 
 def _too_long(task: Task, args: AdapterTrainingArgs, context: int) -> TaskError:
@@ -293,8 +300,8 @@ def _finished(name: str, out: Path, identity: dict[str, Any]) -> TrainedAdapter:
         record = json.loads((out / TRAINING_FILE).read_text())
         # Earlier versions kept no hash.
         known = {key: record[key] for key in identity if key != "model_hash" or key in record}
-        default = AdapterTrainingArgs().identity()
-        known["args"] = {key: known["args"].get(key, value) for key, value in default.items()}
+        known["args"] = {**AdapterTrainingArgs().identity(), **known["args"]}
+        known["args"].pop("checkpoint_every", None)  # a setting of earlier versions, and none of the result
         found = _trained(name, out, record)
     except FileNotFoundError:
         raise TrainingError(
@@ -309,9 +316,9 @@ def _finished(name: str, out: Path, identity: dict[str, Any]) -> TrainedAdapter:
         words = {"base_model": "base_model", "model_hash": "the base model's weights", "examples": "examples"}
         changed = [word for key, word in words.items() if known.get(key, identity[key]) != identity[key]]
         changed += [
-            f"{k} ({known['args'].get(k)!r}, now {v!r})"
-            for k, v in identity["args"].items()
-            if known["args"].get(k) != v
+            f"{k} ({known['args'].get(k)!r}, now {identity['args'].get(k)!r})"
+            for k in {**identity["args"], **known["args"]}
+            if known["args"].get(k) != identity["args"].get(k)
         ]
         raise TrainingError(
             f"{out} was trained with other settings: {', '.join(changed)}; pass overwrite, or write somewhere else"

@@ -1,7 +1,8 @@
 """How an adapter is trained: this package's recipe and the paper's."""
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from dlp_lora.tasks.task import PromptFormat
@@ -28,6 +29,7 @@ class AdapterTrainingArgs:
     max_length: int = 1024  # tokens; longer examples are left out and counted, as are those beyond the model's context
     max_grad_norm: float = 1.0
     prompt_format: PromptFormat = "auto"
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # as {"enable_thinking": False}
     seed: int = 0
     checkpoint_seconds: float = 300.0  # between two checkpoints; no setting of the result
 
@@ -48,6 +50,8 @@ class AdapterTrainingArgs:
         """What the trained weights depend on, as JSON data."""
         found: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         del found["checkpoint_seconds"]
+        if not self.chat_template_kwargs:  # as adapters of before have it
+            del found["chat_template_kwargs"]
         return found
 
 

@@ -137,7 +137,8 @@ def _check_losses(losses: Mapping[str, float], before: float, task: str) -> None
 
 def _short_enough(task: Task, tokenizer: PreTrainedTokenizerBase, args: TrainArgs) -> tuple[Task, Encoded]:
     """The first examples that fit, as a task and as tokens."""
-    pairs = [(example, encode_example(tokenizer, example, args.training.prompt_format)) for example in task.train]
+    options = args.training.prompt_format, args.training.chat_template_kwargs
+    pairs = [(example, encode_example(tokenizer, example, *options)) for example in task.train]
     limit = args.training.max_length
     kept = [(e, tokens) for e, tokens in pairs if sum(map(len, tokens)) <= limit][: args.num_samples]
     if not kept:

@@ -9,7 +9,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any, get_args
@@ -39,7 +39,15 @@ class AnswerArgs:
     max_new_tokens: int = 128  # and no more than the longest training answer of the task, rounded up to a power of two
     limit: int | None = None  # test questions a task
     prompt_format: PromptFormat = "auto"
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # as adapters were trained with
     likelihoods: bool = True  # score the choices of multiple-choice questions as well
+
+    def identity(self) -> dict[str, Any]:
+        """What answers depend on, as JSON data."""
+        found = asdict(self)
+        if not self.chat_template_kwargs:  # as answers of before have it
+            del found["chat_template_kwargs"]
+        return found
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_new_tokens"):
@@ -87,10 +95,10 @@ def batches(
     questions: list[Question] = []
     left_out: dict[str, int] = {}
     for task in tasks:
-        longest = max(len(encode_example(tokenizer, e, args.prompt_format)[1]) for e in task.train or task.test)
+        longest = max(len(encoded(tokenizer, e, args)[1]) for e in task.train or task.test)
         room = min(args.max_new_tokens, 2 ** (longest - 1).bit_length())
         for i, example in enumerate(task.test[: args.limit]):
-            question = _question(tokenizer, task.name, i, example, room, args.prompt_format)
+            question = _question(tokenizer, task.name, i, example, room, args)
             if question.num_tokens > context or example.answer_prefix:
                 left_out[task.name] = left_out.get(task.name, 0) + 1
             else:
@@ -152,7 +160,7 @@ def answer_all(
     """
     return keep_rows(
         file,
-        {"method": method.name, "identity": "answers", **identity, "args": asdict(args)},
+        {"method": method.name, "identity": "answers", **identity, "args": args.identity()},
         pooled,
         lambda batch: _answer(engine, method, batch, args, known or {}),
         on_batch=on_batch,
@@ -181,15 +189,15 @@ def _question(
     index: int,
     example: Example,
     room: int,
-    prompt_format: PromptFormat,
+    args: AnswerArgs,
 ) -> Question:
     def tokens(answer: str) -> tuple[list[int], list[int]]:
-        whole = Example(prompt=example.prompt, answer=answer, complete=False)
-        return encode_example(tokenizer, whole, prompt_format)
+        whole = Example(prompt=example.prompt, answer=answer, complete=False, tools=example.tools)
+        return encoded(tokenizer, whole, args)
 
     choices = tuple(tuple(tokens(choice)[1]) for choice in example.choices or ())
     read = tuple(tokens(example.answer)[0])
-    gold = sum(map(len, encode_example(tokenizer, example, prompt_format)))
+    gold = sum(map(len, encoded(tokenizer, example, args)))
     return Question(
         task=task,
         index=index,
@@ -199,6 +207,11 @@ def _question(
         max_new_tokens=room,
         num_tokens=max(gold, *(len(read) + n for n in (room, *map(len, choices)))),
     )
+
+
+def encoded(tokenizer: PreTrainedTokenizerBase, example: Example, args: AnswerArgs) -> tuple[list[int], list[int]]:
+    """Gives the tokens that are read, and those of the gold answer."""
+    return encode_example(tokenizer, example, args.prompt_format, args.chat_template_kwargs)
 
 
 def _batched(questions: Sequence[Question], size: int, context: int) -> list[list[Question]]:
@@ -224,7 +237,16 @@ def _answer(
     answers: list[Generation] = []
     for room, own in groupby(batch, key=lambda q: q.max_new_tokens):  # no answer may depend on others' room
         asked = list(own)
-        prompts: list[Any] = [as_prompt(engine.tokenizer, q.example.prompt, args.prompt_format) for q in asked]
+        prompts: list[Any] = [
+            as_prompt(
+                engine.tokenizer,
+                q.example.prompt,
+                args.prompt_format,
+                tools=q.example.tools,
+                chat_template_kwargs=args.chat_template_kwargs,
+            )
+            for q in asked
+        ]
         with method.on(engine, [q.key for q in asked]):
             # Choices are read after a prompt under one mixture: encoded by sentences it would be another method's.
             by_sentence = method.mixture is None and engine.settings.prompt_routing == "sentences"

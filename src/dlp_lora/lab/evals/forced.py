@@ -4,17 +4,15 @@ The likeliest token at each place of the gold answer, with the gold tokens befor
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from dlp_lora.engine.engine import Engine
 from dlp_lora.kept import keep_rows
-from dlp_lora.lab.evals.answers import AnswerArgs, Question, rounded
+from dlp_lora.lab.evals.answers import AnswerArgs, Question, encoded, rounded
 from dlp_lora.lab.evals.likelihood import teacher_forced
 from dlp_lora.lab.evals.methods import Method
 from dlp_lora.policy import Mixture
-from dlp_lora.tasks.formats import encode_example
 
 Known = dict[tuple[str, int, Mixture], str]
 """Texts by task, place in it, and mixture, its weights to four digits."""
@@ -43,7 +41,7 @@ def answer_forced(
             mixture = _mixture(engine, method, question)
             text = (known or {}).get((*question.key, rounded(mixture)))
             if text is None:
-                read, learned = encode_example(engine.tokenizer, question.example, args.prompt_format)
+                read, learned = encoded(engine.tokenizer, question.example, args)
                 tokens = teacher_forced(engine, read, learned, mixture)
                 text = str(engine.tokenizer.decode(tokens, skip_special_tokens=True))
             rows.append(
@@ -51,7 +49,7 @@ def answer_forced(
             )
         return rows
 
-    data = {"method": method.name, "identity": "teacher-forced", **identity, "args": asdict(args)}
+    data = {"method": method.name, "identity": "teacher-forced", **identity, "args": args.identity()}
     return keep_rows(file, data, pooled, answer, replace=True, on_batch=on_batch)
 
 

@@ -9,7 +9,7 @@ import math
 import random
 import time
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
@@ -77,13 +77,18 @@ def serial_prompts(tasks: Sequence[Task], n: int, num_prompts: int, *, seed: int
 
 
 def fitting(
-    engine: Engine, prompts: Sequence[SerialPrompt], *, max_new_tokens: int, prompt_format: PromptFormat = "auto"
+    engine: Engine,
+    prompts: Sequence[SerialPrompt],
+    *,
+    max_new_tokens: int,
+    prompt_format: PromptFormat = "auto",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[SerialPrompt]:
     """The prompts that leave room for the answers in the model's context."""
 
     def num_tokens(prompt: SerialPrompt) -> int:
         example = Example(prompt=prompt.text, answer=prompt.examples[0].answer)
-        return len(encode_example(engine.tokenizer, example, prompt_format)[0])
+        return len(encode_example(engine.tokenizer, example, prompt_format, chat_template_kwargs)[0])
 
     return [prompt for prompt in prompts if num_tokens(prompt) + max_new_tokens <= context_of(engine.model)]
 
@@ -118,6 +123,7 @@ def answer_serial(
     max_new_tokens: int,
     batch_size: int = 8,
     prompt_format: PromptFormat = "auto",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[dict[str, Any]]:
     """Answers serial prompts; for each question: the line that was given, whether it is right, which adapter led.
@@ -129,7 +135,14 @@ def answer_serial(
         on_batch(first, len(prompts))
         batch = prompts[first : first + batch_size]
         start = time.perf_counter()
-        answers = generate_serial(engine, method, batch, max_new_tokens=max_new_tokens, prompt_format=prompt_format)
+        answers = generate_serial(
+            engine,
+            method,
+            batch,
+            max_new_tokens=max_new_tokens,
+            prompt_format=prompt_format,
+            chat_template_kwargs=chat_template_kwargs,
+        )
         seconds = (time.perf_counter() - start) / sum(len(prompt.tasks) for prompt in batch)
         for prompt, answer in zip(batch, answers, strict=True):
             rows += _scored(prompt, answer, seconds)
@@ -143,13 +156,17 @@ def generate_serial(
     *,
     max_new_tokens: int,
     prompt_format: PromptFormat = "auto",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[Generation]:
     """Answers one batch of serial prompts, of as many questions each."""
     n = len(prompts[0].tasks)
     each: dict[str, Any] = {"max_new_tokens": math.ceil(max_new_tokens / n), "do_sample": False}
 
     def ask(texts: Iterable[str], **settings: Any) -> list[Generation]:
-        asked: list[Any] = [as_prompt(engine.tokenizer, text, prompt_format) for text in texts]
+        asked: list[Any] = [
+            as_prompt(engine.tokenizer, text, prompt_format, chat_template_kwargs=chat_template_kwargs)
+            for text in texts
+        ]
         answers: list[Generation] = engine.generate(asked, **settings)
         return answers
 

@@ -185,6 +185,7 @@ class Seed:
             room: dict[str, Any] = {
                 "max_new_tokens": TOKENS_A_QUESTION * n,
                 "prompt_format": self.args.answers.prompt_format,
+                "chat_template_kwargs": self.args.answers.chat_template_kwargs,
             }
             prompts = fitting(engine, drawn, **room)
             if len(prompts) < len(drawn):
@@ -216,6 +217,7 @@ class Seed:
         room: dict[str, Any] = {
             "max_new_tokens": TOKENS_A_QUESTION * n,
             "prompt_format": self.args.answers.prompt_format,
+            "chat_template_kwargs": self.args.answers.chat_template_kwargs,
         }
         prompts = fitting(engine, serial_prompts(tasks, n, 1, seed=rng.randrange(10**6)), **room)
         if not prompts:
