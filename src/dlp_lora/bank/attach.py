@@ -15,8 +15,9 @@ from transformers.pytorch_utils import Conv1D
 from dlp_lora.bank.bank import AdapterBank
 from dlp_lora.bank.base_layers import BaseLayers
 from dlp_lora.bank.cpu import check_prepacking, prepack
+from dlp_lora.bank.device import computing_device
 from dlp_lora.bank.group import FusedPair, Group, keep_alignment
-from dlp_lora.bank.linear import FusedLinear, Outputs, Place, is_plain
+from dlp_lora.bank.linear import FusedLinear, Outputs, Place, is_ordinary, is_plain
 from dlp_lora.bank.paths import PLAIN, Paths, Setting, check_setting, fixed
 from dlp_lora.bank.peft_format import check_base_copies
 from dlp_lora.bank.timing import Trial, time_paths
@@ -82,17 +83,19 @@ def _where(model: nn.Module) -> Callable[[], tuple[torch.dtype, torch.device]]:
     def where() -> tuple[torch.dtype, torch.device]:
         found = alive()
         assert found is not None
-        return pair_dtype(found), next(found.parameters()).device
+        return pair_dtype(found), computing_device(found)
 
     return where
 
 
 def pair_dtype(model: nn.Module) -> torch.dtype:
-    """Gives the dtype to hold adapters in: the model's own; on a CPU float32 for a model in 16 bits, where a product of
+    """Gives the dtype to hold adapters in: the model's; on a CPU float32 for a model in 16 bits, where a product of
     rank 24 takes three times as long.
     """
-    parameter = next(model.parameters())
-    return torch.float32 if parameter.device.type == "cpu" and parameter.itemsize < 4 else parameter.dtype
+    # Quantised weights may have a dtype that nothing is added in.
+    dtypes = (p.dtype for p in model.parameters() if p.is_floating_point() and p.itemsize > 1)
+    dtype = next(dtypes, torch.float32)
+    return torch.float32 if computing_device(model).type == "cpu" and dtype.itemsize < 4 else dtype
 
 
 def siblings(model: nn.Module) -> list[tuple[str, ...]]:
@@ -266,9 +269,11 @@ def _check_mergeable(model: nn.Module, modules: Sequence[FusedLinear]) -> None:
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for module in modules:
         weight = module.weight  # a method of some quantised layers
-        if not (isinstance(weight, Tensor) and weight.is_floating_point()) or uses[id(weight)] != 1:
+        if not is_ordinary(weight) or weight.is_meta or uses[id(weight)] != 1:
             name = module.group.modules[module.sibling][module.layer]
-            raise ModelError(f"{name} is quantised or shares its weight with another layer; use fixed() instead")
+            raise ModelError(
+                f"{name} is quantised, offloaded or shares its weight with another layer; use fixed() instead"
+            )
 
 
 def _can_be_stacked(layers: Sequence[nn.Module]) -> bool:

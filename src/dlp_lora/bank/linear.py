@@ -6,7 +6,7 @@ same input; `detach` puts the very same base layers back.
 
 import copy
 import copyreg
-from typing import Any, Literal, SupportsIndex
+from typing import Any, Literal, SupportsIndex, cast
 
 import torch
 import torch.nn.functional as F
@@ -205,7 +205,15 @@ def add_product(y: Float[Tensor, "rows d_out"], h: Float[Tensor, "rows rank"], b
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether a layer is nothing but a linear map; one with hooks, as offloading installs, is not."""
-    return type(layer) is nn.Linear and not (
-        layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
+    """Whether a layer is nothing but a linear map; one with hooks, as offloading installs, or with quantised weights is
+    not."""
+    return (
+        type(layer) is nn.Linear
+        and is_ordinary(layer.weight)
+        and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
     )
+
+
+def is_ordinary(weight: object) -> bool:
+    """Whether a weight is a tensor of floats, not one that computes in a way of its own, as quantised ones do."""
+    return type(weight) in (Tensor, nn.Parameter) and cast(Tensor, weight).is_floating_point()

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dlp_lora.bank.paths import Paths
-from dlp_lora.cli.common import DataOption, ModelOption, base_model, check_device, console, say
+from dlp_lora.cli.common import DataOption, ModelOption, base_model, console, say
 from dlp_lora.cli.options import with_options, words
 from dlp_lora.cli.progress import progress
 from dlp_lora.files import write_text
@@ -220,7 +220,9 @@ def suite(
 
 
 def _run(measure: Callable[..., dict[str, Any]], device: str, output: Output) -> None:
-    check_device(device)
+    from dlp_lora.bank.device import choose_device
+
+    choose_device(device)
     if output.plot is not None:
         check_plot(output.plot)
     with progress() as on_round:

@@ -122,7 +122,7 @@ def evaluate(
         bool, typer.Option(help="Score along the gold answers, too, as the paper's code does.")
     ] = False,
     model: ModelOption = None,
-    device: DeviceOption = None,
+    device: DeviceOption = "auto",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder that keeps the answers as they come.")] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the scores to this file, every answer beside it.")

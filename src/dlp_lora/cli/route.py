@@ -33,12 +33,12 @@ def route(
     """
     from dlp_lora.engine.bundle import FILES, check_names, read_bundle
     from dlp_lora.errors import BundleError
-    from dlp_lora.files import local_folder
+    from dlp_lora.hub import Hub
     from dlp_lora.policy import RoutingSettings, with_p
     from dlp_lora.router.questions import decide, read_held
 
     if bundle is not None and router is None:
-        parts = read_bundle(local_folder(bundle, files=FILES, error=BundleError))
+        parts = read_bundle(Hub().folder(bundle, files=FILES, error=BundleError))
         if parts.router is None:
             raise ValueError(f"{bundle} has no router; train one with train-router")
         chooser = _load(parts.router, lambda: base_of(parts, model))
@@ -82,10 +82,14 @@ def context_of(record: dict[str, Any]) -> "Context":
     )
 
 
-def _load(folder: Path, base: Callable[[], str]) -> "Router":
+def _load(source: str | Path, base: Callable[[], str]) -> "Router":
     """Reads a router; only one made from adapters runs the base model, and imports what loads it."""
+    from dlp_lora.errors import RouterError
+    from dlp_lora.hub import Hub, is_repo_id
     from dlp_lora.router import load_text_router, router_type
+    from dlp_lora.router.folder import FILES
 
+    folder = Hub().folder(source, files=FILES, error=RouterError) if is_repo_id(source) else Path(source)
     if router_type(folder) != "arrow":
         return load_text_router(folder)
     from dlp_lora.engine.loading import load_model, load_router

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dlp_lora.bank.attach import attach, detach, merged
 from dlp_lora.bank.bank import AdapterBank
+from dlp_lora.bank.device import computing_device
 from dlp_lora.bank.paths import Paths, Setting
 from dlp_lora.bank.peft_format import FILES, check_base_name, read_adapter
 from dlp_lora.chat import Chat, Message
@@ -31,7 +32,8 @@ from dlp_lora.engine.routing import Prompt, RowRouter
 from dlp_lora.engine.streaming import Stream
 from dlp_lora.engine.trace import Generation, Sentence
 from dlp_lora.errors import AdapterError, ModelError
-from dlp_lora.files import local_folder
+from dlp_lora.files import name_of
+from dlp_lora.hub import Hub
 from dlp_lora.policy import FusionPolicy, KVPolicy, Mixture, PromptRouting, RoutingSettings, Switching
 from dlp_lora.router import Context, Router
 from dlp_lora.sentences import Segmenter, SentenceSegmenter
@@ -78,6 +80,18 @@ class Engine:
         self.paths = attach(model, bank, paths="prepacked" if prepack else paths)
         self._controller.install(model)
         self._is_attached = True
+
+    @classmethod
+    def from_pretrained(cls, model: str | Path | PreTrainedModel, **kwargs: Any) -> "Engine":
+        """Makes an engine: `dlp_lora.load`, under the name and with the arguments that it has there."""
+        from dlp_lora.engine.loading import load  # which makes engines
+
+        return load(model, **kwargs)
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the model computes on."""
+        return computing_device(self.model)
 
     @property
     def call(self) -> Call:
@@ -144,17 +158,29 @@ class Engine:
         return None if rows is None else tuple(row.sentences() for row in rows)
 
     @torch.inference_mode(False)  # what is made here outlives the call
-    def add_adapter(self, path: str | Path, name: str | None = None) -> str:
+    def add_adapter(
+        self,
+        path: str | Path,
+        name: str | None = None,
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> str:
         """Adds a PEFT adapter from a folder or hub id, also while answers are generated; gives its name.
 
-        Rows that run are not disturbed. `fixed` may use the adapter from the next pass on; the router gives it nothing
-        until one that knows it is used.
+        Unless it is given one, it is named after its folder or repository. Rows that run are not disturbed. `fixed` may
+        use the adapter from the next pass on; the router gives it nothing until one that knows it is used.
 
         Raises:
             AdapterError: if it cannot be read or does not fit the base, its name is taken, or rows still run with
                 a removed adapter of its name.
         """
-        folder = local_folder(path, files=FILES, error=AdapterError)
+        hub = Hub(token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+        folder = hub.folder(path, files=FILES, error=AdapterError, revision=revision, subfolder=subfolder)
+        name = name_of(subfolder or path) if name is None else name
         in_memory = self.bank.store.budget_mb is None
         adapter = read_adapter(folder, name, weights=in_memory, layout=self.bank.base, stacklevel=4)
         check_base_name(adapter, self.model.config._name_or_path, stacklevel=4)
@@ -193,7 +219,22 @@ class Engine:
     @overload
     def generate(
         self,
-        prompts: str,
+        prompts: str | Chat | Sequence[Message] | Sequence[str | Chat] | Sequence[Sequence[Message]],
+        *,
+        mixture: Mixtures | None = None,
+        settings: RoutingSettings | None = None,
+        seed: int | None = None,
+        tools: Sequence[Any] = (),
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        continue_final_message: bool | None = None,
+        num_return_sequences: int,
+        **kwargs: Any,
+    ) -> list[Generation]: ...
+
+    @overload
+    def generate(  # type: ignore[overload-overlap]  # a str is a sequence of str
+        self,
+        prompts: str | Chat | Sequence[Message],
         *,
         mixture: Mixtures | None = None,
         settings: RoutingSettings | None = None,
@@ -207,7 +248,7 @@ class Engine:
     @overload
     def generate(
         self,
-        prompts: Chat | Sequence[str | Chat] | Sequence[Message] | Sequence[Sequence[Message]],
+        prompts: Sequence[str | Chat] | Sequence[Sequence[Message]],
         *,
         mixture: Mixtures | None = None,
         settings: RoutingSettings | None = None,
@@ -216,7 +257,7 @@ class Engine:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         continue_final_message: bool | None = None,
         **kwargs: Any,
-    ) -> Any: ...
+    ) -> list[Generation]: ...
 
     def generate(
         self,
@@ -229,8 +270,9 @@ class Engine:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         continue_final_message: bool | None = None,
         **kwargs: Any,
-    ) -> Any:
-        """Answers a prompt (gives a Generation) or a list of prompts (gives a list of them).
+    ) -> Generation | list[Generation]:
+        """Answers a prompt (gives a Generation) or a list of prompts (gives a list of them), which several sequences
+        of one prompt are, too: `num_return_sequences` always gives a list.
 
         A string is raw text, as in `model.generate`; a list of messages with role and content is one chat and goes
         through the tokenizer's chat template; so does a Chat, which also holds tools and arguments of the template. All
@@ -262,7 +304,7 @@ class Engine:
             encoded = encode_prompts(self.tokenizer, [question for questions in apart for question in questions])
             inputs = self._inputs(encoded, call, kwargs)
             with self._overriding({"contexts": contexts_of(encoded)}):
-                with seeded(seed, self.model.device), torch.no_grad():
+                with seeded(seed, self.device), torch.no_grad():
                     output = cast(Any, self.model).generate(**inputs, **{**kwargs, "return_dict_in_generate": False})
                 length = inputs["input_ids"].shape[1]
                 special = self.tokenizer.all_special_ids
@@ -271,7 +313,8 @@ class Engine:
         if any(len(questions) > 1 for questions in apart):
             following = iter(generations)
             generations = [joined(list(islice(following, len(questions)))) for questions in apart]
-        return generations[0] if single and len(generations) == 1 else generations
+        is_one = single and len(generations) == 1 and "num_return_sequences" not in kwargs
+        return generations[0] if is_one else generations
 
     def stream(
         self,
@@ -308,7 +351,7 @@ class Engine:
             inputs = self._inputs(encoded, call, kwargs, is_stream=True)
 
             def run(**more: Any) -> None:
-                with seeded(seed, self.model.device), torch.no_grad():
+                with seeded(seed, self.device), torch.no_grad():
                     cast(Any, self.model).generate(**inputs, **{**kwargs, "return_dict_in_generate": False, **more})
 
             def finish(rows: Sequence[RowRouter], answers: Sequence[list[int]]) -> Generation:
@@ -580,7 +623,7 @@ class Engine:
         model, names = self.model, self.bank.names
         shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
         return (
-            f"Engine({type(model).__name__} {model.config._name_or_path!r} on {model.device}, {model.dtype}; "
+            f"Engine({type(model).__name__} {model.config._name_or_path!r} on {self.device}, {model.dtype}; "
             f"{len(names)} adapters: {shown or 'none'}; "
             f"router: {type(self.router).__name__ if self.router else 'none'}; {self.settings}; {self.paths})"
         )

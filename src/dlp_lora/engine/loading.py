@@ -7,24 +7,42 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
 
 from dlp_lora.bank.attach import linear_layers, pair_dtype, siblings
 from dlp_lora.bank.bank import AdapterBank
 from dlp_lora.bank.base_layers import BaseLayers
+from dlp_lora.bank.device import check_devices, choose_device, computing_device
 from dlp_lora.bank.paths import Paths, Setting
+from dlp_lora.bank.peft_format import CONFIG_FILE as ADAPTER_CONFIG
 from dlp_lora.bank.peft_format import FILES as ADAPTER_FILES
 from dlp_lora.bank.peft_format import Adapter, check_base_name, find_adapters, read_adapter
 from dlp_lora.engine.arrow import ArrowRouter
 from dlp_lora.engine.bundle import FILES, Bundle, is_bundle, read_bundle
 from dlp_lora.engine.engine import Engine
-from dlp_lora.errors import AdapterError, BundleError, ModelError
-from dlp_lora.files import local_folder
+from dlp_lora.engine.kinds import check_config, check_kind, check_weights
+from dlp_lora.errors import AdapterError, BundleError, ModelError, RouterError
+from dlp_lora.files import name_of
+from dlp_lora.hub import Hub, is_repo_id
 from dlp_lora.policy import RoutingSettings
 from dlp_lora.router import Router, load_text_router, router_type
+from dlp_lora.router.folder import FILES as ROUTER_FILES
 from dlp_lora.sentences import Segmenter, SentenceSegmenter
 
 Adapters = str | Path | Mapping[str, str | Path]
+ByName = str | Mapping[str, str] | None
+"""What holds for all adapters, or for each by its name."""
+
+OF_MODEL_AND_TOKENIZER = (
+    *("revision", "subfolder", "token", "cache_dir", "local_files_only"),
+    *("trust_remote_code", "code_revision", "gguf_file", "force_download", "proxies"),
+)
+"""What `from_pretrained` is told of a model and of its tokenizer alike."""
+
+# A repository with a base model and an adapter: transformers would load both, or another base. Here it finds none.
+_NO_ADAPTER = {"subfolder": "no-adapter"}
+_QUIETLY = tuple(f"_raise_exceptions_for_{what}" for what in ("gated_repo", "missing_entries", "connection_errors"))
 
 
 def load(
@@ -37,25 +55,39 @@ def load(
     tokenizer: PreTrainedTokenizerBase | None = None,
     base_model: str | Path | PreTrainedModel | None = None,
     dtype: torch.dtype | str = "auto",
-    device: str | torch.device | None = None,
+    device: str | torch.device = "auto",
     strict: bool = False,
     budget_mb: float | None = None,
     prepack: bool = False,
     paths: Setting | Paths | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    base_revision: str | None = None,
+    base_subfolder: str | None = None,
+    adapter_revision: ByName = None,
+    adapter_subfolder: ByName = None,
+    router_revision: str | None = None,
+    router_subfolder: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
     **kwargs: Any,
 ) -> Engine:
     """Makes an engine out of a base model, adapters and a router; or out of a bundle, which holds all of it.
 
     Args:
         model: a path or hub id of a base model or of a bundle, or a model already in memory (with `tokenizer`).
-        adapters: a folder of PEFT adapter folders, or a path or hub id by name.
-        router: a folder written by `train-router`, or any Router; None leaves the choice to `Engine.fixed`.
+        adapters: a folder or hub id of PEFT adapter folders, or a path or hub id by name. A hub id of a single adapter
+            gives it the name of its repository.
+        router: a folder or hub id of what `train-router` wrote, or any Router; None leaves the choice to
+            `Engine.fixed`.
         settings: how the router is asked and obeyed: those of the bundle, or RoutingSettings(), unless given. Single
             ones may be given by name, as `policy=TopP(0.9)` or `kv_policy="keep"`.
         segmenter: makes what finds the sentences of an answer, one a row.
         base_model: takes the place of the base model that a bundle names.
         dtype: of the base model, "auto" as it was saved.
-        device: where the base model is moved; by default it stays where `from_pretrained` puts it, the CPU.
+        device: where the base model is put: "auto" is the first there is of cuda, mps and cpu. A model in memory, one
+            with `device_map` and a quantised one stay where they are.
         strict: refuses adapters that say they were trained on a model of another name, instead of warning.
         budget_mb: keeps adapters on disk and at most so many megabytes of them in memory, those used last.
         paths: in which way layers are multiplied: "auto" times the ways on this CPU, for about a second, and takes the
@@ -64,15 +96,24 @@ def load(
             holds the linear layers' weights once more as oneDNN multiplies them: what is then done to the `.data` of
             the base's weights is not seen.
         prepack: the same as `paths="prepacked"`.
-        kwargs: routing settings; others go to `AutoModelForCausalLM.from_pretrained`, and none may be left for a model
-            in memory.
+        revision: the branch, tag or commit of the first argument's repository. That of the base of a bundle, of the
+            adapters and of the router is `base_revision`, `adapter_revision` and `router_revision`; adapters by name
+            may have one each, `{name: revision}`.
+        subfolder: the folder of the first argument inside its repository or path; `base_subfolder`,
+            `adapter_subfolder` and `router_subfolder` are the others'.
+        token: for private repositories, all of them.
+        cache_dir: the folder of downloads, in the place of the hub's usual cache.
+        local_files_only: asks no server.
+        kwargs: routing settings; others go to `AutoModelForCausalLM.from_pretrained`, and to the tokenizer's what
+            concerns it (`trust_remote_code`, `gguf_file`). None may be left for a model in memory.
 
     Raises:
         DLPLoRAError: of the kind that says which part cannot be used, and why.
     """
     changes = {name: kwargs.pop(name) for name in RoutingSettings.names() if name in kwargs}
     changes = {name: value for name, value in changes.items() if value is not None}
-    bundle_path = _bundle_path(model, adapters)
+    hub = Hub(token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+    bundle_path = _bundle_path(model, adapters, hub, revision=revision, subfolder=subfolder)
     if bundle_path is not None:
         bundle = read_bundle(bundle_path)
         adapters = bundle.adapters if adapters is None else adapters
@@ -83,27 +124,44 @@ def load(
         model = base_model or bundle.base_model
         if model == "":
             raise BundleError(f"{bundle_path} was saved from a model without a name; pass base_model=")
-    elif base_model is not None:
-        raise ValueError("base_model replaces the base of a bundle, but the first argument is no bundle")
+        revision, subfolder = base_revision, base_subfolder
+    elif base_model is not None or base_revision is not None or base_subfolder is not None:
+        raise ValueError(
+            "base_model, base_revision and base_subfolder are for bundles, but the first argument is no bundle"
+        )
     settings = replace(settings or RoutingSettings(), **changes)
     if adapters is None:
         what = model if isinstance(model, str | Path) else f"a {type(model).__name__} in memory"
         raise BundleError(f"{what} is no bundle; give adapters=, a folder of PEFT adapters or {{name: path}}")
-    model, tokenizer = load_model(model, tokenizer, dtype=dtype, device=device, **kwargs)
+    where = {"revision": revision, "subfolder": subfolder}
+    model, tokenizer = load_model(
+        model,
+        tokenizer,
+        dtype=dtype,
+        device=device,
+        hub=hub,
+        **{name: value for name, value in where.items() if value is not None},
+        **kwargs,
+    )
     base = linear_layers(model)
+    folders = _adapter_folders(adapters, hub, revision=adapter_revision, subfolder=adapter_subfolder)
     bank = AdapterBank(
         base,
-        _read_adapters(adapters, base, weights=budget_mb is None, strict=strict),
+        _read_adapters(folders, base, weights=budget_mb is None, strict=strict),
         siblings=siblings(model),
         dtype=pair_dtype(model),
-        device=model.device,
+        device=computing_device(model),
         budget_mb=budget_mb,
     )
+    if isinstance(router, str | Path):
+        router = load_router(router, base=model, revision=router_revision, subfolder=router_subfolder, hub=hub)
+    elif router_revision is not None or router_subfolder is not None:
+        raise ValueError("router_revision and router_subfolder are for a router's path or hub id")
     return Engine(
         model,
         tokenizer,
         bank,
-        router=load_router(router, base=model) if isinstance(router, str | Path) else router,
+        router=router,
         settings=settings,
         segmenter=segmenter,
         prepack=prepack,
@@ -116,55 +174,139 @@ def load_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     dtype: torch.dtype | str = "auto",
-    device: str | torch.device | None = None,
+    device: str | torch.device = "auto",
+    hub: Hub = Hub(),  # noqa: B008  # frozen
     **kwargs: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads the plain base model and its tokenizer, to answer with.
+    """Loads the plain base model and its tokenizer, to answer with; or checks those in memory.
 
     Raises:
-        ModelError: if it cannot be loaded.
-        ValueError: if an argument is for models that are loaded, and this one is in memory.
+        ModelError: if it cannot be loaded, or is of a kind whose answers cannot be followed.
+        ValueError: if an argument is for models that are loaded, and this one is in memory; if there is no such device.
     """
     if isinstance(model, str | Path):
         if "torch_dtype" in kwargs:
             raise ValueError("the base model's precision is dtype= here, not torch_dtype=")
-        source = str(model)
-        try:
-            tokenizer = tokenizer or AutoTokenizer.from_pretrained(source)
-            # Safetensors only: a pickled checkpoint can run code.
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **kwargs)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"the base model {source!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-    elif unused := [*kwargs, *(["dtype"] if dtype != "auto" else [])]:
-        raise ValueError(f"{', '.join(unused)}: no argument for a model that is in memory already")
+        if kwargs.get("device_map") is not None and device != "auto":
+            raise ValueError("device= and device_map= both say where the model goes; give one of them")
+        place = choose_device(device)
+        model, tokenizer = _pretrained(str(model), tokenizer, dtype, {**_arguments(hub), **kwargs})
+        # Where weights are dispatched or quantised, from_pretrained has put them already.
+        is_placed = kwargs.get("device_map") is not None or (device == "auto" and hasattr(model, "hf_quantizer"))
+        model = model if is_placed else model.to(place)
+    else:
+        if unused := [*kwargs, *(["dtype"] if dtype != "auto" else [])]:
+            raise ValueError(f"{', '.join(unused)}: no argument for a model that is in memory already")
+        if device != "auto":
+            model = model.to(choose_device(device))
     if tokenizer is None:
         raise ValueError("a model in memory comes with its tokenizer: load(model, tokenizer=...)")
-    if device is not None:
-        model = model.to(device)
+    check_devices(model)
+    check_kind(model, linear_layers(model))
     return model.eval(), tokenizer
 
 
-def load_router(path: str | Path, *, base: PreTrainedModel | None = None) -> Router:
-    """Reads a router folder of any type.
+def _pretrained(
+    source: str, tokenizer: PreTrainedTokenizerBase | None, dtype: torch.dtype | str, kwargs: dict[str, Any]
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Loads a base model and, unless there is one already, its tokenizer."""
+    of_both = {name: kwargs[name] for name in OF_MODEL_AND_TOKENIZER if name in kwargs}
+    which = ", ".join(f"{name} {of_both[name]!r}" for name in ("revision", "subfolder", "cache_dir") if name in of_both)
+    what = f"the base model {source!r}" + (f" ({which})" if which else "")
+    has_adapter = _has_file(source, ADAPTER_CONFIG, of_both)
+    try:
+        config = AutoConfig.from_pretrained(source, **of_both)
+    except (OSError, ValueError) as error:
+        if has_adapter:
+            raise ModelError(
+                f"{source!r} is an adapter, not a base model: give its base, and the adapter as adapters={{name: path}}"
+            ) from error
+        raise ModelError(f"{what} cannot be loaded: {_reason(error)}") from error
+    check_config(source, config)
+    if has_adapter:
+        warnings.warn(
+            f"{source!r} holds an adapter beside the base model, which is loaded without it; adapters= takes it",
+            stacklevel=4,
+        )
+    try:
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, **of_both)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{what} has no tokenizer that can be loaded; give one with tokenizer=, or save it there: {_reason(error)}"
+        ) from error
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            use_safetensors=True,  # a pickled checkpoint can run code
+            adapter_kwargs=_NO_ADAPTER,
+            output_loading_info=True,
+            **kwargs,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"{what} cannot be loaded: {_reason(error)}") from error
+    model, report = loaded
+    check_weights(source, list(report["missing_keys"]))
+    return model, tokenizer
+
+
+def load_router(
+    path: str | Path,
+    *,
+    base: PreTrainedModel | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    hub: Hub = Hub(),  # noqa: B008  # frozen
+) -> Router:
+    """Reads a router of any type from a folder or hub id.
 
     Args:
         base: the base model, which an ArrowRouter runs to route; the others do without.
+        revision: the branch, tag or commit of a hub id.
+        subfolder: the folder inside the path or repository.
+        hub: how repositories are reached.
 
     Raises:
         RouterError: if a file is missing or damaged, the router is of a later version or was made for another base.
     """
+    if is_repo_id(path) or subfolder is not None:
+        path = hub.folder(path, files=ROUTER_FILES, error=RouterError, revision=revision, subfolder=subfolder)
     if router_type(path) == "arrow":
         return ArrowRouter.from_pretrained(path, base)
     return load_text_router(path)
 
 
-def _bundle_path(model: Any, adapters: Adapters | None) -> Path | None:
+def _arguments(hub: Hub) -> dict[str, Any]:
+    """What `from_pretrained` is told of the hub; nothing of what is as ever."""
+    told = {"token": hub.token, "cache_dir": hub.cache_dir, "local_files_only": hub.local_files_only or None}
+    return {name: value for name, value in told.items() if value is not None}
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, and the next ones where it ends in a colon."""
+    first, *others = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join([first, *others]) if first.rstrip().endswith(":") else first
+
+
+def _has_file(source: str, name: str, of_both: Mapping[str, Any]) -> bool:
+    """Whether a model's folder or repository has a file, as far as can be told."""
+    reach = {name: value for name, value in of_both.items() if name not in ("trust_remote_code", "gguf_file")}
+    quiet = dict.fromkeys(_QUIETLY, False)
+    try:
+        return cached_file(source, name, **reach, **quiet) is not None
+    except (OSError, ValueError):
+        return False
+
+
+def _bundle_path(
+    model: Any, adapters: Adapters | None, hub: Hub, *, revision: str | None, subfolder: str | None
+) -> Path | None:
     if not isinstance(model, str | Path):
         return None
-    if is_bundle(model):
-        return Path(model)
+    if is_bundle(Path(model, subfolder or "")):
+        return Path(model, subfolder or "")
     if adapters is None:
-        path = local_folder(model, files=FILES, error=BundleError)
+        path = hub.folder(model, files=FILES, error=BundleError, revision=revision, subfolder=subfolder)
         return path if is_bundle(path) else None
     return None
 
@@ -179,14 +321,42 @@ def _tell_kept_policy(path: Path, bundle: Bundle) -> None:
         )
 
 
-def _read_adapters(adapters: Adapters, base: BaseLayers, *, weights: bool, strict: bool) -> Iterator[Adapter]:
-    """One at a time: the bank holds them in a form of its own."""
+def _adapter_folders(adapters: Adapters, hub: Hub, *, revision: ByName, subfolder: ByName) -> dict[str, Path]:
+    """The adapters' folders by name."""
     if not isinstance(adapters, Mapping):
-        adapters = find_adapters(adapters)
+        if isinstance(revision, Mapping) or isinstance(subfolder, Mapping):
+            raise ValueError("adapter_revision and adapter_subfolder by name need adapters by name, {name: path}")
+        folder = Path(adapters)
+        if (is_repo_id(adapters) and not folder.is_dir()) or subfolder is not None:
+            files = [*ADAPTER_FILES, *(f"*/{file}" for file in ADAPTER_FILES)]
+            folder = hub.folder(adapters, files=files, error=AdapterError, revision=revision, subfolder=subfolder)
+            if (folder / ADAPTER_CONFIG).is_file():
+                return {name_of(subfolder or adapters): folder}
+        return find_adapters(folder)
     if not adapters:
         raise AdapterError("adapters= is empty; give at least one adapter")
-    for name, source in adapters.items():
-        folder = local_folder(source, files=ADAPTER_FILES, error=AdapterError)
-        found = read_adapter(folder, name, weights=weights, layout=base, stacklevel=4)
-        check_base_name(found, base.source, strict=strict, stacklevel=4)  # load's caller
-        yield found
+    for option, values in {"adapter_revision": revision, "adapter_subfolder": subfolder}.items():
+        if isinstance(values, Mapping) and (unknown := sorted(set(values) - set(adapters))):
+            raise ValueError(f"{option} has {', '.join(unknown)}; the adapters are {', '.join(adapters)}")
+
+    def of(values: ByName, name: str) -> str | None:
+        return values.get(name) if isinstance(values, Mapping) else values
+
+    return {
+        name: hub.folder(
+            source,
+            files=ADAPTER_FILES,
+            error=AdapterError,
+            revision=of(revision, name),
+            subfolder=of(subfolder, name),
+        )
+        for name, source in adapters.items()
+    }
+
+
+def _read_adapters(folders: Mapping[str, Path], base: BaseLayers, *, weights: bool, strict: bool) -> Iterator[Adapter]:
+    """One at a time: the bank holds them in a form of its own."""
+    for name, folder in folders.items():
+        adapter = read_adapter(folder, name, weights=weights, layout=base, stacklevel=4)
+        check_base_name(adapter, base.source, strict=strict, stacklevel=4)  # load's caller
+        yield adapter

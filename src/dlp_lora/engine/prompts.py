@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dlp_lora.bank.device import computing_device
 from dlp_lora.chat import Chat, Message, chat_tokens, check_text, text_of
 from dlp_lora.engine.routing import Prompt
 from dlp_lora.engine.turns import read_chat
@@ -162,10 +163,8 @@ def padded(
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     ids = [[pad] * (width - len(row)) + row for row in rows]
     mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-    return {
-        "input_ids": torch.tensor(ids, device=model.device),
-        "attention_mask": torch.tensor(mask, device=model.device),
-    }
+    device = computing_device(model)
+    return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
 
 
 def context_of(model: PreTrainedModel) -> int:

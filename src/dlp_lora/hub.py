@@ -1,0 +1,76 @@
+"""Repositories of the Hugging Face hub as local folders: those that are there, in the cache, or downloaded."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dlp_lora.errors import DLPLoRAError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hub:
+    """How the hub is reached, the same way for all repositories that one call needs.
+
+    Args:
+        token: for private repositories; by default the one that `hf auth login` saved.
+        cache_dir: the folder of downloads, in the place of the hub's usual cache.
+        local_files_only: asks no server; what is not in the cache is missing.
+    """
+
+    token: str | bool | None = None
+    cache_dir: str | Path | None = None
+    local_files_only: bool = False
+
+    def folder(
+        self,
+        source: str | Path,
+        *,
+        files: Sequence[str],
+        error: type[DLPLoRAError],
+        revision: str | None = None,
+        subfolder: str | None = None,
+    ) -> Path:
+        """Gives the local folder of a path or hub id.
+
+        Args:
+            files: the patterns that are downloaded of a hub id, inside the subfolder.
+            error: the kind of error to raise.
+            revision: a branch, a tag or a commit of a hub id.
+            subfolder: the folder inside the path or repository.
+
+        Raises:
+            DLPLoRAError: of the given kind, if there is neither such a folder nor such a repository.
+        """
+        inside = "" if subfolder is None else f"{subfolder.strip('/')}/"
+        if Path(source).is_dir():
+            if revision is not None:
+                raise error(f"{source} is a folder, which has no revision {revision!r}; leave the revision out")
+            return self._inside(Path(source), source, inside, error)
+        if not is_repo_id(source):
+            raise error(f"{source} is not a folder, and not a hub id of the form owner/name; check the path")
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = snapshot_download(
+                str(source),
+                revision=revision,
+                token=self.token,
+                cache_dir=self.cache_dir,
+                local_files_only=self.local_files_only,
+                allow_patterns=[inside + file for file in files],
+            )
+        except Exception as cause:  # the hub client raises its own errors, httpx's and OSError
+            which = f"{source} at revision {revision!r}" if revision is not None else source
+            reason = " ".join(str(cause).split())
+            raise error(f"{which} is not a folder, and cannot be had from the hub: {reason}") from cause
+        return self._inside(Path(folder), source, inside, error)
+
+    def _inside(self, folder: Path, source: str | Path, inside: str, error: type[DLPLoRAError]) -> Path:
+        if not (folder / inside).is_dir():
+            raise error(f"{source} has no folder {inside.rstrip('/')!r}; check the subfolder")
+        return folder / inside
+
+
+def is_repo_id(source: str | Path) -> bool:
+    """Whether a text has the form of a hub id, owner/name."""
+    return isinstance(source, str) and not source.startswith((".", "/", "~")) and source.count("/") == 1
