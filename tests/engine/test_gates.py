@@ -1,6 +1,7 @@
 """Rows of several mixtures in one pass: each part of the model gets the right gate, or the pass is refused."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
 
 import dlp_lora
-from conftest import byte_tokenizer, lively_model, make_adapter
-from dlp_lora import Engine, ModelError
+from conftest import EveryK, HashRouter, byte_tokenizer, lively_model, make_adapter
+from dlp_lora import Engine, ModelError, Switching
 
 TOKENIZER = byte_tokenizer()
 IMAGE = 261
@@ -175,3 +176,34 @@ def test_rows_of_unlike_numbers_of_images_are_refused(vision_engine: Engine, num
         vision_engine.model(**inputs)
     with vision_engine.fixed({"math": 1.0}):
         vision_engine.model(**inputs)
+
+
+@pytest.mark.parametrize("rows", [[(1, "What is it?")], [(2, "What is it?"), (0, "Why is it not so?")]], ids=len)
+def test_a_switch_encodes_the_images_of_the_prompt_again(tmp_path: Path, rows: list[tuple[int, str]]) -> None:
+    for seed, name in enumerate(("math", "poems", "units")):
+        make_adapter(llava(), tmp_path / name, seed=seed, scale=0.15, target_modules=["q_proj", "v_proj"])
+    inputs = with_images(*rows)
+    engine = dlp_lora.load(
+        llava(),
+        tokenizer=TOKENIZER,
+        adapters=tmp_path,
+        router=HashRouter(),
+        segmenter=partial(EveryK, 6),
+        switching=Switching(min_tokens=1, margin=0.0),
+        kv_policy="recompute",
+    )
+    ascii_only = sorted({*range(270)} - {*tokens_of("".join(map(chr, range(32, 127))))})
+    asked: dict[str, Any] = {"suppress_tokens": ascii_only, "do_sample": False, "return_dict_in_generate": True}
+    output = engine.model.generate(**inputs, **asked, max_new_tokens=20, output_logits=True)
+    num_prompt = inputs["input_ids"].shape[1]
+    num_switches = 0
+    for row, trace in enumerate(engine.last_traces or ()):
+        for sentence in (s for s in trace if s.switched):
+            num_switches += 1
+            whole = output.sequences[:, : num_prompt + sentence.start + 1]
+            mask = torch.cat([inputs["attention_mask"], torch.ones_like(whole[:, num_prompt:])], dim=1)
+            with engine.fixed(sentence.mixture):
+                again = {**inputs, "input_ids": whole, "attention_mask": mask}
+                fresh = engine.model.generate(**again, **asked, max_new_tokens=1, output_logits=True).logits[0][row]
+            torch.testing.assert_close(output.logits[sentence.start + 1][row], fresh, rtol=1e-3, atol=1e-3)
+    assert num_switches

@@ -189,7 +189,7 @@ def test_rows_are_written_where_they_lie(make: Callable[..., Any], llama: PreTra
         other = empty_like(cache)
         llama(ids[:1] + 20, **cache_argument(other))
     before = [(layer.keys.data_ptr(), layer.keys.clone()) for layer in cache.layers]
-    write_rows(cache, [2], other)
+    write_rows(cache, [2], other, source_rows=[0])
     for layer, new, (address, old) in zip(cache.layers, other.layers, before, strict=True):
         assert layer.keys.data_ptr() == address
         assert torch.equal(layer.keys[2], new.keys[0])

@@ -6,7 +6,7 @@ the next token.
 
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache as cached
 from typing import Any, SupportsIndex
 
@@ -34,15 +34,20 @@ _LAYERS: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(eq=False)
 class CachedRows:
-    """The rows behind one KV cache, and every token in it, padding included; `kept` is false for padding."""
+    """The rows behind one KV cache, and every token in it, padding included; `kept` is false for padding.
+
+    `others` are the images and all else that the prompts' pass was given, None where they no longer go with the rows.
+    """
 
     rows: list[RowRouter]
     ids: Tensor  # (batch, seq)
     kept: Tensor  # (batch, seq)
     lease: Lease | None = None  # on the adapters that the rows run with
+    others: Mapping[str, Any] | None = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CachedRows":
-        return CachedRows([row.copy() for row in self.rows], self.ids.clone(), self.kept.clone(), self.lease)
+        rows = [row.copy() for row in self.rows]
+        return CachedRows(rows, self.ids.clone(), self.kept.clone(), self.lease, self.others)
 
     def append(self, ids: Tensor, kept: Tensor) -> None:
         """Adds tokens to every row."""
@@ -132,15 +137,16 @@ def empty_like(cache: Cache) -> Cache:
     return Cache(layers=[_empty_layer(layer) for layer in cache.layers])
 
 
-def write_rows(cache: Cache, rows: Sequence[int], source: Cache) -> None:
-    """Writes the keys and values of a cache over some rows of another, in place; both hold as many tokens."""
+def write_rows(cache: Cache, rows: Sequence[int], source: Cache, *, source_rows: Sequence[int]) -> None:
+    """Writes keys and values of some rows of a cache over rows of another, in place; both hold as many tokens."""
     for layer, other in zip(cache.layers, source.layers, strict=True):
         for name in ("keys", "values"):
             target, new = getattr(layer, name, None), getattr(other, name, None)
             if target is None or new is None:
                 continue
             with torch.inference_mode(target.is_inference()):
-                target.index_copy_(0, torch.tensor(rows, device=target.device), new.to(target.device))
+                new = new.to(target.device)[list(source_rows)]
+                target.index_copy_(0, torch.tensor(rows, device=target.device), new)
 
 
 @cached
@@ -161,4 +167,6 @@ def _select(cache: Any, indices: Tensor) -> None:
     order = indices.tolist()
     if order != list(range(len(known.rows))):
         rows = [known.rows[i].copy() for i in order]
-        setattr(cache, ROWS, CachedRows(rows, known.ids[indices], known.kept[indices], known.lease))
+        # Images belong to rows, but nothing says which.
+        others = None if known.others != {} else known.others
+        setattr(cache, ROWS, CachedRows(rows, known.ids[indices], known.kept[indices], known.lease, others))

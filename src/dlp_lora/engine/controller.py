@@ -57,6 +57,8 @@ from dlp_lora.engine.passes import (
     check_not_packed,
     check_text_is_known,
     has_like_images,
+    lengthened,
+    other_inputs,
 )
 from dlp_lora.engine.prompts import check_embedded
 from dlp_lora.engine.routing import Among, Prompt, Routing, RowRouter, push_tokens, start_rows
@@ -274,7 +276,7 @@ class Controller:
                 check_rewritable(given.cache)
         if call.generating is not None:
             call.generating.has_begun = True
-        return CachedRows(self._start_rows(given.ids, kept, call), given.ids, kept)
+        return CachedRows(self._start_rows(given.ids, kept, call), given.ids, kept, others=other_inputs(given))
 
     def _keep_rows(self, rows: CachedRows, given: PassArguments, cache: Cache | None) -> None:
         """Ties rows to the KV cache that the pass which started them has left."""
@@ -312,7 +314,10 @@ class Controller:
         kept = torch.cat([known.kept[:, : given.num_cached], given.kept(call)], dim=1)
         if call.mixtures is None:
             check_not_packed(given, kept[:, given.num_cached :])
-        rows = CachedRows(self._start_rows(ids, kept, call), ids, kept)
+        others = known.others
+        if more := other_inputs(given):
+            others = more if others == {} and given.num_cached == 0 else None  # of both, none knows the order
+        rows = CachedRows(self._start_rows(ids, kept, call), ids, kept, others=others)
         switched = [
             i
             for i, (row, before) in enumerate(zip(rows.rows, known.rows, strict=True))
@@ -345,7 +350,13 @@ class Controller:
         assert given.cache is not None
         start = time.perf_counter()
         check_rewritable(given.cache)
-        numbers = list(switched)
+        if rows.others is None:
+            raise ModelError(
+                "a row switches whose prompt held images, and beams or later images have changed their order, so it "
+                "cannot be encoded again; use kv_policy='keep' for this call"
+            )
+        # Images are not told apart by row: with them, all rows are encoded again, and only those that switch are kept.
+        numbers = list(range(len(rows.rows))) if rows.others else list(switched)
         some = CachedRows(
             [rows.rows[i] for i in numbers],
             rows.ids[numbers, : given.num_cached],
@@ -359,11 +370,15 @@ class Controller:
             "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
             "use_cache": True,
             "logits_to_keep": 1,
+            **lengthened(rows.others, batch=len(numbers), num_tokens=given.num_cached),
         }
+        positions = given.kwargs.get("position_ids")
+        if isinstance(positions, Tensor) and positions.ndim > 2:
+            del inputs["position_ids"]  # of places in images, which the model finds by itself
         self._fuse_rows(some, num_tokens=given.num_cached)
         optional = {"position_ids", "logits_to_keep"} - {*self._names}  # of which some models know nothing
         self._plain(**{name: inputs[name] for name in inputs.keys() - optional}, **cache_argument(apart))
-        write_rows(given.cache, numbers, apart)
+        write_rows(given.cache, switched, apart, source_rows=[numbers.index(i) for i in switched])
         return (time.perf_counter() - start) * 1e3
 
     def _fuse(self, rows: CachedRows, given: PassArguments, call: Call) -> float:

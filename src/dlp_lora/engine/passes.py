@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import Cache, UnbatchedClassifierFreeGuidanceLogitsProcessor
@@ -21,6 +22,12 @@ from dlp_lora.errors import ModelError, PromptError
 
 # What attention over packed sequences, or over the blocks of a paged cache, is given.
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "block_table", "read_index", "write_index")
+
+# The text, its KV cache, and what is asked of the output.
+OF_TEXT = {
+    *("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", *CACHE_NAMES),
+    *("use_cache", "logits_to_keep", "labels", "num_items_in_batch"),
+}
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,25 @@ class PassArguments:
         """Which of the tokens are no padding."""
         assert self.ids is not None
         return kept_tokens(self.ids, self.mask, num_cached=self.num_cached, endings=call.endings)
+
+
+def other_inputs(given: PassArguments) -> dict[str, Any]:
+    """What a pass over prompts is given beside the text, as images are, so that it can be read again."""
+    return {
+        name: value
+        for name, value in given.kwargs.items()
+        if value is not None and name not in OF_TEXT and not name.startswith(("output_", "return_"))
+    }
+
+
+def lengthened(others: Mapping[str, Any], *, batch: int, num_tokens: int) -> dict[str, Any]:
+    """What was given beside the text, with what is one number a token, as its type is, zero for later tokens."""
+    found = dict(others)
+    for name, value in others.items():
+        is_by_token = isinstance(value, Tensor) and value.ndim == 2 and name.endswith("type_ids")
+        if is_by_token and len(value) == batch and value.shape[1] < num_tokens:
+            found[name] = F.pad(value, (0, num_tokens - value.shape[1]))
+    return found
 
 
 def check_keeps_cache(model: nn.Module) -> None:
