@@ -39,7 +39,7 @@ def made(kind: str, config: str, **settings: Any) -> PreTrainedModel:
         ("LlamaForSequenceClassification", "LlamaConfig", {**LLAMA, "num_labels": 3}, "gives no next token"),
         ("LlamaModel", "LlamaConfig", LLAMA, "gives no next token"),
         ("MambaForCausalLM", "MambaConfig", {**SMALL, "state_size": 4, "time_step_rank": 4}, "has no attention"),
-        ("OpenAIGPTLMHeadModel", "OpenAIGPTConfig", GPT, "takes no KV cache"),
+        ("OpenAIGPTLMHeadModel", "OpenAIGPTConfig", GPT, "keeps no KV cache"),
     ],
 )
 def test_a_model_of_another_kind_is_refused_with_the_reason(

@@ -1,6 +1,5 @@
 """Kinds of model: the causal LMs whose passes can be followed, and the reasons why others are refused."""
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from dlp_lora.bank.base_layers import BaseLayers
-from dlp_lora.engine.cache import CACHE_NAMES, cache_among
+from dlp_lora.engine.cache import cache_among
+from dlp_lora.engine.passes import check_keeps_cache
 from dlp_lora.errors import ModelError
 
 _ANSWER_NO_TOKEN = ("Classification", "QuestionAnswering", "MultipleChoice", "MaskedLM", "RewardModel")
@@ -66,8 +66,7 @@ def check_kind(model: Any, base: BaseLayers) -> None:
             f"{name} gives no next token: it is a bare decoder, a classifier or an encoder; {_WHAT_TO_DO}, as "
             "AutoModelForCausalLM loads it"
         )
-    if not set(CACHE_NAMES) & set(inspect.signature(model.forward).parameters):
-        raise _not_followed(name, "takes no KV cache")
+    check_keeps_cache(model)
     if (reason := _reason_of_pass(base.skeleton)) is not None:
         raise _not_followed(name, reason)
 
