@@ -27,7 +27,6 @@ from dlp_lora.serve.completions import CompletionAnswer
 from dlp_lora.serve.errors import APIError, ErrorResponse, of_exception, of_validation
 from dlp_lora.serve.keys import Access
 from dlp_lora.serve.logprobs import token_text
-from dlp_lora.serve.logs import LOGGER
 from dlp_lora.serve.middleware import Gate
 from dlp_lora.serve.schema import ChatRequest, CompletionRequest
 from dlp_lora.serve.service import Asked, Service
@@ -65,7 +64,6 @@ def make_app(service: Service, manager: AdapterManager) -> ASGIApp:
     )
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
-    app.add_exception_handler(Exception, _on_error)
     app.include_router(_generation(service))
     app.include_router(_adapters(service, manager))
     app.include_router(_operation(service))
@@ -272,7 +270,7 @@ async def _respond(
             yield END
         except Exception as error:
             has_ended = True
-            told = _told(error, request)
+            told = of_exception(error, request.scope["state"]["request_id"])
             log["error"] = told.reason
             yield error_event(asked, told)
             yield END
@@ -317,23 +315,9 @@ def _card(service: Service, name: str) -> schema.ModelCard:
     }
 
 
-def _told(error: BaseException, request: Request) -> APIError:
-    if isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:  # of a task group
-        return _told(error.exceptions[0], request)
-    request_id = request.scope["state"]["request_id"]
-    told = of_exception(error, request_id)
-    if told.status_code == 500:
-        LOGGER.error("a request failed", exc_info=error, extra={"request_id": request_id})
-    return told
-
-
 def _as_response(error: APIError, request: Request) -> Response:
     request.scope["state"]["log"]["reason"] = error.reason
     return JSONResponse(error.body, error.status_code, headers=error.headers)
-
-
-async def _on_error(request: Request, error: Exception) -> Response:
-    return _as_response(_told(error, request), request)
 
 
 async def _on_invalid(request: Request, error: Exception) -> Response:

@@ -6,17 +6,19 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 from urllib.parse import urlsplit
 
+from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from dlp_lora.serve.errors import APIError, invalid
+from dlp_lora.serve.errors import APIError, invalid, of_exception
 
 # curl sends the last one unless it is told otherwise. A web page may send it to any address without asking, so it is
 # refused where it comes from another site's page.
 FORM = "application/x-www-form-urlencoded"
 MAX_DEPTH = 64
-SURROGATE = re.compile(rb"\\u[dD][89abAB]")
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class JSONRequest(Request):
@@ -34,7 +36,7 @@ class JSONRequest(Request):
 
 
 class JSONRoute(APIRoute):
-    """A route whose bodies are JSON, read strictly."""
+    """A route whose bodies are JSON, read strictly, and whose errors all have an error object."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Gives the handler of a request."""
@@ -47,7 +49,12 @@ class JSONRoute(APIRoute):
                 headers = [pair for pair in request.scope["headers"] if pair[0] != b"content-type"]
                 scope = {**request.scope, "headers": [*headers, (b"content-type", b"application/json")]}
                 request = JSONRequest(scope, request.receive)
-            return await handle(request)
+            try:
+                return await handle(request)
+            except (HTTPException, RequestValidationError):
+                raise
+            except Exception as error:  # Starlette would close the connection
+                raise of_exception(error, request.scope["state"]["request_id"]) from error
 
         return checked
 

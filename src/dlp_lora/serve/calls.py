@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 from uuid import uuid4
 
 from transformers import PreTrainedTokenizerBase
@@ -14,6 +14,7 @@ Delta = dict[str, Any]
 """What a chunk adds to a message: `content`, or parts of `tool_calls`."""
 
 
+@runtime_checkable
 class MessageWriter(Protocol):
     """Turns the text of an answer into deltas of its message."""
 

@@ -8,6 +8,7 @@ from typing_extensions import TypedDict
 
 from dlp_lora.errors import DLPLoRAError
 from dlp_lora.serve.backend import BackendError, ClosedError, QueueFullError
+from dlp_lora.serve.logs import LOGGER
 
 RETRY_AFTER_S = 1
 
@@ -78,7 +79,9 @@ def unavailable(message: str, code: str) -> APIError:
 
 
 def of_exception(error: BaseException, request_id: str) -> APIError:
-    """Says what went wrong, without what only the server's log should hold."""
+    """Says what went wrong, without what only the server's log should hold; that gets it."""
+    if isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:  # of a task group
+        return of_exception(error.exceptions[0], request_id)
     if isinstance(error, APIError):
         return error
     if isinstance(error, QueueFullError):
@@ -86,9 +89,11 @@ def of_exception(error: BaseException, request_id: str) -> APIError:
     if isinstance(error, ClosedError):
         return unavailable(str(error), "shutting_down")
     if isinstance(error, BackendError):
+        LOGGER.error("the backend failed", exc_info=error, extra={"request_id": request_id})
         return APIError(500, str(error), type="server_error", code="backend_error")
     if isinstance(error, DLPLoRAError | ValueError):
         return invalid(str(error))
+    LOGGER.error("a request failed", exc_info=error, extra={"request_id": request_id})
     message = f"internal error; the server's log has it under the request id {request_id}"
     return APIError(500, message, type="server_error", code="internal_error")
 
