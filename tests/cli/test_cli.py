@@ -235,7 +235,14 @@ def test_an_interrupt_says_what_is_kept(
 def test_a_bundle_of_a_nameless_base_takes_a_task_with_its_model_named(work: Path, tmp_path: Path) -> None:
     shutil.copytree(work / "bundle", tmp_path / "bundle")
     file = tmp_path / "bundle" / "bundle.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model": ""}))
+    file.write_text(
+        json.dumps(
+            {
+                **json.loads(file.read_text()),
+                "base_model": {"name": "", "origin": "memory", "path": None, "fingerprint": None},
+            }
+        )
+    )
     shutil.copytree(work / "adapters" / "sums", tmp_path / "more")
     task = (
         "add-task",
@@ -246,7 +253,7 @@ def test_a_bundle_of_a_nameless_base_takes_a_task_with_its_model_named(work: Pat
         "--examples",
         work / "data/sums/train.jsonl",
     )
-    assert "saved from a model without a name; give --model" in run(*task).stderr
+    assert "was made for a model without a name; give --model" in run(*task).stderr
     ok(*task, "--model", work / "model")
     assert (tmp_path / "bundle" / "adapters" / "more").is_dir()
 

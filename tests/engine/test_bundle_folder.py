@@ -12,11 +12,13 @@ from tokenizers import Tokenizer
 
 from conftest import byte_tokenizer, make_adapter, tiny_model
 from dlp_lora.bank.peft_format import find_adapters, read_adapter
+from dlp_lora.engine.base import Base
 from dlp_lora.engine.bundle import Bundle, is_bundle, read_bundle, write_bundle
 from dlp_lora.errors import BundleError
 from dlp_lora.policy import RoutingSettings, Switching, TopP
 from dlp_lora.router import Context, MiniMLP, MiniMLPConfig
 
+BASE = Base(name="Qwen/Qwen2-1.5B", origin="hub")
 POLICY = TopP(p=0.7, weighting="paper")
 SETTINGS = RoutingSettings(
     policy=POLICY, switching=Switching(min_tokens=9), kv_policy="keep", prompt_routing="sentences"
@@ -25,7 +27,7 @@ SETTINGS = RoutingSettings(
 
 def write(path: Path, adapters: Mapping[str, Path], **changes: Any) -> Path:
     parts: dict[str, Any] = {
-        "base_model": "Qwen/Qwen2-1.5B",
+        "base": BASE,
         "adapters": adapters,
         "router": None,
         "settings": SETTINGS,
@@ -68,7 +70,8 @@ def test_a_bundle_is_read_as_it_was_written(bundle: Path, adapters: Mapping[str,
     assert is_bundle(bundle)
     assert is_bundle(str(bundle))
     assert read_bundle(bundle) == Bundle(
-        base_model="Qwen/Qwen2-1.5B",
+        path=bundle,
+        base=BASE,
         adapters={name: bundle / "adapters" / name for name in adapters},
         router=None,
         settings=SETTINGS,
@@ -113,7 +116,7 @@ def test_a_bundle_may_be_written_over_the_one_its_adapters_come_from(bundle: Pat
 
 def older(data: dict[str, Any]) -> None:
     """As bundles were written before, routing settings beside the rest."""
-    data.update(format=1, **data.pop("settings"))
+    data.update(format=1, base_model="Qwen/Qwen2-1.5B", **data.pop("settings"))
 
 
 def test_a_bundle_of_the_first_format_keeps_its_settings(bundle: Path) -> None:
@@ -121,6 +124,7 @@ def test_a_bundle_of_the_first_format_keeps_its_settings(bundle: Path) -> None:
     assert read_bundle(bundle).settings == SETTINGS
     edit(bundle, lambda data: data.pop("prompt_routing"))  # the oldest
     assert read_bundle(bundle).settings == replace(SETTINGS, prompt_routing="whole")
+    assert read_bundle(bundle).base == BASE
 
 
 def test_an_adapter_dropped_from_a_bundle_is_gone_from_its_folder(bundle: Path, adapters: Mapping[str, Path]) -> None:
@@ -170,7 +174,7 @@ def test_a_folder_that_is_no_bundle_is_refused(tmp_path: Path) -> None:
 
 def test_a_bundle_of_a_later_format_is_refused(bundle: Path) -> None:
     edit(bundle, lambda data: data.update(format=99))
-    with pytest.raises(BundleError, match="bundle has bundle format 99; this version reads up to 2; upgrade dlp-lora"):
+    with pytest.raises(BundleError, match="bundle has bundle format 99; this version reads up to 3; upgrade dlp-lora"):
         read_bundle(bundle)
 
 

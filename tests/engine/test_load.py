@@ -296,9 +296,10 @@ class TestBundle:
             same(found, wanted)
 
     def test_a_bundle_of_a_bundle_is_the_same_bundle(self, engine: Engine, tmp_path: Path) -> None:
-        engine.save_pretrained(tmp_path / "one")
-        dlp_lora.load(str(tmp_path / "one")).save_pretrained(tmp_path / "two")
-        assert folder_of(tmp_path / "one") == folder_of(tmp_path / "two")
+        one, two = tmp_path / "one" / "bundle", tmp_path / "two" / "bundle"  # its card has the folder's name
+        engine.save_pretrained(one)
+        dlp_lora.load(str(one)).save_pretrained(two)
+        assert folder_of(one) == folder_of(two)
 
     def test_a_bundle_may_be_moved(self, engine: Engine, tmp_path: Path) -> None:
         engine.save_pretrained(tmp_path / "here" / "bundle")
@@ -346,7 +347,7 @@ class TestBundle:
     def test_a_bundle_whose_base_model_is_gone_is_refused_with_its_name(self, engine: Engine, tmp_path: Path) -> None:
         engine.model.config._name_or_path = str(tmp_path / "gone")
         engine.save_pretrained(tmp_path / "bundle")
-        with pytest.raises(ModelError, match=r"the base model '.*gone' cannot be loaded"):
+        with pytest.raises(BundleError, match=r"was made for 'gone' .*, which is not here; give --model"):
             dlp_lora.load(tmp_path / "bundle")
 
     def test_a_bundle_of_a_nameless_model_asks_for_the_base_model(self, lively_adapters: Path, tmp_path: Path) -> None:
@@ -389,7 +390,9 @@ class TestBundle:
             assert dlp_lora.load(tmp_path / "bundle").kv_policy == kv_policy  # it was chosen
         file = tmp_path / "bundle" / BUNDLE_FILE
         data = json.loads(file.read_text())
-        file.write_text(json.dumps({**data, "format": 1, **data.pop("settings")}))
+        file.write_text(
+            json.dumps({**data, "format": 1, "base_model": engine.model.config._name_or_path, **data.pop("settings")})
+        )
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             assert dlp_lora.load(tmp_path / "bundle").kv_policy == kv_policy
@@ -413,7 +416,7 @@ class TestBundle:
             ('{"format": 1', "is damaged"),
             ("[]", "is damaged"),
             ('{"format": 1}', "is damaged .*KeyError"),
-            ('{"format": 99}', "has bundle format 99; this version reads up to 2; upgrade dlp-lora"),
+            ('{"format": 99}', "has bundle format 99; this version reads up to 3; upgrade dlp-lora"),
         ],
     )
     def test_a_damaged_bundle_is_refused(self, engine: Engine, tmp_path: Path, text: str, message: str) -> None:

@@ -15,7 +15,7 @@ from dlp_lora.bank.adapter_folder import (
     read_folder,
 )
 from dlp_lora.bank.base_layers import BaseLayers, Module, Tensor
-from dlp_lora.bank.stored_layout import layout_of
+from dlp_lora.bank.stored_layout import layout_of, stored_folder
 from dlp_lora.bank.tokens import BaseTokens, foreign_tokens
 from dlp_lora.errors import AdapterError, DLPLoRAError, ModelError
 from dlp_lora.files import name_of
@@ -148,7 +148,7 @@ def _stored_weights(source: str, tied: Mapping[str, Any]) -> Callable[[str], Ten
     def tensor(name: str) -> Tensor | None:
         from safetensors import safe_open
 
-        folder = _local_folder(source)
+        folder = stored_folder(source)
         for one in (name, tied.get(name)) if folder is not None else ():
             file = _file_of(folder, one) if folder is not None and isinstance(one, str) else None
             if file is not None:
@@ -158,18 +158,6 @@ def _stored_weights(source: str, tied: Mapping[str, Any]) -> Callable[[str], Ten
         return None
 
     return tensor
-
-
-def _local_folder(source: str) -> Path | None:
-    if Path(source).is_dir():
-        return Path(source)
-    from huggingface_hub import try_to_load_from_cache
-
-    try:
-        file = try_to_load_from_cache(source, "config.json")
-    except ValueError:  # no id of a repository
-        return None
-    return Path(file).parent if isinstance(file, str) else None
 
 
 def _file_of(folder: Path, name: str) -> Path | None:

@@ -54,6 +54,19 @@ def layout_of(folder: str | Path) -> StoredLayout | None:
     return StoredLayout(layers=layers, parameters=parameters)
 
 
+def stored_folder(source: str, *, commit: str | None = None, cache_dir: str | Path | None = None) -> Path | None:
+    """Gives the folder of a model on this machine, of a hub id that in the hub's cache; None if it is not here."""
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        file = try_to_load_from_cache(source, "config.json", cache_dir=cache_dir, revision=commit)
+    except ValueError:  # no id of a repository
+        return None
+    return Path(file).parent if isinstance(file, str) else None
+
+
 def _is_plain(config: Mapping[str, Any]) -> bool:
     (architecture,) = config["architectures"]
     is_known = config["model_type"] in TYPES and architecture.endswith("ForCausalLM")

@@ -44,6 +44,7 @@ def bundle(
     """
     from dlp_lora import Switching, TopP, load_router
     from dlp_lora.bank.check import check_adapters, model_layout
+    from dlp_lora.engine.base import Base
     from dlp_lora.engine.bundle import BUNDLE_FILE, check_names, write_bundle
     from dlp_lora.errors import AdapterError
 
@@ -65,7 +66,7 @@ def bundle(
         check_names(found.names, [check.name for check in checks])
     write_bundle(
         out,
-        base_model=base,
+        base=Base.of(base, bundle=out),
         adapters={check.name: check.path for check in checks},
         router=found,
         settings=settings,

@@ -123,13 +123,9 @@ def base_of(bundle: "Bundle", model: str | None) -> str:
     """The base model that was named, else the bundle's.
 
     Raises:
-        BundleError: if neither is.
+        BundleError: if neither is here.
     """
-    from dlp_lora.errors import BundleError
-
-    if not (base := model or bundle.base_model):
-        raise BundleError("the bundle was saved from a model without a name; give --model")
-    return base
+    return model or bundle.base_model
 
 
 def say(text: str) -> None:

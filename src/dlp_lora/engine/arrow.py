@@ -28,7 +28,7 @@ from dlp_lora.bank.bank import AdapterBank
 from dlp_lora.bank.peft_format import Adapter, LoraWeights, find_adapters, read_adapter
 from dlp_lora.errors import AdapterError, RouterError
 from dlp_lora.router import Context
-from dlp_lora.router.context import check_labels, has_text
+from dlp_lora.router.context import check_labels, has_text, listed
 from dlp_lora.router.folder import SavedRouter, reading_router, write_router
 from dlp_lora.router.tokenizer import MAX_CHARS, plain_tokenizer, vocab_size
 
@@ -110,6 +110,9 @@ class ArrowRouter:
         # One by one: beside longer texts padding would shift the last digits, which the deviations multiply.
         scores = torch.stack([self._scores(context.text) for context in contexts])
         return (scores / self.temperature).softmax(dim=-1) * has_text(contexts)[:, None]
+
+    def __repr__(self) -> str:
+        return f"ArrowRouter({listed(self.names)}; over {len(self.prototypes)} layers of the base model)"
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes the router to a folder, without the base model; the folder is replaced as a whole."""

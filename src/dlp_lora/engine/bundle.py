@@ -1,6 +1,7 @@
-"""A bundle: one folder that holds all that an engine needs beside the base model, or the base model's name.
+"""A bundle: one folder with all that an engine needs beside the base model, which it names.
 
 bundle.json            base model, routing settings, hashes of the adapters and the router
+README.md              a model card, unless there is one of the owner's
 adapters/<name>/       ordinary PEFT adapter folders
 router/                the router, if there is one
 """
@@ -14,25 +15,44 @@ from pathlib import Path
 from typing import Any
 
 from dlp_lora.bank.peft_format import CONFIG_FILE, WEIGHTS_FILE, content_hash
+from dlp_lora.engine.base import Base
+from dlp_lora.engine.card import CARD_FILE, is_card, model_card
 from dlp_lora.errors import BundleError, RouterError
-from dlp_lora.files import recover_folder, replace_folder
+from dlp_lora.files import name_of, recover_folder, replace_folder
 from dlp_lora.policy import RoutingSettings
-from dlp_lora.router import Router, folder_hash
+from dlp_lora.router import Router, folder_hash, listed
 
 BUNDLE_FILE = "bundle.json"
 FILES = (BUNDLE_FILE, "adapters/*", "router/*")
-FORMAT = 2  # 1 had the routing settings side by side with the rest
+# 1 had the routing settings side by side with the rest, and until 2 the base was a path or hub id alone.
+FORMAT = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
     """What a bundle folder says: where its parts are and how they work together."""
 
-    base_model: str
+    path: Path
+    base: Base
     adapters: Mapping[str, Path]
     router: Path | None
     settings: RoutingSettings
     format: int = FORMAT
+
+    @property
+    def base_model(self) -> str:
+        """The path or hub id of the base model on this machine.
+
+        Raises:
+            BundleError: if it is not here and nobody can fetch it.
+        """
+        return self.base.find(self.path)
+
+    def __repr__(self) -> str:
+        return (
+            f"Bundle({str(self.path)!r} for {self.base}; {listed(list(self.adapters))}; "
+            f"{'a router' if self.router is not None else 'no router'}; {self.settings})"
+        )
 
 
 def is_bundle(path: str | Path) -> bool:
@@ -52,20 +72,19 @@ def read_bundle(path: str | Path) -> Bundle:
         raise BundleError(f"{path} is not a bundle: it has no {BUNDLE_FILE}; make one with `dlp-lora bundle`")
     try:
         data = json.loads((path / BUNDLE_FILE).read_text(encoding="utf-8"))
-        if data["format"] not in (1, FORMAT):
+        if data["format"] not in range(1, FORMAT + 1):
             raise BundleError(
                 f"{path} has bundle format {data['format']}; this version reads up to {FORMAT}; upgrade dlp-lora"
             )
         hashes = dict(data["adapters"])
         bundle = Bundle(
-            base_model=data["base_model"],
+            path=path,
+            base=_base(data),
             adapters={name: path / "adapters" / name for name in hashes},
             router=path / "router" if data["router"] else None,
             settings=_settings(data),
             format=data["format"],
         )
-        if not isinstance(bundle.base_model, str):
-            raise TypeError(f"{bundle.base_model!r} where a str is expected")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BundleError(f"{path / BUNDLE_FILE} is damaged ({error!r}); make the bundle again") from error
     for name, folder in bundle.adapters.items():
@@ -89,12 +108,21 @@ def read_bundle(path: str | Path) -> Bundle:
 def write_bundle(
     path: str | Path,
     *,
-    base_model: str,
+    base: Base,
     adapters: Mapping[str, Path],
     router: Router | None,
     settings: RoutingSettings,
+    repo_id: str | None = None,
 ) -> None:
     """Writes a bundle folder; the one that was there before is replaced at the very end.
+
+    Args:
+        path: of the folder. A README.md in it that was not written here stays.
+        base: the model that it is for.
+        adapters: their folders by name.
+        router: the router, if there is one.
+        settings: how it is asked and obeyed.
+        repo_id: on the hub, for the model card; by default it names the folder.
 
     Raises:
         BundleError: if an adapter's name cannot name a folder.
@@ -103,7 +131,10 @@ def write_bundle(
     written = settings.to_dict()
     for name in adapters:
         _check_name(name)
-    with replace_folder(path, own=(BUNDLE_FILE, "adapters", "router")) as folder:
+    path = Path(path)
+    has_card = is_card(path / CARD_FILE) or not (path / CARD_FILE).exists()
+    own = (BUNDLE_FILE, "adapters", "router", *([CARD_FILE] if has_card else []))
+    with replace_folder(path, own=own) as folder:
         hashes = {}
         for name, source in adapters.items():
             target = folder / "adapters" / name
@@ -116,12 +147,51 @@ def write_bundle(
         data = {
             "format": FORMAT,
             "dlp_lora": version("dlp-lora"),
-            "base_model": base_model,
+            "base_model": base.to_dict(),
             "adapters": hashes,
             "router": router is not None and folder_hash(folder / "router"),
             "settings": written,
         }
         (folder / BUNDLE_FILE).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        if has_card:
+            written_adapters = {name: folder / "adapters" / name for name in adapters}
+            card = model_card(
+                name=repo_id or name_of(path), base=base, adapters=written_adapters, router=router, settings=settings
+            )
+            (folder / CARD_FILE).write_text(card, encoding="utf-8")
+
+
+def upload_bundle(
+    path: Path, repo_id: str, *, private: bool, token: str | bool | None, revision: str | None, commit_message: str
+) -> str:
+    """Uploads a bundle folder to the hub; gives the commit's address.
+
+    Raises:
+        BundleError: if the hub refuses it.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    api = HfApi(token=token)
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        card = None
+        if api.file_exists(repo_id, CARD_FILE, revision=revision):
+            card = Path(api.hf_hub_download(repo_id, CARD_FILE, revision=revision, local_dir=path / ".theirs"))
+        done = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=path,
+            revision=revision,
+            commit_message=commit_message,
+            ignore_patterns=[".theirs/*", *([CARD_FILE] if card is not None and not is_card(card) else [])],
+            delete_patterns=["adapters/*", "router/*"],
+        )
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise BundleError(f"the bundle cannot be uploaded to {repo_id!r}: {reason}") from error
+    return str(done)
 
 
 def check_names(routed: Sequence[str], held: Sequence[str]) -> None:
@@ -138,6 +208,12 @@ def check_names(routed: Sequence[str], held: Sequence[str]) -> None:
         problems.append(f"the router does not know the adapters {', '.join(unrouted)}")
     if problems:
         raise RouterError(f"{' and '.join(problems)}; give the adapters it was trained for, or train it anew")
+
+
+def _base(data: Mapping[str, Any]) -> Base:
+    if data["format"] < 3:
+        return Base.from_source(data["base_model"])
+    return Base.from_dict(data["base_model"])
 
 
 def _settings(data: Mapping[str, Any]) -> RoutingSettings:

@@ -22,7 +22,8 @@ from dlp_lora.bank.paths import Paths, Setting
 from dlp_lora.bank.peft_format import FILES, check_base_name, read_adapter
 from dlp_lora.chat import Chat, Message
 from dlp_lora.engine.apart import joined, prompts_apart
-from dlp_lora.engine.bundle import check_names, write_bundle
+from dlp_lora.engine.base import Base
+from dlp_lora.engine.bundle import check_names, upload_bundle, write_bundle
 from dlp_lora.engine.calls import Call, Endings, call_setting, check_call, seeded
 from dlp_lora.engine.controller import Controller
 from dlp_lora.engine.overrides import Override, overriding
@@ -35,7 +36,7 @@ from dlp_lora.errors import AdapterError, ModelError
 from dlp_lora.files import name_of
 from dlp_lora.hub import Hub
 from dlp_lora.policy import FusionPolicy, KVPolicy, Mixture, PromptRouting, RoutingSettings, Switching
-from dlp_lora.router import Context, Router
+from dlp_lora.router import Context, Router, listed
 from dlp_lora.sentences import Segmenter, SentenceSegmenter
 
 Mixtures = Mapping[str, float] | Sequence[Mapping[str, float]]
@@ -581,34 +582,66 @@ class Engine:
             self._controller.compile(**{"dynamic": False, **kwargs})
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Writes a bundle: adapters, router, policy, and the base model's name. A bundle there is replaced at the end.
+        """Writes a bundle: adapters, router, policy, a model card, and what tells the base model from others.
+
+        A bundle there is replaced at the end.
 
         Raises:
             RouterError: if adapters were added or removed that the router does not know, or still knows.
             AdapterError: if an adapter's folder no longer holds what the engine runs with.
             ValueError: if the policy is not one of this package's, which alone can be saved by name.
         """
+        self._write_bundle(Path(path))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = True,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload a bundle of dlp-lora",
+    ) -> str:
+        """Uploads the bundle to the Hugging Face hub, in one commit; gives the commit's address.
+
+        The repository then has the adapters of this bundle alone. Its README.md stays if its owner wrote it.
+
+        Args:
+            private: of a repository that is made for it; one that is there stays as it is.
+            token: by default the one that `hf auth login` saved.
+            revision: the branch, which is made if there is none; "main" by default.
+            commit_message: of the commit.
+
+        Raises:
+            BundleError: if the hub refuses it.
+            RouterError, AdapterError, ValueError: as `save_pretrained`.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self._write_bundle(Path(folder) / "bundle", repo_id=repo_id)
+            return upload_bundle(
+                Path(folder) / "bundle",
+                repo_id,
+                private=private,
+                token=token,
+                revision=revision,
+                commit_message=commit_message,
+            )
+
+    def _write_bundle(self, path: Path, *, repo_id: str | None = None) -> None:
         if self.router is not None:
             check_names(self.router.names, self.bank.names)
         for name in self.bank.names:
             self.bank.store.check_files(name)
+        config = self.model.config
+        commit = getattr(config, "_commit_hash", None)
         write_bundle(
             path,
-            base_model=self.model.config._name_or_path,
+            base=Base.of(config._name_or_path, bundle=None if repo_id else path, commit=commit),
             adapters={name: adapter.path for name, adapter in self.bank.adapters.items()},
             router=self.router,
             settings=self.settings,
+            repo_id=repo_id,
         )
-
-    def push_to_hub(self, repo_id: str, *, private: bool = True) -> str:
-        """Uploads the bundle to the Hugging Face hub; returns its address."""
-        from huggingface_hub import HfApi
-
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(Path(folder) / "bundle")
-            api = HfApi()
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            return str(api.upload_folder(repo_id=repo_id, folder_path=Path(folder) / "bundle"))
 
     def detach(self) -> PreTrainedModel:
         """Takes the adapters off and gives the base model back, bit for bit as it was."""
@@ -620,12 +653,10 @@ class Engine:
         return self.model
 
     def __repr__(self) -> str:
-        model, names = self.model, self.bank.names
-        shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+        model = self.model
         return (
             f"Engine({type(model).__name__} {model.config._name_or_path!r} on {self.device}, {model.dtype}; "
-            f"{len(names)} adapters: {shown or 'none'}; "
-            f"router: {type(self.router).__name__ if self.router else 'none'}; {self.settings}; {self.paths})"
+            f"{listed(self.bank.names)}; router: {self.router or 'none'}; {self.settings}; {self.paths})"
         )
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -114,16 +115,14 @@ def load(
     changes = {name: value for name, value in changes.items() if value is not None}
     hub = Hub(token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     bundle_path = _bundle_path(model, adapters, hub, revision=revision, subfolder=subfolder)
-    if bundle_path is not None:
-        bundle = read_bundle(bundle_path)
+    bundle = None if bundle_path is None else read_bundle(bundle_path)
+    if bundle is not None:
         adapters = bundle.adapters if adapters is None else adapters
         router = bundle.router if router is None else router
         if settings is None and "kv_policy" not in changes:
-            _tell_kept_policy(bundle_path, bundle)
+            _tell_kept_policy(bundle)
         settings = settings or bundle.settings
         model = base_model or bundle.base_model
-        if model == "":
-            raise BundleError(f"{bundle_path} was saved from a model without a name; pass base_model=")
         revision, subfolder = base_revision, base_subfolder
     elif base_model is not None or base_revision is not None or base_subfolder is not None:
         raise ValueError(
@@ -134,15 +133,17 @@ def load(
         what = model if isinstance(model, str | Path) else f"a {type(model).__name__} in memory"
         raise BundleError(f"{what} is no bundle; give adapters=, a folder of PEFT adapters or {{name: path}}")
     where = {"revision": revision, "subfolder": subfolder}
-    model, tokenizer = load_model(
-        model,
-        tokenizer,
-        dtype=dtype,
-        device=device,
-        hub=hub,
-        **{name: value for name, value in where.items() if value is not None},
-        **kwargs,
-    )
+    with _as_missing_base(bundle if base_model is None else None):
+        model, tokenizer = load_model(
+            model,
+            tokenizer,
+            dtype=dtype,
+            device=device,
+            hub=hub,
+            **{name: value for name, value in where.items() if value is not None},
+            **kwargs,
+        )
+    _check_base(bundle, model, subfolder=subfolder, cache_dir=cache_dir)
     base = linear_layers(model)
     folders = _adapter_folders(adapters, hub, revision=adapter_revision, subfolder=adapter_subfolder)
     bank = AdapterBank(
@@ -311,12 +312,39 @@ def _bundle_path(
     return None
 
 
-def _tell_kept_policy(path: Path, bundle: Bundle) -> None:
+@contextmanager
+def _as_missing_base(bundle: Bundle | None) -> Iterator[None]:
+    """Says, where the base model that a bundle names cannot be loaded, that another one may be given."""
+    try:
+        yield
+    except ModelError as error:
+        if bundle is None:
+            raise
+        raise bundle.base.missing(bundle.path, str(error)) from error
+
+
+def _check_base(
+    bundle: Bundle | None, model: PreTrainedModel, *, subfolder: str | None, cache_dir: str | Path | None
+) -> None:
+    """Warns if a bundle was made for another base model than the one that was loaded."""
+    if bundle is None:
+        return
+    source = model.config._name_or_path
+    commit = getattr(model.config, "_commit_hash", None)
+    if differences := bundle.base.differences(source, subfolder=subfolder, commit=commit, cache_dir=cache_dir):
+        warnings.warn(
+            f"{bundle.path} was made for {bundle.base.name!r}, but the base model {source!r} is another one: "
+            f"{'; '.join(differences)}",
+            stacklevel=3,
+        )
+
+
+def _tell_kept_policy(bundle: Bundle) -> None:
     """Says that a bundle has what was the default before, where it may not have been chosen."""
     if bundle.format == 1 and bundle.settings.kv_policy == "keep":
         warnings.warn(
-            f"{path} was saved with kv_policy='keep', which was the default then; with 'recompute', the default now, "
-            "later questions of a prompt are answered right more often: pass kv_policy=, or save the bundle again",
+            f"{bundle.path} was saved with kv_policy='keep', which was the default then; with 'recompute', the default "
+            "now, later questions of a prompt are answered right more often: pass kv_policy=, or save the bundle again",
             stacklevel=3,
         )
 

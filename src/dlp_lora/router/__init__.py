@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dlp_lora.router.context import Calibration, Context, Encoded, Router
+from dlp_lora.router.context import Calibration, Context, Encoded, Measured, Router, listed
 from dlp_lora.router.folder import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, folder_hash, router_hash, router_type
 from dlp_lora.router.mini_mlp import MiniMLP, MiniMLPConfig
 from dlp_lora.router.tokenizer import load_tokenizer
@@ -22,12 +22,14 @@ __all__ = [
     "Context",
     "Encoded",
     "EncoderRouter",
+    "Measured",
     "MiniMLP",
     "MiniMLPConfig",
     "PrototypeRouter",
     "Router",
     "TextEncoder",
     "folder_hash",
+    "listed",
     "load_text_router",
     "load_tokenizer",
     "router_hash",

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -85,6 +85,25 @@ class Calibration:
             return found
         scores = self.energy(logits) if scores is None else scores.float().cpu()
         return found * torch.sigmoid(self.fit_slope * (scores - self.fit_threshold))[:, None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """How often a router was right, on how many prompts: of test files, or held out of the training ones."""
+
+    accuracy: float
+    num_prompts: int
+    measured_on: Literal["test", "held-out"] = "test"
+
+    def __str__(self) -> str:
+        kind = "test prompts" if self.measured_on == "test" else "training prompts that were held out"
+        return f"right on {self.accuracy:.1%} of {self.num_prompts:,} {kind}"
+
+
+def listed(names: Sequence[str], *, most: int = 4) -> str:
+    """How many adapters there are, and the names of the first, for a `repr`."""
+    shown = ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+    return f"{len(names)} adapters: {shown or 'none'}"
 
 
 def has_text(contexts: Sequence[Context]) -> Float[Tensor, " batch"]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AlbertConfig, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from dlp_lora.errors import RouterError
-from dlp_lora.router.context import Calibration, Context, Encoded, check_labels, has_text
+from dlp_lora.router.context import Calibration, Context, Encoded, Measured, check_labels, has_text, listed
 from dlp_lora.router.folder import SavedRouter, reading_router, write_router
 from dlp_lora.router.tokenizer import MAX_CHARS, load_tokenizer, plain_tokenizer, vocab_size
 
@@ -131,6 +131,7 @@ class EncoderRouter(nn.Module):
         self.encoder = encoder
         self.head = nn.Linear(encoder.dim, len(names))
         self.calibration = calibration or Calibration()
+        self.measured: Measured | None = None
 
     @property
     def num_parameters(self) -> int:
@@ -167,6 +168,10 @@ class EncoderRouter(nn.Module):
         # One by one: beside longer rows, padding would shift the last digits.
         return torch.cat([self([encoded]) for encoded in self.encode_all(contexts)])
 
+    def __repr__(self) -> str:
+        measured = f"; {self.measured}" if self.measured is not None else ""
+        return f"EncoderRouter({listed(self.names)}; {self.num_parameters:,} parameters{measured})"
+
     def save_pretrained(self, path: str | Path) -> None:
         """Writes the router to a folder, the encoder with it; the folder is replaced as a whole."""
         write_router(
@@ -174,7 +179,11 @@ class EncoderRouter(nn.Module):
             SavedRouter(
                 type="encoder",
                 names=self.names,
-                settings={"calibration": asdict(self.calibration), **self.encoder.settings},
+                settings={
+                    "calibration": asdict(self.calibration),
+                    "measured": self.measured and asdict(self.measured),
+                    **self.encoder.settings,
+                },
                 weights=self.state_dict(),
                 tokenizer=self.encoder.tokenizer,
             ),
@@ -191,6 +200,7 @@ class EncoderRouter(nn.Module):
             encoder = TextEncoder.from_settings(saved.settings, saved.tokenizer)
             router = cls(saved.names, encoder, calibration=Calibration(**saved.settings["calibration"]))
             router.load_state_dict(saved.weights)
+            router.measured = (marks := saved.settings.get("measured")) and Measured(**marks)
         return router.eval()
 
 

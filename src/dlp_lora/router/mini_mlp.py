@@ -15,7 +15,7 @@ from jaxtyping import Float
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from dlp_lora.router.context import Calibration, Context, Encoded, check_labels, has_text
+from dlp_lora.router.context import Calibration, Context, Encoded, Measured, check_labels, has_text, listed
 from dlp_lora.router.folder import SavedRouter, reading_router, write_router
 from dlp_lora.router.nearness import Nearness
 from dlp_lora.router.tokenizer import MAX_CHARS, plain_tokenizer, vocab_size
@@ -69,6 +69,7 @@ class MiniMLP(nn.Module):
         super().__init__()
         self.names = check_labels(names)
         self.calibration = calibration or Calibration()
+        self.measured: Measured | None = None
         self.config = config = config or MiniMLPConfig()
         self.tokenizer = plain_tokenizer(tokenizer)
         self._line_break: list[int] = self.tokenizer.encode("\n", add_special_tokens=False).ids
@@ -142,6 +143,10 @@ class MiniMLP(nn.Module):
         features = self._cached_features(contexts)
         return self._scores(contexts, features, self.head(features))
 
+    def __repr__(self) -> str:
+        measured = f"; {self.measured}" if self.measured is not None else ""
+        return f"MiniMLP({listed(self.names)}; {self.num_parameters:,} parameters{measured})"
+
     def save_pretrained(self, path: str | Path) -> None:
         """Writes the router to a folder: weights, settings, tokenizer; the folder is replaced as a whole."""
         write_router(
@@ -149,7 +154,11 @@ class MiniMLP(nn.Module):
             SavedRouter(
                 type="mini-mlp",
                 names=self.names,
-                settings={"size": asdict(self.config), "calibration": asdict(self.calibration)},
+                settings={
+                    "size": asdict(self.config),
+                    "calibration": asdict(self.calibration),
+                    "measured": self.measured and asdict(self.measured),
+                },
                 weights=self.state_dict(),
                 tokenizer=self.tokenizer,
             ),
@@ -169,6 +178,7 @@ class MiniMLP(nn.Module):
             if "near.whiten" in saved.weights:
                 router.near = Nearness(*(saved.weights[f"near.{name}"] for name in ("whiten", "centres", "spreads")))
             router.load_state_dict(saved.weights)
+            router.measured = (marks := saved.settings.get("measured")) and Measured(**marks)
         return router.eval()
 
     def _cached_features(self, contexts: Sequence[Context]) -> Float[Tensor, "batch hidden"]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dlp_lora.errors import RouterError
 from dlp_lora.files import parse_json
-from dlp_lora.router.context import Context, check_labels, has_text
+from dlp_lora.router.context import Context, check_labels, has_text, listed
 from dlp_lora.router.encoder import TextEncoder
 from dlp_lora.router.folder import SavedRouter, reading_router, write_router
 
@@ -101,6 +101,9 @@ class PrototypeRouter(nn.Module):
         cosines = torch.cat([embed(self.encoder, [text]) @ self.prototypes.T for text in texts])
         scores = _nearest(cosines, self.owners, len(self.names))
         return (scores / self.temperature).softmax(dim=-1).cpu() * has_text(contexts)[:, None]
+
+    def __repr__(self) -> str:
+        return f"PrototypeRouter({listed(self.names)}; {len(self.prototypes)} prototypes)"
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes the router to a folder, the encoder with it; the folder is replaced as a whole."""

@@ -155,7 +155,7 @@ def _opened(path: str | Path) -> tuple[Bundle, MiniMLP]:
 def _rewrite(path: str | Path, bundle: Bundle, router: MiniMLP, adapters: dict[str, Path]) -> None:
     write_bundle(
         path,
-        base_model=bundle.base_model,
+        base=bundle.base,
         adapters=adapters,
         router=router,
         settings=bundle.settings,

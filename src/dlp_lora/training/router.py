@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from dlp_lora.errors import TrainingError
-from dlp_lora.router import Calibration, Context, Encoded, EncoderRouter, MiniMLP, MiniMLPConfig, TextEncoder
+from dlp_lora.router import Calibration, Context, Encoded, EncoderRouter, Measured, MiniMLP, MiniMLPConfig, TextEncoder
 from dlp_lora.router import load_tokenizer as load_tokenizer  # for those who train
 from dlp_lora.router.encoder import albert_config
 from dlp_lora.router.nearness import Nearness
@@ -156,11 +156,9 @@ def train_router(
         router.near = Nearness.of(router.memory) if args.memory else None
     _calibrate(router, held_out, args, rng)
     seconds = time.perf_counter() - start
-    if any(task.test for task in tasks):
-        return router, _report(router, tasks, seconds=seconds, losses=losses)
-    measured = [replace(task, test=tuple(own)) for task, own in zip(tasks, held_out, strict=True)]
-    report = _report(router, measured, seconds=seconds, losses=losses)
-    return router, replace(report, measured_on="held-out")
+    report = _report(router, tasks, held_out, seconds=seconds, losses=losses)
+    router.measured = Measured(accuracy=report.accuracy, num_prompts=report.num_test, measured_on=report.measured_on)
+    return router, report
 
 
 def report_on(router: TrainedRouter, tasks: Sequence[Task]) -> RouterReport:
@@ -174,7 +172,7 @@ def report_on(router: TrainedRouter, tasks: Sequence[Task]) -> RouterReport:
         raise TrainingError(f"the router does not know {', '.join(unknown)}; it knows {', '.join(router.names)}")
     if not any(task.test for task in tasks):
         raise TrainingError("no task has test examples to measure the router on; add test.jsonl files")
-    return _report(router, tasks, seconds=0.0, losses=[])
+    return _report(router, tasks, [], seconds=0.0, losses=[])
 
 
 def calibration_error(confidence: Float[Tensor, " n"], right: Float[Tensor, " n"]) -> float:
@@ -323,7 +321,18 @@ def _fit_temperature(logits: Float[Tensor, "n adapters"], labels: Int[Tensor, " 
     return float(candidates[losses.argmin()])
 
 
-def _report(router: TrainedRouter, tasks: Sequence[Task], *, seconds: float, losses: list[float]) -> RouterReport:
+def _report(
+    router: TrainedRouter,
+    tasks: Sequence[Task],
+    held_out: Sequence[Sequence[Example]],
+    *,
+    seconds: float,
+    losses: list[float],
+) -> RouterReport:
+    """Measures a router on the tasks' test prompts, and if there are none on the `held_out` ones of each."""
+    is_tested = any(task.test for task in tasks)
+    if not is_tested:
+        tasks = [replace(task, test=tuple(own)) for task, own in zip(tasks, held_out, strict=True)]
     texts = [(router.names.index(task.name), example.prompt) for task in tasks for example in task.test]
     labels = torch.tensor([label for label, _ in texts])
     logits = _logits(router, [Context(text) for _, text in texts])
@@ -344,5 +353,6 @@ def _report(router: TrainedRouter, tasks: Sequence[Task], *, seconds: float, los
         temperature=temperature,
         ece_before=calibration_error(logits.softmax(-1).max(-1).values, right),
         ece=calibration_error((logits / temperature).softmax(-1).max(-1).values, right),
+        measured_on="test" if is_tested else "held-out",
         losses=losses,
     )

@@ -1,0 +1,130 @@
+"""The base model that a bundle was made for: named so that another machine finds it, and known by a fingerprint."""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from dlp_lora.bank.fingerprint import Fingerprint
+from dlp_lora.bank.stored_layout import stored_folder
+from dlp_lora.default_model import NAME, cache_dir, default_model
+from dlp_lora.errors import BundleError, ModelError
+
+Origin = Literal["hub", "embedded", "folder", "memory"]
+_IN_CACHE = re.compile(r"models--(.+)/snapshots/[^/]+/?$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """Which model a bundle was made for.
+
+    `name` is its id on the hub, or the name of the embedded model, of its folder, or of a model in memory ("" for one
+    without). `path` is where the folder lay: relative to the bundle, or else absolute and only a hint.
+    """
+
+    name: str
+    origin: Origin
+    path: str | None = None
+    fingerprint: Fingerprint | None = None
+
+    @classmethod
+    def of(cls, source: str, *, bundle: Path | None = None, commit: str | None = None) -> "Base":
+        """Describes the model that was loaded from a path or hub id, for a bundle in a folder.
+
+        Without `bundle`, as on the hub, where the model lies says nothing.
+        """
+        if not source:
+            return cls(name="", origin="memory")
+        folder = stored_folder(source, commit=commit)
+        fingerprint = Fingerprint.of(folder) if folder is not None else None
+        if not _is_path(source):
+            return cls(name=source, origin="hub", fingerprint=fingerprint)
+        place = Path(os.path.realpath(source))
+        if place == Path(os.path.realpath(cache_dir() / NAME)):
+            return cls(name=NAME, origin="embedded", fingerprint=fingerprint)
+        if cached := _IN_CACHE.search(os.path.abspath(source)):
+            return cls(name=cached[1].replace("--", "/"), origin="hub", fingerprint=fingerprint)
+        path = None if bundle is None else _path_between(Path(os.path.realpath(bundle)), place)
+        return cls(name=Path(os.path.abspath(source)).name, origin="folder", path=path, fingerprint=fingerprint)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Base":
+        """Reads what `to_dict` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError: if it is something else.
+        """
+        name, origin, path, marks = data["name"], data["origin"], data["path"], data["fingerprint"]
+        if not isinstance(name, str) or not isinstance(path, str | None) or origin not in get_args(Origin):
+            raise TypeError(f"{dict(data)!r} names no base model")
+        return cls(name=name, origin=origin, path=path, fingerprint=marks and Fingerprint.from_dict(marks))
+
+    @classmethod
+    def from_source(cls, source: str) -> "Base":
+        """Reads what bundles said before: a path or hub id, as it was on the machine that wrote them."""
+        if not isinstance(source, str):
+            raise TypeError(f"{source!r} where a str is expected")
+        if not source:
+            return cls(name="", origin="memory")
+        if _is_path(source):
+            folder = Path(os.path.abspath(source))
+            origin: Origin = "embedded" if folder == Path(os.path.abspath(cache_dir() / NAME)) else "folder"
+            return cls(name=folder.name, origin=origin, path=str(folder))
+        return cls(name=source, origin="hub")
+
+    def __str__(self) -> str:
+        where = f" (the folder {self.path})" if self.path is not None else ""
+        return (repr(self.name) if self.name else "a model without a name") + where
+
+    def to_dict(self) -> dict[str, Any]:
+        """Gives it as JSON data."""
+        marks = self.fingerprint and self.fingerprint.to_dict()
+        return {"name": self.name, "origin": self.origin, "path": self.path, "fingerprint": marks}
+
+    def find(self, bundle: Path) -> str:
+        """Gives the path or hub id of the model on this machine.
+
+        Raises:
+            BundleError: if it is not here and nobody can fetch it.
+        """
+        if self.path is not None and (bundle / self.path).is_dir():  # an absolute one is the path itself
+            return os.path.normpath(bundle / self.path)
+        if self.origin == "hub":
+            return self.name
+        if self.origin == "embedded" or (self.origin == "folder" and self.name == NAME):
+            try:
+                return str(default_model())
+            except ModelError as error:
+                raise self.missing(bundle, str(error)) from error
+        raise self.missing(bundle, "which is not here" if self.origin == "folder" else "")
+
+    def missing(self, bundle: Path, why: str) -> BundleError:
+        """The error of a bundle whose base model cannot be had."""
+        reason = f", {why}" if why else ""
+        return BundleError(f"the bundle {bundle} was made for {self}{reason}; give --model, or base_model= in Python")
+
+    def differences(
+        self,
+        source: str,
+        *,
+        subfolder: str | None = None,
+        commit: str | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> list[str]:
+        """Says in what the model at a path or hub id differs from this one, as far as its files are here."""
+        folder = stored_folder(source, commit=commit, cache_dir=cache_dir)
+        found = Fingerprint.of(folder / (subfolder or "")) if folder is not None else None
+        return self.fingerprint.differences(found) if self.fingerprint is not None and found is not None else []
+
+
+def _is_path(source: str) -> bool:
+    """Whether it is the path of a folder, also of one that is gone, and not an id on the hub."""
+    return Path(source).is_dir() or source.startswith((".", "/", "~")) or source.count("/") > 1
+
+
+def _path_between(bundle: Path, place: Path) -> str:
+    """The path from a bundle to a folder, relative where they have more than the root in common."""
+    common = Path(os.path.commonpath([bundle, place]))
+    return os.path.relpath(place, bundle) if common != Path(common.anchor) else str(place)
