@@ -4,13 +4,19 @@ PYTHON ?= python3
 VENV ?= .venv
 # One tested release, so that the demo's figures can be compared; override it for another, or for a CUDA build.
 TORCH ?= torch==2.13.0
+BUNDLE ?= runs/demo/bundle
+NAME ?= demo
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo check test test-all lint docs bench bench-gpu clean
+.PHONY: demo serve check test test-all lint docs bench bench-gpu clean
 
 demo: $(READY)  ## train four adapters and a router on a small real model, and let them answer
 	$(BIN)/dlp-lora demo --out runs/demo
+
+serve: $(READY)  ## answer over HTTP, with a playground; trains the demo's bundle if there is none (BUNDLE=... takes another)
+	test -e $(BUNDLE)/bundle.json || $(BIN)/dlp-lora demo --out runs/demo
+	$(BIN)/dlp-lora serve --bundle $(BUNDLE) --served-model-name $(NAME)
 
 check: $(READY)  ## the tests of the inner loop, under a minute
 	$(BIN)/pytest -n 2 -m "not ci and not models and not engines and not clients"

@@ -13,7 +13,7 @@ from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
@@ -50,7 +50,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         504: "The time is up.",
     }.items()
 }
-STREAM = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+STREAM: dict[str, Any] = {"content": {"text/event-stream": {}}}
 
 
 def make_app(service: Service, manager: AdapterManager) -> ASGIApp:
@@ -221,7 +221,7 @@ def _operation(service: Service) -> APIRouter:
         """Says which release of dlp-lora this is."""
         return {"version": version("dlp-lora")}
 
-    @router.get("/metrics")
+    @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Gives metrics in Prometheus' text format."""
         text = await to_thread.run_sync(service.metrics.text)
