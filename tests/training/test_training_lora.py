@@ -18,7 +18,7 @@ import dlp_lora.training.passes as passes_module
 from conftest import ARCHITECTURES, byte_tokenizer, lively_model
 from dlp_lora.bank.peft_format import WEIGHTS_FILE
 from dlp_lora.tasks import Example, Task
-from dlp_lora.training.adapters import _lora_on, lora_config, train_adapter
+from dlp_lora.training.adapters import lora_config, lora_on, train_adapter
 from dlp_lora.training.args import AdapterTrainingArgs
 from dlp_lora.training.batches import has_dropout
 from dlp_lora.training.loop import backward
@@ -39,7 +39,7 @@ def eager_model(architecture: str = "llama", *, dtype: torch.dtype = torch.float
 
 @contextmanager
 def peft_on(model: Any, args: AdapterTrainingArgs) -> Iterator[Any]:
-    """The LoRA of `_lora_on` in PEFT's own computation."""
+    """The LoRA of `lora_on` in PEFT's own computation."""
     torch.manual_seed(args.seed)
     yield get_peft_model(model, lora_config(args))
 
@@ -61,7 +61,7 @@ def gradients(
 
 
 def assert_gradients_are_pefts(model: Any, theirs: Any, args: AdapterTrainingArgs) -> None:
-    loss, found = gradients(_lora_on, model, args, share=True)
+    loss, found = gradients(lora_on, model, args, share=True)
     expected_loss, expected = gradients(peft_on, theirs, args)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert found.keys() == expected.keys()
@@ -114,14 +114,14 @@ def test_gradients_are_those_of_peft_with_checkpointed_layers() -> None:
 def test_gradients_in_bfloat16_are_as_near_to_those_in_float32_as_pefts() -> None:
     exact, ours, theirs = (
         torch.cat([grad.flatten() for grad in gradients(lora_on, eager_model(dtype=dtype), QUICK)[1].values()])
-        for lora_on, dtype in ((peft_on, torch.float32), (_lora_on, torch.bfloat16), (peft_on, torch.bfloat16))
+        for lora_on, dtype in ((peft_on, torch.float32), (lora_on, torch.bfloat16), (peft_on, torch.bfloat16))
     )
     assert (ours - exact).norm() < 1.5 * (theirs - exact).norm()
 
 
 def test_a_trained_adapter_is_that_of_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train_adapter(eager_model(), byte_tokenizer(), TOY, tmp_path / "ours", QUICK)
-    monkeypatch.setattr(adapters_module, "_lora_on", peft_on)
+    monkeypatch.setattr(adapters_module, "lora_on", peft_on)
     train_adapter(eager_model(), byte_tokenizer(), TOY, tmp_path / "theirs", QUICK)
     ours, theirs = (load_file(tmp_path / name / WEIGHTS_FILE) for name in ("ours", "theirs"))
     assert ours.keys() == theirs.keys()
@@ -142,7 +142,7 @@ def test_a_trained_adapter_is_that_of_peft(tmp_path: Path, monkeypatch: pytest.M
 def test_layers_with_dropout_or_of_other_kinds_stay_with_peft(
     architecture: str, args: AdapterTrainingArgs, is_ours: bool
 ) -> None:
-    with _lora_on(eager_model(architecture), args) as peft_model:
+    with lora_on(eager_model(architecture), args) as peft_model:
         layers = [module for module in peft_model.modules() if isinstance(module, Linear)]
         assert layers
         assert all(("forward" in vars(layer)) == is_ours for layer in layers)
@@ -151,7 +151,7 @@ def test_layers_with_dropout_or_of_other_kinds_stay_with_peft(
 def test_a_layer_with_a_hook_stays_with_peft() -> None:
     model = eager_model()
     model.model.layers[0].self_attn.k_proj.register_forward_hook(lambda *_: None)
-    with _lora_on(model, QUICK) as peft_model:
+    with lora_on(model, QUICK) as peft_model:
         attention = peft_model.base_model.model.model.layers[0].self_attn
         ours = [name for name in SIBLINGS if "forward" in vars(getattr(attention, name))]
     assert ours == ["q_proj", "v_proj", "o_proj"]
@@ -198,7 +198,7 @@ def test_other_attention_is_left_alone() -> None:
 def test_adapters_are_trained_with_attention_of_our_own_on_a_cpu() -> None:
     model = eager_model()
     model.set_attn_implementation("sdpa")
-    with _lora_on(model, QUICK):
+    with lora_on(model, QUICK):
         assert model.config._attn_implementation == NAME
     assert model.config._attn_implementation == "sdpa"
 

@@ -126,13 +126,15 @@ def check_call(kwargs: Mapping[str, Any], generation_config: Any, *, is_stream: 
         ValueError: if one of them cannot be followed.
     """
     for name in NOT_ARGUMENTS:
-        if kwargs.get(name) not in (None, False):
+        if kwargs.get(name) is not None and kwargs[name] is not False:  # it may be a tensor
             raise ValueError(f"{name} is not an argument of engine.generate; use engine.model.generate")
     if call_setting("prompt_lookup_num_tokens", kwargs, generation_config) is not None:
         raise ValueError(
             "prompt_lookup_num_tokens reads several tokens at once, so sentences cannot be routed one by one; leave "
             "it out"
         )
+    if kwargs.get("use_cache") is False:
+        raise ValueError("routing by sentence follows the KV cache; leave use_cache on")
     for name in ("num_return_sequences", "num_beams") if is_stream else ():
         if (number := call_setting(name, kwargs, generation_config) or 1) > 1:
             raise ValueError(f"engine.stream gives one answer, but {name} is {number}; use engine.generate")
