@@ -536,7 +536,7 @@ def test_another_adapter_in_the_files_of_one_is_refused(tmp_path: Path) -> None:
     for name in "ab":
         bank.fuse([Mixture({name: 1.0})])
     on_disk(tmp_path, "z", "a")  # of another seed
-    with pytest.raises(AdapterError, match=r"a was written anew since it was added as 'a'; remove that and add it"):
+    with pytest.raises(AdapterError, match=r"a was written again since it was added as 'a'; remove that and add it"):
         bank.fuse([Mixture({"a": 1.0})])
     bank.remove("a")
     bank.add(read_adapter(tmp_path / "a", weights=False))
@@ -553,7 +553,7 @@ def test_an_adapter_whose_files_were_written_anew_can_be_removed_while_rows_run_
     on_disk(tmp_path, "z", "a")  # of another seed
     bank.remove("a")
     assert bank.names == ("b",)
-    with pytest.raises(AdapterError, match="was written anew"):
+    with pytest.raises(AdapterError, match="was written again"):
         bank.fuse([Mixture({"a": 1.0})])
     del lease
     bank.add(read_adapter(tmp_path / "a", weights=False))

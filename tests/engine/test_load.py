@@ -462,7 +462,7 @@ def test_a_bundle_or_an_export_holds_what_the_engine_runs_with(
     engine = dlp_lora.load(base, adapters=adapters)
     make_adapter(lively_model(), adapters / "math", seed=77)
     for write in (engine.save_pretrained, partial(export_mixture, engine.bank, {"math": 0.5, "units": 0.5})):
-        with pytest.raises(AdapterError, match="math was written anew since it was added as 'math'"):
+        with pytest.raises(AdapterError, match="math was written again since it was added as 'math'"):
             write(tmp_path / "out")
         assert not (tmp_path / "out").exists()
     shutil.rmtree(adapters / "math")

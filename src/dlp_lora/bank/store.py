@@ -319,4 +319,4 @@ def _check_files(entry: Entry) -> None:
     except OSError as error:
         raise AdapterError(f"{path}, the folder of the adapter {name!r}, cannot be read: {error}") from error
     if stamp != entry.stamp:
-        raise AdapterError(f"{path} was written anew since it was added as {name!r}; remove that and add it again")
+        raise AdapterError(f"{path} was written again since it was added as {name!r}; remove that and add it again")

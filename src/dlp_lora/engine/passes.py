@@ -23,7 +23,7 @@ from dlp_lora.errors import ModelError, PromptError
 # What attention over packed sequences, or over the blocks of a paged cache, is given.
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "block_table", "read_index", "write_index")
 
-# The text, its KV cache, and what is asked of the output.
+# The text, its KV cache, and settings of the output.
 OF_TEXT = {
     *("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", *CACHE_NAMES),
     *("use_cache", "logits_to_keep", "labels", "num_items_in_batch"),

@@ -116,8 +116,8 @@ class Among(Collection[str]):
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """What is read of a prompt: what was said before, what is asked now, the answer as far as the caller wrote it, and
-    the prompt's sentences if they are routed too.
+    """The parts of a prompt that the router reads: the earlier turns, the newest one, the answer as far as the caller
+    wrote it, and the prompt's sentences if they are routed too.
     """
 
     history: str

@@ -104,7 +104,7 @@ class PromptReader:
         return "\n".join(filter(None, [context.history, context.prompt, context.answer]))
 
     def turns(self, tokens: Sequence[int]) -> tuple[str, str]:
-        """Decodes a prompt into what was said before and what is asked; without a template it is one turn."""
+        """Decodes a prompt into the earlier turns and the newest one; without a template it is one turn."""
         context = self.context(tokens)
         return context.history, context.prompt
 

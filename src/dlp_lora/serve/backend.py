@@ -99,7 +99,7 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is asked of a backend.
+    """A request to a backend.
 
     `call` says how the answer is routed: settings, router, segmenter, endings; with `mixtures` of one mixture, it is
     fixed. `adapters` are those that the router may choose among, None for all that there are. `prompt` is what the
