@@ -33,6 +33,7 @@ from dlp_lora.bank.peft_format import LoraWeights, read_adapter
 from dlp_lora.engine.arrow import excitation, top_direction
 from dlp_lora.router import CONFIG_FILE, WEIGHTS_FILE, Calibration, MiniMLPConfig, TextEncoder, encoder
 from dlp_lora.router.encoder import albert_config, default_encoder
+from dlp_lora.router.everyday import Threshold, everyday_prompts
 from dlp_lora.router.prototypes import _cluster, embed
 from dlp_lora.tasks import procedural_task, write_task
 from dlp_lora.training.router import RouterTrainingArgs, report_on, train_router
@@ -164,7 +165,9 @@ class TestEveryRouter:
         assert router.names == NAMES
 
     @pytest.mark.parametrize("odd", ODD)
-    def test_any_text_gets_probabilities_that_sum_to_one_if_it_says_anything(self, router: Router, odd: str) -> None:
+    def test_any_text_gets_probabilities_that_sum_to_one_at_most_and_to_none_if_it_says_nothing(
+        self, router: Router, odd: str
+    ) -> None:
         text = ODD[odd]
         contexts = [Context(text), Context("Why?", text), Context(text, text, text)]
         found = router.probabilities(contexts)
@@ -172,8 +175,12 @@ class TestEveryRouter:
         assert found.device.type == "cpu"
         assert torch.isfinite(found).all()
         assert (found >= 0).all()
-        says = float(any(c.isprintable() and not c.isspace() for c in text))
-        torch.testing.assert_close(found.sum(dim=1), torch.tensor([says, 1.0, says]))
+        says = any(c.isprintable() and not c.isspace() for c in text)
+        assert (found.sum(dim=1) <= 1 + 1e-5).all()
+        if isinstance(router, MiniMLP | EncoderRouter):  # they were not calibrated, so that one always fits
+            torch.testing.assert_close(found.sum(dim=1), torch.tensor([float(says), 1.0, float(says)]))
+        elif not says:
+            assert torch.equal(found[0], torch.zeros(3))
         assert torch.equal(found, router.probabilities(contexts))
 
     def test_a_batch_is_its_rows_alone(self, router: Router) -> None:
@@ -213,10 +220,15 @@ class TestEveryRouter:
         byte_tokenizer().save_pretrained(tmp_path / "base")
         switching = Switching(min_tokens=1, margin=0.0)
         engine = dlp_lora.load(
-            tmp_path / "base", adapters=lively_adapters, router=tmp_path / "router", switching=switching
+            tmp_path / "base",
+            adapters=lively_adapters,
+            router=tmp_path / "router",
+            switching=switching,
+            prompt_routing="whole",
         )
         result = engine.generate("Why? Tell me.", max_new_tokens=24, do_sample=False)
-        expected = router.probabilities([Context("Why? Tell me.")])[0].tolist()
+        row = router.probabilities([Context("Why? Tell me.")])[0]
+        expected = (row / row.sum()).tolist()  # among the adapters
         assert list(result.trace[0].probabilities.values()) == pytest.approx(expected, abs=1e-6)
         engine.save_pretrained(tmp_path / "bundle")
         again = dlp_lora.load(tmp_path / "bundle").generate("Why? Tell me.", max_new_tokens=24, do_sample=False)
@@ -450,9 +462,9 @@ class TestPrototypes:
             means.append(sum(units[1:], units[0]) / len(units))
         texts = ["Why?", "Why?\nIt is so. T"]
         expected = [[torch.cosine_similarity(embed(found, [t])[0], m, dim=0) / 0.1 for m in means] for t in texts]
-        torch.testing.assert_close(
-            router.probabilities(CONTEXTS[:2]), torch.tensor(expected).softmax(dim=1), rtol=1e-3, atol=1e-5
-        )
+        rows = router.probabilities(CONTEXTS[:2])
+        among = rows / rows.sum(dim=1, keepdim=True)
+        torch.testing.assert_close(among, torch.tensor(expected).softmax(dim=1), rtol=1e-3, atol=1e-5)
 
     @pytest.mark.parametrize("odd", ["empty", "spaces"])
     def test_no_adapter_fits_blank_text(self, odd: str) -> None:
@@ -527,6 +539,47 @@ class TestPrototypes:
         assert routed(router, HELD_OUT) == {name: [name, name] for name in HELD_OUT}
 
     @minilm
+    def test_a_real_encoder_leaves_everyday_prompts_to_the_base_and_keeps_those_of_its_adapters(self) -> None:
+        fitted, foreign = everyday_prompts()[::2], everyday_prompts()[1::2]
+        router = PrototypeRouter.from_texts(EASY, default_encoder(), everyday=fitted)
+        kept = router.probabilities([Context(text) for own in HELD_OUT.values() for text in own]).sum(dim=1) > 0.5
+        sent = router.probabilities([Context(text) for text in foreign]).sum(dim=1) <= 0.5
+        assert kept.float().mean() >= 0.6  # of 6, from 3 examples each
+        assert sent.float().mean() >= 0.8
+
+    def test_the_everyday_prompts_are_many_and_of_many_languages(self) -> None:
+        assert len(set(everyday_prompts())) == len(everyday_prompts()) >= 60
+
+    def test_a_threshold_keeps_nineteen_of_twenty_texts_where_everyday_prompts_lie_below(self) -> None:
+        inside, everyday = torch.linspace(1, 2, 101), torch.linspace(-1, 0, 101)
+        found = Threshold.between(inside, everyday)
+        assert found.at == pytest.approx(1.05)
+        assert torch.sigmoid(torch.tensor(found.slope * (1.5 - found.at))) == pytest.approx(0.999, abs=1e-4)
+
+    def test_a_threshold_without_texts_lies_above_nineteen_of_twenty_everyday_prompts(self) -> None:
+        assert Threshold.between(torch.zeros(0), torch.linspace(0, 1, 101)).at == pytest.approx(0.95)
+
+    def test_a_threshold_lies_between_two_texts_if_no_text_lies_between_the_quantiles(self) -> None:
+        inside, everyday = torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0])
+        assert 0 < Threshold.between(inside, everyday).at < 1
+
+    def test_the_vectors_of_texts_make_the_same_router_as_the_texts(self) -> None:
+        encoder = text_encoder()
+        texts = {"a": ["Why?", "Who?", "How?"], "b": ["Add it.", "Sum it."], "c": ["A rhyme."]}
+        router = PrototypeRouter.from_texts(texts, encoder)
+        units = {name: torch.cat([embed(encoder, [text]) for text in own]) for name, own in texts.items()}
+        everyday = torch.cat([embed(encoder, [prompt]) for prompt in everyday_prompts()])
+        same = PrototypeRouter.from_units(units, encoder, everyday=everyday)
+        found = same.of_units(embed(encoder, ["Why not?"]))
+        torch.testing.assert_close(found, router.probabilities([Context("Why not?")]), rtol=1e-3, atol=1e-4)
+
+    def test_where_texts_and_everyday_prompts_overlap_the_threshold_loses_as_few_as_it_can(self) -> None:
+        inside, everyday = torch.linspace(0, 1, 101), torch.linspace(-0.6, 0.4, 101)
+        at = Threshold.between(inside, everyday).at
+        lost = lambda place: (inside < place).float().mean() + (everyday >= place).float().mean()  # noqa: E731
+        assert float(lost(at)) <= min(float(lost(place)) for place in torch.linspace(0.05, 0.35, 50)) + 0.02
+
+    @minilm
     def test_a_real_encoder_routes_from_descriptions_alone(self) -> None:
         descriptions = {
             "translation": "Translates words and sentences between languages.",
@@ -592,7 +645,12 @@ class TestArrow:
         router = ArrowRouter.from_adapters(tmp_path, model, BYTES)
         found = routed(router, {name: [text, f"{text}!"] for name, text in words.items()})
         assert found == {name: [name, name] for name in words}
-        assert router.probabilities([Context("aaaa aaa a")]).max() > 0.9
+        row = router.probabilities([Context("aaaa aaa a")])[0]
+        assert row.max() > 0.9 * row.sum()
+
+    def test_nineteen_of_twenty_everyday_prompts_excite_no_adapter_enough(self, routers: dict[str, Router]) -> None:
+        fits = routers["arrow"].probabilities([Context(prompt) for prompt in everyday_prompts()]).sum(dim=1)
+        assert (fits <= 0.5).float().mean() >= 0.94
 
     def test_one_adapter_that_any_text_excites_does_not_win_them_all(self, tmp_path: Path) -> None:
         # Its direction is that of the embeddings' mean, so |x . v| is large whatever the text says.
@@ -780,6 +838,7 @@ class TestCommands:
         assert message in " ".join(result.stderr.split())
 
     def check(self, work: Path, name: str, *options: Any) -> None:
-        expected = load_router(work / name, base=lively_model()).probabilities([Context("Why?")])[0].tolist()
+        row = load_router(work / name, base=lively_model()).probabilities([Context("Why?")])[0]
+        expected = (row / row.sum()).tolist()  # among the adapters
         found = json.loads(ok("route", "Why?", "--router", work / name, *options))
         assert list(found["probs"].values()) == pytest.approx(expected, abs=1e-6)

@@ -27,6 +27,9 @@ def router(
     per_task: Annotated[
         int | None, typer.Option(min=1, help="Test questions of a task, at most. [default: 100]")
     ] = None,
+    encoder: Annotated[
+        str | None, typer.Option(help="Sentence encoder of routers without training. [default: the installed one]")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the samples and of training.")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch. [default: its own choice]")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the record to this file, too.")] = None,
@@ -54,7 +57,7 @@ def router(
         raise ValueError("--report is written from the record; give --json, too")
     if threads is not None:
         torch.set_num_threads(threads)
-    given: dict[str, Any] = {"seed": seed, "per_task": per_task}
+    given: dict[str, Any] = {"seed": seed, "per_task": per_task, "encoder": encoder}
     args = RouterBenchArgs(
         training=RouterTrainingArgs(seed=seed), **{key: value for key, value in given.items() if value is not None}
     )

@@ -7,12 +7,14 @@ This is a simplification of Arrow, and an addition to it. Arrow routes every tok
 made for the whole text, from the mean over its tokens and over the layers, as the rest of the method asks for. And
 Arrow compares |x . v| between adapters as it is, which is no fair race where they adapt different layers: some
 directions are excited by any text. Here each is measured against texts that the base model makes up by itself, in
-standard deviations; `docs/log.md` has what this changes, and what reading token embeddings alone would lose.
+standard deviations; `docs/log.md` has what this changes, and what reading token embeddings alone would lose. A text
+that excites its likeliest adapter no more than everyday prompts do fits none.
 
 It is the one router that runs the base model, which is why it lives here and not with the others.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +30,8 @@ from dlp_lora.bank.bank import AdapterBank
 from dlp_lora.bank.peft_format import Adapter, LoraWeights, find_adapters, read_adapter
 from dlp_lora.errors import AdapterError, RouterError
 from dlp_lora.router import Context
-from dlp_lora.router.context import check_labels, has_text, listed
+from dlp_lora.router.context import Calibration, check_labels, has_text, listed
+from dlp_lora.router.everyday import Threshold, everyday_prompts
 from dlp_lora.router.folder import SavedRouter, reading_router, write_router
 from dlp_lora.router.tokenizer import MAX_CHARS, plain_tokenizer, vocab_size
 
@@ -54,10 +57,11 @@ class ArrowRouter:
         std: Float[Tensor, " prototypes"],
         *,
         temperature: float = TEMPERATURE,
+        threshold: Threshold | None = None,
         base: PreTrainedModel | None = None,
     ) -> None:
-        """Puts given prototypes, by module, into use. In the modules' order, `owners` says which adapter each belongs
-        to, `mean` and `std` how much of it any text excites.
+        """Puts prototypes, by module, into use. In the modules' order, `owners` says which adapter each belongs to,
+        `mean` and `std` how much of it any text excites. Without a threshold some adapter always fits.
         """
         if not temperature > 0:
             raise ValueError(f"a router's temperature must be positive, got {temperature}")
@@ -66,6 +70,7 @@ class ArrowRouter:
         self.prototypes = dict(prototypes)
         self.owners, self.mean, self.std = owners, mean, std
         self.temperature = temperature
+        self.threshold = threshold
         if base is not None:
             _check_base(base, self.prototypes, self.tokenizer)
         self.base = base
@@ -98,7 +103,11 @@ class ArrowRouter:
         prototypes, owners = _prototypes(read, inside=base.base_model_prefix)
         excited = excitation(base, prototypes, _samples(base, seed=seed))
         std, mean = torch.std_mean(excited, dim=0)
-        return cls(names, tokenizer, prototypes, owners, mean, std.clamp(min=1e-6), temperature=temperature, base=base)
+        std = std.clamp(min=1e-6)
+        router = cls(names, tokenizer, prototypes, owners, mean, std, temperature=temperature, base=base)
+        everyday = router.scores([Context(prompt) for prompt in everyday_prompts()])
+        router.threshold = Threshold.between(everyday.new_zeros(0), everyday)
+        return router
 
     @torch.no_grad()
     def probabilities(self, contexts: Sequence[Context]) -> Float[Tensor, "batch adapters"]:
@@ -107,9 +116,20 @@ class ArrowRouter:
         Raises:
             RouterError: if the router has no base model.
         """
+        scores = self._all_scores(contexts)
+        calibration = Calibration(temperature=self.temperature)
+        if (threshold := self.threshold) is not None:
+            calibration = replace(calibration, fit_threshold=threshold.at, fit_slope=threshold.slope)
+        return calibration.probabilities(scores, scores.amax(dim=-1)) * has_text(contexts)[:, None]
+
+    @torch.no_grad()
+    def scores(self, contexts: Sequence[Context]) -> Float[Tensor, " batch"]:
+        """Says how much a text excites its likeliest adapter; higher is surer."""
+        return self._all_scores(contexts).amax(dim=-1)
+
+    def _all_scores(self, contexts: Sequence[Context]) -> Float[Tensor, "batch adapters"]:
         # One by one: beside longer texts padding would shift the last digits, which the deviations multiply.
-        scores = torch.stack([self._scores(context.text) for context in contexts])
-        return (scores / self.temperature).softmax(dim=-1) * has_text(contexts)[:, None]
+        return torch.stack([self._scores(context.text) for context in contexts])
 
     def __repr__(self) -> str:
         return f"ArrowRouter({listed(self.names)}; over {len(self.prototypes)} layers of the base model)"
@@ -122,7 +142,11 @@ class ArrowRouter:
             SavedRouter(
                 type="arrow",
                 names=self.names,
-                settings={"temperature": self.temperature, "modules": list(self.prototypes)},
+                settings={
+                    "temperature": self.temperature,
+                    "threshold": None if self.threshold is None else asdict(self.threshold),
+                    "modules": list(self.prototypes),
+                },
                 weights={**prototypes, "owners": self.owners, "mean": self.mean, "std": self.std},
                 tokenizer=self.tokenizer,
             ),
@@ -139,8 +163,16 @@ class ArrowRouter:
         with reading_router(path, "arrow") as saved:
             prototypes = {module: saved.weights[f"prototypes.{module}"] for module in saved.settings["modules"]}
             parts = [saved.weights[part] for part in ("owners", "mean", "std")]
-            temperature = saved.settings["temperature"]
-            return cls(saved.names, saved.tokenizer, prototypes, *parts, temperature=temperature, base=base)
+            settings = saved.settings.get("threshold")  # earlier versions never abstained
+            return cls(
+                saved.names,
+                saved.tokenizer,
+                prototypes,
+                *parts,
+                temperature=saved.settings["temperature"],
+                threshold=None if settings is None else Threshold(**settings),
+                base=base,
+            )
 
     def _scores(self, text: str) -> Float[Tensor, " adapters"]:
         if self.base is None:

@@ -1,8 +1,14 @@
-"""PrototypeRouter: no training at all. A frozen sentence encoder, and the mean vector of a few texts per adapter."""
+"""PrototypeRouter: no training at all. A frozen sentence encoder, and the mean vector of a few texts per adapter.
+
+What people ask every day (`everyday.json`) stands for all that no adapter is for: a text fits an adapter if it lies as
+near to it as the adapter's texts do, and nearer than to those.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,13 +17,15 @@ from torch import Tensor, nn
 
 from dlp_lora.errors import RouterError
 from dlp_lora.files import parse_json
-from dlp_lora.router.context import Context, check_labels, has_text, listed
+from dlp_lora.router.context import Calibration, Context, check_labels, has_text, listed
 from dlp_lora.router.encoder import TextEncoder
+from dlp_lora.router.everyday import Threshold, everyday_prompts
 from dlp_lora.router.folder import SavedRouter, reading_router, write_router
 
 TEMPERATURE = 0.05
 MIN_TEXTS = 8  # fewer that can be left out say little about a temperature
 BATCH_SIZE = 32
+TINY = 1e-3  # of a cosine: where all texts of an adapter are one
 
 
 class PrototypeRouter(nn.Module):
@@ -25,10 +33,14 @@ class PrototypeRouter(nn.Module):
 
     A prototype is the mean of texts' unit vectors, itself a unit vector. Probabilities are the softmax of
     cosine / temperature. It reads a context as one text (`Context.text`); blank text fits none.
+
+    With `fit` it may say that none fits. The score for that is how much nearer the text lies to its adapter than to any
+    everyday prompt, and, where adapters have examples, how near that is for texts of this adapter.
     """
 
     prototypes: Tensor
     owners: Tensor
+    fit: "Fit | None"
 
     def __init__(
         self,
@@ -38,8 +50,9 @@ class PrototypeRouter(nn.Module):
         owners: Int[Tensor, " prototypes"],
         *,
         temperature: float = TEMPERATURE,
+        fit: "Fit | None" = None,
     ) -> None:
-        """Puts given prototypes into use; `owners[i]` is the place in `names` of prototype i's adapter."""
+        """Puts prototypes into use; `owners[i]` is the place in `names` of prototype i's adapter."""
         super().__init__()
         if not temperature > 0:
             raise ValueError(f"a router's temperature must be positive, got {temperature}")
@@ -50,6 +63,7 @@ class PrototypeRouter(nn.Module):
         self.temperature = temperature
         self.register_buffer("prototypes", prototypes)
         self.register_buffer("owners", owners)
+        self.fit = fit
 
     @classmethod
     def from_texts(
@@ -59,6 +73,7 @@ class PrototypeRouter(nn.Module):
         *,
         num_prototypes: int = 1,
         temperature: float | None = None,
+        everyday: Sequence[str] | None = None,
     ) -> "PrototypeRouter":
         """Makes a router from a description, or a few example texts, of each adapter.
 
@@ -67,40 +82,83 @@ class PrototypeRouter(nn.Module):
             num_prototypes: how many an adapter has at most; its texts are clustered into so many.
             temperature: if not given, it is fitted by leaving out one text at a time, where at least two adapters
                 have several texts and these are 8 or more; else it is 0.05.
+            everyday: prompts that no adapter is for, by which it learns to say so; by default those of `everyday.json`.
 
         Raises:
             RouterError: if there is no adapter, or one has no text.
         """
+        if not isinstance(encoder, TextEncoder):
+            encoder = TextEncoder.from_pretrained(encoder)
+        return cls.from_units(
+            {name: _embed_all(encoder, _own_texts(name, own)) for name, own in texts.items()},
+            encoder,
+            num_prototypes=num_prototypes,
+            temperature=temperature,
+            everyday=_embed_all(encoder, everyday_prompts() if everyday is None else everyday),
+        )
+
+    @classmethod
+    def from_units(
+        cls,
+        texts: Mapping[str, Float[Tensor, "texts dim"]],
+        encoder: TextEncoder,
+        *,
+        everyday: Float[Tensor, "prompts dim"],
+        num_prototypes: int = 1,
+        temperature: float | None = None,
+    ) -> "PrototypeRouter":
+        """Makes a router as `from_texts` does, from the unit vectors that the encoder gives the texts (`embed`)."""
         if num_prototypes < 1:
             raise ValueError(f"num_prototypes must be at least 1, got {num_prototypes}")
         names = check_labels(sorted(texts))
-        if not isinstance(encoder, TextEncoder):
-            encoder = TextEncoder.from_pretrained(encoder)
-        vectors: list[Tensor] = []
         clusters: list[Tensor] = []
         owners: list[int] = []
         for owner, name in enumerate(names):
-            own = _own_texts(name, texts[name])
-            units = torch.cat([embed(encoder, own[i : i + BATCH_SIZE]).cpu() for i in range(0, len(own), BATCH_SIZE)])
-            assigned = _cluster(units, num_prototypes)
-            vectors.append(units)
+            assigned = _cluster(texts[name], num_prototypes)
             clusters.append(assigned + len(owners))
             owners += [owner] * (int(assigned.max()) + 1)
-        units, assigned, owned = torch.cat(vectors), torch.cat(clusters), torch.tensor(owners)
+        units, assigned, owned = torch.cat([texts[name] for name in names]), torch.cat(clusters), torch.tensor(owners)
         sums = torch.zeros(len(owned), encoder.dim).index_add(0, assigned, units)
+        labels = owned[assigned]
+        cosines = _nearest(_without_itself(units, assigned, sums), owned, len(names))
+        # A single text has no other to be compared with.
+        among = labels.bincount()[labels] > 1
+        cosines, labels = cosines[among], labels[among]
         if temperature is None:
-            temperature = _fit_temperature(units, assigned, sums, owned)
-        router = cls(names, encoder, F.normalize(sums, dim=-1), owned, temperature=temperature)
+            temperature = _fit_temperature(cosines, labels)
+        prototypes = F.normalize(sums, dim=-1)
+        fit = Fit.of(units[among], cosines, labels, everyday, _nearest(everyday @ prototypes.T, owned, len(names)))
+        router = cls(names, encoder, prototypes, owned, temperature=temperature, fit=fit)
         return router.to(encoder.model.device).eval()
 
     @torch.no_grad()
     def probabilities(self, contexts: Sequence[Context]) -> Float[Tensor, "batch adapters"]:
         """Gives a probability per adapter, on the CPU."""
-        texts = [context.text for context in contexts]
+        return self.of_units(self._units(contexts)) * has_text(contexts)[:, None]
+
+    def of_units(self, units: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch adapters"]:
+        """Gives a probability per adapter, on the CPU, for the unit vectors of texts."""
+        cosines = self._cosines(units)
+        calibration = Calibration(temperature=self.temperature)
+        if self.fit is None:
+            return calibration.probabilities(cosines)
+        threshold = self.fit.threshold
+        calibration = replace(calibration, fit_threshold=threshold.at, fit_slope=threshold.slope)
+        return calibration.probabilities(cosines, self.fit(units, cosines))
+
+    @torch.no_grad()
+    def scores(self, contexts: Sequence[Context]) -> Float[Tensor, " batch"]:
+        """Says how surely a text belongs to any of the adapters; higher is surer."""
+        units = self._units(contexts)
+        cosines = self._cosines(units)
+        return cosines.amax(dim=-1).cpu() if self.fit is None else self.fit(units, cosines)
+
+    def _units(self, contexts: Sequence[Context]) -> Float[Tensor, "batch dim"]:
         # One by one: beside longer texts padding would shift the last digits, which the temperature multiplies.
-        cosines = torch.cat([embed(self.encoder, [text]) @ self.prototypes.T for text in texts])
-        scores = _nearest(cosines, self.owners, len(self.names))
-        return (scores / self.temperature).softmax(dim=-1).cpu() * has_text(contexts)[:, None]
+        return torch.cat([embed(self.encoder, [context.text]) for context in contexts])
+
+    def _cosines(self, units: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch adapters"]:
+        return _nearest(units @ self.prototypes.T, self.owners, len(self.names))
 
     def __repr__(self) -> str:
         return f"PrototypeRouter({listed(self.names)}; {len(self.prototypes)} prototypes)"
@@ -112,7 +170,11 @@ class PrototypeRouter(nn.Module):
             SavedRouter(
                 type="prototypes",
                 names=self.names,
-                settings={"temperature": self.temperature, **self.encoder.settings},
+                settings={
+                    "temperature": self.temperature,
+                    "fit": None if self.fit is None else self.fit.settings,
+                    **self.encoder.settings,
+                },
                 weights=self.state_dict(),
                 tokenizer=self.encoder.tokenizer,
             ),
@@ -133,14 +195,89 @@ class PrototypeRouter(nn.Module):
                 saved.weights["owners"],
                 temperature=saved.settings["temperature"],
             )
+            if settings := saved.settings.get("fit"):  # earlier versions never abstained
+                threshold = Threshold(**settings["threshold"])
+                weights = [saved.weights[f"fit.{name}"] for name in FIT_WEIGHTS]
+                router.fit = Fit(*weights, margin=settings["margin"], threshold=threshold)
             router.load_state_dict(saved.weights)
         return router.eval()
+
+
+FIT_WEIGHTS = ("everyday", "typical", "spreads")
+
+
+class Fit(nn.Module):
+    """How well a text fits its adapter: nearer than everyday prompts lie, and as near as the adapter's texts."""
+
+    everyday: Float[Tensor, "prompts dim"]
+    typical: Float[Tensor, " adapters"]
+    spreads: Float[Tensor, " adapters"]
+
+    def __init__(
+        self,
+        everyday: Float[Tensor, "prompts dim"],
+        typical: Float[Tensor, " adapters"],
+        spreads: Float[Tensor, " adapters"],
+        *,
+        margin: float,
+        threshold: Threshold,
+    ) -> None:
+        """`typical` and `spreads` are mean and deviation of the cosines of each adapter's texts; without examples the
+        spreads are infinite. `margin` is the deviation of a text's cosine to its adapter less that to everyday prompts.
+        """
+        super().__init__()
+        for name, tensor in zip(FIT_WEIGHTS, (everyday, typical, spreads), strict=True):
+            self.register_buffer(name, tensor)
+        self.margin, self.threshold = margin, threshold
+
+    @classmethod
+    def of(
+        cls,
+        units: Float[Tensor, "texts dim"],
+        cosines: Float[Tensor, "texts adapters"],
+        labels: Int[Tensor, " texts"],
+        everyday: Float[Tensor, "prompts dim"],
+        everyday_cosines: Float[Tensor, "prompts adapters"],
+    ) -> "Fit":
+        """Fits it to texts, with cosines to prototypes that were made without them, and to everyday prompts."""
+        others = (everyday @ everyday.T).fill_diagonal_(-1.0).amax(dim=-1)
+        nearest = (units @ everyday.T).amax(dim=-1)
+        has_examples = len(labels) >= MIN_TEXTS
+        typical, spreads = _spread(cosines, labels, has_examples=has_examples)
+        gaps = cosines.amax(dim=-1) - nearest if has_examples else everyday_cosines.amax(dim=-1) - others
+        fit = cls(
+            everyday, typical, spreads, margin=max(float(gaps.std()), TINY), threshold=Threshold(at=0.0, slope=1.0)
+        )
+        inside = fit._scores(cosines, nearest) if has_examples else cosines.new_zeros(0)
+        fit.threshold = Threshold.between(inside, fit._scores(everyday_cosines, others))
+        return fit
+
+    def forward(
+        self, units: Float[Tensor, "batch dim"], cosines: Float[Tensor, "batch adapters"]
+    ) -> Float[Tensor, " batch"]:
+        """Gives the scores, on the CPU."""
+        return self._scores(cosines, (units @ self.everyday.T).amax(dim=-1)).cpu()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What is no tensor, as JSON data."""
+        return {"margin": self.margin, "threshold": asdict(self.threshold)}
+
+    def _scores(
+        self, cosines: Float[Tensor, "batch adapters"], nearest: Float[Tensor, " batch"]
+    ) -> Float[Tensor, " batch"]:
+        best, owners = cosines.max(dim=-1)
+        return (best - self.typical[owners]) / self.spreads[owners] + (best - nearest) / self.margin
 
 
 @torch.no_grad()
 def embed(encoder: TextEncoder, texts: Sequence[str]) -> Float[Tensor, "batch dim"]:
     """Gives the unit vectors of texts."""
     return F.normalize(encoder([encoder.frame(ids) for ids in encoder.encode_all(texts)]), dim=-1)
+
+
+def _embed_all(encoder: TextEncoder, texts: Sequence[str]) -> Float[Tensor, "texts dim"]:
+    return torch.cat([embed(encoder, texts[i : i + BATCH_SIZE]).cpu() for i in range(0, len(texts), BATCH_SIZE)])
 
 
 def read_descriptions(file: str | Path) -> dict[str, str | list[str]]:
@@ -188,25 +325,39 @@ def _cluster(units: Float[Tensor, "texts dim"], num: int, *, rounds: int = 10) -
     return used[1]
 
 
-def _fit_temperature(
-    units: Float[Tensor, "texts dim"],
-    clusters: Int[Tensor, " texts"],
-    sums: Float[Tensor, "prototypes dim"],
-    owners: Int[Tensor, " prototypes"],
-) -> float:
-    """Fits the temperature on each text's cosines to prototypes that were made without it, if there are enough."""
-    rows = torch.arange(len(units))
+def _without_itself(
+    units: Float[Tensor, "texts dim"], clusters: Int[Tensor, " texts"], sums: Float[Tensor, "prototypes dim"]
+) -> Float[Tensor, "texts prototypes"]:
+    """Each text's cosines to prototypes that were made without it."""
     cosines = units @ F.normalize(sums, dim=-1).T
     rest = sums[clusters] - units
     # A prototype of this text alone is gone with it.
     alone = clusters.bincount()[clusters] == 1
+    rows = torch.arange(len(units))
     cosines[rows, clusters] = (units * F.normalize(rest, dim=-1)).sum(dim=-1).masked_fill(alone, -1.0)
-    labels = owners[clusters]
-    kept = labels.bincount()[labels] > 1
-    if kept.sum() < MIN_TEXTS or len(labels[kept].unique()) < 2:
+    return cosines
+
+
+def _fit_temperature(cosines: Float[Tensor, "texts adapters"], labels: Int[Tensor, " texts"]) -> float:
+    if len(labels) < MIN_TEXTS or len(labels.unique()) < 2:
         return TEMPERATURE
-    scores = _nearest(cosines[kept], owners, int(owners.max()) + 1)
     # Where all texts are told apart, the likelihood alone would sharpen without end.
     candidates = torch.logspace(-1.7, 0, 86)
-    losses = torch.stack([F.cross_entropy(scores / t, labels[kept]) for t in candidates])
+    losses = torch.stack([F.cross_entropy(cosines / t, labels) for t in candidates])
     return float(candidates[losses.argmin()])
+
+
+def _spread(
+    cosines: Float[Tensor, "texts adapters"], labels: Int[Tensor, " texts"], *, has_examples: bool
+) -> tuple[Float[Tensor, " adapters"], Float[Tensor, " adapters"]]:
+    """Mean and deviation of the cosines of each adapter's texts to it; the latter shrunk to that of all texts."""
+    num_adapters = cosines.shape[1]
+    if not has_examples:
+        return torch.zeros(num_adapters), torch.full((num_adapters,), torch.inf)
+    found = cosines[torch.arange(len(labels)), labels]
+    typical, spreads = found.mean().repeat(num_adapters), found.std().repeat(num_adapters)
+    for owner in labels.unique().tolist():
+        texts = found[labels == owner]
+        typical[owner] = texts.mean()
+        spreads[owner] = (texts.std() + spreads[owner]) / 2
+    return typical, spreads.clamp(min=TINY)

@@ -26,11 +26,13 @@ from dlp_lora.lab.evals.router.disguises import DISGUISES, disguised
 from dlp_lora.lab.evals.router.samples import SMALL_TALK, Question, Sample
 from dlp_lora.lab.evals.router.synthetic import ACTIONS, KINDS, MAX_TASKS, synthetic_tasks
 from dlp_lora.lab.evals.router.targets import TARGETS, Target, judged
+from dlp_lora.lab.evals.router.untrained import descriptions
 from dlp_lora.lab.report import write_report
 from dlp_lora.policy import Mixture
-from dlp_lora.router import CONFIG_FILE, Calibration, router_hash
+from dlp_lora.router import CONFIG_FILE, Calibration, TextEncoder, router_hash
+from dlp_lora.router.encoder import albert_config
 from dlp_lora.sentences import split
-from dlp_lora.tasks import Example, Task, write_task
+from dlp_lora.tasks import CATALOG, Example, Task, write_task
 from dlp_lora.training.router import RouterTrainingArgs
 from dlp_lora.training.router import calibration_error as trained_calibration_error
 
@@ -87,6 +89,8 @@ ARGS = RouterBenchArgs(
     tries=2,
     shares=(0.2,),
     synthetic=5,
+    left_out=1,
+    draws=2,
     training=RouterTrainingArgs(epochs=2, batch_size=32),
 )
 
@@ -111,6 +115,15 @@ class Marks:
 def setting(router: Any = None, **changes: Any) -> Setting:
     given = Trained(router=router, seconds=1.5) if router else None
     return Setting(TASKS, TOKENIZER, replace(ARGS, **changes), router=given, extra=EXTRA)
+
+
+def write_encoder(folder: Path) -> None:
+    """Writes a tiny sentence encoder of random weights."""
+    sizes = {"embedding_size": 8, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    config = albert_config(TOKENIZER)
+    config.update({**sizes, "num_hidden_layers": 1})
+    TextEncoder.from_config(config, TOKENIZER).model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
 
 
 # Samples
@@ -501,8 +514,10 @@ def test_a_trained_router_is_kept_and_read_again(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The record of all scenarios with a router that is trained for it."""
-    file = tmp_path_factory.mktemp("record") / "router.json"
-    bench_router(setting(), file=file)
+    folder = tmp_path_factory.mktemp("record")
+    write_encoder(folder / "encoder")
+    file = folder / "router.json"
+    bench_router(setting(encoder=str(folder / "encoder")), file=file)
     return file
 
 
@@ -516,6 +531,7 @@ def test_every_scenario_is_in_the_record(record: Path) -> None:
     assert set(found["scenarios"]["left_out"]["splits"]) == {"without-0", "without-1"}
     assert list(found["scenarios"]["skew"]) == ["1", "0.2", "seconds"]
     assert list(found["scenarios"]["synthetic"]) == ["5", "seconds"]
+    assert list(found["scenarios"]["untrained"]["made_from"]) == ["1", "8", "32"]
     assert set(found["scenarios"]["ceilings"]) >= {
         "whole",
         "first sentence",
@@ -542,6 +558,19 @@ def test_tasks_are_added_and_removed(record: Path) -> None:
     assert all(row["lost"] <= 0 for row in found["remove"])
 
 
+def test_routers_without_training_are_counted_on_tasks_that_they_have_and_lack(record: Path) -> None:
+    found = json.loads(record.read_text())["scenarios"]["untrained"]
+    for made in found["made_from"].values():
+        assert len(made["draws"]) == 2
+        assert set(made["mean"]) == {"kept", "kept_and_right", "left_out_to_base", "everyday_to_base"}
+        assert all(0 <= share <= 1 for share in made["mean"].values())
+        assert made["mean"]["kept_and_right"] <= made["mean"]["kept"]
+
+
+def test_each_task_of_the_paper_has_a_description() -> None:
+    assert set(CATALOG) <= set(descriptions())
+
+
 def test_left_out_tasks_are_not_among_those_that_are_learned() -> None:
     from dlp_lora.lab.evals.router.trainings import _splits
 
@@ -565,6 +594,7 @@ def test_what_the_data_cannot_carry_is_skipped_and_said() -> None:
         "junctions",
         "outside",
         "robustness",
+        "untrained",
         "left_out",
         "skew",
     ]

@@ -13,6 +13,7 @@ from dlp_lora.lab.evals.router import scenarios, trainings
 from dlp_lora.lab.evals.router.scenarios import Scenario
 from dlp_lora.lab.evals.router.setting import Setting
 from dlp_lora.lab.evals.router.targets import judged
+from dlp_lora.lab.evals.router.untrained import untrained
 from dlp_lora.lab.records.environment import environment
 
 FORMAT = 1
@@ -26,6 +27,7 @@ SCENARIOS: Mapping[str, Scenario] = {
     "outside": scenarios.outside,
     "robustness": scenarios.robustness,
     "timing": scenarios.timing,
+    "untrained": untrained,
     "left_out": trainings.left_out,
     "scale": trainings.scale,
     "synthetic": trainings.synthetic,

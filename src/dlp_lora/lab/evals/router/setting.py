@@ -46,6 +46,9 @@ class RouterBenchArgs:
     tries: int = 5  # tasks that are added one at a time
     shares: tuple[float, ...] = (0.02, 0.1)  # of the examples of generative tasks that a skewed mixture keeps
     synthetic: int = 1000  # tasks
+    left_out: int = 10  # tasks that routers without training are made without
+    draws: int = 5  # of these tasks
+    encoder: str | None = None  # of routers without training; None is the installed default
     training: RouterTrainingArgs = field(default_factory=RouterTrainingArgs)
     seed: int = 0
 
