@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import WordRouter
+from conftest import WORDS, WordRouter
 from dlp_lora import Context, Engine, Switching, TopK
 from dlp_lora.router.questions import in_turn, questions_of, read_in_turn, route
 from dlp_lora.sentences import LineSegmenter
@@ -184,3 +184,39 @@ def test_the_command_asks_as_the_engine_does() -> None:
     read = reading(WordRouter())
     assert max(route(read, Context(PROMPT, "4\nlong\n")).items(), key=lambda own: own[1])[0] == "units"
     assert sum(route(read, Context("Hello there.")).values()) == 0
+
+
+class SureRouter(WordRouter):
+    """Is sure of a text all of whose words belong to one adapter; other words keep it from fitting."""
+
+    def _row(self, text: str) -> list[float]:
+        words = text.lower().replace("?", " ").replace(".", " ").split()
+        counts = [sum(WORDS.get(word) == name for word in words) for name in self.names]
+        return [0.999 * (count / max(len(words), 1)) ** 2 for count in counts]
+
+
+@pytest.mark.parametrize(
+    "around",
+    ["Be kind. {}", "{} Think well.", "Du bist klug. Lies genau.\n\n{}\n\nDenke nach.", "Une. Deux. Trois. Quatre. {}"],
+)
+def test_a_question_among_instructions_is_read_without_them(around: str) -> None:
+    assert cut(around.format("Add sum add."), SureRouter()) == ("Add sum add.",)
+
+
+def test_a_question_among_instructions_goes_to_its_adapter_with_all_its_answer() -> None:
+    read = reading(SureRouter())
+    context = Context("Be kind. Add sum add.", "One line.\nAnother line.\n", "T")
+    assert in_turn(context, ("Add sum add.",)) == Context("Add sum add.", context.answer, context.sentence)
+    row = route(read, context)
+    assert max(row, key=lambda name: row[name]) == "math"
+    assert sum(row.values()) > 0.99
+
+
+def test_a_prompt_of_which_no_stretch_surely_fits_is_read_as_it_is() -> None:
+    assert cut("Be kind. Add some sum. Think well.", SureRouter()) == ()
+
+
+def test_a_question_that_surely_fits_costs_no_further_call() -> None:
+    router = SureRouter()
+    assert cut("Add sum. Sum add.", router) == ()
+    assert len(router.asked) == 1

@@ -3,6 +3,9 @@
 To a router that may abstain, such a prompt as a whole is like no text of its adapters, though each question in it is.
 So a prompt is several questions where each of them fits an adapter better than the whole does. Their answers are taken
 to be a line each, in order (serial-n of MeteoRA, arXiv 2405.13053).
+
+A prompt may also ask one question among instructions ("You are helpful. ... Think step by step."), in any language. It
+is then read without the sentences at either end that keep it from fitting.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -20,6 +23,7 @@ Read = Callable[[Sequence[Context]], Sequence[Mapping[str, float]]]
 SURE = 0.99  # how well a prompt fits to be one question without a look at its parts
 FITS_ALONE = 0.8  # how well each question fits an adapter to be answered without the others
 MAX_SENTENCES = 256  # beyond, a prompt is one text
+EDGE = 4  # sentences at either end of a prompt that may be instructions, at most
 MARGIN = 0.2  # by which another adapter is more probable where another question begins
 
 
@@ -76,7 +80,7 @@ def read_in_turn(
     A sentence that goes on in a line may already answer the next question, as adapters may have learned (`serial` in
     `dlp_lora.tasks`). There the prompt is read as a whole, if that fits.
     """
-    whole = [bool(own) and _goes_on(context) for context, own in zip(contexts, questions, strict=True)]
+    whole = [len(own) > 1 and _goes_on(context) for context, own in zip(contexts, questions, strict=True)]
     turns = [in_turn(context, own) for context, own in zip(contexts, questions, strict=True)]
     rows = list(read([c if is_whole else t for c, t, is_whole in zip(contexts, turns, whole, strict=True)]))
     again = [i for i, is_whole in enumerate(whole) if is_whole and sum(rows[i].values()) <= 0.5]
@@ -86,23 +90,14 @@ def read_in_turn(
     return rows
 
 
-def questions_of(read: Read, context: Context, row: Mapping[str, float], *, at_least: float = 0.0) -> tuple[str, ...]:
-    """Cuts a prompt into the questions that it asks, if there are several; `row` is the router's for the whole.
+def questions_of(read: Read, context: Context, row: Mapping[str, float]) -> tuple[str, ...]:
+    """Cuts a prompt into the questions that it asks; `row` is the router's for the whole.
 
-    Each of them fits an adapter better than the whole does, and `at_least` so well.
+    It gives several questions, one if it stands among instructions, or none if the prompt is to be read as it is.
     """
-    fit = sum(row.values())
-    if not row or fit > SURE:  # without adapters there is nothing to cut for
+    if _surely_one(row):
         return ()
-    parts = _runs(read, context)
-    while len(parts) > 1:
-        rows = read([replace(context, prompt=part.strip()) for part in parts])
-        joined = _joined(parts, rows)
-        if len(joined) == len(parts):
-            is_several = min(sum(row.values()) for row in rows) > max(fit, at_least)
-            return tuple(part.strip() for part in parts) if is_several else ()
-        parts = joined
-    return ()
+    return _several(read, context, better_than=sum(row.values())) or _among_instructions(read, context)
 
 
 def questions_apart(read: Read, context: Context) -> tuple[str, ...]:
@@ -113,13 +108,33 @@ def questions_apart(read: Read, context: Context) -> tuple[str, ...]:
     text that all of them are about. It stands with each question.
     """
     (row,) = read([context])
-    questions = questions_of(read, context, row, at_least=FITS_ALONE)
+    if _surely_one(row):
+        return ()
+    questions = _several(read, context, better_than=max(sum(row.values()), FITS_ALONE))
     if not questions:
         return ()
     head, first = _line_off(read, context, questions[0], first=True)
     tail, last = _line_off(read, context, questions[-1], first=False)
     bare = (first, *questions[1:-1], last)
     return tuple("\n".join(filter(None, (head, question, tail))) for question in bare)
+
+
+def _surely_one(row: Mapping[str, float]) -> bool:
+    # Without adapters there is nothing to cut for.
+    return not row or sum(row.values()) > SURE
+
+
+def _several(read: Read, context: Context, *, better_than: float) -> tuple[str, ...]:
+    """The questions of a prompt, if there are several and each of them fits an adapter so well."""
+    parts = _runs(read, context)
+    while len(parts) > 1:
+        rows = read([replace(context, prompt=part.strip()) for part in parts])
+        joined = _joined(parts, rows)
+        if len(joined) == len(parts):
+            is_several = min(sum(row.values()) for row in rows) > better_than
+            return tuple(part.strip() for part in parts) if is_several else ()
+        parts = joined
+    return ()
 
 
 def _line_off(read: Read, context: Context, question: str, *, first: bool) -> tuple[str, str]:
@@ -132,6 +147,24 @@ def _line_off(read: Read, context: Context, question: str, *, first: bool) -> tu
     fit = sum(without.values())
     is_shared = sum(alone.values()) <= 0.5 and sum(whole.values()) < SURE and fit > max(FITS_ALONE, sum(whole.values()))
     return (line, rest) if is_shared and _leader(without) == _leader(whole) else ("", question)
+
+
+def _among_instructions(read: Read, context: Context) -> tuple[str, ...]:
+    """The stretch of a prompt that surely fits an adapter, if a few sentences before and after it are left out."""
+    sentences = split(context.prompt)
+    if not 2 <= len(sentences) <= MAX_SENTENCES:
+        return ()
+    num = len(sentences)
+    stretches = [
+        "".join(sentences[begin : num - end]).strip()
+        for begin in range(min(EDGE, num - 1) + 1)
+        for end in range(min(EDGE, num - 1 - begin) + 1)
+        if begin + end
+    ]
+    fits = [sum(row.values()) for row in read([replace(context, prompt=stretch) for stretch in stretches])]
+    best = max(range(len(fits)), key=fits.__getitem__)
+    # Of so many stretches one may fit by chance: it has to be sure.
+    return (stretches[best],) if fits[best] > SURE else ()
 
 
 def in_turn(context: Context, questions: Sequence[str]) -> Context:

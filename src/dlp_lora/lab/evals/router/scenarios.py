@@ -266,7 +266,8 @@ def _cut(setting: Setting, contexts: Sequence[Context], tasks: Sequence[Sequence
     fits, found = [], []
     for i, context in enumerate(contexts):
         (row,) = read([context])
-        asked = [in_turn(context, (question,)) for question in questions_of(read, context, row)]
+        questions = questions_of(read, context, row)
+        asked = [in_turn(context, (question,)) for question in questions if len(questions) > 1]
         fits.append(sum(row.values()))
         found.append([max(own, key=own.__getitem__) for own in (read(asked) if asked else [])])
         setting.on_step("cut", i + 1, len(contexts))
