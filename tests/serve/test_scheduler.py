@@ -19,8 +19,9 @@ from hypothesis.stateful import (
 
 from dlp_lora import Engine
 from dlp_lora.engine.trace import Generation
+from dlp_lora.serve.answer_builder import AnswerBuilder, resolved
 from dlp_lora.serve.backend import Request
-from dlp_lora.serve.row import Row, resolved
+from dlp_lora.serve.row import Row
 from dlp_lora.serve.scheduler import Scheduler
 from dlp_lora.serve.stream import EventStream
 from serving import PROMPTS, alone, ask, double_engine, extra_adapters, read, timeless
@@ -38,7 +39,7 @@ MIXTURES: tuple[dict[str, float] | None, ...] = (
 
 def open_row(scheduler: Scheduler, request: Request) -> Row:
     stream = EventStream(lambda: scheduler.cancel(row))
-    row = Row(resolved(request), stream, request.sampling.max_tokens or 0)
+    row = Row(AnswerBuilder(resolved(request), stream, request.sampling.max_tokens or 0))
     scheduler.add(row)
     return row
 
@@ -93,7 +94,7 @@ class Serving(RuleBasedStateMachine):
 
     @rule(row=consumes(rows))
     def leave(self, row: Row) -> None:
-        row.stream.cancel()
+        row.answer.stream.cancel()
 
     @rule(i=st.integers(0, 1))
     @precondition(lambda self: self.extra is None)
@@ -119,7 +120,7 @@ class Serving(RuleBasedStateMachine):
     def teardown(self) -> None:
         finish(self.scheduler)
         for row, answer in self.open:
-            done = read(row.stream)
+            done = read(row.answer.stream)
             if done.reason == "abort":
                 assert answer.tokens[: len(done.generation.tokens)] == done.generation.tokens
             else:
@@ -181,9 +182,9 @@ def test_while_a_prompt_is_read_each_row_gets_a_token_for_each_chunk(
     long = open_row(scheduler, ask(engine, "x" * 100, mixture={"units": 1.0}))
     num_chunks = 0
     while long.state != "decoding":
-        before, num_read = [row.num_tokens for row in rows], scheduler.stats().num_read_tokens
+        before, num_read = [row.answer.num_tokens for row in rows], scheduler.stats().num_read_tokens
         scheduler.turn()
-        assert [row.num_tokens for row in rows] == [n + 1 for n in before]
+        assert [row.answer.num_tokens for row in rows] == [n + 1 for n in before]
         num_chunks += scheduler.stats().num_read_tokens > num_read
         assert scheduler.stats().num_read_tokens - num_read <= 8
     assert num_chunks == 13
@@ -195,7 +196,7 @@ def test_contexts_are_read_again_before_new_prompts_but_every_fourth_chunk_is_on
 ) -> None:
     scheduler = make_scheduler(max_batch=4, chunk_tokens=4)
     switching = [open_row(scheduler, ask(engine, PROMPTS[i], max_tokens=400)) for i in range(3)]
-    work_until(scheduler, lambda: all(row.num_tokens > 30 or row.has_ended for row in switching))
+    work_until(scheduler, lambda: all(row.answer.num_tokens > 30 or row.has_ended for row in switching))
     new = open_row(scheduler, ask(engine, "x" * 80, mixture={"math": 1.0}))
     read = []
     while not new.has_answer:
@@ -207,7 +208,7 @@ def test_contexts_are_read_again_before_new_prompts_but_every_fourth_chunk_is_on
     gaps = "".join("n" if is_new else "." for is_new in read)
     assert "...." not in gaps.lstrip(".")
     for row in switching:
-        row.stream.cancel()
+        row.answer.stream.cancel()
     finish(scheduler)
 
 
@@ -219,13 +220,13 @@ def test_a_reader_that_leaves_frees_its_row_in_the_next_turn(
     others = [open_row(scheduler, ask(engine, "x", mixture={}, max_tokens=3))] if state in ("queued", "waiting") else []
     row = open_row(scheduler, ask(engine, "x" * 40, mixture={"math": 1.0}))
     work_until(scheduler, lambda: row.state == state)
-    row.stream.cancel()
-    row.stream.cancel()
+    row.answer.stream.cancel()
+    row.answer.stream.cancel()
     scheduler.turn()
     assert row.has_ended
     assert row.lease is None
     assert scheduler.num_open == sum(not other.has_ended for other in others)
-    assert read(row.stream).reason == "abort"
+    assert read(row.answer.stream).reason == "abort"
     finish(scheduler)
     assert scheduler.stats().decoding == scheduler.stats().reading == scheduler.stats().waiting == 0
 
@@ -238,13 +239,13 @@ def test_a_row_whose_adapter_is_on_disk_waits_and_the_others_do_not(lively_adapt
     with engine.bank.loading:  # as if the disk were slow
         row = open_row(scheduler, ask(engine, "x", mixture={"math": 1.0}))
         for _ in range(5):
-            num_tokens = base.num_tokens
+            num_tokens = base.answer.num_tokens
             scheduler.turn()
-            assert base.num_tokens == num_tokens + 1
+            assert base.answer.num_tokens == num_tokens + 1
         assert row.state == "loading"
     work_until(scheduler, lambda: row.state == "decoding")
     assert engine.bank.store.num_misses == 1
-    base.stream.cancel()
+    base.answer.stream.cancel()
     finish(scheduler)
     scheduler.close()
 
@@ -260,10 +261,10 @@ def test_a_row_keeps_its_adapter_while_another_takes_its_name(
         request = ask(engine, PROMPTS[1], mixture={"extra": 1.0}, settings={"kv_policy": kv_policy})
         answers.append(timeless(alone(engine, request)))
         rows.append(open_row(scheduler, request))
-        work_until(scheduler, lambda: rows[-1].num_tokens > 2)
+        work_until(scheduler, lambda: rows[-1].answer.num_tokens > 2)
         engine.remove_adapter("extra")
     finish(scheduler)
-    assert [timeless(read(row.stream).generation) for row in rows] == answers
+    assert [timeless(read(row.answer.stream).generation) for row in rows] == answers
     assert answers[0].tokens != answers[1].tokens
 
 

@@ -11,9 +11,10 @@ from torch import nn
 from dlp_lora.engine.engine import Engine
 from dlp_lora.engine.prompts import context_of
 from dlp_lora.errors import PromptError
+from dlp_lora.serve.answer_builder import AnswerBuilder, resolved
 from dlp_lora.serve.backend import ClosedError, Health, QueueFullError, Request, Stats
 from dlp_lora.serve.cache import check_layers
-from dlp_lora.serve.row import Row, resolved
+from dlp_lora.serve.row import Row
 from dlp_lora.serve.scheduler import Scheduler
 from dlp_lora.serve.stream import EventStream
 
@@ -86,7 +87,7 @@ class LocalBackend:
             if self._scheduler.num_open >= self._max_open:
                 raise QueueFullError(f"{self._max_open} requests run or wait already; try again later")
             stream = EventStream(lambda: self._scheduler.cancel(row))
-            row = Row(resolved(request), stream, max_tokens)
+            row = Row(AnswerBuilder(resolved(request), stream, max_tokens))
             self._scheduler.add(row)
         return stream
 

@@ -154,7 +154,7 @@ class Scheduler:
         if row.has_ended:
             return
         self._withdraw(row)
-        row.abort()
+        row.finish("abort")
         self._forget(row)
 
     def _end_all(self, error: BaseException) -> None:
@@ -308,7 +308,7 @@ class Scheduler:
         num_tokens = row.cache.lengths[0]
         row.contents = row.planned[:num_tokens]
         if not row.has_answer:
-            row.num_cached = num_tokens
+            row.answer.num_cached = num_tokens
             self._counts["cached_tokens"] += num_tokens
 
     def _read_through(self, row: Row, logits: Float[Tensor, "batch seq vocab"]) -> None:
@@ -317,8 +317,8 @@ class Scheduler:
         assert cache is not None
         row.routed.charge(fuse_ms=row.fuse_ms, encode_ms=row.encode_ms if row.has_answer else 0.0)
         switched = False
-        if row.max_tokens == 0:
-            row.finish_empty()
+        if row.answer.max_tokens == 0:
+            row.finish("length")
         else:
             (switched,) = self._sample([row], logits[:, -1])
         if self._goes_on(row, switched):
