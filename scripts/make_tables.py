@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/performance.md", "docs/how-to-measure-router.md", "docs/how-to-reproduce.md")
+PAGES = (
+    "README.md",
+    "docs/performance.md",
+    "docs/how-to-measure-router.md",
+    "docs/how-to-own-adapters.md",
+    "docs/how-to-reproduce.md",
+)
 BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Cell = Callable[[Mapping[str, Any]], str]
@@ -151,6 +157,26 @@ def _speed_targets() -> str:
 
 def _rows(name: str, columns: Mapping[str, Cell], *, words: int = 1) -> Callable[[], str]:
     return lambda: _table(columns, _record(name)["rows"], words=words)
+
+
+def _untrained() -> str:
+    """Routers without training, by data and by what they are made from."""
+    data = {"the paper's 26": "untrained_tasks26", "41 others": "untrained_tasks_extra"}
+    made = {"description": "a description", "1": "1 example", "8": "8 examples", "32": "32 examples"}
+    columns: dict[str, Cell] = {
+        "tasks": lambda row: row["data"],
+        "made from": lambda row: row["made"],
+        "routed": _percent("kept", 1),
+        "routed and right": _percent("kept_and_right", 1),
+        "left-out tasks sent to the base": _percent("left_out_to_base", 1),
+        "everyday prompts sent to the base": _percent("everyday_to_base", 1),
+    }
+    rows = [
+        {"data": name, "made": made[kind], **found["mean"]}
+        for name, record in data.items()
+        for kind, found in _record(record)["scenarios"]["untrained"]["made_from"].items()
+    ]
+    return _table(columns, rows, words=2)
 
 
 def _targets() -> str:
@@ -385,6 +411,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablations": _ablations,
     "demo": _demo,
     "router-targets": _targets,
+    "untrained": _untrained,
     "decode": _decoding("decode"),
     "decode-short": _decoding("decode", names=("base", "base again", "dlp-lora, 3 of 26", "peft one adapter")),
     "decode-batch8": _decoding("decode_batch8"),
