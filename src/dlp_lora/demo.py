@@ -13,7 +13,7 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any, Literal
 
-from dlp_lora.bank.peft_format import content_hash
+from dlp_lora.bank.adapter_files import content_hash
 from dlp_lora.engine.engine import Engine
 from dlp_lora.engine.loading import load
 from dlp_lora.engine.trace import Sentence

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 import dlp_lora
 from conftest import ARCHITECTURES, byte_tokenizer, lively_model, make_adapter, tiny_model
 from dlp_lora import AdapterError, Engine, ModelError
+from dlp_lora.bank.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from dlp_lora.bank.attach import linear_layers
 from dlp_lora.bank.check import check_adapters, model_layout
 from dlp_lora.bank.export import export_mixture
-from dlp_lora.bank.peft_format import CONFIG_FILE, WEIGHTS_FILE
 
 INPUTS = {"input_ids": torch.tensor([[5, 77, 12, 200, 31, 8]])}
 

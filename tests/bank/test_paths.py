@@ -15,12 +15,13 @@ import dlp_lora
 import reference
 from conftest import byte_tokenizer, make_adapter, tiny_model
 from dlp_lora import Engine, Mixture
+from dlp_lora.bank.adapter_files import find_adapters
 from dlp_lora.bank.attach import attach, detach, linear_layers, pair_dtype, siblings
 from dlp_lora.bank.bank import AdapterBank
 from dlp_lora.bank.cpu import check_prepacking
 from dlp_lora.bank.linear import FusedLinear, is_plain
 from dlp_lora.bank.paths import FEW_ROWS, Setting
-from dlp_lora.bank.peft_format import Adapter, LoraWeights, find_adapters, read_adapter
+from dlp_lora.bank.peft_format import Adapter, LoraWeights, read_adapter
 from dlp_lora.errors import ModelError
 
 IDS = torch.arange(3, 27).reshape(3, 8) * 7 % 256

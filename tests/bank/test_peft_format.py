@@ -19,16 +19,10 @@ from transformers import PreTrainedModel
 
 import reference
 from conftest import make_adapter, tiny_model
+from dlp_lora.bank.adapter_files import content_hash, find_adapters
 from dlp_lora.bank.attach import attach, linear_layers
 from dlp_lora.bank.bank import AdapterBank
-from dlp_lora.bank.peft_format import (
-    LoraWeights,
-    check_base_name,
-    content_hash,
-    find_adapters,
-    read_adapter,
-    write_adapter,
-)
+from dlp_lora.bank.peft_format import LoraWeights, check_base_name, read_adapter, write_adapter
 from dlp_lora.errors import AdapterError
 from dlp_lora.policy import Mixture
 
@@ -296,7 +290,7 @@ def test_a_config_with_a_byte_order_mark_is_read_and_a_key_twice_is_refused(squa
     (squad / CONFIG).write_bytes(b"\xef\xbb\xbf" + text.encode())
     assert len(read_adapter(squad).modules) == 4
     (squad / CONFIG).write_text(text.replace('"r": 4', '"r": 4, "r": 8'))
-    with pytest.raises(AdapterError, match=rf"{CONFIG} has 'r' twice in one object; leave one of them"):
+    with pytest.raises(AdapterError, match=rf"{CONFIG} cannot be read as JSON: the key 'r' stands in one object twice"):
         read_adapter(squad)
 
 

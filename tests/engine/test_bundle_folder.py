@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from conftest import byte_tokenizer, make_adapter, tiny_model
-from dlp_lora.bank.peft_format import find_adapters, read_adapter
+from dlp_lora.bank.adapter_files import find_adapters
+from dlp_lora.bank.peft_format import read_adapter
 from dlp_lora.engine.base import Base
 from dlp_lora.engine.bundle import Bundle, is_bundle, read_bundle, write_bundle
 from dlp_lora.errors import BundleError

@@ -12,7 +12,7 @@ import yaml
 import dlp_lora
 from conftest import byte_tokenizer, lively_model
 from dlp_lora import BundleError, Engine, MiniMLP
-from dlp_lora.bank.peft_format import find_adapters
+from dlp_lora.bank.adapter_files import find_adapters
 from dlp_lora.default_model import NAME
 from dlp_lora.engine.base import Base
 from dlp_lora.engine.bundle import read_bundle

@@ -22,9 +22,10 @@ from transformers import (
 import dlp_lora
 from conftest import EOS, EveryK, HashRouter, byte_tokenizer, lively_model, tiny_model
 from dlp_lora import Context, Engine, FusionPolicy, Generation, Mixture, PromptError, Threshold, TopK, TopP
+from dlp_lora.bank.adapter_files import find_adapters
 from dlp_lora.bank.attach import attach, linear_layers
 from dlp_lora.bank.bank import AdapterBank
-from dlp_lora.bank.peft_format import find_adapters, read_adapter
+from dlp_lora.bank.peft_format import read_adapter
 from dlp_lora.engine.cache import rows_of
 
 MakeEngine = Callable[..., Engine]

@@ -17,7 +17,7 @@ import dlp_lora
 import reference
 from conftest import CHAT_TEMPLATE, EveryK, HashRouter, byte_tokenizer, lively_model, make_adapter, watching
 from dlp_lora import Context, Engine, Mixture, SentenceSegmenter, Switching, TopK
-from dlp_lora.bank.peft_format import find_adapters
+from dlp_lora.bank.adapter_files import find_adapters
 from dlp_lora.engine.cache import cache_of, rows_of
 
 MakeEngine = Callable[..., Engine]

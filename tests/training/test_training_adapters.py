@@ -22,9 +22,9 @@ import dlp_lora.training.batches as batches_module
 import dlp_lora.training.loop as loop_module
 from conftest import ARCHITECTURES, USUAL_TARGETS, byte_tokenizer, lively_model, tiny_model
 from dlp_lora import AdapterError, ModelError, TaskError, TrainingError
+from dlp_lora.bank.adapter_files import WEIGHTS_FILE
 from dlp_lora.bank.attach import linear_layers
 from dlp_lora.bank.check import check_adapters
-from dlp_lora.bank.peft_format import WEIGHTS_FILE
 from dlp_lora.tasks import Example, Task
 from dlp_lora.training.adapters import (
     LOSS_FILE,

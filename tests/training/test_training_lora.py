@@ -16,7 +16,7 @@ import dlp_lora.training.adapters as adapters_module
 import dlp_lora.training.loop as loop_module
 import dlp_lora.training.passes as passes_module
 from conftest import ARCHITECTURES, byte_tokenizer, lively_model
-from dlp_lora.bank.peft_format import WEIGHTS_FILE
+from dlp_lora.bank.adapter_files import WEIGHTS_FILE
 from dlp_lora.tasks import Example, Task
 from dlp_lora.training.adapters import lora_config, lora_on, train_adapter
 from dlp_lora.training.args import AdapterTrainingArgs

@@ -6,14 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dlp_lora.bank.adapter_folder import (
-    CONFIG_FILE,
-    AdapterFolder,
-    check_numbers,
-    find_adapters,
-    other_base,
-    read_folder,
-)
+from dlp_lora.bank.adapter_config import other_base
+from dlp_lora.bank.adapter_files import CONFIG_FILE, find_adapters
+from dlp_lora.bank.adapter_folder import AdapterFolder, check_numbers, read_folder
 from dlp_lora.bank.base_layers import BaseLayers, Module, Tensor
 from dlp_lora.bank.stored_layout import layout_of, stored_folder
 from dlp_lora.bank.tokens import BaseTokens, foreign_tokens

@@ -5,13 +5,9 @@ from pathlib import Path
 
 import torch
 
+from dlp_lora.bank.adapter_files import FILES
 from dlp_lora.bank.bank import AdapterBank
-from dlp_lora.bank.peft_format import (
-    FILES,
-    Adapter,
-    LoraWeights,
-    write_adapter,
-)
+from dlp_lora.bank.peft_format import Adapter, LoraWeights, write_adapter
 from dlp_lora.errors import AdapterError
 from dlp_lora.files import replace_folder
 from dlp_lora.policy import Mixture

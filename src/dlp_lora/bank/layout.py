@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dlp_lora.bank.adapter_folder import check_shapes
+from dlp_lora.bank.adapter_modules import check_shapes
 from dlp_lora.bank.peft_format import Adapter
 
 

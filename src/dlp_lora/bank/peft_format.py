@@ -17,22 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dlp_lora.bank.adapter_folder import CONFIG_FILE as CONFIG_FILE
-from dlp_lora.bank.adapter_folder import FILES as FILES
-from dlp_lora.bank.adapter_folder import WEIGHTS_FILE as WEIGHTS_FILE
-from dlp_lora.bank.adapter_folder import (
-    AdapterFolder,
-    BaseCopy,
-    LoraEntry,
-    base_model_of,
-    changes_nothing,
-    not_finite,
-    other_base,
-    read_folder,
-)
-from dlp_lora.bank.adapter_folder import content_hash as content_hash
-from dlp_lora.bank.adapter_folder import files_stamp as files_stamp
-from dlp_lora.bank.adapter_folder import find_adapters as find_adapters
+from dlp_lora.bank.adapter_config import base_model_of, other_base
+from dlp_lora.bank.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from dlp_lora.bank.adapter_folder import AdapterFolder, LoraEntry, changes_nothing, not_finite, read_folder
+from dlp_lora.bank.base_copies import BaseCopy
 from dlp_lora.bank.tensor_file import TensorFile
 from dlp_lora.errors import AdapterError
 

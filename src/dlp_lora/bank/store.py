@@ -15,8 +15,9 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
+from dlp_lora.bank.adapter_files import files_stamp
 from dlp_lora.bank.layout import Layout, Place, StackedLora
-from dlp_lora.bank.peft_format import Adapter, files_stamp
+from dlp_lora.bank.peft_format import Adapter
 from dlp_lora.errors import AdapterError
 from dlp_lora.policy import Mixture
 

@@ -21,8 +21,8 @@ def export(
 
     Example: `dlp-lora export "math=0.6,units=0.4" --bundle bundle/ --out mixed/`
     """
+    from dlp_lora.bank.adapter_files import CONFIG_FILE
     from dlp_lora.bank.export import export_mixture
-    from dlp_lora.bank.peft_format import CONFIG_FILE
 
     check_replaceable(out, CONFIG_FILE)
     engine = open_engine(EngineOptions(bundle=bundle, model=model, adapters=adapters), need_router=False)

@@ -25,9 +25,10 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from dlp_lora.bank.adapter_files import find_adapters
 from dlp_lora.bank.attach import linear_layers
 from dlp_lora.bank.bank import AdapterBank
-from dlp_lora.bank.peft_format import Adapter, LoraWeights, find_adapters, read_adapter
+from dlp_lora.bank.peft_format import Adapter, LoraWeights, read_adapter
 from dlp_lora.errors import AdapterError, RouterError
 from dlp_lora.router import Context
 from dlp_lora.router.context import Calibration, check_labels, has_text, listed

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from dlp_lora.bank.peft_format import CONFIG_FILE, WEIGHTS_FILE, content_hash
+from dlp_lora.bank.adapter_files import CONFIG_FILE, WEIGHTS_FILE, content_hash
 from dlp_lora.engine.base import Base
 from dlp_lora.engine.card import CARD_FILE, is_card, model_card
 from dlp_lora.errors import BundleError, RouterError

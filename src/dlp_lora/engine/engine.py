@@ -15,11 +15,12 @@ from typing import Any, NoReturn, SupportsIndex, cast, overload
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dlp_lora.bank.adapter_files import FILES
 from dlp_lora.bank.attach import attach, detach, merged
 from dlp_lora.bank.bank import AdapterBank
 from dlp_lora.bank.device import computing_device
 from dlp_lora.bank.paths import Paths, Setting
-from dlp_lora.bank.peft_format import FILES, check_base_name, read_adapter
+from dlp_lora.bank.peft_format import check_base_name, read_adapter
 from dlp_lora.chat import Chat, Message
 from dlp_lora.engine.apart import joined, prompts_apart
 from dlp_lora.engine.base import Base

@@ -11,14 +11,15 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
+from dlp_lora.bank.adapter_files import CONFIG_FILE as ADAPTER_CONFIG
+from dlp_lora.bank.adapter_files import FILES as ADAPTER_FILES
+from dlp_lora.bank.adapter_files import find_adapters
 from dlp_lora.bank.attach import linear_layers, pair_dtype, siblings
 from dlp_lora.bank.bank import AdapterBank
 from dlp_lora.bank.base_layers import BaseLayers
 from dlp_lora.bank.device import check_devices, choose_device, computing_device
 from dlp_lora.bank.paths import Paths, Setting
-from dlp_lora.bank.peft_format import CONFIG_FILE as ADAPTER_CONFIG
-from dlp_lora.bank.peft_format import FILES as ADAPTER_FILES
-from dlp_lora.bank.peft_format import Adapter, check_base_name, find_adapters, read_adapter
+from dlp_lora.bank.peft_format import Adapter, check_base_name, read_adapter
 from dlp_lora.engine.arrow import ArrowRouter
 from dlp_lora.engine.bundle import FILES, Bundle, is_bundle, read_bundle
 from dlp_lora.engine.engine import Engine

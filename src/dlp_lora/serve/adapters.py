@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from dlp_lora.bank.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, check_adapter_name, content_hash
+from dlp_lora.bank.adapter_files import CONFIG_FILE, WEIGHTS_FILE, check_adapter_name, content_hash
 from dlp_lora.bank.base_layers import BaseLayers
 from dlp_lora.bank.check import check_adapters
 from dlp_lora.engine.bundle import Bundle, read_bundle

@@ -22,7 +22,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear, ParamWrapper
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dlp_lora.bank.adapter_folder import CONFIG_FILE, check_adapter_name
+from dlp_lora.bank.adapter_files import CONFIG_FILE, check_adapter_name
 from dlp_lora.bank.attach import linear_layers, siblings
 from dlp_lora.bank.base_layers import BaseLayers
 from dlp_lora.bank.peft_names import lora_layers, placement

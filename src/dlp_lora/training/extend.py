@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from dlp_lora.bank.adapter_folder import check_adapter_name
+from dlp_lora.bank.adapter_files import check_adapter_name
 from dlp_lora.engine.bundle import Bundle, read_bundle, write_bundle
 from dlp_lora.engine.loading import load_router
 from dlp_lora.errors import BundleError, RouterError, TrainingError

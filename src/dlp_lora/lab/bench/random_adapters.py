@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from dlp_lora.bank.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from dlp_lora.bank.attach import linear_layers
-from dlp_lora.bank.peft_format import CONFIG_FILE, WEIGHTS_FILE, LoraWeights, write_adapter
+from dlp_lora.bank.peft_format import LoraWeights, write_adapter
 
 NUM_DISTINCT = 32  # of many adapters; the others are links to their files
 

@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dlp_lora.bank.peft_format import content_hash
+from dlp_lora.bank.adapter_files import content_hash
 from dlp_lora.engine.engine import Engine
 from dlp_lora.engine.prompts import context_of
 from dlp_lora.engine.trace import Generation
