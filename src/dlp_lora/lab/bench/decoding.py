@@ -11,7 +11,7 @@ from torch import Tensor
 from dlp_lora.engine.engine import Engine
 from dlp_lora.lab.bench.case import AdapterBenchArgs, Case, NewTokens, Row
 from dlp_lora.lab.bench.memory import MB, memory_of, read_mb
-from dlp_lora.lab.bench.models import COMPILED, PREPACKED, STACKED, with_gradients
+from dlp_lora.lab.bench.models import AGAIN, COMPILED, PREPACKED, STACKED, with_gradients
 from dlp_lora.lab.bench.timing import BASE, Stepwise, interleave_steps, synchronise
 
 
@@ -38,7 +38,9 @@ def decoding_rows(
 ) -> dict[str, Row]:
     """Gives a row a variant, a model or an engine; one is named BASE, and what the others take is also told over it.
 
-    `given` is what a variant's `generate` is given besides. `ratio_over_alike` is over the base that computes its
+    Ratios are over the base; of two copies of it (AGAIN), over the faster one, as where in memory a model came to lie
+    can change its speed more than an adapter does (docs/log.md). `given` is what a variant's `generate` is given
+    besides. `ratio_over_alike` is over the base that computes its
     products as a variant does, so the price of the adapters alone.
     `bandwidth_share` is the speed at which the base's weights are read for each step, over the machine's own.
     """
@@ -48,20 +50,23 @@ def decoding_rows(
     memory = {name: memory_of(variants[name], partial(run, 0, lambda: None), case.device) for name, run in runs.items()}
     times = interleave_steps(runs, rounds=rounds, scenario=case.scenario, on_round=case.on_round)
     batch, read_gb = prompts[0]["input_ids"].shape[0], read_mb(models[BASE]) * MB / 1e9
+    base = min((name for name in (BASE, AGAIN) if name in models), key=lambda name: times.median(name, "step_ms"))
     rows = {}
     for name in models:
         ms = times.median(name, "step_ms")
         rows[name] = {
             "name": name,
             "ms_per_token": ms,
-            **times.ratio(name, "step_ms"),
+            **times.ratio(name, "step_ms", over=base),
             "ttft_ms": times.median(name, "first_ms"),
-            **{f"answer_{key}": value for key, value in times.ratio(name, "all_ms").items()},
+            **{f"answer_{key}": value for key, value in times.ratio(name, "all_ms", over=base).items()},
             "tokens_per_s": round(batch * 1e3 / ms, 2),
             "bandwidth_share": round(read_gb / (ms / 1e3) / case.bandwidth_gb_s, 3),
             **memory[name].columns(memory[BASE]),
         }
-        if (alike := _alike(name)) in models:
+        alike = _alike(name)
+        if alike in models:
+            alike = base if alike == BASE else alike
             rows[name]["ratio_over_alike"] = times.ratio(name, "step_ms", over=alike)["ratio"]
         rows[name] |= _switches(variants[name])
     return rows

@@ -36,8 +36,14 @@ MakeRouter = Callable[[Sequence[str], Tokenizer], Router]
 
 
 def base_model(case: Case) -> Any:
-    """A base model of its own."""
+    """A base model of its own, in memory of its own.
+
+    As they are loaded, weights lie in the memory of their file, which all variants that leave them there would share:
+    touched by each of them, they stay in the CPU's caches, where those of an engine, which moves them, are not.
+    """
     model: Any = AutoModelForCausalLM.from_pretrained(str(case.model), dtype=getattr(torch, case.dtype))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
     return model.to(case.device).eval()
 
 
