@@ -24,7 +24,8 @@ check: $(READY)  ## the tests of the inner loop, under a minute
 test: $(READY)  ## the tests that CI runs
 	$(BIN)/pytest -n 2 -m "not models and not engines and not clients"
 
-test-all: $(READY)  ## every test; writes runs/tests.json: what ran, what was skipped and why
+test-all: $(READY)  ## every test, with quantised bases, too; writes runs/tests.json: what ran, what was skipped and why
+	$(BIN)/pip install --quiet --group quantised
 	$(BIN)/pytest -n 2 --junit-xml runs/tests.xml; $(BIN)/python scripts/record_tests.py runs/tests.xml runs/tests.json
 
 lint: $(READY)  ## format, lint, types, import rules

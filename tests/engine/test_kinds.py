@@ -1,12 +1,17 @@
 """Which models are loaded, on which device, and why others are refused."""
 
+import copy
+import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from transformers import PreTrainedModel
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 import dlp_lora
 from conftest import byte_tokenizer, lively_model, make_adapter, tiny_model
@@ -140,22 +145,51 @@ class TestDevice:
             check_devices(spread)
 
 
-def test_a_quantised_base_is_fused_as_peft_fuses_it_and_not_merged(tmp_path: Path) -> None:
+def quantise_by_torchao(model: Any) -> Any:
     quantization = pytest.importorskip("torchao.quantization", reason="needs torchao")
-    peft = pytest.importorskip("peft")
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    return model
+
+
+def quantise_by_quanto(model: Any) -> Any:
+    quanto = pytest.importorskip("optimum.quanto", reason="needs optimum-quanto")
+    quanto.quantize(model, weights=quanto.qint8, exclude="lm_head")
+    quanto.freeze(model)
+    return model
+
+
+def loaded_in_bits(bits: int, model: Any) -> Any:
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+    settings = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    "quantise",
+    [quantise_by_torchao, quantise_by_quanto, partial(loaded_in_bits, 8), partial(loaded_in_bits, 4)],
+    ids=["torchao", "quanto", "bitsandbytes-8", "bitsandbytes-4"],
+)
+def test_a_quantised_base_is_fused_as_peft_fuses_it_and_not_merged(
+    tmp_path: Path, quantise: Callable[[Any], Any]
+) -> None:
     settings = {**LLAMA, "hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4}
     model = made("LlamaForCausalLM", "LlamaConfig", **settings)
     make_adapter(model, tmp_path / "math", seed=1)
-    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    twin = quantise(copy.deepcopy(model)).eval()  # 4-bit weights of a CPU are packed in another way once they were used
+    model = quantise(model).eval()
     engine = dlp_lora.load(model, tokenizer=byte_tokenizer(), adapters={"math": tmp_path / "math"})
     ids = torch.tensor([[1, 2, 3]])
     with engine.fixed({"math": 1.0}), torch.no_grad():
         logits = engine.model(ids).logits
     with pytest.raises(ModelError, match="is quantised"), engine.merged({"math": 1.0}):
         pass
-    engine.detach()
     with torch.no_grad():
-        wanted = peft.PeftModel.from_pretrained(model, tmp_path / "math")(ids).logits
+        wanted = PeftModel.from_pretrained(twin, tmp_path / "math")(ids).logits
+        engine.detach()
+        base = model(ids).logits
+    assert (wanted - base).abs().max() > 0.1
     torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
 
 

@@ -64,8 +64,7 @@ def decoding_rows(
             "bandwidth_share": round(read_gb / (ms / 1e3) / case.bandwidth_gb_s, 3),
             **memory[name].columns(memory[BASE]),
         }
-        alike = _alike(name)
-        if alike in models:
+        if (alike := _alike(name)) in models:
             alike = base if alike == BASE else alike
             rows[name]["ratio_over_alike"] = times.ratio(name, "step_ms", over=alike)["ratio"]
         rows[name] |= _switches(variants[name])
