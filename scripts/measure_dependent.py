@@ -8,7 +8,6 @@ Interrupted, the same command goes on where it stopped.
 import argparse
 import json
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from dlp_lora.lab.evals.dependent import (
 )
 from dlp_lora.lab.evals.methods import METHODS
 from dlp_lora.lab.records.environment import environment
+from dlp_lora.progress import staged
 from dlp_lora.router import MiniMLP
 from dlp_lora.tasks import procedural_task
 from dlp_lora.training.adapters import train_adapter
@@ -55,7 +55,7 @@ def main() -> None:
         for task in [*with_serial(single, args), two_steps]:
             trained = train_adapter(
                 base, tokenizer, task, options.out / "adapters" / task.name, replace(args.training, seed=args.seed),
-                on_step=lambda now: show(now.task, now.step, now.num_steps, f"loss {now.loss:.3f}"),
+                on_progress=show,
             )  # fmt: skip
             paths[task.name] = trained.path
         router = options.out / "router"
@@ -64,7 +64,7 @@ def main() -> None:
                 [*single, two_steps],
                 load_tokenizer(str(default_model())),
                 RouterTrainingArgs(epochs=args.router_epochs, seed=args.seed),
-                on_step=lambda step, total, loss: show("router", step, total, f"loss {loss:.3f}"),
+                on_progress=show,
             )
             made.save_pretrained(router)
             write_text(router / "report.json", json.dumps(report.to_dict(), indent=1) + "\n")
@@ -82,8 +82,8 @@ def main() -> None:
             record["identity"] = identity_of(engine, [*single, two_steps], METHODS["dlp"])
             scores = {}
             for way in WAYS:
-                shown = partial(show, f"{bank}: {way}")
-                rows = answer_dependent(engine, way, prompts, prompt_format="plain", on_batch=shown)
+                told = staged(show, f"{bank}: {way}")
+                rows = answer_dependent(engine, way, prompts, prompt_format="plain", on_progress=told)
                 scores[way] = dependent_scores(rows)
             record["banks"][bank] = scores
             engine.detach()

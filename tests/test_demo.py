@@ -1,5 +1,4 @@
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +11,8 @@ import dlp_lora
 from conftest import byte_tokenizer, lively_model, make_adapter
 from dlp_lora import MiniMLP, ModelError
 from dlp_lora.default_model import NAME, PACKAGE, cache_dir, default_model
-from dlp_lora.demo import METHODS, DemoArgs, DemoEvent, DemoResult, run_demo, with_serial
+from dlp_lora.demo import METHODS, DemoArgs, DemoResult, run_demo, with_serial
+from dlp_lora.progress import OnProgress, Progress
 from dlp_lora.tasks import procedural_task
 from dlp_lora.training.args import AdapterTrainingArgs
 from dlp_lora.training.base import load_base
@@ -33,15 +33,15 @@ class KilledError(Exception):
     pass
 
 
-def kill_at(number: int) -> Callable[[DemoEvent], None]:
-    events: list[DemoEvent] = []
+def kill_at(number: int) -> OnProgress:
+    events: list[Progress] = []
 
-    def on_event(event: DemoEvent) -> None:
+    def on_progress(event: Progress) -> None:
         events.append(event)
         if len(events) == number:
             raise KilledError
 
-    return on_event
+    return on_progress
 
 
 def timeless(data: Any) -> Any:
@@ -64,12 +64,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DemoResult, list[DemoEvent]]:
+def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DemoResult, list[Progress]]:
     out, events = tmp_path_factory.mktemp("undisturbed"), []
-    return out, run_demo(model, out, SMALL, on_event=events.append), events
+    return out, run_demo(model, out, SMALL, on_progress=events.append), events
 
 
-Undisturbed = tuple[Path, DemoResult, list[DemoEvent]]
+Undisturbed = tuple[Path, DemoResult, list[Progress]]
 
 
 def test_the_demo_answers_every_test_prompt_with_every_method(undisturbed: Undisturbed) -> None:
@@ -105,8 +105,8 @@ def test_an_interrupted_demo_goes_on_to_the_same_result(
 ) -> None:
     whole, _, events = undisturbed
     with pytest.raises(KilledError):
-        run_demo(model, tmp_path, SMALL, on_event=kill_at(max(1, round(share * len(events)))))
-    run_demo(model, tmp_path, SMALL, on_event=lambda event: None)
+        run_demo(model, tmp_path, SMALL, on_progress=kill_at(max(1, round(share * len(events)))))
+    run_demo(model, tmp_path, SMALL)
     assert record(tmp_path) == record(whole)
 
 
@@ -116,23 +116,23 @@ def test_a_demo_interrupted_again_and_again_ends_in_the_same_result(
     whole, _, _ = undisturbed
     for number in (3, 5, 6, 4):
         with pytest.raises(KilledError):
-            run_demo(model, tmp_path, SMALL, on_event=kill_at(number))
-    run_demo(model, tmp_path, SMALL, on_event=lambda event: None)
+            run_demo(model, tmp_path, SMALL, on_progress=kill_at(number))
+    run_demo(model, tmp_path, SMALL)
     assert record(tmp_path) == record(whole)
 
 
 def test_a_finished_demo_does_nothing_again(model: Path, undisturbed: Undisturbed) -> None:
     out, _, _ = undisturbed
-    events: list[DemoEvent] = []
+    events: list[Progress] = []
     before = record(out)
-    run_demo(model, out, SMALL, on_event=events.append)
+    run_demo(model, out, SMALL, on_progress=events.append)
     assert all(event.done == event.total for event in events)
     assert len(events) == len(SMALL.tasks) + 3
     assert record(out) == before
 
 
 def test_answers_of_another_router_are_given_anew(model: Path, tmp_path: Path) -> None:
-    first = run_demo(model, tmp_path, SMALL, on_event=lambda event: None)
+    first = run_demo(model, tmp_path, SMALL)
     kept = json.loads((tmp_path / "answers.json").read_text())
     other = MiniMLP.from_pretrained(tmp_path / "router")
     with torch.no_grad():
@@ -141,16 +141,16 @@ def test_answers_of_another_router_are_given_anew(model: Path, tmp_path: Path) -
     report = (tmp_path / "router" / "report.json").read_text()
     other.save_pretrained(tmp_path / "router")
     (tmp_path / "router" / "report.json").write_text(report)
-    again = run_demo(model, tmp_path, SMALL, on_event=lambda event: None)
+    again = run_demo(model, tmp_path, SMALL)
     assert json.loads((tmp_path / "answers.json").read_text())["identity"] != kept["identity"]
     assert again.serial.trace[0]["probabilities"] != first.serial.trace[0]["probabilities"]
 
 
 def test_answers_of_other_lengths_are_given_anew(model: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
     longer = replace(SMALL, max_new_tokens=6)
-    run_demo(model, tmp_path / "changed", SMALL, on_event=lambda event: None)
-    run_demo(model, tmp_path / "changed", longer, on_event=lambda event: None)
-    run_demo(model, tmp_path / "fresh", longer, on_event=lambda event: None)
+    run_demo(model, tmp_path / "changed", SMALL)
+    run_demo(model, tmp_path / "changed", longer)
+    run_demo(model, tmp_path / "fresh", longer)
     assert record(tmp_path / "changed") == record(tmp_path / "fresh")
 
 
@@ -158,7 +158,7 @@ def test_another_adapter_in_the_folder_is_no_part_of_the_demo(
     model: Path, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
     make_adapter(lively_model(), tmp_path / "adapters" / "letter_order", seed=1)
-    run_demo(model, tmp_path, SMALL, on_event=lambda event: None)
+    run_demo(model, tmp_path, SMALL)
     assert record(tmp_path) == record(undisturbed[0])
 
 
@@ -219,7 +219,7 @@ def test_the_demo_runs_on_the_default_model(tmp_path: Path) -> None:
         router_epochs=12,
         training=AdapterTrainingArgs(prompt_format="plain", batch_size=4),
     )
-    result = run_demo(default_model(), tmp_path, args, on_event=lambda event: None)
+    result = run_demo(default_model(), tmp_path, args)
     assert len(result.answers) == 4
     assert all(answer["said"]["own_adapter"] for answer in result.answers)
     assert list(result.pairs) == ["keep", "keep, prompt by sentence", "recompute"]

@@ -7,7 +7,7 @@ on where it was.
 
 import json
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import permutations
 from pathlib import Path
@@ -22,13 +22,13 @@ from dlp_lora.kept import read_kept
 from dlp_lora.lab.evals.metrics import contains
 from dlp_lora.lab.records.environment import environment
 from dlp_lora.policy import Mixture, TopP
+from dlp_lora.progress import OnProgress, Progress, unseen
 from dlp_lora.router import MiniMLP, router_hash
 from dlp_lora.tasks import Example, Task, compose, procedural_task, serial
 from dlp_lora.training.adapters import TrainedAdapter, train_adapter
 from dlp_lora.training.args import AdapterTrainingArgs
 from dlp_lora.training.base import load_base
 from dlp_lora.training.contexts import MIX
-from dlp_lora.training.loop import Progress as TrainingProgress
 from dlp_lora.training.router import RouterTrainingArgs, load_tokenizer, train_router
 
 Method = Literal["base", "base_chat", "own_adapter", "dlp"]
@@ -91,18 +91,8 @@ class DemoResult:
     bundle: Path
 
 
-@dataclass(frozen=True, kw_only=True)
-class DemoEvent:
-    """What the demo is doing: `done` of `total` in a stage."""
-
-    stage: str
-    done: int
-    total: int
-    note: str = ""
-
-
 def run_demo(
-    model: str | Path, out: str | Path, args: DemoArgs | None = None, *, on_event: Callable[[DemoEvent], None]
+    model: str | Path, out: str | Path, args: DemoArgs | None = None, *, on_progress: OnProgress = unseen
 ) -> DemoResult:
     """Runs the demo into the folder `out`, or goes on with it."""
     args, out = args or DemoArgs(), Path(out)
@@ -114,25 +104,19 @@ def run_demo(
     base, tokenizer = load_base(model)
     adapters: dict[str, TrainedAdapter] = {}
     for task in with_serial(tasks, args):
-
-        def on_step(now: TrainingProgress) -> None:
-            on_event(DemoEvent(stage=now.task, done=now.step, total=now.num_steps, note=f"loss {now.loss:.3f}"))
-
         adapters[task.name] = trained = train_adapter(
-            base, tokenizer, task, out / "adapters" / task.name, training, on_step=on_step
+            base, tokenizer, task, out / "adapters" / task.name, training, on_progress=on_progress
         )
-        on_event(
-            DemoEvent(stage=task.name, done=1, total=1, note=f"{trained.seconds:.0f} s, loss {trained.final_loss:.3f}")
-        )
-    report = _router(model, out / "router", tasks, args, on_event)
+        on_progress(Progress(task.name, 1, 1, f"{trained.seconds:.0f} s, loss {trained.final_loss:.3f}"))
+    report = _router(model, out / "router", tasks, args, on_progress)
     paths = {name: adapter.path for name, adapter in adapters.items()}
     engine = load(
         base, tokenizer=tokenizer, adapters=paths, router=out / "router", policy=TopP(0.6), kv_policy="recompute"
     )
     engine.save_pretrained(out / "bundle")
-    answers = _evaluate(engine, tasks, out / "answers.json", args, on_event)
+    answers = _evaluate(engine, tasks, out / "answers.json", args, on_progress)
     example = _two_questions(engine, tasks, args)
-    pairs = _pairs(engine, tasks, out / "pairs.json", args, on_event)
+    pairs = _pairs(engine, tasks, out / "pairs.json", args, on_progress)
     engine.detach()
     accuracy: dict[str, dict[str, float]] = {
         task.name: {method: _share(a["right"][method] for a in answers if a["task"] == task.name) for method in METHODS}
@@ -169,24 +153,20 @@ def with_serial(tasks: Sequence[Task], args: DemoArgs) -> list[Task]:
 
 
 def _router(
-    model: str | Path, folder: Path, tasks: Sequence[Task], args: DemoArgs, on_event: Callable[[DemoEvent], None]
+    model: str | Path, folder: Path, tasks: Sequence[Task], args: DemoArgs, on_progress: OnProgress
 ) -> dict[str, Any]:
     sizes = {"num_train": args.num_train + args.num_serial, "num_test": args.num_test, "epochs": args.router_epochs}
     identity = {"tasks": list(args.tasks), **sizes, "seed": args.seed, "data_seed": args.data_seed}
     kept = read_kept(folder / "report.json")
     if kept.get("identity") == identity:
         MiniMLP.from_pretrained(folder)
-        on_event(DemoEvent(stage="router", done=1, total=1, note="there already"))
+        on_progress(Progress("router", 1, 1, "there already"))
         return kept
-
-    def on_step(step: int, num_steps: int, loss: float) -> None:
-        on_event(DemoEvent(stage="router", done=step, total=num_steps, note=f"loss {loss:.3f}"))
-
     router, report = train_router(
         tasks,
         load_tokenizer(str(model)),
         RouterTrainingArgs(epochs=args.router_epochs, mix={**MIX, "serial": 12.0}, seed=args.seed),
-        on_step=on_step,
+        on_progress=on_progress,
     )
     router.save_pretrained(folder)
     data = {"identity": identity, **report.to_dict()}
@@ -195,14 +175,14 @@ def _router(
 
 
 def _evaluate(
-    engine: Engine, tasks: Sequence[Task], file: Path, args: DemoArgs, on_event: Callable[[DemoEvent], None]
+    engine: Engine, tasks: Sequence[Task], file: Path, args: DemoArgs, on_progress: OnProgress
 ) -> list[dict[str, Any]]:
     identity = _identity(engine, args)
     kept = read_kept(file, "identity", "answers")
     records: list[dict[str, Any]] = kept["answers"] if kept.get("identity") == identity else []
     # The tasks are pooled, so that rows of one batch need different adapters and nobody says which.
     pooled = [(task.name, task.test[i]) for i in range(args.num_test) for task in tasks]
-    on_event(DemoEvent(stage="answers", done=len(records), total=len(pooled)))
+    on_progress(Progress("answers", len(records), len(pooled)))
     while len(records) < len(pooled):
         batch = pooled[len(records) : len(records) + args.batch_size]
         texts = {method: _answers(engine, method, batch, args) for method in METHODS}
@@ -213,7 +193,7 @@ def _evaluate(
                 {"task": name, "prompt": example.prompt, "answer": example.answer, "said": said, "right": right}
             )
         write_text(file, json.dumps({"identity": identity, "answers": records}, indent=1) + "\n")
-        on_event(DemoEvent(stage="answers", done=len(records), total=len(pooled)))
+        on_progress(Progress("answers", len(records), len(pooled)))
     return records
 
 
@@ -249,7 +229,7 @@ def _two_questions(engine: Engine, tasks: Sequence[Task], args: DemoArgs) -> Two
 
 
 def _pairs(
-    engine: Engine, tasks: Sequence[Task], file: Path, args: DemoArgs, on_event: Callable[[DemoEvent], None]
+    engine: Engine, tasks: Sequence[Task], file: Path, args: DemoArgs, on_progress: OnProgress
 ) -> dict[str, dict[str, float]]:
     identity = _identity(engine, args)
     kept = read_kept(file, "identity", "shares")
@@ -260,14 +240,14 @@ def _pairs(
         for first, second in permutations(tasks, 2)
     ]
     prompts = [compose([q1, q2]).prompt for _, _, q1, q2 in asked]
-    on_event(DemoEvent(stage="two questions", done=len(found), total=len(WAYS)))
+    on_progress(Progress("two questions", len(found), len(WAYS)))
     for way in list(WAYS)[len(found) :]:
         with engine.using(**WAYS[way]):
             answers = engine.generate(prompts, max_new_tokens=2 * args.max_new_tokens, do_sample=False)
         rows = [_scored(answer.trace, *pair) for answer, pair in zip(answers, asked, strict=True)]
         found[way] = {key: _share(row[key] for row in rows) for key in rows[0]}
         write_text(file, json.dumps({"identity": identity, "shares": found}, indent=1) + "\n")
-        on_event(DemoEvent(stage="two questions", done=len(found), total=len(WAYS)))
+        on_progress(Progress("two questions", len(found), len(WAYS)))
     return found
 
 

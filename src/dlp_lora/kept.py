@@ -11,6 +11,7 @@ from typing import Any
 
 from dlp_lora.errors import RecordError
 from dlp_lora.files import replace_file, write_text
+from dlp_lora.progress import OnProgress, Progress, unseen
 
 Row = dict[str, Any]
 
@@ -63,7 +64,7 @@ def keep_rows(
     compute: Callable[[Sequence[Any]], list[Row]],
     *,
     replace: bool = False,
-    on_batch: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: OnProgress = unseen,
 ) -> list[Row]:
     """Computes the batches into `file`, or goes on with it; gives all rows, in the batches' order.
 
@@ -77,12 +78,12 @@ def keep_rows(
         done += len(batch)
         if done <= num_done:
             continue
-        on_batch(done - len(batch), sum(map(len, batches)))
+        on_progress(Progress(file.stem, done - len(batch), sum(map(len, batches))))
         found = compute(batch)
         with file.open("a", encoding="utf-8") as lines:
             lines.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found))
         rows += found
-    on_batch(done, done)
+    on_progress(Progress(file.stem, done, done))
     return rows
 
 

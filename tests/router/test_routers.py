@@ -409,12 +409,10 @@ class TestEncoderRouter:
             epochs=8,
             batch_size=16,
         )
-        steps: list[float] = []
-        router, report = train_router(tasks, BYTES, args, on_step=lambda step, num, loss: steps.append(loss))
+        router, report = train_router(tasks, BYTES, args)
         assert isinstance(router, EncoderRouter)
         assert not router.training
         assert report.accuracy > 0.9
-        assert report.losses == steps
         assert report.num_parameters == sum(p.numel() for p in router.parameters())
         assert router.calibration.temperature == report.temperature
         right = [

@@ -1,7 +1,6 @@
 import csv
 import json
 from collections import Counter
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from dlp_lora import AdapterError, ModelError, TaskError, TrainingError
 from dlp_lora.bank.adapter_files import WEIGHTS_FILE
 from dlp_lora.bank.attach import linear_layers
 from dlp_lora.bank.check import check_adapters
+from dlp_lora.progress import OnProgress, Progress
 from dlp_lora.tasks import Example, Task
 from dlp_lora.training.adapters import (
     LOSS_FILE,
@@ -37,7 +37,7 @@ from dlp_lora.training.adapters import (
 from dlp_lora.training.args import PAPER, AdapterTrainingArgs
 from dlp_lora.training.base import load_base, model_hash, training_dtype
 from dlp_lora.training.batches import MIN_SHARED, answer_loss, micro_batches, shared_prefix
-from dlp_lora.training.loop import Progress, Run
+from dlp_lora.training.loop import Run
 
 TOKENIZER = byte_tokenizer()
 EOS_ID = 256
@@ -70,12 +70,12 @@ class KilledError(Exception):
     pass
 
 
-def kill_at(step: int) -> Callable[[Progress], None]:
-    def on_step(now: Progress) -> None:
-        if now.step == step:
+def kill_at(step: int) -> OnProgress:
+    def on_progress(now: Progress) -> None:
+        if now.done == step:
             raise KilledError
 
-    return on_step
+    return on_progress
 
 
 def train(out: Path, args: AdapterTrainingArgs = QUICK, **kwargs: Any) -> TrainedAdapter:
@@ -84,10 +84,13 @@ def train(out: Path, args: AdapterTrainingArgs = QUICK, **kwargs: Any) -> Traine
 
 def first_loss(task: Task, out: Path, *, prompt_format: Any = "plain") -> float:
     """The loss of the first step over all examples, when B is still zero: the base model's own."""
-    losses = []
-    args = replace(QUICK, prompt_format=prompt_format, batch_size=len(task.train))
-    train(out, args, task=task, on_step=lambda now: losses.append(now.loss))
-    return losses[0]
+    train(out, replace(QUICK, prompt_format=prompt_format, batch_size=len(task.train)), task=task)
+    return losses_of(out)[0]
+
+
+def losses_of(out: Path) -> list[float]:
+    """The losses of all steps, as they are written."""
+    return [float(line.split(",")[1]) for line in (out / "loss.csv").read_text().splitlines()[1:]]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -176,9 +179,9 @@ def test_an_answer_that_goes_on_learns_no_end(tmp_path: Path) -> None:
 
 
 def test_the_loss_falls_on_a_task_that_can_be_learned(tmp_path: Path) -> None:
-    losses: list[float] = []
     args = replace(QUICK, epochs=10, target_modules="all-linear")
-    trained = train(tmp_path / "toy", args, on_step=lambda now: losses.append(now.loss))
+    trained = train(tmp_path / "toy", args)
+    losses = losses_of(tmp_path / "toy")
     assert len(losses) == 40
     assert trained.final_loss < 0.5 * losses[0]
 
@@ -210,7 +213,7 @@ def test_a_run_killed_at_any_step_ends_in_the_same_weights_and_losses(
     train(tmp_path / "whole", args)
     for step in kills:
         with pytest.raises(KilledError):
-            train(tmp_path / "killed", args, on_step=kill_at(step))
+            train(tmp_path / "killed", args, on_progress=kill_at(step))
         torch.manual_seed(step)  # nothing may hang on the state of the generator
     train(tmp_path / "killed", args)
     whole, killed = (load_file(tmp_path / name / WEIGHTS_FILE) for name in ("whole", "killed"))
@@ -223,8 +226,8 @@ def test_a_run_killed_at_any_step_ends_in_the_same_weights_and_losses(
 def test_a_resumed_run_does_not_repeat_the_steps_before_its_checkpoint(tmp_path: Path) -> None:
     steps: list[int] = []
     with pytest.raises(KilledError):
-        train(tmp_path / "toy", on_step=kill_at(3))
-    train(tmp_path / "toy", on_step=lambda now: steps.append(now.step))
+        train(tmp_path / "toy", on_progress=kill_at(3))
+    train(tmp_path / "toy", on_progress=lambda now: steps.append(now.done))
     assert steps == [3, 4]
 
 
@@ -236,7 +239,12 @@ def test_a_run_of_more_epochs_branches_off_a_shorter_one_to_the_same_weights(tmp
     steps: list[int] = []
     for passes in (1, epochs):
         args = replace(STABLE, epochs=passes)
-        train(tmp_path / f"branch-{passes}", args, trunk=tmp_path / "trunk", on_step=lambda now: steps.append(now.step))
+        train(
+            tmp_path / f"branch-{passes}",
+            args,
+            trunk=tmp_path / "trunk",
+            on_progress=lambda now: steps.append(now.done),
+        )
     train(tmp_path / "alone", replace(STABLE, epochs=epochs))
     branch, alone = (load_file(tmp_path / name / WEIGHTS_FILE) for name in (f"branch-{epochs}", "alone"))
     assert all(torch.equal(branch[key], alone[key]) for key in alone)
@@ -266,7 +274,7 @@ def test_a_trunk_beyond_where_the_rate_falls_is_not_used(tmp_path: Path) -> None
 
 def test_a_checkpoint_of_other_settings_is_not_continued(tmp_path: Path) -> None:
     with pytest.raises(KilledError):
-        train(tmp_path / "toy", replace(QUICK, seed=1), on_step=kill_at(3))
+        train(tmp_path / "toy", replace(QUICK, seed=1), on_progress=kill_at(3))
     train(tmp_path / "toy")
     train(tmp_path / "fresh")
     toy_weights, fresh = (load_file(tmp_path / name / WEIGHTS_FILE) for name in ("toy", "fresh"))
@@ -275,7 +283,7 @@ def test_a_checkpoint_of_other_settings_is_not_continued(tmp_path: Path) -> None
 
 def test_a_finished_adapter_is_not_trained_again(tmp_path: Path) -> None:
     first = train(tmp_path / "toy")
-    again = train(tmp_path / "toy", on_step=kill_at(1))
+    again = train(tmp_path / "toy", on_progress=kill_at(1))
     assert again == replace(first, was_there=True)
 
 
@@ -331,9 +339,11 @@ def test_a_base_of_the_same_name_and_other_weights_is_another(tmp_path: Path) ->
 
 def test_a_checkpoint_of_other_weights_is_not_gone_on_with(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(KilledError):
-        train(tmp_path / "toy", on_step=kill_at(3))
+        train(tmp_path / "toy", on_progress=kill_at(3))
     seen: list[int] = []
-    train_adapter(other_weights(), TOKENIZER, toy(), tmp_path / "toy", QUICK, on_step=lambda now: seen.append(now.step))
+    train_adapter(
+        other_weights(), TOKENIZER, toy(), tmp_path / "toy", QUICK, on_progress=lambda now: seen.append(now.done)
+    )
     assert seen[0] == 1
     assert "holds a run with other settings or examples; this one starts at its first step" in caplog.text
 
@@ -342,7 +352,7 @@ def test_a_checkpoint_of_other_weights_is_not_gone_on_with(tmp_path: Path, caplo
 @pytest.mark.parametrize("damage", ["cut", "emptied", "gone"])
 def test_a_damaged_checkpoint_is_named_with_its_folder(tmp_path: Path, name: str, damage: str) -> None:
     with pytest.raises(KilledError):
-        train(tmp_path / "toy", on_step=kill_at(3))
+        train(tmp_path / "toy", on_progress=kill_at(3))
     file = tmp_path / ".toy.training" / name
     if damage == "gone":
         file.unlink()
@@ -385,7 +395,7 @@ def test_a_folder_of_something_else_is_never_replaced(tmp_path: Path, overwrite:
     data.parent.mkdir()
     data.write_text("{}")
     with pytest.raises(TrainingError, match="toy is there and is no adapter, and would be lost"):
-        train(tmp_path / "toy", overwrite=overwrite, on_step=kill_at(1))
+        train(tmp_path / "toy", overwrite=overwrite, on_progress=kill_at(1))
     assert data.read_text() == "{}"
 
 
@@ -456,9 +466,9 @@ def test_the_model_comes_back_as_it_was_given(
     model = lively_model().train(training)
     model.get_input_embeddings().requires_grad_(False)
     before = snapshot(model)
-    on_step = kill_at(2) if error is KilledError else lambda now: None
+    on_progress = kill_at(2) if error is KilledError else lambda now: None
     with pytest.raises(error) if error else nullcontext():
-        train_adapter(model, TOKENIZER, toy(), tmp_path / "toy", args, on_step=on_step)
+        train_adapter(model, TOKENIZER, toy(), tmp_path / "toy", args, on_progress=on_progress)
     after = snapshot(model)
     assert all(torch.equal(tensor, after[0][name]) for name, tensor in before[0].items())
     assert before[0].keys() == after[0].keys()
@@ -482,17 +492,17 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
 
 def test_the_records_say_how_the_adapter_was_trained(tmp_path: Path) -> None:
     seen: list[Progress] = []
-    trained = train(tmp_path / "toy", replace(QUICK, epochs=2), on_step=seen.append)
-    assert [(now.task, now.step, now.num_steps) for now in seen] == [("toy", i, 8) for i in range(1, 9)]
+    trained = train(tmp_path / "toy", replace(QUICK, epochs=2), on_progress=seen.append)
+    assert [(now.stage, now.done, now.total) for now in seen] == [("toy", i, 8) for i in range(1, 9)]
     record = json.loads((tmp_path / "toy" / TRAINING_FILE).read_text())
     assert record["num_examples"] == 14
     assert record["num_left_out"] == 0
     assert record["args"]["target_modules"] == ["q_proj", "k_proj", "v_proj", "o_proj"]
-    assert record["final_loss"] == trained.final_loss == pytest.approx(sum(now.loss for now in seen) / 8, abs=1e-5)
     rows = list(csv.DictReader((tmp_path / "toy" / LOSS_FILE).open()))
-    assert [(int(row["step"]), float(row["loss"])) for row in rows] == [
-        (now.step, pytest.approx(now.loss, abs=1e-5)) for now in seen
-    ]
+    losses = [float(row["loss"]) for row in rows]
+    assert record["final_loss"] == trained.final_loss == pytest.approx(sum(losses) / 8, abs=2e-5)
+    assert [int(row["step"]) for row in rows] == [now.done for now in seen]
+    assert [float(now.note.removeprefix("loss ")) for now in seen] == pytest.approx(losses, abs=1e-3)
 
 
 @pytest.mark.parametrize("num, batch_size", [(14, 4), (12, 4), (3, 8), (70, 4)])
@@ -601,7 +611,7 @@ def test_what_could_not_be_used_is_refused_before_the_training(tmp_path: Path) -
         args = replace(QUICK, target_modules="all-linear" if targets == ("all-linear",) else targets)
         before = {name: type(module) for name, module in model.named_modules()}
         try:
-            train_adapter(model, TOKENIZER, toy(), tmp_path / "out", args, on_step=steps.append)
+            train_adapter(model, TOKENIZER, toy(), tmp_path / "out", args, on_progress=steps.append)
         finally:
             assert not steps
             assert not (tmp_path / "out").exists()

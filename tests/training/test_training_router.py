@@ -11,6 +11,7 @@ from transformers import ByT5Tokenizer
 
 from conftest import byte_tokenizer
 from dlp_lora import Context, MiniMLP, RouterError, TrainingError
+from dlp_lora.progress import Progress
 from dlp_lora.tasks import Example, Task, compose
 from dlp_lora.training.contexts import MIX
 from dlp_lora.training.router import (
@@ -114,12 +115,10 @@ def test_another_seed_trains_another_router(trained: tuple[MiniMLP, RouterReport
 
 
 def test_every_step_is_told(trained: tuple[MiniMLP, RouterReport]) -> None:
-    seen: list[tuple[int, int, float]] = []
-    _, report = train_router(
-        TASKS, TOKENIZER, replace(ARGS, epochs=1), on_step=lambda step, num, loss: seen.append((step, num, loss))
-    )
-    assert [step for step, _, _ in seen] == list(range(1, seen[0][1] + 1))
-    assert [loss for _, _, loss in seen] == report.losses
+    seen: list[Progress] = []
+    _, report = train_router(TASKS, TOKENIZER, replace(ARGS, epochs=1), on_progress=seen.append)
+    num_steps = len(report.losses)
+    assert seen == [Progress("router", i + 1, num_steps, f"loss {loss:.3f}") for i, loss in enumerate(report.losses)]
 
 
 @pytest.mark.parametrize("num", [0, 1])

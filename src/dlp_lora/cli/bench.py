@@ -225,8 +225,8 @@ def _run(measure: Callable[..., dict[str, Any]], device: str, output: Output) ->
     choose_device(device)
     if output.plot is not None:
         check_plot(output.plot)
-    with progress() as on_round:
-        record = measure(on_round=on_round)
+    with progress() as show:
+        record = measure(on_progress=show)
     _show(record)
     if output.json_file is not None:
         output.json_file.parent.mkdir(parents=True, exist_ok=True)

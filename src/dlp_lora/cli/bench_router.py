@@ -61,7 +61,7 @@ def router(
     args = RouterBenchArgs(
         training=RouterTrainingArgs(seed=seed), **{key: value for key, value in given.items() if value is not None}
     )
-    with progress() as on_step:
+    with progress() as show:
         setting = Setting(
             read_data(data, names=words(tasks) if tasks else None),
             load_tokenizer(tokenizer or router_folder or base_model(model)),
@@ -70,7 +70,7 @@ def router(
             extra=read_data(extra) if extra else (),
             manifest=read_manifest(data),
             folder=work,
-            on_step=on_step,
+            on_progress=show,
         )
         record = bench_router(setting, only=words(only) if only else (), file=json_file, overwrite=overwrite)
     _show_router(record)

@@ -31,16 +31,12 @@ def demo(
 
     Example: `dlp-lora demo --out demo/`
     """
-    from dlp_lora.demo import DemoArgs, DemoEvent, run_demo
+    from dlp_lora.demo import DemoArgs, run_demo
 
     base = base_model(model)
     args = DemoArgs(seed=seed)
     with progress((*args.tasks, "router", "answers", "two questions")) as show:
-
-        def on_event(event: DemoEvent) -> None:
-            show(event.stage, event.done, event.total, event.note)
-
-        result = run_demo(base, out, args, on_event=on_event)
+        result = run_demo(base, out, args, on_progress=show)
     if as_json:
         print_json({**result.__dict__, "serial": result.serial.__dict__, "bundle": str(result.bundle)})
         return

@@ -26,11 +26,12 @@ from dlp_lora.cli.common import (
 from dlp_lora.cli.json_lines import print_json
 from dlp_lora.cli.options import whole_numbers, words
 from dlp_lora.cli.progress import SILENCE_S, bars, progress
+from dlp_lora.progress import Progress
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.progress import Progress as Bars
 
-    from dlp_lora.lab.reproduce import Estimate, Event
+    from dlp_lora.lab.reproduce import Estimate
 
 TasksOption = Annotated[str | None, typer.Option("--tasks", help="Task names or composite-n, comma-separated.")]
 LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Use so many examples of each task.")]
@@ -59,7 +60,7 @@ def reproduce(
     `dlp-lora reproduce --data data/ --out runs/first --limit 20 --tasks gsm8k,winowhy`
     """
     from dlp_lora.lab.evals.methods import METHODS
-    from dlp_lora.lab.reproduce import GROWING, LARGER, Estimate, ReproduceArgs, added, grown, steps
+    from dlp_lora.lab.reproduce import GROWING, Estimate, ReproduceArgs, added, grown, stages
     from dlp_lora.lab.reproduce import reproduce as run
     from dlp_lora.lab.reproduce.recipe import read_recipe, with_preset
     from dlp_lora.tasks.hub import read_data
@@ -87,12 +88,8 @@ def reproduce(
     examples = read_data(data, names=_names(tasks))
     infos = read_manifest(data)
     with bars() as shown_bars:
-        names = steps(examples, args)
-        rows = [(args.seeds[0], LARGER)] if larger else []
-        rows += [(seed, step) for seed in args.seeds for step in names]
-        estimate = Estimate(rows, tasks=[task.name for task in examples])
-        shown = _Shown(shown_bars, estimate, num_seeds=len(args.seeds))
-        record = run(base_model(model), examples, out, args, infos=infos, larger=larger, on_event=shown.show)
+        shown = _Shown(shown_bars, Estimate(stages(examples, args, larger=larger is not None)))
+        record = run(base_model(model), examples, out, args, infos=infos, larger=larger, on_progress=shown.show)
     result = json.loads(record.read_text())
     _say_left_out(result["left_out"], result["scores"], list(result["data"]["tasks"]))
     for step, count in result["serial_skipped"].items():
@@ -147,7 +144,7 @@ def evaluate(
     args = AnswerArgs(**settings)
     examples, infos = read_data(data, names=_names(tasks)), read_manifest(data)
     engine = open_engine(EngineOptions(bundle=bundle, model=model, device=device))
-    with progress() as on_batch:
+    with progress() as show:
         done = evaluate_bundle(
             engine,
             examples,
@@ -157,7 +154,7 @@ def evaluate(
             infos=infos,
             folder=out,
             teacher_forced=teacher_forced,
-            on_batch=on_batch,
+            on_progress=show,
         )
     for title, means in done.record["composites"].items():
         console.print(_table(title, means, done.record["composite_intervals"][title]))
@@ -172,32 +169,31 @@ class _Shown:
     Where nobody watches, as in a log file, a line a minute takes the place of the bars.
     """
 
-    def __init__(self, progress: "Progress", estimate: "Estimate", *, num_seeds: int) -> None:
-        self.progress, self.estimate, self.num_seeds = progress, estimate, num_seeds
-        self.everything = progress.add_task("all steps", total=len(estimate.steps), note="")
-        self.bar = progress.add_task("", total=None, note="", visible=False)
-        self.step, self.done, self.told_at = "", set[str](), time.monotonic()
+    def __init__(self, bars: "Bars", estimate: "Estimate") -> None:
+        self.bars, self.estimate = bars, estimate
+        self.everything = bars.add_task("all steps", total=len(estimate.stages), note="")
+        self.bar = bars.add_task("", total=None, note="", visible=False)
+        self.stage, self.done, self.told_at = "", set[str](), time.monotonic()
 
-    def show(self, now: "Event") -> None:
+    def show(self, now: Progress) -> None:
         """Takes in what the run says."""
         self.estimate.note(now)
-        step = now.step if self.num_seeds == 1 else f"{now.seed}: {now.step}"
-        if step != self.step:
-            self.step = step
-            self.progress.reset(self.bar, description=step, visible=True, note="")
-        self.progress.update(self.bar, completed=now.done, total=now.total, note=now.note)
-        self.progress.update(self.everything, completed=self.estimate.num_done, note=str(self.estimate))
-        if now.done >= now.total and step not in self.done:
-            self.done.add(step)
-            self._say(f"{step}: done", now.note)
+        if now.stage != self.stage:
+            self.stage = now.stage
+            self.bars.reset(self.bar, description=now.stage, visible=True, note="")
+        self.bars.update(self.bar, completed=now.done, total=now.total, note=now.note)
+        self.bars.update(self.everything, completed=self.estimate.num_done, note=str(self.estimate))
+        if now.done >= now.total and now.stage not in self.done:
+            self.done.add(now.stage)
+            self._say(f"{now.stage}: done", now.note)
         elif not stderr.is_terminal and time.monotonic() - self.told_at > SILENCE_S:
-            self._say(f"{step}: {now.done} of {now.total}", now.note)
+            self._say(f"{now.stage}: {now.done} of {now.total}", now.note)
 
     def _say(self, text: str, note: str) -> None:
         self.told_at = time.monotonic()
-        steps = f"{self.estimate.num_done} of {len(self.estimate.steps)} steps"
+        steps = f"{self.estimate.num_done} of {len(self.estimate.stages)} steps"
         line = ", ".join(filter(None, (text, note, steps, str(self.estimate))))
-        self.progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self.bars.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _names(tasks: str | None) -> list[str] | None:

@@ -44,7 +44,7 @@ def learning_curve(
     )
     examples = read_data(data, names=words(tasks))
     with progress() as show:
-        record = run(base_model(model), examples, out, args, infos=read_manifest(data), on_event=show)
+        record = run(base_model(model), examples, out, args, infos=read_manifest(data), on_progress=show)
     result = json.loads(record.read_text(encoding="utf-8"))
     say(f"wrote {record}")
     if as_json:

@@ -1,39 +1,34 @@
-"""Progress: how far the steps of a command are in, bars on a terminal out, or lines in a log file."""
+"""Progress: how far the stages of a command are in, bars on a terminal out, or lines in a log file."""
 
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
 from dlp_lora.cli.common import say, stderr
+from dlp_lora.progress import OnProgress, Progress
 
 SILENCE_S = 60.0  # after which a log file gets a line
 
 
-class Shown(Protocol):
-    """Takes in how far a step is: `done` of `total`, with a note."""
-
-    def __call__(self, step: str, done: int, total: int, note: str = "") -> None: ...
-
-
 @contextmanager
-def progress(steps: Sequence[str] = (), *, output: Console = stderr) -> Iterator[Shown]:
-    """Shows the progress of steps on standard error; those that are known beforehand have a bar from the start."""
+def progress(stages: Sequence[str] = (), *, output: Console = stderr) -> Iterator[OnProgress]:
+    """Shows the progress of stages on standard error; those that are known beforehand have a bar from the start."""
     if not output.is_terminal:
         yield Lines(output)
         return
     with bars(output) as shown:
-        tasks = {step: shown.add_task(step, total=None, start=False, note="") for step in steps}
+        tasks = {stage: shown.add_task(stage, total=None, start=False, note="") for stage in stages}
 
-        def show(step: str, done: int, total: int, note: str = "") -> None:
-            if step not in tasks:
-                tasks[step] = shown.add_task(step, total=total, note="")
-            shown.start_task(tasks[step])
-            shown.update(tasks[step], completed=done, total=total, note=note)
+        def show(now: Progress) -> None:
+            if now.stage not in tasks:
+                tasks[now.stage] = shown.add_task(now.stage, total=now.total, note="")
+            shown.start_task(tasks[now.stage])
+            shown.update(tasks[now.stage], completed=now.done, total=now.total, note=now.note)
 
         yield show
 
@@ -45,7 +40,7 @@ def bars(output: Console = stderr) -> RichProgress:
 
 
 def working(text: str) -> AbstractContextManager[Any]:
-    """Shows a step that has no count."""
+    """Shows a stage that has no count."""
     if stderr.is_terminal:
         return stderr.status(text)
     say(text)
@@ -53,7 +48,7 @@ def working(text: str) -> AbstractContextManager[Any]:
 
 
 class Lines:
-    """A line for each step that is done, and one a minute in between, for a log file or a pipe."""
+    """A line for each stage that is done, and one a minute in between, for a log file or a pipe."""
 
     def __init__(self, output: Console = stderr) -> None:
         self._output = output
@@ -61,17 +56,17 @@ class Lines:
         self._ended: set[str] = set()
         self._told_at = time.monotonic()
 
-    def __call__(self, step: str, done: int, total: int, note: str = "") -> None:
-        """Takes in how far a step is."""
-        now = time.monotonic()
-        began = self._began.setdefault(step, now)
-        if step in self._ended:
+    def __call__(self, now: Progress) -> None:
+        """Takes in how far a stage is."""
+        at = time.monotonic()
+        began = self._began.setdefault(now.stage, at)
+        if now.stage in self._ended:
             return
-        if done >= total:
-            self._ended.add(step)
-            self.say(f"{step}: done", note, f"{now - began:.0f} s" if now - began >= 1 else "")
-        elif now - self._told_at > SILENCE_S:
-            self.say(f"{step}: {done} of {total}", note)
+        if now.done >= now.total:
+            self._ended.add(now.stage)
+            self.say(f"{now.stage}: done", now.note, f"{at - began:.0f} s" if at - began >= 1 else "")
+        elif at - self._told_at > SILENCE_S:
+            self.say(f"{now.stage}: {now.done} of {now.total}", now.note)
 
     def say(self, *parts: Any) -> None:
         """Writes a line of the parts that are not empty."""

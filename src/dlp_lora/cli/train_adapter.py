@@ -11,6 +11,7 @@ from dlp_lora.cli.common import DataOption, JsonOption, ModelOption, OutOption, 
 from dlp_lora.cli.json_lines import print_json
 from dlp_lora.cli.options import json_object, with_options, words
 from dlp_lora.cli.progress import progress
+from dlp_lora.progress import Progress
 from dlp_lora.training.args import PRESETS, AdapterTrainingArgs
 
 TasksOption = Annotated[str | None, typer.Option("--tasks", help="Comma-separated task names. [default: all]")]
@@ -104,17 +105,14 @@ def _train_adapters(
     from dlp_lora.tasks.hub import read_data
     from dlp_lora.training import adapters
     from dlp_lora.training.base import load_base
-    from dlp_lora.training.loop import Progress
 
     tasks = read_data(data, names=names)
     base, tokenizer = load_base(base_model(model))
     with progress([task.name for task in tasks]) as show:
-
-        def on_step(now: Progress) -> None:
-            show(now.task, now.step, now.num_steps, f"loss {now.loss:.3f}")
-
-        for adapter in adapters.train_adapters(base, tokenizer, tasks, out, args, overwrite=overwrite, on_step=on_step):
+        for adapter in adapters.train_adapters(
+            base, tokenizer, tasks, out, args, overwrite=overwrite, on_progress=show
+        ):
             note = "there already" if adapter.was_there else f"{adapter.seconds:.0f} s, loss {adapter.final_loss:.3f}"
-            show(adapter.name, 1, 1, note)
+            show(Progress(adapter.name, 1, 1, note))
             if as_json:
                 print_json({**adapter.__dict__, "path": str(adapter.path)})

@@ -63,7 +63,7 @@ def train_router(
             examples,
             load_tokenizer(tokenizer or encoder or base_model(model)),
             args,
-            on_step=lambda step, num_steps, loss: show("router", step, num_steps, f"loss {loss:.3f}"),
+            on_progress=show,
         )
     router.save_pretrained(out)
     write_text(out / "report.json", json.dumps({**report.to_dict(), "environment": environment()}, indent=2) + "\n")

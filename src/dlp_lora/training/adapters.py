@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,11 +29,12 @@ from dlp_lora.bank.peft_names import lora_layers, placement
 from dlp_lora.engine.prompts import check_embedded, context_of
 from dlp_lora.errors import PromptError, TaskError, TrainingError
 from dlp_lora.files import name_of, recover_folder, replace_folder
+from dlp_lora.progress import OnProgress, unseen
 from dlp_lora.tasks.formats import encode_example
 from dlp_lora.tasks.task import Task
 from dlp_lora.training.args import AdapterTrainingArgs
 from dlp_lora.training.base import model_hash
-from dlp_lora.training.loop import Progress, Run, fit
+from dlp_lora.training.loop import Run, fit
 from dlp_lora.training.lora import compute_together
 from dlp_lora.training.passes import lean_passes
 
@@ -67,7 +68,7 @@ def train_adapter(
     *,
     overwrite: bool = False,
     trunk: str | Path | None = None,
-    on_step: Callable[[Progress], None] = lambda progress: None,
+    on_progress: OnProgress = unseen,
 ) -> TrainedAdapter:
     """Trains one LoRA on a task and writes it to the folder `out`; goes on where an interrupted run stopped.
 
@@ -103,12 +104,12 @@ def train_adapter(
         run = Run(peft_model, examples, args)
         run.resume(work, identity)
         if trunk is None:
-            fit(run, task.name, work, identity, on_step)
+            fit(run, task.name, work, identity, on_progress)
         else:
             shared = {**identity, "args": {**identity["args"], "epochs": None}}
             if run.step == 0:
                 run.resume(Path(trunk), shared, at_most=run.num_stable)
-            fit(run, task.name, work, identity, on_step, on_stable=partial(run.save, Path(trunk), shared))
+            fit(run, task.name, work, identity, on_progress, on_stable=partial(run.save, Path(trunk), shared))
         if strange := [name for name, parameter in run.parameters.items() if not parameter.isfinite().all()]:
             raise TrainingError(
                 f"{task.name}: the weights are not finite after the last step ({strange[0]}); lower the learning rate"
@@ -152,11 +153,13 @@ def train_adapters(
     args: AdapterTrainingArgs | None = None,
     *,
     overwrite: bool = False,
-    on_step: Callable[[Progress], None] = lambda progress: None,
+    on_progress: OnProgress = unseen,
 ) -> Iterator[TrainedAdapter]:
     """Trains one LoRA a task into folders of the tasks' names inside `out`, yielding each as it is finished."""
     for task in tasks:
-        yield train_adapter(model, tokenizer, task, Path(out) / task.name, args, overwrite=overwrite, on_step=on_step)
+        yield train_adapter(
+            model, tokenizer, task, Path(out) / task.name, args, overwrite=overwrite, on_progress=on_progress
+        )
 
 
 def _encode(

@@ -6,7 +6,6 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from dlp_lora.errors import TrainingError
 from dlp_lora.files import recover_folder, replace_folder, write_text
+from dlp_lora.progress import OnProgress, Progress
 from dlp_lora.training.args import AdapterTrainingArgs
 from dlp_lora.training.batches import answer_loss, bucketed, has_dropout, micro_batches
 from dlp_lora.training.memory import kept_memory
@@ -24,16 +24,6 @@ from dlp_lora.training.memory import kept_memory
 MAX_TOKENS = 2048  # of one pass; larger batches are summed up part by part
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """How far a training run is: `step` of `num_steps`, and the last batch's mean loss a token."""
-
-    task: str
-    step: int
-    num_steps: int
-    loss: float
 
 
 class Run:
@@ -130,7 +120,7 @@ def fit(
     task: str,
     work: Path,
     identity: dict[str, Any],
-    on_step: Callable[[Progress], None],
+    on_progress: OnProgress,
     *,
     on_stable: Callable[[], None] = lambda: None,
 ) -> None:
@@ -154,7 +144,7 @@ def fit(
                 raise TrainingError(f"{task}: the loss is {loss} at step {run.step}; lower the learning rate")
             run.losses.append(loss)
             run.seconds = time.perf_counter() - start
-            on_step(Progress(task=task, step=run.step, num_steps=run.num_steps, loss=loss))
+            on_progress(Progress(task, run.step, run.num_steps, f"loss {loss:.3f}"))
             if time.monotonic() - kept_at >= run.args.checkpoint_seconds and run.step < run.num_steps:
                 run.save(work, identity)
                 kept_at = time.monotonic()

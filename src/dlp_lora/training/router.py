@@ -7,7 +7,7 @@ may be: a temperature, and the logit of "none of them".
 import math
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from dlp_lora.errors import TrainingError
+from dlp_lora.progress import OnProgress, Progress, unseen
 from dlp_lora.router import Calibration, Context, Encoded, EncoderRouter, Measured, MiniMLP, MiniMLPConfig, TextEncoder
 from dlp_lora.router import load_tokenizer as load_tokenizer  # for those who train
 from dlp_lora.router.encoder import albert_config
@@ -123,7 +124,7 @@ def train_router(
     args: RouterTrainingArgs | None = None,
     config: MiniMLPConfig | None = None,
     *,
-    on_step: Callable[[int, int, float], None] = lambda step, num_steps, loss: None,
+    on_progress: OnProgress = unseen,
 ) -> tuple[TrainedRouter, RouterReport]:
     """Trains a router over the tasks, named after them, and measures it on their test prompts.
 
@@ -149,7 +150,7 @@ def train_router(
     train, held_out = _split(tasks, args.held_out, rng)
     samples = draw_contexts(train, args.epochs, args.mix, rng, at_least=args.draws)
     encoded = router.encode_all([sample.context for sample in samples])
-    losses = _fit(router, encoded, [sample.label for sample in samples], args, rng, on_step)
+    losses = _fit(router, encoded, [sample.label for sample in samples], args, rng, on_progress)
     router.eval()
     if isinstance(router, MiniMLP):
         router.memory = remember(router, train, args.memory, args.mix, rng)
@@ -213,7 +214,7 @@ def _fit(
     labels: Sequence[int],
     args: RouterTrainingArgs,
     rng: random.Random,
-    on_step: Callable[[int, int, float], None],
+    on_progress: OnProgress,
 ) -> list[float]:
     optimizers = _optimizers(router, args)
     rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
@@ -235,7 +236,7 @@ def _fit(
             optimizer.step()
         router.zero_grad()
         losses.append(loss.item())
-        on_step(step + 1, num_steps, losses[-1])
+        on_progress(Progress("router", step + 1, num_steps, f"loss {losses[-1]:.3f}"))
     return losses
 
 

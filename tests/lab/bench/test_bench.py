@@ -36,6 +36,7 @@ from dlp_lora.lab.bench.switch import SwitchArgs, bench_switch, context_at
 from dlp_lora.lab.bench.timing import interleave, interleave_steps
 from dlp_lora.lab.bench.train import TrainArgs, bench_train
 from dlp_lora.lab.records.environment import environment
+from dlp_lora.progress import Progress
 from dlp_lora.sentences import split
 from dlp_lora.tasks import Example, Task, write_task
 
@@ -93,10 +94,10 @@ def make_case(
 
 
 def test_every_variant_has_a_row_with_its_ratio_over_the_base(model: Path) -> None:
-    rounds: list[tuple[str, int, int]] = []
+    rounds: list[Progress] = []
     args = replace(SMALL, dtypes=("float32", "bfloat16"))
-    record = bench_decode(model, args, on_round=lambda *round_: rounds.append(round_))
-    assert rounds == [(f"decode, {dtype}", i, 2) for dtype in args.dtypes for i in range(3)]
+    record = bench_decode(model, args, on_progress=rounds.append)
+    assert rounds == [Progress(f"decode, {dtype}", i, 2) for dtype in args.dtypes for i in range(3)]
     names = ["base", "base again", "base, stacked", "dlp-lora, 2 of 3", "peft one adapter"]
     names += ["base, prepacked", "dlp-lora, prepacked, 2 of 3"]
     assert [(row["name"], row["dtype"]) for row in record["rows"]] == [(n, d) for d in args.dtypes for n in names]

@@ -503,7 +503,7 @@ def test_wrong_requests_are_refused_by_name() -> None:
 def test_a_trained_router_is_kept_and_read_again(tmp_path: Path) -> None:
     one = Setting(TASKS, TOKENIZER, ARGS, folder=tmp_path)
     steps: list[str] = []
-    again = Setting(TASKS, TOKENIZER, ARGS, folder=tmp_path, on_step=lambda what, *_: steps.append(what))
+    again = Setting(TASKS, TOKENIZER, ARGS, folder=tmp_path, on_progress=lambda now: steps.append(now.stage))
     assert again.key() == one.key()
     trained = one.main
     assert again.main.seconds == trained.seconds

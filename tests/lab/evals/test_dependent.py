@@ -13,6 +13,7 @@ from dlp_lora.lab.evals.dependent import (
     dependent_scores,
     dependent_task,
 )
+from dlp_lora.progress import Progress
 
 
 def test_prompts_are_different_of_all_kinds_in_turn_and_the_same_for_the_same_seed() -> None:
@@ -57,11 +58,9 @@ def test_an_answer_is_right_if_the_second_value_stands_behind_the_first(text: st
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_answers_every_prompt(make_engine: Callable[..., Engine], way: str) -> None:
     prompts, seen = dependent_prompts(5), list[Any]()
-    rows = answer_dependent(
-        make_engine(), way, prompts, max_new_tokens=4, batch_size=2, on_batch=lambda *now: seen.append(now)
-    )
+    rows = answer_dependent(make_engine(), way, prompts, max_new_tokens=4, batch_size=2, on_progress=seen.append)
     assert [row["kind"] for row in rows] == [each.kind for each in prompts]
-    assert seen == [(0, 5), (2, 5), (4, 5), (5, 5)]
+    assert seen == [Progress(way, done, 5) for done in (0, 2, 4, 5)]
     scores = dependent_scores(rows)
     assert set(scores) == {*(each.kind for each in prompts), "all"}
     assert scores["all"]["num_prompts"] == 5

@@ -11,6 +11,7 @@ from dlp_lora.cli.app import app
 from dlp_lora.errors import RecordError, TaskError
 from dlp_lora.lab.evals.answers import AnswerArgs
 from dlp_lora.lab.reproduce.curve import CurveArgs, held_out, learning_curve, points
+from dlp_lora.progress import Progress
 from dlp_lora.tasks import Example, Task, write_task
 from dlp_lora.training.args import AdapterTrainingArgs
 from runs import tasks
@@ -68,14 +69,14 @@ def test_a_killed_run_goes_on_to_the_same_record_and_other_settings_are_refused(
     whole = learning_curve(model, tasks(), tmp_path / "whole", ARGS)
     seen = 0
 
-    def kill(step: str, done: int, total: int, note: str) -> None:
+    def kill(now: Progress) -> None:
         nonlocal seen
         seen += 1
         if seen == 7:
             raise KilledError
 
     with pytest.raises(KilledError):
-        learning_curve(model, tasks(), tmp_path / "killed", ARGS, on_event=kill)
+        learning_curve(model, tasks(), tmp_path / "killed", ARGS, on_progress=kill)
     killed = learning_curve(model, tasks(), tmp_path / "killed", ARGS)
     assert measured(killed) == measured(whole)
     kinds = [(row["kind"], row["learning_rate"], row["epochs"]) for row in measured(whole)]

@@ -1,8 +1,22 @@
 """What a run says of the time that it still takes."""
 
-from dlp_lora.lab.reproduce import Estimate, Event
+from dlp_lora.lab.reproduce import Estimate, ReproduceArgs, stages
+from dlp_lora.progress import Progress
+from dlp_lora.tasks import Task
 
-STEPS = ["sums", "days", "lora-r64", "router", "answers: base", "answers: dlp", "serial-3"]
+TASKS = [Task(name=name, train=(), test=()) for name in ("sums", "days")]
+STAGES = stages(TASKS, ReproduceArgs(methods=("base", "lora-r64", "dlp"), teacher_forced=False, serial=(3,)))
+STEPS = [stage.name for stage in STAGES]
+
+
+def test_the_stages_of_a_run_are_named_and_those_of_several_seeds_numbered() -> None:
+    assert [
+        *("sums", "days", "lora-r64", "router"),
+        *("answers: base", "answers: lora-r64", "answers: dlp", "serial-3"),
+    ] == STEPS
+    two = stages(TASKS, ReproduceArgs(methods=("dlp",), teacher_forced=False, serial=(), seeds=(0, 1)), larger=True)
+    each = ("sums", "days", "router", "answers: dlp")
+    assert [stage.name for stage in two] == ["larger", *(f"{seed}: {name}" for seed in (0, 1) for name in each)]
 
 
 class Clock:
@@ -15,12 +29,12 @@ class Clock:
 
 def told(estimate: Estimate, clock: Clock, step: str, done: int, total: int, *, after: float) -> None:
     clock.now += after
-    estimate.note(Event(seed=0, step=step, done=done, total=total, note=""))
+    estimate.note(Progress(step, done, total))
 
 
 def make() -> tuple[Estimate, Clock]:
     clock = Clock()
-    return Estimate([(0, step) for step in STEPS], tasks=["sums", "days"], clock=clock), clock
+    return Estimate(STAGES, clock=clock), clock
 
 
 def test_steps_take_what_others_of_their_kind_took() -> None:

@@ -2,7 +2,6 @@ import json
 import random
 import runpy
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,8 +19,9 @@ from dlp_lora.lab.evals.methods import METHODS as METHODS_BY_NAME
 from dlp_lora.lab.evals.metrics import exact_match
 from dlp_lora.lab.evals.serial import SerialPrompt, generate_serial, serial_methods
 from dlp_lora.lab.report import write_report
-from dlp_lora.lab.reproduce import LARGER, Event, ReproduceArgs, reproduce, steps
+from dlp_lora.lab.reproduce import ReproduceArgs, reproduce, stages
 from dlp_lora.lab.reproduce.recipe import read_recipe, recipes
+from dlp_lora.progress import OnProgress, Progress
 from dlp_lora.router import load_tokenizer, router_hash
 from dlp_lora.tasks import Example
 from dlp_lora.tasks.manifest import TaskInfo
@@ -71,13 +71,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Event]]:
-    events: list[Event] = []
+def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Progress]]:
+    events: list[Progress] = []
     out = tmp_path_factory.mktemp("whole")
-    return reproduce(model, tasks(), out, SMALL, infos=INFOS, on_event=events.append), events
+    return reproduce(model, tasks(), out, SMALL, infos=INFOS, on_progress=events.append), events
 
 
-Whole = tuple[Path, list[Event]]
+Whole = tuple[Path, list[Progress]]
 
 
 def test_the_record_holds_every_method_task_and_metric(whole: Whole) -> None:
@@ -157,15 +157,15 @@ def test_answers_are_those_that_the_bundle_gives(model: Path, whole: Whole) -> N
         assert engine.generate(prompt, max_new_tokens=4, do_sample=False).text == rows["base", "colours", 0]
 
 
-def kill_at(number: int) -> Callable[[Event], None]:
-    seen: list[Event] = []
+def kill_at(number: int) -> OnProgress:
+    seen: list[Progress] = []
 
-    def on_event(event: Event) -> None:
+    def on_progress(event: Progress) -> None:
         seen.append(event)
         if len(seen) == number:
             raise KilledError
 
-    return on_event
+    return on_progress
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -176,7 +176,7 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_results(
     out = tmp_path / "run"
     for _ in range(3):
         try:
-            reproduce(model, tasks(), out, SMALL, infos=INFOS, on_event=kill_at(rng.randrange(1, len(whole[1]))))
+            reproduce(model, tasks(), out, SMALL, infos=INFOS, on_progress=kill_at(rng.randrange(1, len(whole[1]))))
         except KilledError:
             for file in (*out.rglob("answers/*.jsonl"), *out.rglob("teacher_forced/*.jsonl")):
                 # A kill may cut a line short.
@@ -260,13 +260,13 @@ def test_seeds_are_averaged_and_kept_apart(model: Path, tmp_path: Path) -> None:
 
 
 def test_the_steps_are_those_that_report_progress(whole: Whole) -> None:
-    assert {event.step for event in whole[1]} == set(steps(tasks(), SMALL))
+    assert {event.stage for event in whole[1]} == {stage.name for stage in stages(tasks(), SMALL)}
 
 
 def test_the_single_lora_needs_no_other_adapter_and_no_router(model: Path, tmp_path: Path, whole: Whole) -> None:
-    alone, events = replace(SMALL, methods=("lora-r64",), serial=()), list[Event]()
-    record = reproduce(model, tasks(), tmp_path / "run", alone, infos=INFOS, on_event=events.append)
-    assert {event.step for event in events} == set(steps(tasks(), alone))
+    alone, events = replace(SMALL, methods=("lora-r64",), serial=()), list[Progress]()
+    record = reproduce(model, tasks(), tmp_path / "run", alone, infos=INFOS, on_progress=events.append)
+    assert {event.stage for event in events} == {stage.name for stage in stages(tasks(), alone)}
     assert {folder.name for folder in (tmp_path / "run/seed-0").iterdir()} == {"lora-r64", "answers", "teacher_forced"}
     found, expected = read(record), read(whole[0])
     assert (found["router"], found["conversation"], found["training"]["adapters"]) == (None, None, {})
@@ -319,11 +319,11 @@ def test_a_larger_model_joins_a_finished_run_and_answers_without_adapters(
 ) -> None:
     out = tmp_path / whole[0].parent.name
     shutil.copytree(whole[0].parent, out)
-    events: list[Event] = []
-    record = read(reproduce(model, tasks(), out, SMALL, infos=INFOS, larger=model, on_event=events.append))
+    events: list[Progress] = []
+    record = read(reproduce(model, tasks(), out, SMALL, infos=INFOS, larger=model, on_progress=events.append))
     assert record["larger"]["model"] == "model"
     assert record["larger"]["scores"] == record["scores"]["base"]  # the base itself was given
-    assert {event.step for event in events if event.done < event.total} == {LARGER}
+    assert {event.stage for event in events if event.done < event.total} == {"larger"}
     assert {key: record[key] for key in ("scores", "serial")} == {
         key: read(whole[0])[key] for key in ("scores", "serial")
     }
@@ -351,7 +351,7 @@ def test_outputs_hold_the_runs_own_answers_serial_and_teacher_forced_ones_too(
         assert low <= mean <= high
     serial = [row for row in rows if row["part"] == "serial-2" and row["method"] == "dlp"]
     assert record["serial"]["serial-2"]["dlp"]["accuracy"] == np.mean([row["right"] for row in serial])
-    assert len([row for row in rows if row["part"] == LARGER and row["model"] == "model"]) == 7
+    assert len([row for row in rows if row["part"] == "larger" and row["model"] == "model"]) == 7
     assert read(reproduce(model, tasks(), out, SMALL, infos=INFOS))["larger"] == record["larger"]  # kept, once given
 
 
@@ -384,8 +384,8 @@ def test_a_run_grows_into_the_one_that_was_asked_for_at_once(model: Path, tmp_pa
 
 
 def test_the_single_lora_is_trained_for_its_method_only() -> None:
-    assert "lora-r64" in steps(tasks(), SMALL)
-    assert "lora-r64" not in steps(tasks(), replace(SMALL, methods=("base", "dlp")))
+    assert "lora-r64" in {stage.name for stage in stages(tasks(), SMALL)}
+    assert "lora-r64" not in {stage.name for stage in stages(tasks(), replace(SMALL, methods=("base", "dlp")))}
 
 
 def test_another_model_of_the_same_name_is_refused_and_a_run_without_its_hash_goes_on(

@@ -9,12 +9,13 @@ from typing import Annotated, Any
 from dlp_lora.engine.engine import Engine
 from dlp_lora.errors import DLPLoRAError
 from dlp_lora.lab.bench.agreement import Twin, check_paths
-from dlp_lora.lab.bench.case import Case, Row, quiet, run_cases
+from dlp_lora.lab.bench.case import Case, Row, run_cases
 from dlp_lora.lab.bench.decoding import DecodingArgs, decoding_rows
 from dlp_lora.lab.bench.memory import MB, growth_mb
 from dlp_lora.lab.bench.models import AGAIN, PEFT_ONE, base_model, engine_with, peft_one
-from dlp_lora.lab.bench.timing import BASE, OnRound, synchronise
+from dlp_lora.lab.bench.timing import BASE, synchronise
 from dlp_lora.policy import Mixture
+from dlp_lora.progress import OnProgress, unseen
 
 NUM_RECENT = 4  # mixtures that are in memory still, fused again to time a hit
 NUM_HITS = 48
@@ -29,7 +30,7 @@ class BankArgs(DecodingArgs):
     budget_mb: Annotated[float, "Megabytes of them that are kept in memory."] = 64.0
 
 
-def bench_bank(model: str | Path, args: BankArgs | None = None, *, on_round: OnRound = quiet) -> dict[str, Any]:
+def bench_bank(model: str | Path, args: BankArgs | None = None, *, on_progress: OnProgress = unseen) -> dict[str, Any]:
     """Measures banks of several sizes side by side; gives the record as JSON data.
 
     Raises:
@@ -61,7 +62,7 @@ def bench_bank(model: str | Path, args: BankArgs | None = None, *, on_round: OnR
         args,
         measure,
         num_adapters=max(args.sizes + args.on_disk),
-        on_round=on_round,
+        on_progress=on_progress,
         does_not_measure="trained adapters' answers, and disks: the files are in the system's cache",
     )
 

@@ -13,8 +13,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dlp_lora.lab.bench.memory import bandwidth_gb_s
 from dlp_lora.lab.bench.random_adapters import write_random_adapters
-from dlp_lora.lab.bench.timing import OnRound
 from dlp_lora.lab.records.environment import environment
+from dlp_lora.progress import OnProgress, unseen
 from dlp_lora.tasks import PROCEDURAL, procedural_task
 from dlp_lora.tasks.hub import read_data
 
@@ -32,10 +32,6 @@ MAX_PROMPTS = 64  # of a data folder
 
 Row = dict[str, Any]
 """One row of a benchmark's table, as JSON data."""
-
-
-def quiet(scenario: str, done: int, total: int) -> None:
-    """Tells nobody."""
 
 
 # The texts are the help of the command line's options.
@@ -97,7 +93,7 @@ class Case:
     adapters: Mapping[str, Path]
     texts: tuple[str, ...]
     bandwidth_gb_s: float
-    on_round: OnRound = quiet
+    on_progress: OnProgress = unseen
 
     @property
     def scenario(self) -> str:
@@ -142,7 +138,7 @@ def run_cases(
     measure: Callable[[Case], list[Row]],
     *,
     num_adapters: int,
-    on_round: OnRound,
+    on_progress: OnProgress,
     does_not_measure: str,
 ) -> dict[str, Any]:
     """Makes random adapters and measures a case for each precision; gives the record as JSON data."""
@@ -166,7 +162,7 @@ def run_cases(
                 adapters=adapters,
                 texts=texts,
                 bandwidth_gb_s=bandwidth,
-                on_round=on_round,
+                on_progress=on_progress,
             )
             rows += [{"name": row["name"], "dtype": dtype, **row} for row in measure(case)]
     found = record(benchmark, model, args, rows, bandwidth=bandwidth, does_not_measure=does_not_measure)

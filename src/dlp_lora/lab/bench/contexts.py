@@ -9,17 +9,18 @@ import torch
 from dlp_lora.engine.cache import cache_argument, cache_of
 from dlp_lora.engine.engine import Engine
 from dlp_lora.lab.bench.agreement import check_paths
-from dlp_lora.lab.bench.case import Case, Row, quiet, run_cases
+from dlp_lora.lab.bench.case import Case, Row, run_cases
 from dlp_lora.lab.bench.models import base_model, engine_with
 from dlp_lora.lab.bench.switch import SwitchArgs
-from dlp_lora.lab.bench.timing import OnRound, Run, interleave, synchronise
+from dlp_lora.lab.bench.timing import Run, interleave, synchronise
 from dlp_lora.policy import KVPolicy, Mixture
+from dlp_lora.progress import OnProgress, unseen
 
 SENTENCE = 25  # tokens
 PASSES_A_ROUND = 4
 
 
-def bench_contexts(model: str | Path, args: SwitchArgs, *, on_round: OnRound = quiet) -> dict[str, Any]:
+def bench_contexts(model: str | Path, args: SwitchArgs, *, on_progress: OnProgress = unseen) -> dict[str, Any]:
     """Measures a decoding step after each number of tokens: without a switch, and with one under each KV policy.
 
     Gives the record as JSON data.
@@ -39,7 +40,7 @@ def bench_contexts(model: str | Path, args: SwitchArgs, *, on_round: OnRound = q
             ids = case.long_prompts(1, length)["input_ids"]
             for way, policy in ways.items():
                 runs[f"{length} tokens, {way}"] = _steps(engine, ids, halves, policy)
-        times = interleave(runs, rounds=args.rounds, scenario=case.scenario, on_round=case.on_round)
+        times = interleave(runs, rounds=args.rounds, scenario=case.scenario, on_progress=case.on_progress)
         rows: list[Row] = []
         for length in args.context:
             token_ms = times.median(f"{length} tokens, no switch", "pass_ms")
@@ -63,7 +64,7 @@ def bench_contexts(model: str | Path, args: SwitchArgs, *, on_round: OnRound = q
         args,
         measure,
         num_adapters=2 * args.selected,
-        on_round=on_round,
+        on_progress=on_progress,
         does_not_measure="the router and the policy, which cost the same under each KV policy",
     )
 

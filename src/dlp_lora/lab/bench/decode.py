@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dlp_lora.lab.bench.agreement import Twin, check_paths
-from dlp_lora.lab.bench.case import Batch, Case, Dtypes, NewTokens, NumAdapters, Prepacked, Row, quiet, run_cases
+from dlp_lora.lab.bench.case import Batch, Case, Dtypes, NewTokens, NumAdapters, Prepacked, Row, run_cases
 from dlp_lora.lab.bench.decoding import DecodingArgs, decoding_rows
 from dlp_lora.lab.bench.models import (
     AGAIN,
@@ -24,7 +24,8 @@ from dlp_lora.lab.bench.models import (
     peft_one,
     stacked_base,
 )
-from dlp_lora.lab.bench.timing import BASE, OnRound
+from dlp_lora.lab.bench.timing import BASE
+from dlp_lora.progress import OnProgress, unseen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,9 @@ class DecodeArgs(DecodingArgs):
     prepacked: Prepacked = True
 
 
-def bench_decode(model: str | Path, args: DecodeArgs | None = None, *, on_round: OnRound = quiet) -> dict[str, Any]:
+def bench_decode(
+    model: str | Path, args: DecodeArgs | None = None, *, on_progress: OnProgress = unseen
+) -> dict[str, Any]:
     """Measures decoding; gives the record as JSON data.
 
     Raises:
@@ -80,6 +83,6 @@ def bench_decode(model: str | Path, args: DecodeArgs | None = None, *, on_round:
         args,
         measure,
         num_adapters=args.num_adapters,
-        on_round=on_round,
+        on_progress=on_progress,
         does_not_measure="prefill beyond the first token's time, trained adapters' answers",
     )

@@ -48,7 +48,7 @@ def decoding_rows(
     inputs = {name: [{**prompt, **(given or {}).get(name, {})} for prompt in prompts] for name in models}
     runs = {name: generation(model, inputs[name], new_tokens) for name, model in models.items()}
     memory = {name: memory_of(variants[name], partial(run, 0, lambda: None), case.device) for name, run in runs.items()}
-    times = interleave_steps(runs, rounds=rounds, scenario=case.scenario, on_round=case.on_round)
+    times = interleave_steps(runs, rounds=rounds, scenario=case.scenario, on_progress=case.on_progress)
     batch, read_gb = prompts[0]["input_ids"].shape[0], read_mb(models[BASE]) * MB / 1e9
     base = min((name for name in (BASE, AGAIN) if name in models), key=lambda name: times.median(name, "step_ms"))
     rows = {}

@@ -14,7 +14,7 @@ from transformers import StaticCache
 
 from dlp_lora.errors import DLPLoRAError
 from dlp_lora.lab.bench.agreement import Twin, check_paths
-from dlp_lora.lab.bench.case import Case, NumAdapters, Prepacked, Row, quiet, run_cases
+from dlp_lora.lab.bench.case import Case, NumAdapters, Prepacked, Row, run_cases
 from dlp_lora.lab.bench.decoding import DecodingArgs, decoding_rows, generation
 from dlp_lora.lab.bench.models import (
     AGAIN,
@@ -29,7 +29,8 @@ from dlp_lora.lab.bench.models import (
     peft_one,
     stacked_base,
 )
-from dlp_lora.lab.bench.timing import BASE, OnRound
+from dlp_lora.lab.bench.timing import BASE
+from dlp_lora.progress import OnProgress, unseen
 
 COMPILERS = ("g++", "clang++")
 
@@ -43,7 +44,9 @@ class PathsArgs(DecodingArgs):
     prepacked: Prepacked = True
 
 
-def bench_paths(model: str | Path, args: PathsArgs | None = None, *, on_round: OnRound = quiet) -> dict[str, Any]:
+def bench_paths(
+    model: str | Path, args: PathsArgs | None = None, *, on_progress: OnProgress = unseen
+) -> dict[str, Any]:
     """Measures decoding by every path; gives the record as JSON data.
 
     Raises:
@@ -102,6 +105,6 @@ def bench_paths(model: str | Path, args: PathsArgs | None = None, *, on_round: O
         args,
         measure,
         num_adapters=args.num_adapters,
-        on_round=on_round,
+        on_progress=on_progress,
         does_not_measure="compiling itself; prompts, which run uncompiled",
     )

@@ -14,7 +14,7 @@ from dlp_lora.bank.peft_format import read_adapter
 from dlp_lora.errors import DLPLoRAError
 from dlp_lora.lab.bench.agreement import Twin, check_paths
 from dlp_lora.lab.bench.baselines import attach_lora_switch, attach_meteora, attach_mola, attach_moral, attach_pesc
-from dlp_lora.lab.bench.case import Case, NumAdapters, Row, quiet, run_cases
+from dlp_lora.lab.bench.case import Case, NumAdapters, Row, run_cases
 from dlp_lora.lab.bench.decoding import DecodingArgs, decoding_rows
 from dlp_lora.lab.bench.models import (
     AGAIN,
@@ -27,7 +27,8 @@ from dlp_lora.lab.bench.models import (
     peft_one,
     stacked_base,
 )
-from dlp_lora.lab.bench.timing import BASE, OnRound
+from dlp_lora.lab.bench.timing import BASE
+from dlp_lora.progress import OnProgress, unseen
 
 OURS = "dlp-lora"
 PEFT_ACTIVE = "peft several active"
@@ -48,7 +49,9 @@ class PeersArgs(DecodingArgs):
             raise ValueError(f"no method {unknown[0]!r}; there are {', '.join(PEERS)}")
 
 
-def bench_peers(model: str | Path, args: PeersArgs | None = None, *, on_round: OnRound = quiet) -> dict[str, Any]:
+def bench_peers(
+    model: str | Path, args: PeersArgs | None = None, *, on_progress: OnProgress = unseen
+) -> dict[str, Any]:
     """Measures decoding by every method; gives the record as JSON data.
 
     Raises:
@@ -76,7 +79,7 @@ def bench_peers(model: str | Path, args: PeersArgs | None = None, *, on_round: O
         args,
         measure,
         num_adapters=args.num_adapters,
-        on_round=on_round,
+        on_progress=on_progress,
         does_not_measure="answers",
     )
 

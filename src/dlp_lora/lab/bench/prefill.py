@@ -22,7 +22,6 @@ from dlp_lora.lab.bench.case import (
     Prepacked,
     Rounds,
     Row,
-    quiet,
     run_cases,
 )
 from dlp_lora.lab.bench.memory import Memory, counted
@@ -36,7 +35,8 @@ from dlp_lora.lab.bench.models import (
     peft_one,
     with_gradients,
 )
-from dlp_lora.lab.bench.timing import BASE, OnRound, Run, interleave, synchronise
+from dlp_lora.lab.bench.timing import BASE, Run, interleave, synchronise
+from dlp_lora.progress import OnProgress, unseen
 from dlp_lora.router import MiniMLP
 
 CHECKED_LENGTH = 64  # tokens of the prompts on which paths are compared
@@ -54,7 +54,9 @@ class PrefillArgs(AdapterBenchArgs):
     prepacked: Prepacked = True
 
 
-def bench_prefill(model: str | Path, args: PrefillArgs | None = None, *, on_round: OnRound = quiet) -> dict[str, Any]:
+def bench_prefill(
+    model: str | Path, args: PrefillArgs | None = None, *, on_progress: OnProgress = unseen
+) -> dict[str, Any]:
     """Measures prefill; gives the record as JSON data.
 
     Raises:
@@ -110,7 +112,7 @@ def bench_prefill(model: str | Path, args: PrefillArgs | None = None, *, on_roun
         errors = {} if case.dtype == "float32" else _logit_errors(case, args, variants, checked, mixture, mixtures)
         memory: dict[str, Memory] = {}
         runs = {name: counted(name, v, run, memory, case.device) for name, (v, run) in variants.items()}
-        times = interleave(runs, rounds=args.rounds, scenario=case.scenario, on_round=case.on_round)
+        times = interleave(runs, rounds=args.rounds, scenario=case.scenario, on_progress=case.on_progress)
         return [
             {
                 "name": name,
@@ -129,7 +131,7 @@ def bench_prefill(model: str | Path, args: PrefillArgs | None = None, *, on_roun
         args,
         measure,
         num_adapters=args.num_adapters,
-        on_round=on_round,
+        on_progress=on_progress,
         does_not_measure="decoding; all weights ask for gradients, as frozen ones make the head slow on CPUs",
     )
 

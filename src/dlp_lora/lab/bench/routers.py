@@ -6,11 +6,12 @@ from statistics import median
 from typing import Any
 
 from dlp_lora.lab.bench.agreement import check_paths
-from dlp_lora.lab.bench.case import Case, NewTokens, NumAdapters, Row, quiet, run_cases
+from dlp_lora.lab.bench.case import Case, NewTokens, NumAdapters, Row, run_cases
 from dlp_lora.lab.bench.decoding import DecodingArgs, decoding_rows
 from dlp_lora.lab.bench.models import MakeRouter, albert, base_model, engine_with, mini_mlp
 from dlp_lora.lab.bench.switch import context_at, switch
-from dlp_lora.lab.bench.timing import BASE, OnRound
+from dlp_lora.lab.bench.timing import BASE
+from dlp_lora.progress import OnProgress, unseen
 
 ROUTERS: dict[str, MakeRouter] = {
     "dlp-lora, mini-MLP": mini_mlp,
@@ -27,7 +28,9 @@ class RoutersArgs(DecodingArgs):
     new_tokens: NewTokens = 64
 
 
-def bench_routers(model: str | Path, args: RoutersArgs | None = None, *, on_round: OnRound = quiet) -> dict[str, Any]:
+def bench_routers(
+    model: str | Path, args: RoutersArgs | None = None, *, on_progress: OnProgress = unseen
+) -> dict[str, Any]:
     """Measures decoding with each router; gives the record as JSON data.
 
     Raises:
@@ -60,6 +63,6 @@ def bench_routers(model: str | Path, args: RoutersArgs | None = None, *, on_roun
         args,
         measure,
         num_adapters=args.num_adapters,
-        on_round=on_round,
+        on_progress=on_progress,
         does_not_measure="how well routers choose: their weights are random, which cost what trained ones do",
     )

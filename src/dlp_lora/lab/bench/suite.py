@@ -46,7 +46,7 @@ def suite(
     threads: int | None = None,
     prompts: str | None = None,
 ) -> dict[str, Callable[..., dict[str, Any]]]:
-    """Gives the benchmarks ready to run, by the names of their records; each takes `on_round` and gives a record."""
+    """Gives the benchmarks ready to run, by the names of their records; each takes `on_progress` and gives a record."""
     how: dict[str, Any] = {"device": preset.device, "threads": threads}
     if rounds is not None:
         how["rounds"] = rounds

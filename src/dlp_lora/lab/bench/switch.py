@@ -11,11 +11,12 @@ from typing import Annotated, Any
 from dlp_lora.engine.engine import Engine
 from dlp_lora.errors import DLPLoRAError
 from dlp_lora.lab.bench.agreement import Twin, check_paths
-from dlp_lora.lab.bench.case import AdapterBenchArgs, Case, Row, quiet, run_cases
+from dlp_lora.lab.bench.case import AdapterBenchArgs, Case, Row, run_cases
 from dlp_lora.lab.bench.memory import growth_mb
 from dlp_lora.lab.bench.models import base_model, engine_with, peft_many
-from dlp_lora.lab.bench.timing import OnRound, Run, interleave, synchronise
+from dlp_lora.lab.bench.timing import Run, interleave, synchronise
 from dlp_lora.policy import Mixture, TopK
+from dlp_lora.progress import OnProgress, unseen
 from dlp_lora.router import Context
 
 PARTS = ("route_ms", "policy_ms", "fuse_ms", "switch_ms")
@@ -38,7 +39,9 @@ class SwitchArgs(AdapterBenchArgs):
             raise ValueError(f"a bank of {min(self.sizes)} has no other mixture of {self.selected}; give larger sizes")
 
 
-def bench_switch(model: str | Path, args: SwitchArgs | None = None, *, on_round: OnRound = quiet) -> dict[str, Any]:
+def bench_switch(
+    model: str | Path, args: SwitchArgs | None = None, *, on_progress: OnProgress = unseen
+) -> dict[str, Any]:
     """Measures switches; gives the record as JSON data.
 
     Raises:
@@ -59,7 +62,7 @@ def bench_switch(model: str | Path, args: SwitchArgs | None = None, *, on_round:
         theirs = {f"peft weighted, {k}": k for k in selected}
         runs: dict[str, Run] = {name: _ours(engine, case, k) for name, (engine, k) in ours.items()}
         runs |= {name: _theirs(peft, case.names[: args.selected + 1], k) for name, k in theirs.items()}
-        times = interleave(runs, rounds=args.rounds, scenario=case.scenario, on_round=case.on_round)
+        times = interleave(runs, rounds=args.rounds, scenario=case.scenario, on_progress=case.on_progress)
         rows = []
         for name, (engine, k) in ours.items():
             size = len(engine.bank)
@@ -77,7 +80,7 @@ def bench_switch(model: str | Path, args: SwitchArgs | None = None, *, on_round:
         args,
         measure,
         num_adapters=max(args.sizes),
-        on_round=on_round,
+        on_progress=on_progress,
         does_not_measure="PEFT's router, as it has none, and its deleting of the mixture before",
     )
 

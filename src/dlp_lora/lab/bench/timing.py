@@ -14,14 +14,14 @@ from statistics import median
 
 import torch
 
+from dlp_lora.progress import OnProgress, Progress, unseen
+
 BASE = "base"
 
 Run = Callable[[int], Mapping[str, float]]
 """Measures one round, of that number; gives milliseconds by quantity."""
 Stepwise = Callable[[int, Callable[[], None]], None]
 """Does one round, of that number, and calls what it is given after every step."""
-OnRound = Callable[[str, int, int], None]
-"""Told the scenario, the rounds done and all rounds."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def synchronise(device: torch.device) -> None:
 
 
 def interleave(
-    variants: Mapping[str, Run], *, rounds: int, scenario: str = "", on_round: OnRound = lambda *_: None
+    variants: Mapping[str, Run], *, rounds: int, scenario: str = "", on_progress: OnProgress = unseen
 ) -> Times:
     """Runs the variants in turn, `rounds` times after one round to warm up."""
     names = list(variants)
@@ -61,12 +61,12 @@ def interleave(
             for quantity, ms in variants[name](i).items():
                 if i > 0:
                     each[name].setdefault(quantity, []).append(ms)
-        on_round(scenario, i, rounds)
+        on_progress(Progress(scenario, i, rounds))
     return Times(each)
 
 
 def interleave_steps(
-    variants: Mapping[str, Stepwise], *, rounds: int, scenario: str = "", on_round: OnRound = lambda *_: None
+    variants: Mapping[str, Stepwise], *, rounds: int, scenario: str = "", on_progress: OnProgress = unseen
 ) -> Times:
     """Runs the variants side by side, one step of each in turn: `first_ms` is the first step, `step_ms` the mean of the
     others, `all_ms` the sum."""
@@ -80,7 +80,7 @@ def interleave_steps(
                 each[name]["first_ms"].append(first * 1e3)
                 each[name]["step_ms"].append(sum(others) / len(others) * 1e3)
                 each[name]["all_ms"].append((first + sum(others)) * 1e3)
-        on_round(scenario, i, rounds)
+        on_progress(Progress(scenario, i, rounds))
     return Times(each)
 
 

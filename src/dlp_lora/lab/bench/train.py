@@ -18,9 +18,10 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from dlp_lora.errors import DLPLoRAError, TaskError
-from dlp_lora.lab.bench.case import BenchArgs, Rounds, Row, begin, quiet, record
+from dlp_lora.lab.bench.case import BenchArgs, Rounds, Row, begin, record
 from dlp_lora.lab.bench.memory import Memory, bandwidth_gb_s, counted
-from dlp_lora.lab.bench.timing import OnRound, Run, interleave, synchronise
+from dlp_lora.lab.bench.timing import Run, interleave, synchronise
+from dlp_lora.progress import OnProgress, unseen
 from dlp_lora.tasks.formats import encode_example
 from dlp_lora.tasks.task import Task
 from dlp_lora.training.adapters import lora_config, train_adapter
@@ -50,7 +51,7 @@ class TrainArgs(BenchArgs):
 
 
 def bench_train(
-    model: str | Path, tasks: Sequence[Task], args: TrainArgs | None = None, *, on_round: OnRound = quiet
+    model: str | Path, tasks: Sequence[Task], args: TrainArgs | None = None, *, on_progress: OnProgress = unseen
 ) -> dict[str, Any]:
     """Trains the same LoRA on the same samples both ways, in turns; gives the record as JSON data.
 
@@ -65,7 +66,7 @@ def bench_train(
     base, plain = base.to(device), plain.to(device)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    rows = [row for task in tasks for row in _measure(base, plain, tokenizer, task, args, on_round)]
+    rows = [row for task in tasks for row in _measure(base, plain, tokenizer, task, args, on_progress)]
     found = record(
         "train",
         model,
@@ -78,7 +79,7 @@ def bench_train(
 
 
 def _measure(
-    base: Any, plain: Any, tokenizer: PreTrainedTokenizerBase, task: Task, args: TrainArgs, on_round: OnRound
+    base: Any, plain: Any, tokenizer: PreTrainedTokenizerBase, task: Task, args: TrainArgs, on_progress: OnProgress
 ) -> list[Row]:
     few, encoded = _short_enough(task, tokenizer, args)
     with tempfile.TemporaryDirectory() as folder:
@@ -90,7 +91,7 @@ def _measure(
             TRAINER: counted(TRAINER, plain, _timed(theirs, base.device), memory, base.device),
             OURS: counted(OURS, base, _timed(ours, base.device), memory, base.device),
         }
-        times = interleave(runs, rounds=args.rounds, scenario=f"train, {task.name}", on_round=on_round)
+        times = interleave(runs, rounds=args.rounds, scenario=f"train, {task.name}", on_progress=on_progress)
         before = _loss(base, encoded)
         losses = {name: _loss(base, encoded, path) for name, path in out.items()}
     _check_losses(losses, before, task.name)

@@ -8,7 +8,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -25,6 +25,7 @@ from dlp_lora.kept import keep_rows
 from dlp_lora.lab.evals.likelihood import choice_likelihoods
 from dlp_lora.lab.evals.methods import Key, Method
 from dlp_lora.policy import Mixture
+from dlp_lora.progress import OnProgress, unseen
 from dlp_lora.router import router_hash
 from dlp_lora.tasks.formats import as_prompt, encode_example
 from dlp_lora.tasks.task import Example, PromptFormat, Task
@@ -149,7 +150,7 @@ def answer_all(
     *,
     identity: Mapping[str, Any],
     known: Likelihoods | None = None,
-    on_batch: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: OnProgress = unseen,
 ) -> list[dict[str, Any]]:
     """Answers the batches into `file`, or goes on with it; gives all answers, in the batches' order.
 
@@ -163,7 +164,7 @@ def answer_all(
         {"method": method.name, "identity": "answers", **identity, "args": args.identity()},
         pooled,
         lambda batch: _answer(engine, method, batch, args, known or {}),
-        on_batch=on_batch,
+        on_progress=on_progress,
     )
 
 

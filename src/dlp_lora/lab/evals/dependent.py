@@ -15,6 +15,7 @@ import numpy as np
 from dlp_lora.engine.engine import Engine
 from dlp_lora.engine.trace import Generation
 from dlp_lora.lab.evals.metrics import bootstrap, contains, text_after
+from dlp_lora.progress import OnProgress, Progress, unseen
 from dlp_lora.tasks import Example, Task
 from dlp_lora.tasks.formats import as_prompt
 from dlp_lora.tasks.task import PromptFormat
@@ -213,7 +214,7 @@ def answer_dependent(
     max_new_tokens: int = 48,
     batch_size: int = 8,
     prompt_format: PromptFormat = "auto",
-    on_batch: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: OnProgress = unseen,
 ) -> list[dict[str, Any]]:
     """Answers prompts in one of the WAYS; a row a prompt: what was said, which values stand in it, in order, and time.
 
@@ -221,7 +222,7 @@ def answer_dependent(
     """
     rows: list[dict[str, Any]] = []
     for first in range(0, len(prompts), batch_size):
-        on_batch(first, len(prompts))
+        on_progress(Progress(way, first, len(prompts)))
         batch = prompts[first : first + batch_size]
         asked: list[Any] = [as_prompt(engine.tokenizer, each.prompt, prompt_format) for each in batch]
         start = time.perf_counter()
@@ -230,7 +231,7 @@ def answer_dependent(
         seconds = (time.perf_counter() - start) / len(batch)
         for each, answer in zip(batch, answers, strict=True):
             rows.append({"kind": each.kind, "text": answer.text, **_scored(each, answer), "seconds": round(seconds, 4)})
-    on_batch(len(prompts), len(prompts))
+    on_progress(Progress(way, len(prompts), len(prompts)))
     return rows
 
 

@@ -1,8 +1,7 @@
 """An evaluation: tasks' questions in, the answers of several methods and their scores out, each kept as it comes."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from dlp_lora.lab.evals.forced import Known, answer_forced, known_texts
 from dlp_lora.lab.evals.methods import Method
 from dlp_lora.lab.evals.record import compared, teacher_forced_scores, without_choices
 from dlp_lora.lab.evals.scores import tabulate
+from dlp_lora.progress import OnProgress, staged, unseen
 from dlp_lora.tasks import Task
 
 FREE, FORCED = "answers", "teacher-forced"
@@ -46,7 +46,7 @@ class Evaluation:
         folder: Path,
         *,
         forced: Collection[str] = (),
-        on_batch: Callable[[str, int, int], None] = lambda step, done, total: None,
+        on_progress: OnProgress = unseen,
     ) -> None:
         """Adds the answers of methods, or what is left of those kept in `folder`; along the gold ones for `forced`.
 
@@ -63,7 +63,7 @@ class Evaluation:
                 folder / "answers" / f"{method.name}.jsonl",
                 identity=identity_of(engine, self.tasks, method),
                 known=likelihoods,
-                on_batch=partial(on_batch, f"{FREE}: {method.name}"),
+                on_progress=staged(on_progress, f"{FREE}: {method.name}"),
             )
             likelihoods |= known_likelihoods(rows)
         texts: Known = {}
@@ -76,7 +76,7 @@ class Evaluation:
                 folder / "teacher_forced" / f"{method.name}.jsonl",
                 identity=identity_of(engine, self.tasks, method),
                 known=texts,
-                on_batch=partial(on_batch, f"{FORCED}: {method.name}"),
+                on_progress=staged(on_progress, f"{FORCED}: {method.name}"),
             )
             texts |= known_texts(rows)
 

@@ -3,7 +3,7 @@
 The likeliest token at each place of the gold answer, with the gold tokens before it given, taken for an answer.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from dlp_lora.lab.evals.answers import AnswerArgs, Question, encoded, rounded
 from dlp_lora.lab.evals.likelihood import teacher_forced
 from dlp_lora.lab.evals.methods import Method
 from dlp_lora.policy import Mixture
+from dlp_lora.progress import OnProgress, unseen
 
 Known = dict[tuple[str, int, Mixture], str]
 """Texts by task, place in it, and mixture, its weights to four digits."""
@@ -27,7 +28,7 @@ def answer_forced(
     *,
     identity: Mapping[str, Any],
     known: Known | None = None,
-    on_batch: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: OnProgress = unseen,
 ) -> list[dict[str, Any]]:
     """Answers the batches into `file`, or goes on with it; what was kept under other settings is replaced.
 
@@ -50,7 +51,7 @@ def answer_forced(
         return rows
 
     data = {"method": method.name, "identity": "teacher-forced", **identity, "args": args.identity()}
-    return keep_rows(file, data, pooled, answer, replace=True, on_batch=on_batch)
+    return keep_rows(file, data, pooled, answer, replace=True, on_progress=on_progress)
 
 
 def known_texts(rows: Sequence[Mapping[str, Any]]) -> Known:

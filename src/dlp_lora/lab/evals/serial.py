@@ -9,7 +9,7 @@ import math
 import random
 import time
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
@@ -28,6 +28,7 @@ from dlp_lora.engine.trace import Generation
 from dlp_lora.errors import TaskError
 from dlp_lora.lab.evals.metrics import exact_match
 from dlp_lora.policy import Mixture, Switching
+from dlp_lora.progress import OnProgress, Progress, unseen
 from dlp_lora.router import Context
 from dlp_lora.sentences import LineSegmenter
 from dlp_lora.tasks.formats import as_prompt, encode_example
@@ -124,7 +125,7 @@ def answer_serial(
     batch_size: int = 8,
     prompt_format: PromptFormat = "auto",
     chat_template_kwargs: Mapping[str, Any] | None = None,
-    on_batch: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: OnProgress = unseen,
 ) -> list[dict[str, Any]]:
     """Answers serial prompts; for each question: the line that was given, whether it is right, which adapter led.
 
@@ -132,7 +133,7 @@ def answer_serial(
     """
     rows: list[dict[str, Any]] = []
     for first in range(0, len(prompts), batch_size):
-        on_batch(first, len(prompts))
+        on_progress(Progress(method.name, first, len(prompts)))
         batch = prompts[first : first + batch_size]
         start = time.perf_counter()
         answers = generate_serial(

@@ -1,7 +1,7 @@
-"""What a run is asked to do, and what it says it is doing."""
+"""What a run is asked to do, and the stages in which it does that."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dlp_lora.lab.evals.answers import AnswerArgs
 from dlp_lora.lab.evals.evaluation import FORCED, FREE
@@ -46,25 +46,35 @@ class ReproduceArgs:
             raise ValueError("ReproduceArgs.seeds is empty; give at least one")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Event:
-    """What the run is doing: `done` of `total` in a step of a seed."""
+@dataclass(frozen=True)
+class Stage:
+    """A part of a run by the name in its progress: so much of a kind of work."""
 
-    seed: int
-    step: str
-    done: int
-    total: int
-    note: str = ""
+    name: str
+    kind: str
+    size: float = 1.0
 
 
-def steps(tasks: Sequence[Task], args: ReproduceArgs) -> list[str]:
-    """The steps of one seed, in order."""
+def stages(tasks: Sequence[Task], args: ReproduceArgs, *, larger: bool = False) -> list[Stage]:
+    """The stages of a run, in order; those of its seeds bear their numbers if there are several."""
     methods = methods_of(args)
-    single = [SINGLE] if METHODS[SINGLE] in methods else []
-    named = [f"{FREE}: {m.name}" for m in methods]
-    forced = [f"{FORCED}: {m.name}" for m in methods if args.teacher_forced and m.name in MAIN]
-    own, router = ([t.name for t in tasks], ["router"]) if needs_adapters(args) else ([], [])
-    return [*own, *single, *router, *named, *forced, *(f"serial-{n}" for n in args.serial)]
+    each = []
+    if needs_adapters(args):
+        each += [Stage(task.name, "adapter") for task in tasks]
+    if METHODS[SINGLE] in methods:
+        each.append(Stage(SINGLE, "adapter", len(tasks)))
+    if needs_adapters(args):
+        each.append(Stage("router", "router"))
+    each += [Stage(f"{FREE}: {m.name}", FREE) for m in methods]
+    each += [Stage(f"{FORCED}: {m.name}", FORCED) for m in methods if args.teacher_forced and m.name in MAIN]
+    each += [Stage(f"serial-{n}", "serial") for n in args.serial]
+    seeds = [replace(stage, name=stage_name(args, seed, stage.name)) for seed in args.seeds for stage in each]
+    return [*([Stage(LARGER, LARGER)] if larger else []), *seeds]
+
+
+def stage_name(args: ReproduceArgs, seed: int, name: str) -> str:
+    """What a stage of a seed is called."""
+    return name if len(args.seeds) == 1 else f"{seed}: {name}"
 
 
 def needs_adapters(args: ReproduceArgs) -> bool:

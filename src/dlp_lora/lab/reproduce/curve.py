@@ -6,7 +6,7 @@ each branches off it and lets its rate fall. A branch ends in the very weights o
 
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,13 @@ from dlp_lora.lab.evals.methods import METHODS, SINGLE
 from dlp_lora.lab.evals.metrics import check_scoring
 from dlp_lora.lab.reproduce.environments import Environments
 from dlp_lora.lab.reproduce.settings import FORMAT, check_settings, keep_settings, kept_dtype
+from dlp_lora.progress import OnProgress, Progress, staged, unseen
 from dlp_lora.tasks import Task
 from dlp_lora.tasks.manifest import TaskInfo, kind_of
 from dlp_lora.tasks.task import same_prompt
 from dlp_lora.training.adapters import train_adapter
 from dlp_lora.training.args import AdapterTrainingArgs
 from dlp_lora.training.base import load_base, model_hash
-from dlp_lora.training.loop import Progress
 
 OWN = "own"
 
@@ -92,7 +92,7 @@ def learning_curve(
     args: CurveArgs | None = None,
     *,
     infos: Mapping[str, TaskInfo] | None = None,
-    on_event: Callable[[str, int, int, str], None] = lambda step, done, total, note: None,
+    on_progress: OnProgress = unseen,
 ) -> Path:
     """Trains and answers every point into the folder `out`, or goes on with it; gives the record's path.
 
@@ -116,7 +116,7 @@ def learning_curve(
     environments = Environments(out)
     rows = []
     for point in points(args):
-        rows.append(_measure(base, tokenizer, tasks, kinds, out, point, args, on_event))
+        rows.append(_measure(base, tokenizer, tasks, kinds, out, point, args, on_progress))
         environments.keep()
         record = {**settings, "kinds": kinds, **environments.summary(), "rows": rows}
         write_text(out / "record.json", json.dumps(record, indent=1) + "\n")
@@ -139,7 +139,7 @@ def _measure(
     out: Path,
     point: Point,
     args: CurveArgs,
-    on_event: Callable[[str, int, int, str], None],
+    on_progress: OnProgress,
 ) -> dict[str, Any]:
     folder = point.folder(out)
     training = replace(args.training, learning_rate=point.learning_rate, epochs=point.epochs)
@@ -149,11 +149,7 @@ def _measure(
         learned = [Task(name=SINGLE, train=tuple(e for task in tasks for e in task.train), test=())]
     trained = {}
     for task in learned:
-        step = f"{task.name}, {point.epochs} epochs at {point.learning_rate:g}"
-
-        def on_step(now: Progress, step: str = step) -> None:
-            on_event(step, now.step, now.num_steps, f"loss {now.loss:.3f}")
-
+        stage = f"{task.name}, {point.epochs} epochs at {point.learning_rate:g}"
         trained[task.name] = train_adapter(
             base,
             tokenizer,
@@ -161,15 +157,15 @@ def _measure(
             folder / "adapters" / task.name,
             training,
             trunk=folder.parent / f".{task.name}.trunk",
-            on_step=on_step,
+            on_progress=staged(on_progress, stage),
         )
-        on_event(step, 1, 1, "")
+        on_progress(Progress(stage, 1, 1))
     questions, _ = batches(base, tokenizer, list(tasks), args.answers)
     evaluation = Evaluation(tasks, kinds, questions, args.answers)
     method = METHODS[SINGLE if point.kind == SINGLE else "oracle"]
     engine = load(base, tokenizer=tokenizer, adapters={name: found.path for name, found in trained.items()})
     try:
-        evaluation.answer(engine, [method], folder, on_batch=lambda step, done, total: on_event(step, done, total, ""))
+        evaluation.answer(engine, [method], folder, on_progress=on_progress)
     finally:
         engine.detach()
     record = evaluation.record()

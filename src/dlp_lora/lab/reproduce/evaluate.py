@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from dlp_lora.lab.evals.methods import METHODS, Method
 from dlp_lora.lab.evals.metrics import bleu_signature, check_scoring
 from dlp_lora.lab.records.environment import environment
 from dlp_lora.lab.reproduce.settings import FORMAT
+from dlp_lora.progress import OnProgress, unseen
 from dlp_lora.tasks import Task, TaskInfo, kind_of
 
 
@@ -44,7 +45,7 @@ def evaluate_bundle(
     infos: Mapping[str, TaskInfo],
     folder: Path | None = None,
     teacher_forced: bool = False,
-    on_batch: Callable[[str, int, int], None] = lambda step, done, total: None,
+    on_progress: OnProgress = unseen,
 ) -> Evaluated:
     """Answers the tasks' test questions by several methods, and scores them.
 
@@ -66,7 +67,7 @@ def evaluate_bundle(
     identity = identity_of(engine, list(tasks), METHODS["dlp"])
     forced = [method.name for method in methods] if teacher_forced else []
     with tempfile.TemporaryDirectory() as scratch:
-        evaluation.answer(engine, methods, folder or Path(scratch), forced=forced, on_batch=on_batch)
+        evaluation.answer(engine, methods, folder or Path(scratch), forced=forced, on_progress=on_progress)
     record: dict[str, Any] = {
         "format": FORMAT,
         "bundle": name,

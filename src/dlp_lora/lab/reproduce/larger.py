@@ -1,6 +1,7 @@
 """Another model without adapters, to compare with (Table 5)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from dlp_lora.engine.engine import Engine
 from dlp_lora.lab.evals.answers import answer_all, batches, data_hash, seconds_of
 from dlp_lora.lab.evals.methods import METHODS
 from dlp_lora.lab.evals.scores import pooled, scores, tabulate
-from dlp_lora.lab.reproduce.args import LARGER, Event, ReproduceArgs
+from dlp_lora.lab.reproduce.args import LARGER, ReproduceArgs
+from dlp_lora.progress import OnProgress
 from dlp_lora.tasks import Task
 from dlp_lora.training.base import load_base, model_hash
 
@@ -24,7 +26,7 @@ def answer_plainly(
     kinds: Mapping[str, str],
     folder: Path,
     args: ReproduceArgs,
-    on_event: Callable[[Event], None],
+    on_progress: OnProgress,
 ) -> dict[str, Any]:
     """What a model without adapters answers."""
     name = Path(str(model)).name
@@ -38,9 +40,7 @@ def answer_plainly(
         args.answers,
         folder / f"{name}.jsonl",
         identity={"model": name, "model_hash": model_hash(base), "data": data_hash(tasks)},
-        on_batch=lambda done, total: on_event(
-            Event(seed=args.seeds[0], step=LARGER, done=done, total=total, note=name)
-        ),
+        on_progress=lambda now: on_progress(replace(now, stage=LARGER, note=name)),
     )
     table = tabulate(rows, {task.name: task for task in tasks}, kinds)
     pools = [pooled(table, [task for task in table if kinds[task] == kind])[1] for kind in ("mcq", "qa")]

@@ -6,7 +6,7 @@ is refused, and the difference is named.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ from dlp_lora.kept import read_kept, read_rows, write_outputs
 from dlp_lora.lab.evals.answers import batches
 from dlp_lora.lab.evals.metrics import check_scoring
 from dlp_lora.lab.evals.record import merged
-from dlp_lora.lab.reproduce.args import LARGER, Event, ReproduceArgs
+from dlp_lora.lab.reproduce.args import LARGER, ReproduceArgs
 from dlp_lora.lab.reproduce.environments import Environments
 from dlp_lora.lab.reproduce.larger import answer_plainly
 from dlp_lora.lab.reproduce.seed import Seed, Shared
 from dlp_lora.lab.reproduce.settings import check_settings, grown, keep_settings, kept_dtype, settings_of
+from dlp_lora.progress import OnProgress, Progress, unseen
 from dlp_lora.tasks import Task
 from dlp_lora.tasks.manifest import TaskInfo, kind_of
 from dlp_lora.tasks.task import same_prompt
@@ -40,7 +41,7 @@ def reproduce(
     *,
     infos: dict[str, TaskInfo] | None = None,
     larger: str | Path | None = None,
-    on_event: Callable[[Event], None] = lambda event: None,
+    on_progress: OnProgress = unseen,
 ) -> Path:
     """Runs everything into the folder `out`, or goes on with it; gives the record's path.
 
@@ -73,14 +74,14 @@ def reproduce(
     keep_settings(out, settings)
     environments = Environments(out)
 
-    def kept_event(event: Event) -> None:
+    def tell(now: Progress) -> None:
         environments.keep()
-        on_event(event)
+        on_progress(now)
 
     if larger is None:
         plain = _larger_before(out)
     else:
-        plain = answer_plainly(larger, base.dtype, tasks, kinds, out / LARGER, args, kept_event)
+        plain = answer_plainly(larger, base.dtype, tasks, kinds, out / LARGER, args, tell)
     shared = Shared(
         model=model,
         base=base,
@@ -90,7 +91,7 @@ def reproduce(
         args=args,
         questions=questions,
         left_out=left_out,
-        on_event=kept_event,
+        on_progress=tell,
     )
     runs = [Seed(shared, out / f"seed-{seed}", seed) for seed in args.seeds]
     records = [run.run() for run in runs]

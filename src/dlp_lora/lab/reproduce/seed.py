@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,13 +21,13 @@ from dlp_lora.lab.evals.methods import MAIN, METHODS, SINGLE, Method
 from dlp_lora.lab.evals.metrics import bleu_signature
 from dlp_lora.lab.evals.record import serial_scores
 from dlp_lora.lab.evals.serial import answer_serial, fitting, generate_serial, serial_methods, serial_prompts
-from dlp_lora.lab.reproduce.args import Event, ReproduceArgs, methods_of, needs_adapters
+from dlp_lora.lab.reproduce.args import ReproduceArgs, methods_of, needs_adapters, stage_name
 from dlp_lora.policy import TopP
+from dlp_lora.progress import OnProgress, Progress
 from dlp_lora.tasks import Task
 from dlp_lora.tasks.manifest import TaskInfo, kind_of
 from dlp_lora.training.adapters import train_adapter
 from dlp_lora.training.args import AdapterTrainingArgs
-from dlp_lora.training.loop import Progress
 from dlp_lora.training.router import load_tokenizer, train_router
 
 ROUTER_KEYS = ("accuracy", "ece", "num_parameters", "seconds", "temperature")  # of its report
@@ -46,7 +46,7 @@ class Shared:
     args: ReproduceArgs
     questions: Sequence[Sequence[Question]]
     left_out: Mapping[str, int]
-    on_event: Callable[[Event], None]
+    on_progress: OnProgress
 
 
 class Seed:
@@ -104,18 +104,15 @@ class Seed:
                 for row in rows:
                     yield {"seed": self.seed, "part": part, "method": method, **row}
 
-    def _event(self, step: str, done: int, total: int, note: str = "") -> None:
-        self.shared.on_event(Event(seed=self.seed, step=step, done=done, total=total, note=note))
+    def _tell(self, now: Progress) -> None:
+        self.shared.on_progress(replace(now, stage=stage_name(self.args, self.seed, now.stage)))
 
     def _adapter(self, task: Task, args: AdapterTrainingArgs, folder: Path) -> dict[str, Any]:
-        def on_step(now: Progress) -> None:
-            self._event(task.name, now.step, now.num_steps, f"loss {now.loss:.3f}")
-
         args = replace(args, seed=self.seed)
         trained = train_adapter(
-            self.shared.base, self.shared.tokenizer, task, folder / task.name, args, on_step=on_step
+            self.shared.base, self.shared.tokenizer, task, folder / task.name, args, on_progress=self._tell
         )
-        self._event(task.name, 1, 1, f"loss {trained.final_loss:.3f}")
+        self._tell(Progress(task.name, 1, 1, f"loss {trained.final_loss:.3f}"))
         return {
             "seconds": trained.seconds,
             "final_loss": trained.final_loss,
@@ -138,13 +135,13 @@ class Seed:
                 self.tasks,
                 load_tokenizer(str(self.shared.model)),
                 args,
-                on_step=lambda step, total, loss: self._event("router", step, total, f"loss {loss:.3f}"),
+                on_progress=self._tell,
             )
             router.save_pretrained(folder)
             write_text(file, json.dumps(report.to_dict(), indent=1) + "\n")
         load_router(folder)
         found = read_kept(file, "names", "confusion", *ROUTER_KEYS)
-        self._event("router", 1, 1, f"accuracy {found['accuracy']:.4f}")
+        self._tell(Progress("router", 1, 1, f"accuracy {found['accuracy']:.4f}"))
         confusion = {
             name: {other: n for other, n in zip(found["names"], row, strict=True) if n}
             for name, row in zip(found["names"], found["confusion"], strict=True)
@@ -169,7 +166,7 @@ class Seed:
     def _answer(self, engine: Engine, methods: Sequence[Method]) -> None:
         """The methods' answers, and the teacher-forced ones of the main methods."""
         forced = MAIN if self.args.teacher_forced else ()
-        self.evaluation.answer(engine, methods, self.folder, forced=forced, on_batch=self._event)
+        self.evaluation.answer(engine, methods, self.folder, forced=forced, on_progress=self._tell)
 
     def _answer_serial(self, engine: Engine, n: int) -> None:
         """Answers prompts of `n` questions by all methods, those that fit the context."""
@@ -178,7 +175,7 @@ class Seed:
         tasks = [task for task in self.tasks if self.kinds[task.name] == "mcq" and task.test]
         if len(tasks) < n:
             self._serial_skipped[step] = len(tasks)
-            self._event(step, 1, 1, f"skipped: of {n} tasks of choice there are {len(tasks)}")
+            self._tell(Progress(step, 1, 1, f"skipped: of {n} tasks of choice there are {len(tasks)}"))
         else:
             num_prompts = self.args.serial_prompts
             drawn = serial_prompts(tasks, n, num_prompts, seed=self.seed)
@@ -200,12 +197,12 @@ class Seed:
                 if method.name in found:
                     continue
 
-                def on_batch(done: int, total: int, i: int = i) -> None:
-                    self._event(step, i * total + done, len(methods) * total)
+                def tell(now: Progress, i: int = i) -> None:
+                    self._tell(Progress(step, i * now.total + now.done, len(methods) * now.total))
 
-                found[method.name] = {"rows": answer_serial(engine, method, prompts, on_batch=on_batch, **room)}
+                found[method.name] = {"rows": answer_serial(engine, method, prompts, on_progress=tell, **room)}
                 write_text(file, json.dumps({"identity": identity, "methods": found}, ensure_ascii=False) + "\n")
-            self._event(step, 1, 1)
+            self._tell(Progress(step, 1, 1))
         self._serial[step] = {name: own["rows"] for name, own in found.items()}
 
     def _conversation(self, engine: Engine) -> dict[str, Any] | None:

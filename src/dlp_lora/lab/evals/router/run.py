@@ -15,6 +15,7 @@ from dlp_lora.lab.evals.router.setting import Setting
 from dlp_lora.lab.evals.router.targets import judged
 from dlp_lora.lab.evals.router.untrained import untrained
 from dlp_lora.lab.records.environment import environment
+from dlp_lora.progress import Progress
 
 FORMAT = 1
 SCENARIOS: Mapping[str, Scenario] = {
@@ -59,7 +60,7 @@ def bench_router(
     for name in only or SCENARIOS:
         if name in record["scenarios"]:
             continue
-        setting.on_step(name, 0, 1)
+        setting.on_progress(Progress(name, 0, 1))
         start = time.perf_counter()
         found = SCENARIOS[name](setting)
         record["scenarios"][name] = {**found, "seconds": round(time.perf_counter() - start, 2)}
@@ -68,7 +69,7 @@ def bench_router(
         if file:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_text(file, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-        setting.on_step(name, 1, 1)
+        setting.on_progress(Progress(name, 1, 1))
     return record
 
 

@@ -33,6 +33,7 @@ from dlp_lora.lab.evals.router.measures import (
 from dlp_lora.lab.evals.router.samples import SMALL_TALK, Question, Walk, has_changed
 from dlp_lora.lab.evals.router.setting import Setting
 from dlp_lora.policy import Switching
+from dlp_lora.progress import Progress
 from dlp_lora.router import Context, Router
 from dlp_lora.router.questions import in_turn, questions_of
 from dlp_lora.sentences import split
@@ -270,7 +271,7 @@ def _cut(setting: Setting, contexts: Sequence[Context], tasks: Sequence[Sequence
         asked = [in_turn(context, (question,)) for question in questions if len(questions) > 1]
         fits.append(sum(row.values()))
         found.append([max(own, key=own.__getitem__) for own in (read(asked) if asked else [])])
-        setting.on_step("cut", i + 1, len(contexts))
+        setting.on_progress(Progress("cut", i + 1, len(contexts)))
     shares = {"routed_whole": np.mean(np.array(fits) > 0.5), "cut": np.mean([bool(own) for own in found])}
     if tasks:
         shares["exact"] = np.mean([own == list(truth) for own, truth in zip(found, tasks, strict=True)])

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ from dlp_lora.kept import read_kept
 from dlp_lora.lab.evals.answers import data_hash
 from dlp_lora.lab.evals.router.measures import Reading
 from dlp_lora.lab.evals.router.samples import Question, Sample, questions, whole
+from dlp_lora.progress import OnProgress, Progress, staged, unseen
 from dlp_lora.router import CONFIG_FILE, Router, router_hash
 from dlp_lora.tasks.manifest import TaskInfo, kind_of
 from dlp_lora.tasks.task import Task
@@ -27,9 +28,6 @@ from dlp_lora.training.router import RouterTrainingArgs, train_router
 
 BATCH = 128
 REPORT_FILE = "report.json"  # as train-router writes it
-
-OnStep = Callable[[str, int, int], None]
-"""Told what is being done, the steps done and all steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +89,7 @@ class Setting:
         extra: Sequence[Task] = (),
         manifest: Mapping[str, TaskInfo] | None = None,
         folder: Path | None = None,
-        on_step: OnStep = lambda *_: None,
+        on_progress: OnProgress = unseen,
     ) -> None:
         self.tasks = tuple(tasks)
         self.extra = tuple(task for task in extra if task.name not in {t.name for t in tasks})
@@ -101,7 +99,7 @@ class Setting:
         self.tokenizer = tokenizer
         self.args = args
         self.folder = folder
-        self.on_step = on_step
+        self.on_progress = on_progress
         self.given = router
         self._trained: dict[str, Trained] = {}
         if not self.asked:
@@ -160,7 +158,7 @@ class Setting:
             contexts = [sample.context for sample in samples[i : i + BATCH]]
             probabilities.append(router.probabilities(contexts))
             scores.append(probabilities[-1].amax(dim=1) if score is None else score(contexts))
-            self.on_step("route", min(i + BATCH, len(samples)), len(samples))
+            self.on_progress(Progress("route", min(i + BATCH, len(samples)), len(samples)))
         rows = torch.cat(probabilities).double().numpy()
         fits = rows.sum(axis=1)
         return Reading(
@@ -177,11 +175,9 @@ class Setting:
         return _hash(self.args, data_hash(self.tasks), data_hash(self.extra), self.tokenizer.to_str(), given)
 
     def _train(self, name: str, tasks: Sequence[Task], place: Path | None, key: str) -> Trained:
-        def on_step(step: int, num_steps: int, loss: float) -> None:
-            self.on_step(f"train {name}", step, num_steps)
-
         start = time.perf_counter()
-        router, _ = train_router(tasks, self.tokenizer, self.args.training, on_step=on_step)
+        told = staged(self.on_progress, f"train {name}")
+        router, _ = train_router(tasks, self.tokenizer, self.args.training, on_progress=told)
         seconds = round(time.perf_counter() - start, 2)
         if place:
             router.save_pretrained(place)

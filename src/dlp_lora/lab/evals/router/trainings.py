@@ -15,6 +15,7 @@ from dlp_lora.lab.evals.router.samples import Question, Sample, Walk
 from dlp_lora.lab.evals.router.scenarios import outside_of, sentence_ms, skipped
 from dlp_lora.lab.evals.router.setting import Setting
 from dlp_lora.lab.evals.router.synthetic import MAX_TASKS, synthetic_tasks
+from dlp_lora.progress import Progress
 from dlp_lora.router import MiniMLP, Router
 from dlp_lora.sentences import split
 from dlp_lora.tasks.task import Task
@@ -93,7 +94,7 @@ def ceilings(setting: Setting) -> dict[str, Any]:
     train = samples.questions(setting.tasks, train=True)
     found = {}
     for i, (kind, draw) in enumerate(_kinds(setting).items()):
-        setting.on_step("ceiling", i, len(_kinds(setting)))
+        setting.on_progress(Progress("ceiling", i, len(_kinds(setting))))
         learned = [sample for walk in draw(train, True) for sample in walk]
         learned = random.Random(setting.args.seed).sample(learned, min(MAX_LEARNED, len(learned)))
         found[kind] = _below(setting, setting.main.router, learned, draw(setting.asked, False))
@@ -197,7 +198,7 @@ def _extended(
     tries = [drawn[i : i + num_added] for i in range(0, len(drawn), num_added)]
     new, old, seconds, false = [], [], [], []
     for i, tasks in enumerate(tries):
-        setting.on_step(f"extension {base.name}", i, len(tries))
+        setting.on_progress(Progress(f"extension {base.name}", i, len(tries)))
         start = time.perf_counter()
         router = add_tasks(base.router, [_few(task, num_examples, rng) for task in tasks], seed=setting.args.seed)
         seconds.append(time.perf_counter() - start)

@@ -17,6 +17,7 @@ from dlp_lora.lab.evals.router.measures import rounded
 from dlp_lora.lab.evals.router.samples import Question, questions
 from dlp_lora.lab.evals.router.scenarios import skipped
 from dlp_lora.lab.evals.router.setting import Setting
+from dlp_lora.progress import Progress
 from dlp_lora.router.encoder import TextEncoder, default_encoder
 from dlp_lora.router.everyday import everyday_prompts
 from dlp_lora.router.prototypes import PrototypeRouter, embed
@@ -77,7 +78,7 @@ def _drawn(
     asked = questions(setting.tasks, limit=min(PROMPTS, setting.args.per_task))
     draws = []
     for draw in range(num_draws := setting.args.draws):
-        setting.on_step(f"untrained {name}", draw, num_draws)
+        setting.on_progress(Progress(f"untrained {name}", draw, num_draws))
         left = {task.name for task in rng.sample(setting.tasks, setting.args.left_out)}
         some = {name: own for name, own in texts.items() if name not in left}
         draws.append(_shares(some, asked, draw % 2, encoder, unit))
