@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dlp_lora.errors import DLPLoRAError
-from dlp_lora.files import write_text
+from dlp_lora.files import write_json
 from dlp_lora.kept import differences
 from dlp_lora.lab.evals.answers import data_hash
 from dlp_lora.lab.evals.record import compared, teacher_forced_scores
@@ -43,7 +43,7 @@ def main() -> None:
         parser.error(str(error))
     except KeyError as error:
         parser.error(f"a record has no {error}; it is of another version")
-    write_text(args.out, json.dumps(joint, indent=1) + "\n")
+    write_json(args.out, joint)
 
 
 def joined(runs: list[Path], data: str | Path) -> dict[str, Any]:

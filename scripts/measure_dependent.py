@@ -6,7 +6,6 @@ Interrupted, the same command goes on where it stopped.
 """
 
 import argparse
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from dlp_lora import TopP, load
 from dlp_lora.cli.progress import progress
 from dlp_lora.default_model import default_model
 from dlp_lora.demo import DemoArgs, with_serial
-from dlp_lora.files import write_text
+from dlp_lora.files import write_json
 from dlp_lora.lab.evals.answers import identity_of
 from dlp_lora.lab.evals.dependent import (
     KINDS,
@@ -33,7 +32,7 @@ from dlp_lora.tasks import procedural_task
 from dlp_lora.training.adapters import train_adapter
 from dlp_lora.training.base import load_base
 from dlp_lora.training.extend import remove_tasks
-from dlp_lora.training.router import RouterTrainingArgs, load_tokenizer, train_router
+from dlp_lora.training.router import REPORT_FILE, RouterTrainingArgs, load_tokenizer, train_router_into
 
 
 def main() -> None:
@@ -59,21 +58,20 @@ def main() -> None:
             )  # fmt: skip
             paths[task.name] = trained.path
         router = options.out / "router"
-        if not (router / "report.json").is_file():
-            made, report = train_router(
+        if not (router / REPORT_FILE).is_file():
+            train_router_into(
+                router,
                 [*single, two_steps],
                 load_tokenizer(str(default_model())),
                 RouterTrainingArgs(epochs=args.router_epochs, seed=args.seed),
                 on_progress=show,
             )
-            made.save_pretrained(router)
-            write_text(router / "report.json", json.dumps(report.to_dict(), indent=1) + "\n")
         all_tasks = MiniMLP.from_pretrained(router)
         learned = {example.prompt for example in two_steps.train}
         drawn = dependent_prompts(3 * options.prompts * len(KINDS), seed=2)
         fresh = [each for each in drawn if each.prompt not in learned]
         prompts = [each for kind in KINDS for each in [p for p in fresh if p.kind == kind][: options.prompts]]
-        record: dict[str, Any] = {"environment": environment(), "args": json.loads(json.dumps(asdict(args)))}
+        record: dict[str, Any] = {"environment": environment(), "args": asdict(args)}
         record["banks"] = {}
         banks = {"singles": remove_tasks(all_tasks, [two_steps.name]), "with two_steps": all_tasks}
         for bank, chosen in banks.items():
@@ -87,7 +85,7 @@ def main() -> None:
                 scores[way] = dependent_scores(rows)
             record["banks"][bank] = scores
             engine.detach()
-            write_text(options.json, json.dumps(record, indent=1) + "\n")
+            write_json(options.json, record)
 
 
 if __name__ == "__main__":

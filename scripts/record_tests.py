@@ -3,13 +3,12 @@
 python scripts/record_tests.py runs/tests.xml runs/tests.json
 """
 
-import json
 import sys
 from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree
 
-from dlp_lora.files import write_text
+from dlp_lora.files import write_json
 from dlp_lora.lab.records.environment import environment
 
 
@@ -31,7 +30,7 @@ def record(xml: Path) -> dict[str, object]:
 if __name__ == "__main__":
     source, target = map(Path, sys.argv[1:])
     found = record(source)
-    write_text(target, json.dumps(found, indent=2) + "\n")
+    write_json(target, found, indent=2)
     print(
         f"{found['passed']} passed, {len(found['failed'])} failed, {sum(found['skipped'].values())} skipped: {target}"
     )

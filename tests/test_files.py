@@ -1,11 +1,13 @@
 import errno
+import gzip
+import json
 import os
 import stat
 from pathlib import Path
 
 import pytest
 
-from dlp_lora.files import name_of, recover_folder, replace_file, replace_folder, write_text
+from dlp_lora.files import name_of, recover_folder, replace_file, replace_folder, write_lines, write_text
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -329,3 +331,19 @@ def test_a_file_that_is_not_written_to_its_end_leaves_the_one_before(tmp_path: P
     with pytest.raises(OSError, match="the disk is full"):
         write()
     assert contents(tmp_path) == {"record.json": "old"}
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+def test_lines_are_written_whole_or_not_at_all_and_compressed_by_name(tmp_path: Path, name: str) -> None:
+    file = tmp_path / name
+    write_lines(file, [{"text": "é\u2028"}, {"text": "\n"}])
+
+    def read() -> list[dict[str, str]]:
+        data = gzip.decompress(file.read_bytes()) if name.endswith("gz") else file.read_bytes()
+        return [json.loads(line) for line in data.decode().split("\n")[:-1]]
+
+    assert read() == [{"text": "é\u2028"}, {"text": "\n"}]
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        write_lines(file, [{"text": "new"}, {"text": object()}])
+    assert read()[0] == {"text": "é\u2028"}
+    assert [path.name for path in tmp_path.iterdir()] == [name]

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from dlp_lora.errors import RecordError
-from dlp_lora.kept import keep_rows, read_kept, read_kept_list, read_rows
+from dlp_lora.kept import Kept, keep_rows, read_kept, read_kept_list, read_rows
 
 
 @pytest.mark.parametrize("text", ['{"identity": {}, "met', "[1]", '"text"', "\0\0\0", '{"identity": {}}'])
@@ -34,3 +34,15 @@ def test_a_damaged_row_is_named_and_a_torn_last_one_is_computed_again(tmp_path: 
     for read in (lambda: keep_rows(file, {"model": "m"}, batches, compute), lambda: read_rows(file)):
         with pytest.raises(RecordError, match=r"rows\.jsonl:3 is damaged \(.*\); remove"):
             read()
+
+
+def test_values_are_there_again_for_the_same_identity_alone(tmp_path: Path) -> None:
+    file, identity = tmp_path / "shares.json", {"args": {"tasks": ("days", "sums")}}
+    kept = Kept(file, identity)
+    assert kept.values == {}
+    kept.put(shares={"keep": 0.5})
+    kept.put(seconds=3)
+    assert Kept(file, identity).values == {"shares": {"keep": 0.5}, "seconds": 3}
+    assert Kept(file, {"args": {"tasks": ["days"]}}).values == {}
+    file.write_text('{"shares": {}}')
+    assert Kept(file, identity).values == {}

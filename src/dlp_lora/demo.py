@@ -5,7 +5,6 @@ with the base model, each task's own adapter, and DLP-LoRA. Every step is kept o
 on where it was.
 """
 
-import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -17,8 +16,8 @@ from dlp_lora.bank.adapter_files import content_hash
 from dlp_lora.engine.engine import Engine
 from dlp_lora.engine.loading import load
 from dlp_lora.engine.trace import Sentence
-from dlp_lora.files import write_text
-from dlp_lora.kept import read_kept
+from dlp_lora.files import write_json
+from dlp_lora.kept import Kept
 from dlp_lora.lab.evals.metrics import contains
 from dlp_lora.lab.records.environment import environment
 from dlp_lora.policy import Mixture, TopP
@@ -29,7 +28,7 @@ from dlp_lora.training.adapters import TrainedAdapter, train_adapter
 from dlp_lora.training.args import AdapterTrainingArgs
 from dlp_lora.training.base import load_base
 from dlp_lora.training.contexts import MIX
-from dlp_lora.training.router import RouterTrainingArgs, load_tokenizer, train_router
+from dlp_lora.training.router import REPORT_FILE, RouterTrainingArgs, load_tokenizer, train_router_into
 
 Method = Literal["base", "base_chat", "own_adapter", "dlp"]
 METHODS: tuple[Method, ...] = ("base", "base_chat", "own_adapter", "dlp")
@@ -132,7 +131,7 @@ def run_demo(
         environment=environment(),
         bundle=out / "bundle",
     )
-    write_text(out / "demo.json", json.dumps({**asdict(result), "bundle": "bundle"}, indent=2, default=dict) + "\n")
+    write_json(out / "demo.json", {**asdict(result), "bundle": "bundle"}, indent=2)
     return result
 
 
@@ -157,29 +156,24 @@ def _router(
 ) -> dict[str, Any]:
     sizes = {"num_train": args.num_train + args.num_serial, "num_test": args.num_test, "epochs": args.router_epochs}
     identity = {"tasks": list(args.tasks), **sizes, "seed": args.seed, "data_seed": args.data_seed}
-    kept = read_kept(folder / "report.json")
-    if kept.get("identity") == identity:
+    kept = Kept(folder / REPORT_FILE, identity)
+    if kept.values:
         MiniMLP.from_pretrained(folder)
         on_progress(Progress("router", 1, 1, "there already"))
-        return kept
-    router, report = train_router(
-        tasks,
-        load_tokenizer(str(model)),
-        RouterTrainingArgs(epochs=args.router_epochs, mix={**MIX, "serial": 12.0}, seed=args.seed),
-        on_progress=on_progress,
+        return kept.values
+    training = RouterTrainingArgs(epochs=args.router_epochs, mix={**MIX, "serial": 12.0}, seed=args.seed)
+    about = {"identity": kept.identity}
+    report = train_router_into(
+        folder, tasks, load_tokenizer(str(model)), training, about=about, on_progress=on_progress
     )
-    router.save_pretrained(folder)
-    data = {"identity": identity, **report.to_dict()}
-    write_text(folder / "report.json", json.dumps(data, indent=2) + "\n")
-    return data
+    return report.to_dict()
 
 
 def _evaluate(
     engine: Engine, tasks: Sequence[Task], file: Path, args: DemoArgs, on_progress: OnProgress
 ) -> list[dict[str, Any]]:
-    identity = _identity(engine, args)
-    kept = read_kept(file, "identity", "answers")
-    records: list[dict[str, Any]] = kept["answers"] if kept.get("identity") == identity else []
+    kept = Kept(file, _identity(engine, args))
+    records: list[dict[str, Any]] = kept.values.get("answers", [])
     # The tasks are pooled, so that rows of one batch need different adapters and nobody says which.
     pooled = [(task.name, task.test[i]) for i in range(args.num_test) for task in tasks]
     on_progress(Progress("answers", len(records), len(pooled)))
@@ -192,7 +186,7 @@ def _evaluate(
             records.append(
                 {"task": name, "prompt": example.prompt, "answer": example.answer, "said": said, "right": right}
             )
-        write_text(file, json.dumps({"identity": identity, "answers": records}, indent=1) + "\n")
+        kept.put(answers=records)
         on_progress(Progress("answers", len(records), len(pooled)))
     return records
 
@@ -200,7 +194,7 @@ def _evaluate(
 def _identity(engine: Engine, args: DemoArgs) -> dict[str, Any]:
     hashes = {name: content_hash(adapter.path) for name, adapter in engine.bank.adapters.items()}
     router = engine.router and router_hash(engine.router)
-    return {"adapters": hashes, "router": router, "args": json.loads(json.dumps(asdict(args)))}
+    return {"adapters": hashes, "router": router, "args": asdict(args)}
 
 
 def _answers(engine: Engine, method: Method, batch: Sequence[tuple[str, Example]], args: DemoArgs) -> list[str]:
@@ -231,9 +225,8 @@ def _two_questions(engine: Engine, tasks: Sequence[Task], args: DemoArgs) -> Two
 def _pairs(
     engine: Engine, tasks: Sequence[Task], file: Path, args: DemoArgs, on_progress: OnProgress
 ) -> dict[str, dict[str, float]]:
-    identity = _identity(engine, args)
-    kept = read_kept(file, "identity", "shares")
-    found: dict[str, dict[str, float]] = kept["shares"] if kept.get("identity") == identity else {}
+    kept = Kept(file, _identity(engine, args))
+    found: dict[str, dict[str, float]] = kept.values.get("shares", {})
     asked = [
         (first, second, first.test[i % args.num_test], second.test[(i + 1) % args.num_test])
         for i in range(args.num_pairs)
@@ -246,7 +239,7 @@ def _pairs(
             answers = engine.generate(prompts, max_new_tokens=2 * args.max_new_tokens, do_sample=False)
         rows = [_scored(answer.trace, *pair) for answer, pair in zip(answers, asked, strict=True)]
         found[way] = {key: _share(row[key] for row in rows) for key in rows[0]}
-        write_text(file, json.dumps({"identity": identity, "shares": found}, indent=1) + "\n")
+        kept.put(shares=found)
         on_progress(Progress("two questions", len(found), len(WAYS)))
     return found
 

@@ -1,11 +1,12 @@
 """Folders and files that are written whole or not at all, and files that people write."""
 
 import errno
+import gzip
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,27 @@ def write_text(path: Path, text: str) -> None:
     """Writes a text file whole or not at all."""
     with replace_file(path) as aside:
         aside.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, data: Any, *, indent: int | None = 1) -> None:
+    """Writes a JSON file whole or not at all; mappings of any kind are objects."""
+    write_text(path, json.dumps(data, indent=indent, ensure_ascii=False, default=dict) + "\n")
+
+
+def write_lines(path: Path, rows: Iterable[Any]) -> None:
+    """Writes a JSON line for each row, all or nothing; compressed where the file's name ends in .gz."""
+    with replace_file(path) as aside, gzip.open(aside, "wb") if path.suffix == ".gz" else aside.open("wb") as lines:
+        lines.writelines(json_line(row) for row in rows)
+
+
+def json_line(row: Any) -> bytes:
+    """A row as one line of JSON."""
+    return (json.dumps(row, ensure_ascii=False) + "\n").encode()
+
+
+def as_json(data: Any) -> Any:
+    """The data as they are read once they have been written."""
+    return json.loads(json.dumps(data, default=dict))
 
 
 def parse_json(text: str) -> Any:

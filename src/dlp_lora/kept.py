@@ -3,14 +3,13 @@
 The first line of rows is their identity, all that they depend on: what was kept under another is never taken for them.
 """
 
-import gzip
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dlp_lora.errors import RecordError
-from dlp_lora.files import replace_file, write_text
+from dlp_lora.files import as_json, json_line, write_json, write_lines
 from dlp_lora.progress import OnProgress, Progress, unseen
 
 Row = dict[str, Any]
@@ -34,6 +33,25 @@ def read_kept_list(file: Path, *keys: str) -> list[dict[str, Any]]:
         return []
     found = read_json(file)
     return _objects(file, found if isinstance(found, list) else [found], keys)
+
+
+class Kept:
+    """Values by name in a JSON file, for all that they depend on, their identity: under another one there are none.
+
+    Raises:
+        RecordError: naming the file, if it is damaged.
+    """
+
+    def __init__(self, file: Path, identity: Any) -> None:
+        self.file, self.identity = file, as_json(identity)
+        before = read_kept(file)
+        is_same = not differences(before.pop("identity", None), self.identity)
+        self.values: dict[str, Any] = before if is_same else {}
+
+    def put(self, **values: Any) -> None:
+        """Adds values, or replaces those of the same names, and writes the file."""
+        self.values |= values
+        write_json(self.file, {"identity": self.identity, **self.values})
 
 
 def read_json(file: Path) -> Any:
@@ -71,7 +89,7 @@ def keep_rows(
     Raises:
         RecordError: if the file was begun under another identity, unless it may be replaced, or a line is damaged.
     """
-    rows = _resume(file, json.loads(json.dumps(identity)), batches, replace=replace)
+    rows = _resume(file, as_json(identity), batches, replace=replace)
     num_done = len(rows)
     done = 0
     for batch in batches:
@@ -80,8 +98,8 @@ def keep_rows(
             continue
         on_progress(Progress(file.stem, done - len(batch), sum(map(len, batches))))
         found = compute(batch)
-        with file.open("a", encoding="utf-8") as lines:
-            lines.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found))
+        with file.open("ab") as lines:
+            lines.write(b"".join(map(json_line, found)))
         rows += found
     on_progress(Progress(file.stem, done, done))
     return rows
@@ -94,12 +112,6 @@ def read_rows(file: Path) -> list[Row]:
         RecordError: naming the line, if another one is damaged.
     """
     return [row for row in _lines(file) if "identity" not in row] if file.is_file() else []
-
-
-def write_outputs(file: Path, rows: Iterable[Row]) -> None:
-    """Writes rows into a compressed file, all or nothing."""
-    with replace_file(file) as aside, gzip.open(aside, "wt", encoding="utf-8") as lines:
-        lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def differences(before: Any, now: Any, key: str = "") -> str:
@@ -130,8 +142,7 @@ def _resume(file: Path, identity: Row, batches: Sequence[Sequence[Any]], *, repl
             break
         whole += len(batch)
     rows = rows[:whole]
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [{"identity": identity}, *rows])
-    write_text(file, text)
+    write_lines(file, [{"identity": identity}, *rows])
     return rows
 
 

@@ -1,6 +1,5 @@
 """The bench commands."""
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +15,7 @@ from dlp_lora.bank.paths import Paths
 from dlp_lora.cli.common import DataOption, ModelOption, base_model, console, say
 from dlp_lora.cli.options import with_options, words
 from dlp_lora.cli.progress import progress
-from dlp_lora.files import write_text
+from dlp_lora.files import write_json
 from dlp_lora.lab.bench.bank import BankArgs, bench_bank
 from dlp_lora.lab.bench.contexts import bench_contexts
 from dlp_lora.lab.bench.decode import DecodeArgs, bench_decode
@@ -230,7 +229,7 @@ def _run(measure: Callable[..., dict[str, Any]], device: str, output: Output) ->
     _show(record)
     if output.json_file is not None:
         output.json_file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(output.json_file, json.dumps(record, indent=2) + "\n")
+        write_json(output.json_file, record, indent=2)
         say(f"wrote {output.json_file}")
     if output.plot is not None:
         plot(record, output.plot)

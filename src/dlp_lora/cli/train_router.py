@@ -1,6 +1,5 @@
 """Commands that make routers: train-router, router-from-descriptions, router-from-adapters."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,33 +44,32 @@ def train_router(
     Without task folders, see `router-from-descriptions` and `router-from-adapters`. Example:
     `dlp-lora train-router --data data/ --out router/`
     """
-    from dlp_lora.files import write_text
     from dlp_lora.lab.records.environment import environment
     from dlp_lora.router import CONFIG_FILE, load_tokenizer
     from dlp_lora.tasks.hub import read_data
-    from dlp_lora.training import router as training
+    from dlp_lora.training.router import REPORT_FILE, RouterTrainingArgs, train_router_into
 
     if encoder is not None and tokenizer is not None:
         raise ValueError("an encoder has its own tokenizer; leave --tokenizer or --encoder out")
     check_replaceable(out, CONFIG_FILE)
     options = {"kind": router_kind, "encoder": encoder, "epochs": epochs, "coverage": coverage, "seed": seed}
     settings: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    args = training.RouterTrainingArgs(**settings)
+    args = RouterTrainingArgs(**settings)
     examples = read_data(data, names=words(tasks) if tasks else None)
     with progress(["router"]) as show:
-        router, report = training.train_router(
+        report = train_router_into(
+            out,
             examples,
             load_tokenizer(tokenizer or encoder or base_model(model)),
             args,
+            about={"environment": environment()},
             on_progress=show,
         )
-    router.save_pretrained(out)
-    write_text(out / "report.json", json.dumps({**report.to_dict(), "environment": environment()}, indent=2) + "\n")
     if as_json:
         print_json(report.to_dict())
         return
     _show_report(report)
-    say(f"wrote {out} (the whole confusion table is in {out / 'report.json'})")
+    say(f"wrote {out} (the whole confusion table is in {out / REPORT_FILE})")
 
 
 def router_from_descriptions(

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dlp_lora.errors import TaskError
-from dlp_lora.files import name_of, parse_json, replace_file
+from dlp_lora.files import name_of, parse_json, write_lines
 from dlp_lora.tasks.task import Example, Task, same_prompt
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
@@ -73,7 +73,7 @@ def write_task(folder: str | Path, task: Task) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for split, examples in (("train", task.train), ("test", task.test)):
         if examples:
-            _write_lines(folder / f"{split}.jsonl", examples)
+            write_lines(folder / f"{split}.jsonl", (example.to_json() for example in examples))
         for stale in SUFFIXES[1:] if examples else SUFFIXES:
             (folder / f"{split}{stale}").unlink(missing_ok=True)
 
@@ -174,9 +174,3 @@ def _check_disjoint(
             f"({len(shared)} such test prompts); expected train and test to be disjoint; "
             "remove it from one of them"
         )
-
-
-def _write_lines(path: Path, examples: Iterable[Example]) -> None:
-    lines = (json.dumps(example.to_json(), ensure_ascii=False) + "\n" for example in examples)
-    with replace_file(path) as aside, aside.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(lines)

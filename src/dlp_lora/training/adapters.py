@@ -28,7 +28,7 @@ from dlp_lora.bank.base_layers import BaseLayers
 from dlp_lora.bank.peft_names import lora_layers, placement
 from dlp_lora.engine.prompts import check_embedded, context_of
 from dlp_lora.errors import PromptError, TaskError, TrainingError
-from dlp_lora.files import name_of, recover_folder, replace_folder
+from dlp_lora.files import name_of, recover_folder, replace_folder, write_json
 from dlp_lora.progress import OnProgress, unseen
 from dlp_lora.tasks.formats import encode_example
 from dlp_lora.tasks.task import Task
@@ -125,7 +125,7 @@ def train_adapter(
             run.model.save_pretrained(str(folder))
             (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
             (folder / LOSS_FILE).write_text(_loss_table(run))
-            (folder / TRAINING_FILE).write_text(json.dumps(record, indent=2) + "\n")
+            write_json(folder / TRAINING_FILE, record, indent=2)
         shutil.rmtree(work, ignore_errors=True)
     return _trained(task.name, out, record)
 

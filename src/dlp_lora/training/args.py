@@ -1,10 +1,10 @@
 """How an adapter is trained: this package's recipe and the paper's."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
+from dlp_lora.files import as_json
 from dlp_lora.tasks.task import PromptFormat
 
 Schedule = Literal["cosine", "constant", "warmup_stable_decay"]
@@ -48,7 +48,7 @@ class AdapterTrainingArgs:
 
     def identity(self) -> dict[str, Any]:
         """What the trained weights depend on, as JSON data."""
-        found: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        found: dict[str, Any] = as_json(asdict(self))
         del found["checkpoint_seconds"]
         if not self.chat_template_kwargs:  # as adapters of before have it
             del found["chat_template_kwargs"]

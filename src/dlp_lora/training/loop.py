@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dlp_lora.errors import TrainingError
-from dlp_lora.files import recover_folder, replace_folder, write_text
+from dlp_lora.files import recover_folder, replace_folder, write_json
 from dlp_lora.progress import OnProgress, Progress
 from dlp_lora.training.args import AdapterTrainingArgs
 from dlp_lora.training.batches import answer_loss, bucketed, has_dropout, micro_batches
@@ -62,7 +62,7 @@ class Run:
         with replace_folder(work) as folder:
             save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "state.safetensors")
             state = {"identity": identity, "losses": self.losses, "seconds": self.seconds}
-            write_text(folder / "state.json", json.dumps(state))
+            write_json(folder / "state.json", state)
 
     def resume(self, work: Path, identity: dict[str, Any], *, at_most: int | None = None) -> None:
         """Reads the checkpoint of the same run, if there is one, of `at_most` so many steps.

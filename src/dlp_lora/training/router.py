@@ -9,6 +9,7 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -18,6 +19,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from dlp_lora.errors import TrainingError
+from dlp_lora.files import write_json
 from dlp_lora.progress import OnProgress, Progress, unseen
 from dlp_lora.router import Calibration, Context, Encoded, EncoderRouter, Measured, MiniMLP, MiniMLPConfig, TextEncoder
 from dlp_lora.router import load_tokenizer as load_tokenizer  # for those who train
@@ -26,6 +28,7 @@ from dlp_lora.router.nearness import Nearness
 from dlp_lora.tasks.task import Example, Task
 from dlp_lora.training.contexts import GENERATION, KINDS, MIX, draw_contexts, routable
 
+REPORT_FILE = "report.json"
 NUM_BINS = 15
 RATES = ("learning_rate", "embedding_learning_rate", "encoder_learning_rate")
 MEDIAN_FIT = 0.999
@@ -160,6 +163,25 @@ def train_router(
     report = _report(router, tasks, held_out, seconds=seconds, losses=losses)
     router.measured = Measured(accuracy=report.accuracy, num_prompts=report.num_test, measured_on=report.measured_on)
     return router, report
+
+
+def train_router_into(
+    folder: str | Path,
+    tasks: Sequence[Task],
+    tokenizer: Tokenizer,
+    args: RouterTrainingArgs | None = None,
+    *,
+    about: Mapping[str, Any] | None = None,
+    on_progress: OnProgress = unseen,
+) -> RouterReport:
+    """Trains a router as `train_router` does, and writes it into a folder with the report beside it.
+
+    `about` is what else the report says.
+    """
+    router, report = train_router(tasks, tokenizer, args, on_progress=on_progress)
+    router.save_pretrained(folder)
+    write_json(Path(folder) / REPORT_FILE, {**report.to_dict(), **(about or {})}, indent=2)
+    return report
 
 
 def report_on(router: TrainedRouter, tasks: Sequence[Task]) -> RouterReport:

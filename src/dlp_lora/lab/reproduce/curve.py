@@ -4,7 +4,6 @@ Nothing here reads a test question. With the schedule warmup_stable_decay one ru
 each branches off it and lets its rate fall. A branch ends in the very weights of a run of its own.
 """
 
-import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dlp_lora.engine.loading import load
 from dlp_lora.errors import TaskError
-from dlp_lora.files import write_text
+from dlp_lora.files import as_json, write_json
 from dlp_lora.lab.evals.answers import AnswerArgs, batches, data_hash
 from dlp_lora.lab.evals.evaluation import Evaluation
 from dlp_lora.lab.evals.methods import METHODS, SINGLE
@@ -107,7 +106,7 @@ def learning_curve(
     kinds = {task.name: kind_of(task, infos) for task in tasks}
     check_scoring(kinds.values())
     kept = {**asdict(args), "training": args.training.identity()}
-    settings = {"format": FORMAT, "model": Path(str(model)).name, "data": data_hash(tasks), "args": _json(kept)}
+    settings = {"format": FORMAT, "model": Path(str(model)).name, "data": data_hash(tasks), "args": as_json(kept)}
     check_settings(out, settings)
     base, tokenizer = load_base(model, dtype=kept_dtype(out))
     settings |= {"model_hash": model_hash(base), "dtype": str(base.dtype).removeprefix("torch.")}
@@ -119,7 +118,7 @@ def learning_curve(
         rows.append(_measure(base, tokenizer, tasks, kinds, out, point, args, on_progress))
         environments.keep()
         record = {**settings, "kinds": kinds, **environments.summary(), "rows": rows}
-        write_text(out / "record.json", json.dumps(record, indent=1) + "\n")
+        write_json(out / "record.json", record)
     return out / "record.json"
 
 
@@ -182,7 +181,3 @@ def _measure(
 def _main(scores: Mapping[str, float]) -> float:
     """Accuracy where the task is of choice, and ROUGE-L elsewhere."""
     return scores["accuracy"] if "accuracy" in scores else scores["rougeL"]
-
-
-def _json(data: Any) -> Any:
-    return json.loads(json.dumps(data))

@@ -1,12 +1,11 @@
 """What a run was made on: it may be begun on one machine, be killed there, and be finished on another one."""
 
-import json
 import resource
 import sys
 from pathlib import Path
 from typing import Any
 
-from dlp_lora.files import write_text
+from dlp_lora.files import write_json
 from dlp_lora.kept import read_kept_list
 from dlp_lora.lab.records.environment import environment
 
@@ -28,7 +27,7 @@ class Environments:
         peak_mb = _peak_memory_mb()
         if peak_mb > 1.01 * self._peak_mb or not self._file.is_file():
             self._peak_mb = max(peak_mb, self._peak_mb)
-            write_text(self._file, json.dumps(self._all(), indent=1) + "\n")
+            write_json(self._file, self._all())
 
     def summary(self) -> dict[str, Any]:
         """The environment of this process, all of the run with this one first, and the most memory of any process."""

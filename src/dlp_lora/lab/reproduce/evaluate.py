@@ -1,6 +1,5 @@
 """Evaluation of one engine: a bundle's engine, tasks and methods in, a record like a run's and every answer out."""
 
-import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -8,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dlp_lora.engine.engine import Engine
-from dlp_lora.files import write_text
-from dlp_lora.kept import write_outputs
+from dlp_lora.files import write_json, write_lines
 from dlp_lora.lab.evals.answers import AnswerArgs, batches, data_hash, identity_of
 from dlp_lora.lab.evals.evaluation import Evaluation
 from dlp_lora.lab.evals.methods import METHODS, Method
@@ -30,8 +28,8 @@ class Evaluated:
     def write(self, file: Path) -> Path:
         """Writes the record to a file, and the answers beside it; gives the file of the answers."""
         answers = file.with_name(f"{file.stem}.outputs.jsonl.gz")
-        write_outputs(answers, self.outputs)
-        write_text(file, json.dumps({**self.record, "outputs": answers.name}, indent=1) + "\n")
+        write_lines(answers, self.outputs)
+        write_json(file, {**self.record, "outputs": answers.name})
         return answers
 
 

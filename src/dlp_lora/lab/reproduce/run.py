@@ -5,15 +5,14 @@ results. Methods, seeds, lengths of serial prompts and a larger model may be add
 is refused, and the difference is named.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dlp_lora.errors import TaskError
-from dlp_lora.files import write_text
-from dlp_lora.kept import read_kept, read_rows, write_outputs
+from dlp_lora.files import write_json, write_lines
+from dlp_lora.kept import read_kept, read_rows
 from dlp_lora.lab.evals.answers import batches
 from dlp_lora.lab.evals.metrics import check_scoring
 from dlp_lora.lab.evals.record import merged
@@ -105,8 +104,8 @@ def reproduce(
         "outputs": OUTPUTS_FILE,
     }
     sources = (*(run.outputs() for run in runs), _outputs_of(plain, out / LARGER))
-    write_outputs(out / OUTPUTS_FILE, (row for source in sources for row in source))
-    write_text(out / RECORD_FILE, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    write_lines(out / OUTPUTS_FILE, (row for source in sources for row in source))
+    write_json(out / RECORD_FILE, record)
     return out / RECORD_FILE
 
 

@@ -1,6 +1,5 @@
 """One pass through all steps with one training seed: adapters, router, answers, each kept on disk."""
 
-import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,8 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dlp_lora.engine.engine import Engine
 from dlp_lora.engine.loading import load, load_router
-from dlp_lora.files import write_text
-from dlp_lora.kept import differences, read_kept
+from dlp_lora.files import as_json
+from dlp_lora.kept import Kept, read_kept
 from dlp_lora.lab.evals.answers import Question, data_hash, identity_of
 from dlp_lora.lab.evals.chance import described
 from dlp_lora.lab.evals.evaluation import Evaluation
@@ -28,7 +27,7 @@ from dlp_lora.tasks import Task
 from dlp_lora.tasks.manifest import TaskInfo, kind_of
 from dlp_lora.training.adapters import train_adapter
 from dlp_lora.training.args import AdapterTrainingArgs
-from dlp_lora.training.router import load_tokenizer, train_router
+from dlp_lora.training.router import REPORT_FILE, load_tokenizer, train_router_into
 
 ROUTER_KEYS = ("accuracy", "ece", "num_parameters", "seconds", "temperature")  # of its report
 TOKENS_A_QUESTION = 24  # of a serial answer
@@ -128,17 +127,10 @@ class Seed:
 
     def _router(self) -> dict[str, Any]:
         folder = self.folder / "router"
-        file = folder / "report.json"
+        file = folder / REPORT_FILE
         if not file.is_file():
             args = replace(self.args.router, seed=self.seed)
-            router, report = train_router(
-                self.tasks,
-                load_tokenizer(str(self.shared.model)),
-                args,
-                on_progress=self._tell,
-            )
-            router.save_pretrained(folder)
-            write_text(file, json.dumps(report.to_dict(), indent=1) + "\n")
+            train_router_into(folder, self.tasks, load_tokenizer(str(self.shared.model)), args, on_progress=self._tell)
         load_router(folder)
         found = read_kept(file, "names", "confusion", *ROUTER_KEYS)
         self._tell(Progress("router", 1, 1, f"accuracy {found['accuracy']:.4f}"))
@@ -189,9 +181,8 @@ class Seed:
                 self._serial_left_out[step] = len(drawn) - len(prompts)
             asked = {"num_prompts": num_prompts, "tasks": [task.name for task in tasks]}
             identity = {**identity_of(engine, self.tasks, METHODS["dlp"]), **asked}
-            kept = read_kept(file, "identity", "methods")
-            if not differences(kept.get("identity"), identity):
-                found = kept["methods"]
+            kept = Kept(file, identity)
+            found = kept.values.get("methods", {})
             methods = serial_methods(engine.bank.names, prompts) if prompts else []
             for i, method in enumerate(methods):
                 if method.name in found:
@@ -201,7 +192,7 @@ class Seed:
                     self._tell(Progress(step, i * now.total + now.done, len(methods) * now.total))
 
                 found[method.name] = {"rows": answer_serial(engine, method, prompts, on_progress=tell, **room)}
-                write_text(file, json.dumps({"identity": identity, "methods": found}, ensure_ascii=False) + "\n")
+                kept.put(methods=found)
             self._tell(Progress(step, 1, 1))
         self._serial[step] = {name: own["rows"] for name, own in found.items()}
 
@@ -221,7 +212,7 @@ class Seed:
             return None
         method = next(m for m in serial_methods(engine.bank.names, prompts) if m.name == "dlp")
         (answer,) = generate_serial(engine, method, prompts, **room)
-        return {"prompt": prompts[0].text, **json.loads(json.dumps(answer.to_dict(), default=dict))}
+        return {"prompt": prompts[0].text, **as_json(answer.to_dict())}
 
     def _about(self, task: Task) -> dict[str, Any]:
         info = described(task, self.shared.infos.get(task.name, TaskInfo()), self.kinds[task.name])

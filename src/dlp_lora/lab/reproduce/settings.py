@@ -1,6 +1,5 @@
 """The settings of a run on disk: what a later call may add to them, and what it may not change."""
 
-import json
 from collections.abc import Collection
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 
 from dlp_lora.errors import RecordError
-from dlp_lora.files import write_text
+from dlp_lora.files import as_json, write_json
 from dlp_lora.kept import differences, read_kept
 from dlp_lora.lab.evals.answers import data_hash
 from dlp_lora.lab.reproduce.args import ReproduceArgs
@@ -25,7 +24,7 @@ def settings_of(model: str | Path, tasks: list[Task], args: ReproduceArgs) -> di
         "format": FORMAT,
         "model": Path(str(model)).name,
         "data": data_hash(tasks),
-        "args": json.loads(json.dumps(asdict(args))),
+        "args": as_json(asdict(args)),
     }
 
 
@@ -73,7 +72,7 @@ def kept_dtype(out: Path) -> torch.dtype | None:
 def keep_settings(out: Path, settings: dict[str, Any]) -> None:
     """Writes the settings of the run in `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "settings.json", json.dumps(settings, indent=1) + "\n")
+    write_json(out / "settings.json", settings)
 
 
 def _kept(out: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dlp_lora.errors import RecordError
-from dlp_lora.files import write_text
+from dlp_lora.files import write_json
 from dlp_lora.lab.evals.router import scenarios, trainings
 from dlp_lora.lab.evals.router.scenarios import Scenario
 from dlp_lora.lab.evals.router.setting import Setting
@@ -68,7 +68,7 @@ def bench_router(
         record["targets"] = judged(record)
         if file:
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_text(file, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+            write_json(file, record)
         setting.on_progress(Progress(name, 1, 1))
     return record
 

@@ -1,7 +1,6 @@
 """The setting: what the scenarios share. Data, tokenizer, the measured router, and others trained on the way."""
 
 import hashlib
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,8 +14,7 @@ from tokenizers import Tokenizer
 
 from dlp_lora.engine.loading import load_router
 from dlp_lora.errors import TaskError
-from dlp_lora.files import write_text
-from dlp_lora.kept import read_kept
+from dlp_lora.kept import Kept, read_kept
 from dlp_lora.lab.evals.answers import data_hash
 from dlp_lora.lab.evals.router.measures import Reading
 from dlp_lora.lab.evals.router.samples import Question, Sample, questions, whole
@@ -24,10 +22,9 @@ from dlp_lora.progress import OnProgress, Progress, staged, unseen
 from dlp_lora.router import CONFIG_FILE, Router, router_hash
 from dlp_lora.tasks.manifest import TaskInfo, kind_of
 from dlp_lora.tasks.task import Task
-from dlp_lora.training.router import RouterTrainingArgs, train_router
+from dlp_lora.training.router import REPORT_FILE, RouterTrainingArgs, train_router
 
 BATCH = 128
-REPORT_FILE = "report.json"  # as train-router writes it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,10 +136,12 @@ class Setting:
     def train(self, name: str, tasks: Sequence[Task]) -> Trained:
         """Trains a router on tasks, once for each name; one that was kept from other tasks or settings is replaced."""
         if name not in self._trained:
-            place = self.folder / name if self.folder else None
             key = _hash(self.args.training, data_hash(tasks), self.tokenizer.to_str())
-            is_kept = place is not None and (place / CONFIG_FILE).is_file() and _report(place).get("key") == key
-            self._trained[name] = read_trained(place) if place and is_kept else self._train(name, tasks, place, key)
+            kept = Kept(self.folder / name / REPORT_FILE, key) if self.folder else None
+            if kept and kept.values and (kept.file.parent / CONFIG_FILE).is_file():
+                self._trained[name] = read_trained(kept.file.parent)
+            else:
+                self._trained[name] = self._train(name, tasks, kept)
         return self._trained[name]
 
     def read(self, samples: Sequence[Sample], router: Router | None = None) -> Reading:
@@ -174,24 +173,20 @@ class Setting:
         given = router_hash(self.given.router) if self.given else None
         return _hash(self.args, data_hash(self.tasks), data_hash(self.extra), self.tokenizer.to_str(), given)
 
-    def _train(self, name: str, tasks: Sequence[Task], place: Path | None, key: str) -> Trained:
+    def _train(self, name: str, tasks: Sequence[Task], kept: Kept | None) -> Trained:
         start = time.perf_counter()
         told = staged(self.on_progress, f"train {name}")
         router, _ = train_router(tasks, self.tokenizer, self.args.training, on_progress=told)
         seconds = round(time.perf_counter() - start, 2)
-        if place:
-            router.save_pretrained(place)
-            write_text(place / REPORT_FILE, json.dumps({"seconds": seconds, "key": key}) + "\n")
+        if kept:
+            router.save_pretrained(kept.file.parent)
+            kept.put(seconds=seconds)
         return Trained(router=router, seconds=seconds)
 
 
 def read_trained(folder: str | Path) -> Trained:
     """Reads a router folder, and from the report in it how long its training took."""
-    return Trained(router=load_router(folder), seconds=_report(Path(folder)).get("seconds"))
-
-
-def _report(folder: Path) -> dict[str, Any]:
-    return read_kept(folder / REPORT_FILE)
+    return Trained(router=load_router(folder), seconds=read_kept(Path(folder) / REPORT_FILE).get("seconds"))
 
 
 def _hash(*parts: Any) -> str:
