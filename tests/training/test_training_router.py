@@ -4,6 +4,7 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,13 +14,13 @@ from conftest import byte_tokenizer
 from dlp_lora import Context, MiniMLP, RouterError, TrainingError
 from dlp_lora.progress import Progress
 from dlp_lora.tasks import Example, Task, compose
+from dlp_lora.training.calibration import calibration_error
 from dlp_lora.training.contexts import MIX
 from dlp_lora.training.router import (
     RouterReport,
     RouterTrainingArgs,
     _fit_temperature,
     _split,
-    calibration_error,
     load_tokenizer,
     report_on,
     train_router,
@@ -162,7 +163,7 @@ def test_tasks_of_one_example_can_be_learned() -> None:
     ],
 )
 def test_the_calibration_error_is_worked_out_by_bin(confidence: list[float], right: list[int], error: float) -> None:
-    found = calibration_error(torch.tensor(confidence), torch.tensor(right).float())
+    found = calibration_error(np.array(confidence), np.array(right, dtype=bool))
     assert found == pytest.approx(error, abs=1e-5)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -26,10 +27,10 @@ from dlp_lora.router import load_tokenizer as load_tokenizer  # for those who tr
 from dlp_lora.router.encoder import albert_config
 from dlp_lora.router.nearness import Nearness
 from dlp_lora.tasks.task import Example, Task
+from dlp_lora.training.calibration import calibration_error
 from dlp_lora.training.contexts import GENERATION, KINDS, MIX, draw_contexts, routable
 
 REPORT_FILE = "report.json"
-NUM_BINS = 15
 RATES = ("learning_rate", "embedding_learning_rate", "encoder_learning_rate")
 MEDIAN_FIT = 0.999
 MIN_ROOM = 2.0  # of the score, between the median and none
@@ -198,16 +199,6 @@ def report_on(router: TrainedRouter, tasks: Sequence[Task]) -> RouterReport:
     return _report(router, tasks, [], seconds=0.0, losses=[])
 
 
-def calibration_error(confidence: Float[Tensor, " n"], right: Float[Tensor, " n"]) -> float:
-    """The expected calibration error over 15 equal bins of confidence."""
-    bins = (confidence * NUM_BINS).long().clamp(max=NUM_BINS - 1)
-    gap = 0.0
-    for b in bins.unique():
-        inside = bins == b
-        gap += inside.float().mean().item() * abs((confidence[inside].mean() - right[inside].mean()).item())
-    return gap
-
-
 def _split(tasks: Sequence[Task], share: float, rng: random.Random) -> tuple[list[list[Example]], list[list[Example]]]:
     train, held_out = [], []
     for task in tasks:
@@ -357,10 +348,10 @@ def _report(
     if not is_tested:
         tasks = [replace(task, test=tuple(own)) for task, own in zip(tasks, held_out, strict=True)]
     texts = [(router.names.index(task.name), example.prompt) for task in tasks for example in task.test]
-    labels = torch.tensor([label for label, _ in texts])
+    labels = np.array([label for label, _ in texts])
     logits = _logits(router, [Context(text) for _, text in texts])
-    chosen = logits.argmax(dim=-1)
-    right = (chosen == labels).float()
+    chosen = logits.argmax(dim=-1).numpy()
+    right = chosen == labels
     confusion = torch.zeros(len(router.names), len(router.names), dtype=torch.long)
     for label, choice in zip(labels.tolist(), chosen.tolist(), strict=True):
         confusion[label, choice] += 1
@@ -370,12 +361,12 @@ def _report(
         num_parameters=router.num_parameters,
         seconds=round(seconds, 2),
         num_test=len(texts),
-        accuracy=right.mean().item(),
-        accuracy_by_task={router.names[i]: right[labels == i].mean().item() for i in sorted(set(labels.tolist()))},
+        accuracy=float(right.mean()),
+        accuracy_by_task={router.names[i]: float(right[labels == i].mean()) for i in sorted(set(labels.tolist()))},
         confusion=confusion.tolist(),
         temperature=temperature,
-        ece_before=calibration_error(logits.softmax(-1).max(-1).values, right),
-        ece=calibration_error((logits / temperature).softmax(-1).max(-1).values, right),
+        ece_before=calibration_error(logits.softmax(-1).amax(-1).numpy(), right),
+        ece=calibration_error((logits / temperature).softmax(-1).amax(-1).numpy(), right),
         measured_on="test" if is_tested else "held-out",
         losses=losses,
     )

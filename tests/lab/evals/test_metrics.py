@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
 from dlp_lora.errors import DLPLoRAError
+from dlp_lora.lab.evals.bootstrap import bootstrap
 from dlp_lora.lab.evals.metrics import (
     Rouge,
     bleu,
     bleu_letters_each,
     bleu_of,
     bleu_statistics,
-    bootstrap,
     contains,
     exact_match,
     normalise,

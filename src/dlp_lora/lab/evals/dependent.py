@@ -14,7 +14,8 @@ import numpy as np
 
 from dlp_lora.engine.engine import Engine
 from dlp_lora.engine.trace import Generation
-from dlp_lora.lab.evals.metrics import bootstrap, contains, text_after
+from dlp_lora.lab.evals.bootstrap import bootstrap
+from dlp_lora.lab.evals.metrics import contains, text_after
 from dlp_lora.progress import OnProgress, Progress, unseen
 from dlp_lora.tasks import Example, Task
 from dlp_lora.tasks.formats import as_prompt
@@ -242,7 +243,7 @@ def dependent_scores(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         kind: {
             "right": round(float(np.mean([row["right"] for row in own])), 5),
-            "interval": [round(x, 5) for x in bootstrap(np.array([row["right"] for row in own], dtype=float))],
+            "interval": list(bootstrap(np.array([row["right"] for row in own], dtype=float)).rounded()),
             "first_right": round(float(np.mean([row["first_right"] for row in own])), 5),
             "cut": round(float(np.mean([row["is_cut"] for row in own])), 5),
             "seconds": round(float(np.mean([row["seconds"] for row in own])), 4),

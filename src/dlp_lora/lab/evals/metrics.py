@@ -4,9 +4,9 @@ Accuracy and ROUGE are fractions, 0 to 1; BLEU is sacrebleu's, 0 to 100. An empt
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, Num
@@ -31,13 +31,6 @@ class Rouge:
 
     rouge1: float
     rougeL: float  # noqa: N815  # as rouge-score and the records call it
-
-
-class Interval(NamedTuple):
-    """A 95 % bootstrap interval."""
-
-    low: float
-    high: float
 
 
 def normalise(text: str) -> str:
@@ -154,29 +147,6 @@ def rouge_each(answers: Sequence[str], references: Sequence[Sequence[str]]) -> l
     scorer = RougeScorer(["rouge1", "rougeL"])
     scores = [scorer.score_multi(list(own), answer) for answer, own in zip(answers, references, strict=True)]
     return [Rouge(rouge1=float(s["rouge1"].fmeasure), rougeL=float(s["rougeL"].fmeasure)) for s in scores]
-
-
-def bootstrap(
-    values: Sequence[float] | Num[np.ndarray, "examples *parts"],
-    statistic: Callable[[Any], float] = np.mean,
-    *,
-    num_resamples: int = 1000,
-    seed: int = 0,
-) -> Interval:
-    """Draws examples anew, with replacement, and gives the middle 95 % of the statistic."""
-    values = np.asarray(values)
-    return _interval([statistic(values[drawn]) for drawn in _draws(len(values), num_resamples, seed)])
-
-
-def _draws(num_examples: int, num_resamples: int, seed: int) -> Int[np.ndarray, "resamples examples"]:
-    if num_examples == 0:
-        raise ValueError("no values to resample; expected at least one")
-    return np.random.default_rng(seed).integers(0, num_examples, size=(num_resamples, num_examples))
-
-
-def _interval(resampled: list[float]) -> Interval:
-    low, high = np.quantile(resampled, [0.025, 0.975])
-    return Interval(float(low), float(high))
 
 
 def _sacrebleu(*, effective_order: bool, **settings: Any) -> Any:

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from dlp_lora.lab.evals.bootstrap import bootstrap
 from dlp_lora.lab.evals.methods import MAIN, SINGLE
-from dlp_lora.lab.evals.metrics import bootstrap
 from dlp_lora.lab.evals.scores import Table, difference, intervals, pooled, scores, tabulate
 from dlp_lora.tasks.task import Task
 
@@ -96,9 +96,9 @@ def serial_scores(rows: Sequence[dict[str, Any]], n: int) -> dict[str, Any]:
     right = np.array([row["right"] for row in rows], dtype=float).reshape(-1, n)  # (prompts, questions)
     return {
         "accuracy": round(float(right.mean()), 5),
-        "interval": [round(x, 5) for x in bootstrap(right.mean(axis=1))],
+        "interval": list(bootstrap(right.mean(axis=1)).rounded()),
         "accuracy_later": round(float(right[:, 1:].mean()), 5),
-        "interval_later": [round(x, 5) for x in bootstrap(right[:, 1:].mean(axis=1))],
+        "interval_later": list(bootstrap(right[:, 1:].mean(axis=1)).rounded()),
         "routed": round(float(np.mean([row["routed"] for row in rows])), 5),
         "num_questions": len(rows),
         "seconds": round(float(np.mean([row["seconds"] for row in rows])), 4),

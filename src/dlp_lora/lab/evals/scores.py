@@ -11,12 +11,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from dlp_lora.lab.evals.bootstrap import Interval, draws, interval
 from dlp_lora.lab.evals.metrics import bleu_letters_each, bleu_of, bleu_statistics, exact_match, rouge_each
 from dlp_lora.tasks.task import Task
-
-NUM_RESAMPLES = 1000
-
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,9 @@ def scores(table: Table) -> dict[str, dict[str, float]]:
 
 def intervals(table: Table) -> dict[str, dict[str, Interval]]:
     """Each task's metrics as (low, high)."""
-    return {name: {metric: _interval(_resample([v])) for metric, v in own.items()} for name, own in table.items()}
+    return {
+        name: {metric: interval(_resampled([v])).rounded() for metric, v in own.items()} for name, own in table.items()
+    }
 
 
 def pooled(table: Table, names: Sequence[str]) -> tuple[dict[str, float], dict[str, Interval]]:
@@ -74,7 +73,7 @@ def pooled(table: Table, names: Sequence[str]) -> tuple[dict[str, float], dict[s
     """
     values = _pools(table, names)
     means = {metric: round(float(np.mean([v.score for v in own])), 5) for metric, own in values.items()}
-    return means, {metric: _interval(_resample(own)) for metric, own in values.items()}
+    return means, {metric: interval(_resampled(own)).rounded() for metric, own in values.items()}
 
 
 def difference(ours: Table, theirs: Table, names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -84,7 +83,7 @@ def difference(ours: Table, theirs: Table, names: Sequence[str]) -> dict[str, di
     return {
         metric: {
             "value": round(float(np.mean([x.score - y.score for x, y in zip(a[metric], b[metric], strict=True)])), 5),
-            "interval": _interval(_resample(a[metric]) - _resample(b[metric])),
+            "interval": interval(_resampled(a[metric]) - _resampled(b[metric])).rounded(),
         }
         for metric in a
         if metric in b and all(len(x.each) == len(y.each) for x, y in zip(a[metric], b[metric], strict=True))
@@ -125,15 +124,8 @@ def _pools(table: Table, names: Sequence[str]) -> dict[str, list[Values]]:
     return {metric: [values[metric] for values in own] for metric in own[0] if all(metric in v for v in own)}
 
 
-def _resample(values: Sequence[Values]) -> Float[np.ndarray, " draws"]:
-    rng = np.random.default_rng(0)  # the same draws for all methods: that pairs them
-    sizes = [len(v.each) for v in values]
-    draws = [rng.integers(0, n, size=(NUM_RESAMPLES, n)) for n in sizes]
-    resampled = np.stack([v.resampled(d) for v, d in zip(values, draws, strict=True)])
-    means: Float[np.ndarray, " draws"] = resampled.mean(axis=0)
+def _resampled(values: Sequence[Values]) -> Float[np.ndarray, " draws"]:
+    means: Float[np.ndarray, " draws"] = np.mean(
+        [v.resampled(drawn) for v, drawn in zip(values, draws(*(len(v.each) for v in values)), strict=True)], axis=0
+    )
     return means
-
-
-def _interval(resampled: Float[np.ndarray, " draws"]) -> Interval:
-    low, high = np.quantile(resampled, [0.025, 0.975])
-    return round(float(low), 5), round(float(high), 5)

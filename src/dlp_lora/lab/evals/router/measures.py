@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from dlp_lora.lab.evals.metrics import bootstrap
-from dlp_lora.policy import Switching
+from dlp_lora.engine.routing import hold
+from dlp_lora.engine.trace import Decision
+from dlp_lora.lab.evals.bootstrap import bootstrap
+from dlp_lora.policy import Mixture, Switching
+from dlp_lora.training.calibration import calibration_error
 
-NUM_BINS = 15
 NUM_POINTS = 50
 COVERAGE = 0.95  # of the in-domain texts, at which false routes are counted
 
@@ -66,11 +68,11 @@ def accuracy(right: Bool[np.ndarray, " n"], groups: Int[np.ndarray, " n"] | None
         ValueError: if there is no sample.
     """
     if groups is None:
-        low, high = bootstrap(right.astype(float))
+        spread = bootstrap(right.astype(float))
     else:
         parts = np.stack([np.bincount(groups, right), np.bincount(groups)], axis=1)
-        low, high = bootstrap(parts, lambda drawn: float(drawn[:, 0].sum() / drawn[:, 1].sum()))
-    return {"accuracy": rounded(right.mean()), "interval": [rounded(low), rounded(high)], "num": len(right)}
+        spread = bootstrap(parts, lambda drawn: float(drawn[:, 0].sum() / drawn[:, 1].sum()))
+    return {"accuracy": rounded(right.mean()), "interval": list(spread.rounded()), "num": len(right)}
 
 
 def summary(reading: Reading) -> dict[str, Any]:
@@ -99,24 +101,6 @@ def confusion(reading: Reading) -> dict[str, dict[str, int]]:
         row = counts.setdefault(reading.names[label], {})
         row[reading.names[choice]] = row.get(reading.names[choice], 0) + 1
     return counts
-
-
-def reliability(confidence: Float[np.ndarray, " n"], right: Bool[np.ndarray, " n"]) -> list[dict[str, float]]:
-    """Of each of 15 equal bins of confidence that is not empty: mean confidence, accuracy, share of all samples."""
-    bins = np.minimum((confidence * NUM_BINS).astype(int), NUM_BINS - 1)
-    return [
-        {
-            "confidence": float(confidence[bins == b].mean()),
-            "accuracy": float(right[bins == b].mean()),
-            "share": float((bins == b).mean()),
-        }
-        for b in np.unique(bins)
-    ]
-
-
-def calibration_error(confidence: Float[np.ndarray, " n"], right: Bool[np.ndarray, " n"]) -> float:
-    """The mean gap between confidence and accuracy over the bins (ECE)."""
-    return sum(b["share"] * abs(b["confidence"] - b["accuracy"]) for b in reliability(confidence, right))
 
 
 def auroc(inside: Float[np.ndarray, " n"], outside: Float[np.ndarray, " m"]) -> float:
@@ -160,15 +144,17 @@ def held(
     probabilities: Float[np.ndarray, "sentences adapters"], num_tokens: Sequence[int], switching: Switching
 ) -> list[int]:
     """The adapter in use at each sentence of one text, as an engine that switches so would have it."""
-    in_use, since = int(probabilities[0].argmax()), 0
+    names = [str(i) for i in range(probabilities.shape[1])]
+    in_use, since = Mixture({names[probabilities[0].argmax()]: 1.0}), 0
     used: list[int] = []
     for row, length in zip(probabilities, num_tokens, strict=True):
         if used and since >= switching.min_tokens:
             since = 0
-            if row.max() - row[in_use] >= switching.margin:
-                in_use = int(row.argmax())
+            likeliest = Mixture({names[row.argmax()]: 1.0})
+            decision = Decision(mixture=likeliest, probabilities=dict(zip(names, row.tolist(), strict=True)))
+            in_use = hold(in_use, decision, switching).mixture
         since += length
-        used.append(in_use)
+        used.append(int(next(iter(in_use))))
     return used
 
 

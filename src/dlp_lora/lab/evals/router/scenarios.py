@@ -26,7 +26,6 @@ from dlp_lora.lab.evals.router.measures import (
     false_route_rate,
     held,
     pooled,
-    reliability,
     rounded,
     summary,
 )
@@ -37,6 +36,7 @@ from dlp_lora.progress import Progress
 from dlp_lora.router import Context, Router
 from dlp_lora.router.questions import in_turn, questions_of
 from dlp_lora.sentences import split
+from dlp_lora.training.calibration import reliability
 from dlp_lora.training.contexts import first_word
 
 Scenario = Callable[[Setting], dict[str, Any]]
