@@ -5,18 +5,17 @@ from dlp_lora.progress import Progress
 from dlp_lora.tasks import Task
 
 TASKS = [Task(name=name, train=(), test=()) for name in ("sums", "days")]
-STAGES = stages(TASKS, ReproduceArgs(methods=("base", "lora-r64", "dlp"), teacher_forced=False, serial=(3,)))
+ARGS = ReproduceArgs(methods=("base", "lora-r64", "dlp"), teacher_forced=False, serial=(3,))
+STAGES = [stage for stage in stages(TASKS, ARGS) if stage.name != "answers: lora-r64"]
 STEPS = [stage.name for stage in STAGES]
 
 
 def test_the_stages_of_a_run_are_named_and_those_of_several_seeds_numbered() -> None:
-    assert [
-        *("sums", "days", "lora-r64", "router"),
-        *("answers: base", "answers: lora-r64", "answers: dlp", "serial-3"),
-    ] == STEPS
+    each = ["sums", "days", "lora-r64", "router", "answers: base", "answers: lora-r64", "answers: dlp", "serial-3"]
+    assert [stage.name for stage in stages(TASKS, ARGS)] == each
     two = stages(TASKS, ReproduceArgs(methods=("dlp",), teacher_forced=False, serial=(), seeds=(0, 1)), larger=True)
-    each = ("sums", "days", "router", "answers: dlp")
-    assert [stage.name for stage in two] == ["larger", *(f"{seed}: {name}" for seed in (0, 1) for name in each)]
+    few = ("sums", "days", "router", "answers: dlp")
+    assert [stage.name for stage in two] == ["larger", *(f"{seed}: {name}" for seed in (0, 1) for name in few)]
 
 
 class Clock:
