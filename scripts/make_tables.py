@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dlp_lora.lab.evals.methods import MAIN, about, label
+
 ROOT = Path(__file__).parents[1]
 PAGES = (
     "README.md",
@@ -208,13 +210,7 @@ def _demo() -> str:
     return _table(columns, [{"task": task, **own} for task, own in accuracy.items()] + [{"task": "mean", **mean}])
 
 
-METHODS = {
-    "base": "base model",
-    "lora-r64": "one LoRA, r 64",
-    "oracle": "task's own LoRA",
-    "dlp": "DLP-LoRA",
-    "never-abstain": "DLP-LoRA, never abstaining",
-}
+METHODS = (*MAIN, "never-abstain")
 
 
 def _means(name: str) -> str:
@@ -240,7 +236,7 @@ def _means(name: str) -> str:
         for name, scores in record["scores"].items()
     }
     columns: dict[str, Cell] = {
-        "method": lambda row: METHODS[row["method"]],
+        "method": lambda row: label(row["method"]),
         f"accuracy, {sizes['mcq']} tasks": cell("accuracy"),
         f"likeliest choice, {len(next(iter(choices.values())))} of them": lambda row: (
             f"{100 * sum(choices[row['method']]) / len(choices[row['method']]):.1f}"
@@ -258,7 +254,7 @@ def _teacher_forced(name: str) -> str:
     titles = {"accuracy": "accuracy", "bleu_letters": "BLEU of letters", "rouge1": "ROUGE-1", "rougeL": "ROUGE-L"}
     rows = []
     for method in record["teacher_forced"]:
-        found: dict[str, Any] = {"method": f"{METHODS[method]}, teacher-forced"}
+        found: dict[str, Any] = {"method": f"{label(method)}, teacher-forced"}
         for pool, means in record["teacher_forced_composites"].items():
             for metric in means[method].keys() & titles.keys():
                 low, high = record["teacher_forced_composite_intervals"][pool][method][metric]
@@ -284,7 +280,7 @@ def _differences(name: str) -> str:
 
     titles = {"accuracy": "accuracy", "bleu": "BLEU", "rouge1": "ROUGE-1", "rougeL": "ROUGE-L"}
     columns: dict[str, Cell] = {
-        "difference": lambda row: " − ".join(METHODS[name] for name in row["pair"].split(" - ")),
+        "difference": lambda row: " − ".join(label(name) for name in row["pair"].split(" - ")),
         **{title: cell(metric) for metric, title in titles.items()},
     }
     return _table(columns, [{"pair": pair} for pair in record])
@@ -306,22 +302,18 @@ def _by_task(name: str) -> str:
         "measure": lambda row: "accuracy" if row["kind"] == "mcq" else "ROUGE-L",
         "chance": lambda row: f"{100 * row['chance']:.1f}" if row["chance"] is not None else "–",
         "majority": lambda row: f"{100 * row['majority']:.1f}" if row["majority"] is not None else "–",
-        **{METHODS[method]: cell(method) for method in METHODS if method in record["scores"]},
+        **{label(method): cell(method) for method in METHODS if method in record["scores"]},
     }
     tasks = sorted(record["data"]["tasks"].items(), key=lambda task: (task[1]["kind"], task[0]))
     return _table(columns, [{"task": name, **about} for name, about in tasks], words=2)
 
 
-SERIAL = {
-    "base": "base model",
-    "oracle": "each question's own LoRA, told",
-    "oracle-recompute": "the same, context encoded anew at a switch",
-    "whole": "DLP-LoRA, prompt read as one text",
-    "prompt-only": "DLP-LoRA, routed at the prompt only",
-    "dlp": "DLP-LoRA",
-    "by-sentence": "DLP-LoRA, each sentence encoded under its own mixture",
-    "recompute": "DLP-LoRA, context encoded anew at a switch",
-}
+SERIAL = ("base", "oracle", "oracle-recompute", "whole", "prompt-only", "dlp", "by-sentence", "recompute")
+
+
+def _who(row: Mapping[str, Any]) -> str:
+    """Who chooses in a method, or what the main ones are called."""
+    return label(row["method"]) if row["method"] in MAIN else about(row["method"])
 
 
 def _serial(*, whole: bool) -> str:
@@ -332,7 +324,7 @@ def _serial(*, whole: bool) -> str:
         low, high = row[interval]
         return f"{100 * row[key]:.1f} ({100 * low:.1f}-{100 * high:.1f})"
 
-    columns: dict[str, Cell] = {"method": lambda row: SERIAL[row["method"]]}
+    columns: dict[str, Cell] = {"method": _who}
     for step in record:
         n = step.removeprefix("serial-")
         columns |= {
@@ -351,22 +343,10 @@ def _serial(*, whole: bool) -> str:
     return _table(columns, [{"method": name} for name in SERIAL])
 
 
-ABLATIONS = {
-    "dlp": "DLP-LoRA: top-p 0.6, renormalised weights, switching, KV cache kept",
-    "oracle": "task's own LoRA",
-    "base": "base model",
-    "never-abstain": "the likeliest adapters where none fits, too",
-    "top1": "the likeliest adapter alone",
-    "p0.3": "top-p 0.3",
-    "p0.9": "top-p 0.9",
-    "p1.0": "top-p 1.0: all adapters, by probability",
-    "paper-weights": "Eq. 5's weights",
-    "prompt-only": "routed at the prompt only",
-    "recompute": "context encoded anew at a switch",
-    "by-sentence": "each sentence of the prompt under its own mixture",
-    "uniform": "all adapters at one weight",
-    "random": "one adapter by lot",
-}
+ABLATIONS = (
+    *("dlp", "oracle", "base", "never-abstain", "top1", "p0.3", "p0.9", "p1.0", "paper-weights", "prompt-only"),
+    *("recompute", "by-sentence", "uniform", "random"),
+)
 
 
 def _ablations() -> str:
@@ -392,7 +372,7 @@ def _ablations() -> str:
         return text
 
     columns: dict[str, Cell] = {
-        "method": lambda row: ABLATIONS[row["method"]],
+        "method": _who,
         "accuracy": mean("accuracy"),
         "less DLP-LoRA's": apart("accuracy"),
         "ROUGE-L": mean("rougeL"),

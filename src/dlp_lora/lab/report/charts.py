@@ -13,8 +13,9 @@ from importlib.util import find_spec
 from typing import Any
 
 from dlp_lora.errors import DLPLoRAError
+from dlp_lora.lab.evals.methods import SINGLE, label
 from dlp_lora.lab.report.markup import Picture
-from dlp_lora.lab.report.record import METRICS, Measure, Record, label
+from dlp_lora.lab.report.record import METRICS, Measure, Record
 from dlp_lora.lab.report.tables import main_methods
 
 WIDTH = 5.2  # inches, 374 points: about a phone's width, so that text is as large there as it is drawn
@@ -50,7 +51,7 @@ class Look:
 LOOKS = {
     "base": Look(colour="#8d939c", marker="s", line=":"),
     "oracle": Look(colour="#2f8fc8", marker="o", line="-", width=3.2),  # wide, to be seen under a line that is the same
-    "lora-r64": Look(colour="#12a37a", marker="^", line="-."),
+    SINGLE: Look(colour="#12a37a", marker="^", line="-."),
     "dlp": Look(colour="#de6420", marker="D", line="-"),
 }
 _LINES = (
@@ -241,7 +242,7 @@ def _score_pictures(record: Record, kind: str, metric: str, what: str) -> tuple[
     if not series:
         return ()
     labels = [task.label for task in tasks]
-    values = {m: [x.value if x else None for x in found] for m, found in series.items() if m != "lora-r64"}
+    values = {m: [x.value if x else None for x in found] for m, found in series.items() if m != SINGLE}
     chance = [task.chance for task in tasks] if metric == "accuracy" else []
     about = f"{METRICS[metric]} on the {what} tasks, of 100"
     radar_name, bars_name = f"radar-{metric}", f"bars-{metric}"
@@ -299,7 +300,9 @@ def _axes(figure: Any, *, left: float, right: float, top: float, bottom: float, 
 
 def _legend(figure: Any, axes: Any) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=len(labels), columnspacing=1.2, handletextpad=0.5)
+    figure.legend(
+        handles, labels, loc="lower center", ncols=len(labels), columnspacing=1.0, handletextpad=0.5, handlelength=1.5
+    )
 
 
 def _short(text: str) -> str:

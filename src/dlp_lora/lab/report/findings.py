@@ -3,35 +3,13 @@
 from collections.abc import Iterable, Sequence
 from statistics import fmean
 
+from dlp_lora.lab.evals.methods import MAIN, SINGLE, about, label, main_first
 from dlp_lora.lab.report import paper
 from dlp_lora.lab.report.markup import Cell, Column, Table, cell, number, plain
-from dlp_lora.lab.report.record import MAIN_METHODS, METRICS, Measure, Record, label, main_first, points
+from dlp_lora.lab.report.record import METRICS, Measure, Record, points
 from dlp_lora.lab.report.tables import INTERVALS, relative
 
-PAIRS = ("dlp - oracle", "dlp - base", "dlp - lora-r64")
-ABOUT = {
-    "base": "the base model alone",
-    "oracle": "each task's own LoRA, chosen by hand",
-    "lora-r64": "one LoRA of rank 64 trained on all tasks",
-    "dlp": "the router, top-p, asked anew at every sentence",
-    "never-abstain": "as DLP-LoRA, with the likeliest adapters where none fits",
-    "top1": "the router's first choice alone",
-    "uniform": "all adapters at one weight",
-    "random": "one adapter drawn for each question",
-    "prompt-only": "routed at the prompt, never again",
-    "whole-prompt": "routed at the prompt as one text, never again",
-    "paper-weights": "as DLP-LoRA, with the weights of the paper's Eq. 5",
-    "p0.3": "as DLP-LoRA, top-p 0.3",
-    "p0.9": "as DLP-LoRA, top-p 0.9",
-    "p1.0": "as DLP-LoRA, top-p 1.0: every adapter",
-    "p1.0-paper-weights": "every adapter, with the weights of Eq. 5",
-    "recompute": "as DLP-LoRA, the context encoded anew at a switch",
-    "by-sentence": "as DLP-LoRA, each sentence of the prompt encoded under its own mixture",
-    "whole": "as DLP-LoRA, the prompt read as one text",
-    "oracle-recompute": "each question's own LoRA, the context encoded anew at a switch",
-}
-
-
+PAIRS = tuple(f"dlp - {other}" for other in ("oracle", "base", SINGLE))
 _SERIAL = {"accuracy": "Right", "accuracy_later": "Later", "routed": "Routed"}
 
 
@@ -81,14 +59,14 @@ def pair_label(pair: str) -> str:
 
 def ablation_table(record: Record) -> Table:
     """All other methods beside the main ones, each a mean over the tasks that all of them answered."""
-    others = [method for method in record.methods if method not in MAIN_METHODS]
-    methods = [m for m in ("dlp", "oracle", "lora-r64", "base") if m in record.methods] + others
+    others = [method for method in record.methods if method not in MAIN]
+    methods = [m for m in ("dlp", "oracle", SINGLE, "base") if m in record.methods] + others
     common = {metric: _common_tasks(record, methods, metric) for metric in METRICS}
     metrics = [metric for metric, tasks in common.items() if tasks]
     rows = [
         (
             label(method),
-            ABOUT.get(method, ""),
+            about(method),
             *(cell(record.mean(method, common[metric], metric)) for metric in metrics),
         )
         for method in methods
@@ -261,12 +239,12 @@ def _serial_cell(record: Record, serial: str, method: str, key: str) -> Cell | N
 def _what_switching_adds(record: Record, serial: str) -> Iterable[str]:
     against = {
         "dlp": ("prompt-only", "DLP-LoRA against the same router asked once a prompt (prompt-only)"),
-        "recompute": ("dlp", "encoding the context anew at each switch (recompute) against keeping it"),
+        "recompute": ("dlp", "encoding the context again at each switch (recompute) against keeping it"),
     }
-    for method, (other, about) in against.items():
+    for method, (other, what) in against.items():
         ours, theirs = (record.at("serial", serial, name, "accuracy") for name in (method, other))
         if ours is not None and theirs is not None:
-            yield f"{serial}: {about}: {number(100 * (ours - theirs), signed=True)} points."
+            yield f"{serial}: {what}: {number(100 * (ours - theirs), signed=True)} points."
 
 
 def _times(value: float | None, factor: float) -> float | None:

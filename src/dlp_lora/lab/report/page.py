@@ -4,6 +4,7 @@ import html
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from dlp_lora.lab.evals.methods import label
 from dlp_lora.lab.report.findings import (
     PAIRS,
     ablation_table,
@@ -29,7 +30,7 @@ from dlp_lora.lab.report.markup import (
     to_markdown,
 )
 from dlp_lora.lab.report.provenance import making_table, settings_table, training_table
-from dlp_lora.lab.report.record import METRICS, Record, label
+from dlp_lora.lab.report.record import METRICS, Record
 from dlp_lora.lab.report.routing import routing_picture
 from dlp_lora.lab.report.tables import (
     accuracy_table,

@@ -4,8 +4,9 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from dlp_lora.lab.evals.methods import SINGLE, label
 from dlp_lora.lab.report.markup import Column, Table, plain
-from dlp_lora.lab.report.record import Record, label
+from dlp_lora.lab.report.record import Record
 
 _HARDWARE = ("cpu", "cores", "threads", "gpu")
 _TRAINED = {"num_examples": 0, "num_left_out": 0, "seconds": 1, "final_loss": 3}  # with the digits that are printed
@@ -54,8 +55,8 @@ def settings_table(record: Record) -> Table:
 def training_table(record: Record) -> Table:
     """What the training of each adapter took."""
     trained: dict[str, Any] = dict(record.at("training", "adapters") or {})
-    if record.at("training", "lora-r64"):
-        trained[label("lora-r64")] = record.at("training", "lora-r64")
+    if record.at("training", SINGLE):
+        trained[label(SINGLE)] = record.at("training", SINGLE)
     rows = [
         (name, *(plain((row or {}).get(key), digits=digits) for key, digits in _TRAINED.items()))
         for name, row in trained.items()
@@ -117,6 +118,6 @@ def _cut_short(record: Record) -> str | None:
 def _training_time(record: Record) -> str:
     adapters = (record.at("training", "adapters") or {}).values()
     parts = {"own adapters": sum((row or {}).get("seconds") or 0 for row in adapters)}
-    parts[label("lora-r64")] = record.at("training", "lora-r64", "seconds") or 0
+    parts[label(SINGLE)] = record.at("training", SINGLE, "seconds") or 0
     parts["router"] = record.at("router", "seconds") or 0
     return ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items() if seconds)

@@ -13,12 +13,11 @@ from statistics import fmean
 from typing import Any
 
 from dlp_lora.errors import RecordError
+from dlp_lora.lab.evals.methods import main_first
 from dlp_lora.lab.report.paper import SPELLINGS
 
 FORMAT = 1
 RECORD_FILE = "record.json"
-MAIN_METHODS = ("base", "oracle", "lora-r64", "dlp")
-LABELS = {"base": "Basic", "oracle": "LoRA", "lora-r64": "LoRA (r = 64)", "dlp": "DLP-LoRA"}
 METRICS = {
     "accuracy": "Accuracy",
     "accuracy_loglik": "Accuracy by likelihood",
@@ -268,17 +267,6 @@ def size_of(composite: str) -> int | None:
     """How many tasks a composite pools, by its name: "composite-17", or "composite-3-mcq" beside "composite-3-qa"."""
     size = composite.removeprefix("composite-").partition("-")[0]
     return int(size) if size.isdecimal() else None
-
-
-def label(method: str) -> str:
-    """What a method is called in tables: the paper's word for it where there is one."""
-    return LABELS.get(method, method)
-
-
-def main_first(methods: Iterable[str]) -> tuple[str, ...]:
-    """Methods, each once: the main ones, then the others as they come."""
-    found = dict.fromkeys(methods)
-    return tuple(m for m in MAIN_METHODS if m in found) + tuple(m for m in found if m not in MAIN_METHODS)
 
 
 def _measure(value: float, interval: Sequence[float] | None, metric: str) -> Measure:

@@ -7,9 +7,10 @@ the single LoRA of rank 64, the rows of own tasks, and in Table 3 those of the a
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 
+from dlp_lora.lab.evals.methods import MAIN, SINGLE, about, label
 from dlp_lora.lab.report import paper
 from dlp_lora.lab.report.markup import Cell, Column, Table, cell, number, plain
-from dlp_lora.lab.report.record import MAIN_METHODS, METRICS, QA_METRICS, Measure, Record, RecordedTask, label, points
+from dlp_lora.lab.report.record import METRICS, QA_METRICS, Measure, Record, RecordedTask, points
 
 POOLED_METRICS = ("accuracy", *QA_METRICS)
 NO_LARGER = "no larger model was at hand"
@@ -59,7 +60,7 @@ def accuracy_table(record: Record, *, metric: str = "accuracy") -> Table:
         title="Table 1. Accuracy on the multiple-choice tasks, %",
         columns=(Column(name="Task"), *baselines, *own, *_paper_columns()),
         rows=(*rows, average) if scored else (),
-        notes=(not_the_paper(record), INTERVALS, MARKS, _RELATIVE.format("LoRA")),
+        notes=(not_the_paper(record), INTERVALS, MARKS, _RELATIVE.format(label("oracle"))),
     )
 
 
@@ -94,7 +95,7 @@ def qa_table(record: Record) -> Table:
             not_the_paper(record),
             *_stand_ins(record),
             INTERVALS,
-            _RELATIVE.format("LoRA"),
+            _RELATIVE.format(label("oracle")),
             "The paper's averages are as printed; some are not the means of its rows.",
         ),
         num_labels=2,
@@ -107,7 +108,7 @@ def composite_table(record: Record) -> Table:
     rows: list[tuple[Cell | str | None, ...]] = []
     for method in main_methods(record):
         # Trained on all tasks, the single LoRA has one row, as in the paper.
-        groups = [composites] if method == "lora-r64" else [(composite,) for composite in composites]
+        groups = [composites] if method == SINGLE else [(composite,) for composite in composites]
         rows += [_composite_row(record, method, group) for group in groups]
     theirs = [
         (
@@ -126,9 +127,9 @@ def composite_table(record: Record) -> Table:
         notes=(
             not_the_paper(record),
             *_stand_ins(record),
-            "LoRA: each question under its own task's adapter, chosen by hand; the paper's table has no such row.",
+            f"{label('oracle')}: {about('oracle')}; the paper's table has no such row.",
             "In brackets: 95 % bootstrap intervals over the examples.",
-            _RELATIVE.format("Basic"),
+            _RELATIVE.format(label("base")),
         ),
         num_labels=3,
     )
@@ -185,7 +186,7 @@ def not_the_paper(record: Record) -> str:
 
 def main_methods(record: Record) -> tuple[str, ...]:
     """The paper's three methods, and the single LoRA of rank 64 where it was measured."""
-    return tuple(m for m in MAIN_METHODS if m != "lora-r64" or m in record.methods)
+    return tuple(m for m in MAIN if m != SINGLE or m in record.methods)
 
 
 def chance_mark(measure: Measure | None, task: RecordedTask) -> str:
