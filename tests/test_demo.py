@@ -11,7 +11,7 @@ import dlp_lora
 from conftest import byte_tokenizer, lively_model, make_adapter
 from dlp_lora import MiniMLP, ModelError
 from dlp_lora.default_model import NAME, PACKAGE, cache_dir, default_model
-from dlp_lora.demo import METHODS, DemoArgs, DemoResult, run_demo, with_serial
+from dlp_lora.demo import METHODS, WAYS, DemoArgs, DemoResult, run_demo, with_serial
 from dlp_lora.progress import OnProgress, Progress
 from dlp_lora.tasks import procedural_task
 from dlp_lora.training.args import AdapterTrainingArgs
@@ -222,7 +222,7 @@ def test_the_demo_runs_on_the_default_model(tmp_path: Path) -> None:
     result = run_demo(default_model(), tmp_path, args)
     assert len(result.answers) == 4
     assert all(answer["said"]["own_adapter"] for answer in result.answers)
-    assert list(result.pairs) == ["keep", "keep, prompt by sentence", "recompute"]
+    assert list(result.pairs) == list(WAYS)
     assert result.router["accuracy"] == 1.0
     assert {name for sentence in result.serial.trace for name in sentence["mixture"]} <= set(args.tasks)
     assert (result.bundle / "bundle.json").is_file()
