@@ -286,6 +286,8 @@ def _arguments(hub: Hub) -> dict[str, Any]:
 
 def _reason(error: Exception) -> str:
     """The first line of an error, and the next ones where it ends in a colon."""
+    if "trust_remote_code" in str(error):
+        return "it brings code of its own, which is not run; read it, and pass trust_remote_code=True if you trust it"
     first, *others = str(error).strip().splitlines() or [type(error).__name__]
     return " ".join([first, *others]) if first.rstrip().endswith(":") else first
 
