@@ -54,6 +54,7 @@ class DemoArgs:
     batch_size: int = 16  # of evaluation
     max_new_tokens: int = 32
     num_pairs: int = 2  # two-question prompts of each ordered pair of tasks
+    example: tuple[str, str] = ("unit_conversion", "sequence")  # whose first test prompts are shown as one prompt
     router_epochs: int = 7
     seed: int = 0  # of the training: weights, order and draws
     data_seed: int = 0  # of the questions, and of which are held out
@@ -213,7 +214,8 @@ def _answers(engine: Engine, method: Method, batch: Sequence[tuple[str, Example]
 
 
 def _two_questions(engine: Engine, tasks: Sequence[Task], args: DemoArgs) -> TwoQuestions:
-    prompt = compose([tasks[0].test[0], tasks[-1].test[0]]).prompt
+    first = {task.name: task.test[0] for task in tasks}
+    prompt = compose([first[name] for name in args.example]).prompt
     options: dict[str, Any] = {"max_new_tokens": 2 * args.max_new_tokens, "do_sample": False}
     answer = engine.generate(prompt, **options)
     with engine.disabled():

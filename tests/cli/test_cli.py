@@ -229,7 +229,7 @@ def test_an_interrupt_says_what_is_kept(
     monkeypatch.setattr("dlp_lora.tasks.hub.read_data", interrupted)
     done = run(*command)
     assert done.exit_code == 130
-    assert ("goes on where it stopped" in done.stderr) is goes_on
+    assert ("run it again to continue" in done.stderr) is goes_on
 
 
 def test_a_bundle_of_a_nameless_base_takes_a_task_with_its_model_named(work: Path, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ class _Commands(TyperGroup):
             stderr.print(f"[bold red]error:[/] {escape(' '.join(str(error).split()))}", soft_wrap=True)
             raise typer.Exit(1) from error
         except KeyboardInterrupt:
-            goes_on = "; the same command goes on where it stopped" if ctx.invoked_subcommand in RESUMABLE else ""
+            goes_on = "; run it again to continue" if ctx.invoked_subcommand in RESUMABLE else ""
             stderr.print(f"interrupted{goes_on}")
             raise typer.Exit(130) from None
 
@@ -82,7 +82,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    help="Many LoRA adapters, one model, nobody picking: sentence-level dynamic LoRA fusion.",
+    help="Load many LoRA adapters at once; the model picks the right ones, sentence by sentence.",
 )
 for command in (
     *(generate, chat, route, serve),

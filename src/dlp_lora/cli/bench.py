@@ -114,7 +114,7 @@ class Output:
 
 @with_options
 def decode(args: DecodeArgs, output: Output, model: ModelOption = None) -> None:
-    """Time per generated token over the base model, with sentence switching live.
+    """Time per generated token over the base model, with sentence switching on.
 
     Example: `dlp-lora bench decode --json results/decode.json`
     """
@@ -141,7 +141,7 @@ def prefill(args: PrefillArgs, output: Output, model: ModelOption = None) -> Non
 
 @with_options
 def switch(args: SwitchArgs, output: Output, model: ModelOption = None) -> None:
-    """Time of a switch in its parts, for mixtures of 1 to --selected adapters, beside PEFT's add_weighted_adapter.
+    """Time of each part of a switch, for mixtures of 1 to --selected adapters, beside PEFT's add_weighted_adapter.
 
     With `--context`, what a switch costs in the middle of a text under each KV policy, beside a sentence of 25 tokens.
     Examples: `dlp-lora bench switch --sizes 10,100`, or `dlp-lora bench switch --context 128,512,2048`

@@ -39,10 +39,10 @@ def router(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin the record anew.")] = False,
 ) -> None:
-    """What a router gets right, how sure it is and what it costs, from whole prompts to single sentences.
+    """How accurate, sure and fast a router is, from whole prompts to single sentences.
 
-    Without --router one is trained on the tasks. Interrupted, the same command goes on with the scenarios that the
-    record has not. Examples: `dlp-lora bench router --data data/ --json router.json`, or
+    Without --router it trains one on the tasks. After an interruption, run it again: it continues with the scenarios
+    that the record lacks. Examples: `dlp-lora bench router --data data/ --json router.json`, or
     `dlp-lora bench router --data data/ --router router/ --only prompts,serial`
     """
     import torch

@@ -18,15 +18,17 @@ def bundle(
     model: ModelOption = None,
     p: Annotated[float, typer.Option(help="Fuse the most likely adapters up to this probability.")] = 0.6,
     weighting: Annotated[str, typer.Option(help="renormalised or paper (Eq. 5).")] = "renormalised",
-    min_confidence: Annotated[float, typer.Option(help="Below it the base model alone answers.")] = 0.0,
+    min_confidence: Annotated[
+        float, typer.Option(help="If the router is less sure than this, the base model answers.")
+    ] = 0.0,
     unsure: Annotated[
-        str, typer.Option(help="Where no adapter fits: base, keep (the mixture in use), or likeliest (adapters).")
+        str, typer.Option(help="If no adapter fits: base (model), keep (the mixture in use), or likeliest (adapters).")
     ] = "base",
     min_tokens: Annotated[
         int | None, typer.Option(help="Tokens before a sentence may switch again. [default: 1]")
     ] = None,
     margin: Annotated[
-        float | None, typer.Option(help="By how much another adapter must be likelier. [default: 0.2]")
+        float | None, typer.Option(help="How much more probable another adapter must be. [default: 0.2]")
     ] = None,
     kv_policy: Annotated[
         str, typer.Option(help="What a switch does to the KV cache: recompute or keep.")
@@ -85,7 +87,7 @@ def add_task(
     seed: Annotated[int, typer.Option(help="Of the contexts that are drawn.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Put one more adapter into a bundle, in seconds; 32 examples are often enough for its router.
+    """Add an adapter to a bundle, in seconds; 32 examples are often enough for its router.
 
     Example: `dlp-lora add-task --bundle bundle/ --adapter adapters/units --examples units.jsonl`
     """
@@ -113,7 +115,7 @@ def remove_task(
     name: Annotated[str, typer.Argument(help="The adapter to take out.")],
     bundle: Annotated[Path, typer.Option("--bundle", "-b", help="The bundle.")],
 ) -> None:
-    """Take an adapter out of a bundle and its router; between the others it decides as before.
+    """Remove an adapter from a bundle and its router; the other adapters are routed as before.
 
     Example: `dlp-lora remove-task units --bundle bundle/`
     """

@@ -16,7 +16,7 @@ def check(
     model: ModelOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check adapter folders against a base model: what would be refused, and why. Exit code 1 if any would.
+    """Check adapter folders against a base model: say what is refused and why. Exit code 1 if any is.
 
     Example: `dlp-lora check adapters/ --model Qwen/Qwen2-1.5B`
     """

@@ -49,7 +49,8 @@ PromptRoutingOption = Annotated[
 KVPolicyOption = Annotated[
     KVPolicy | None,
     typer.Option(
-        "--kv-policy", help="What a switch does to the KV cache: encode the row again, or keep it. [default: recompute]"
+        "--kv-policy",
+        help="What a switch does to the KV cache: encode the context again, or keep it. [default: recompute]",
     ),
 ]
 TemplateOption = Annotated[
@@ -58,12 +59,18 @@ TemplateOption = Annotated[
         "--chat-template-kwargs", help="Arguments of the chat template as JSON: '{\"enable_thinking\": false}'."
     ),
 ]
-DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps, ...; auto is the first there is.")]
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        "--device", help="cpu, cuda, cuda:1, mps, ...; auto takes the first of cuda, mps and cpu that exists."
+    ),
+]
 PrepackOption = Annotated[
-    bool, typer.Option("--prepack", help="Faster tokens on a CPU for a second copy of the linear layers' weights.")
+    bool, typer.Option("--prepack", help="Decode faster on a CPU; needs a second copy of the linear layers' weights.")
 ]
 BudgetOption = Annotated[
-    float | None, typer.Option("--budget-mb", help="Keep adapters on disk, and so many megabytes of them in memory.")
+    float | None,
+    typer.Option("--budget-mb", help="Keep adapters on disk, and at most this many megabytes of them in memory."),
 ]
 
 

@@ -20,11 +20,11 @@ LABELS = {
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; started again, it goes on there.")] = Path(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; run it again to continue there.")] = Path(
         "demo"
     ),
     model: ModelOption = None,
-    seed: Annotated[int, typer.Option(help="Of the training: weights, order and draws; the questions stay.")] = 0,
+    seed: Annotated[int, typer.Option(help="Training seed; the questions stay the same.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Train four adapters and a router on a small real model, and let them answer together. About 5 minutes.

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from dlp_lora.lab.reproduce import Estimate
 
 TasksOption = Annotated[str | None, typer.Option("--tasks", help="Task names or composite-n, comma-separated.")]
-LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Use so many examples of each task.")]
+LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Examples per task, at most.")]
 FormatOption = Annotated[str | None, typer.Option("--prompt-format", help="auto, chat or plain.")]
 
 
@@ -42,21 +42,23 @@ def reproduce(
     data: DataOption,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run.")],
     model: ModelOption = None,
-    recipe: Annotated[str | None, typer.Option(help="A recipe's name or TOML file; --model wins over it.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="A recipe's name or TOML file; --model overrides its model.")
+    ] = None,
     tasks: TasksOption = None,
     limit: LimitOption = None,
     preset: Annotated[str | None, typer.Option(help="How adapters are trained: default or paper.")] = None,
     methods: Annotated[str | None, typer.Option(help="Methods, comma-separated, or all.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Training seeds, comma-separated. [default: 0]")] = None,
-    larger: Annotated[str | None, typer.Option(help="A larger model, to answer without adapters (Table 5).")] = None,
+    larger: Annotated[str | None, typer.Option(help="A larger model that answers without adapters (Table 5).")] = None,
     single: Annotated[bool, typer.Option(help="Also train one LoRA of rank 64 on all tasks together.")] = True,
     serial: Annotated[str | None, typer.Option(help="Questions in one prompt, comma-separated; 0: none.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train adapters and router on the tasks, evaluate all methods and write the record and report.
 
-    Interrupted, the same command goes on where it stopped. With other methods, seeds or --serial it adds them to the
-    run; what is not given comes from the recipe. Example:
+    After an interruption, run it again to continue. Other methods, seeds or --serial are added to the run. Options
+    override the recipe. Example:
     `dlp-lora reproduce --data data/ --out runs/first --limit 20 --tasks gsm8k,winowhy`
     """
     from dlp_lora.lab.evals.methods import METHODS
@@ -113,19 +115,21 @@ def evaluate(
     methods: Annotated[str, typer.Option(help="Methods, comma-separated.")] = "base,oracle,dlp",
     limit: LimitOption = None,
     prompt_format: FormatOption = None,
-    batch_size: Annotated[int, typer.Option(help="Questions at once.")] = 32,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens an answer, at most.")] = 128,
+    batch_size: Annotated[int, typer.Option(help="Questions per batch.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens per answer, at most.")] = 128,
     teacher_forced: Annotated[
-        bool, typer.Option(help="Score along the gold answers, too, as the paper's code does.")
+        bool, typer.Option(help="Also score along the right answers, as the paper's code does.")
     ] = False,
     model: ModelOption = None,
     device: DeviceOption = "auto",
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder that keeps the answers as they come.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder that keeps finished answers, so that you can continue.")
+    ] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the scores to this file, every answer beside it.")
+        Path | None, typer.Option("--json", help="Write the scores to this file, and every answer to a file beside it.")
     ] = None,
 ) -> None:
-    """Answer the tasks' test questions by several methods, free-running, and score them.
+    """Answer the tasks' test questions with several methods, free-running, and score them.
 
     Example: `dlp-lora eval --bundle b/ --data data/ --tasks composite-17 --methods base,oracle,dlp --json out.json`
     """

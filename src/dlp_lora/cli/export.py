@@ -17,7 +17,7 @@ def export(
     model: ModelOption = None,
     adapters: AdaptersOption = None,
 ) -> None:
-    """Write a fixed mixture as one ordinary PEFT adapter folder, exactly, for any engine that reads them.
+    """Write a fixed mixture as one ordinary PEFT adapter folder, for any program that reads them.
 
     Example: `dlp-lora export "math=0.6,units=0.4" --bundle bundle/ --out mixed/`
     """

@@ -37,7 +37,7 @@ def generate(
     show_routing: Annotated[bool, typer.Option(help="Show which sentence used which adapters.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Answer a prompt, choosing adapters again at every sentence.
+    """Answer a prompt; adapters are chosen at every sentence.
 
     Examples: `dlp-lora generate --bundle demo/bundle "Convert 3 kilometres to metres." --show-routing`, or
     `dlp-lora generate --bundle demo/bundle < prompts.jsonl > answers.jsonl` with lines `{"prompt": "..."}` or
@@ -73,7 +73,7 @@ def chat(
 ) -> None:
     """Chat in the terminal; the answer's colour is its heaviest adapter.
 
-    Ctrl-C stops an answer; an empty line or Ctrl-D ends the chat. Where the model's context is full, the oldest
+    Ctrl-C stops an answer; an empty line or Ctrl-D ends the chat. If the model's context is full, the oldest
     messages are left out.
 
     Example: `dlp-lora chat --bundle demo/bundle`

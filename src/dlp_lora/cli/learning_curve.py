@@ -19,14 +19,14 @@ def learning_curve(
     tasks: Annotated[str, typer.Option("--tasks", help="Task names, comma-separated.")],
     model: ModelOption = None,
     epochs: Annotated[str, typer.Option(help="Lengths to compare, comma-separated.")] = "1,2,3,5",
-    single_epochs: Annotated[str, typer.Option(help="Those of the one LoRA on all tasks; 0: none.")] = "1,3",
+    single_epochs: Annotated[str, typer.Option(help="Lengths of the one LoRA on all tasks; 0: none.")] = "1,3",
     learning_rates: Annotated[str, typer.Option(help="Peak learning rates, comma-separated.")] = "5e-4,2e-3",
-    held_out: Annotated[int, typer.Option(min=1, help="Training questions a task that are asked, not learned.")] = 100,
+    held_out: Annotated[int, typer.Option(min=1, help="Training questions per task that are held out.")] = 100,
     as_json: JsonOption = False,
 ) -> None:
     """Choose epochs and learning rate on held-out training questions, for own adapters and for one LoRA on all tasks.
 
-    Interrupted, the same command goes on where it stopped. Example:
+    After an interruption, run it again to continue. Example:
     `dlp-lora learning-curve --data data/ --out runs/curve --tasks winowhy,object_counting`
     """
     from dlp_lora.lab.reproduce.curve import CurveArgs

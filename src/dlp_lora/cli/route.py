@@ -24,7 +24,7 @@ def route(
     model: ModelOption = None,
     p: PolicyOption = None,
 ) -> None:
-    """Say which adapters a prompt would use, without loading a language model (but for a router made from adapters).
+    """Say which adapters a prompt would use; the language model is loaded only for a router made from adapters.
 
     Reads lines `{"prompt": ...}` or `{"messages": [...]}`, optionally with `"history"`, what was said before the
     prompt, and `"answer"`, what was answered so far (or a last message of the assistant). Prints one line each with

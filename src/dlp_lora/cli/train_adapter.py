@@ -15,7 +15,7 @@ from dlp_lora.progress import Progress
 from dlp_lora.training.args import PRESETS, AdapterTrainingArgs
 
 TasksOption = Annotated[str | None, typer.Option("--tasks", help="Comma-separated task names. [default: all]")]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Train again what other settings trained.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Train again if the settings changed.")]
 DEFAULT = AdapterTrainingArgs()
 
 
@@ -30,7 +30,7 @@ class AdapterOptions:
     lora_alpha: Annotated[int | None, f"Scaling is lora_alpha / r. [default: {DEFAULT.lora_alpha}]"] = None
     learning_rate: Annotated[float | None, f"Peak learning rate. [default: {DEFAULT.learning_rate:g}]"] = None
     epochs: Annotated[float | None, f"Passes over the examples. [default: {DEFAULT.epochs:g}]"] = None
-    batch_size: Annotated[int | None, f"Examples a step. [default: {DEFAULT.batch_size}]"] = None
+    batch_size: Annotated[int | None, f"Examples per step. [default: {DEFAULT.batch_size}]"] = None
     target_modules: Annotated[
         str | None, f'Comma-separated, or "all-linear". [default: {",".join(DEFAULT.target_modules)}]'
     ] = None
@@ -65,7 +65,7 @@ def train_adapter(
 ) -> None:
     """Train one LoRA on one task folder and save it as an ordinary PEFT adapter in OUT/TASK.
 
-    Interrupted, the same command goes on where it stopped. Example:
+    After an interruption, run it again to continue. Example:
     `dlp-lora train-adapter data/gsm8k --out adapters/ --epochs 2`
     """
     task = task.absolute()  # "." has no name
@@ -83,9 +83,9 @@ def train_adapters(
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train one LoRA a task folder and save each as an ordinary PEFT adapter in OUT/TASK.
+    """Train one LoRA per task folder and save each as an ordinary PEFT adapter in OUT/TASK.
 
-    Interrupted, the same command goes on where it stopped; finished adapters are left as they are. Example:
+    After an interruption, run it again to continue; finished adapters are not trained again. Example:
     `dlp-lora train-adapters --data data/ --out adapters/ --model Qwen/Qwen2-1.5B`
     """
     args, names = options.training_args(), words(tasks) if tasks else None

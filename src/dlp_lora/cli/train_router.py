@@ -24,7 +24,7 @@ def train_router(
     encoder: Annotated[
         str | None,
         typer.Option(
-            help="Where --router-kind encoder starts: folder or hub id, such as albert/albert-base-v2. "
+            help="Encoder that --router-kind encoder trains: folder or hub id, such as albert/albert-base-v2. "
             "[default: ALBERT's shape and random weights]"
         ),
     ] = None,
@@ -32,7 +32,7 @@ def train_router(
     model: ModelOption = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the texts.")] = None,
     coverage: Annotated[
-        float | None, typer.Option(help="Share of the tasks' own texts that some adapter is to fit. [default: 0.99]")
+        float | None, typer.Option(help="Share of the tasks' texts that must fit some adapter. [default: 0.99]")
     ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Seed of initialisation, order and augmentation. [default: 0]")
@@ -80,7 +80,7 @@ def router_from_descriptions(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a router from a sentence or a few examples of each adapter; nothing is trained.
+    """Make a router from a description or a few examples of each adapter, without training.
 
     Example: `dlp-lora router-from-descriptions adapters.json --out router/`
     """
@@ -101,7 +101,7 @@ def router_from_adapters(
     seed: Annotated[int, typer.Option(help="Seed of the texts that the base model makes up.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a router from the adapters alone: it routes by their weights, and runs the base model to do so.
+    """Make a router from the adapters alone; it uses their weights and runs the base model.
 
     Example: `dlp-lora router-from-adapters adapters/ --model M --out router/`
     """

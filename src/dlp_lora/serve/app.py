@@ -58,7 +58,7 @@ def make_app(service: Service, manager: AdapterManager) -> ASGIApp:
     app = FastAPI(
         title="dlp-lora",
         version=version("dlp-lora"),
-        summary="Many LoRA adapters, one model, nobody picking: an OpenAI API that routes by content.",
+        summary="An OpenAI API that picks LoRA adapters by content, sentence by sentence.",
         docs_url=None,
         redoc_url=None,
     )

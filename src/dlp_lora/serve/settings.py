@@ -21,7 +21,7 @@ class ServerSettings:
     ] = None
     host: Annotated[str, "Address to listen on; 0.0.0.0 for all."] = "127.0.0.1"
     port: Annotated[int, "Port to listen on; 0 takes any free one."] = 8000
-    max_batch: Annotated[int, "Requests that are answered at once."] = 16
+    max_batch: Annotated[int, "Requests that are answered at the same time."] = 16
     max_queue: Annotated[int, "Requests that may wait; more are refused with 503."] = 256
     max_context: Annotated[
         int | None, typer.Option(help="Tokens of a prompt and its answer. [default: the model's context]")
@@ -30,7 +30,7 @@ class ServerSettings:
     cache_mb: Annotated[float, "Megabytes of KV of earlier requests that are kept for those that begin alike."] = 256.0
     max_body_mb: Annotated[float, "Largest body of a request."] = 16.0
     deadline_s: Annotated[float, "Longest time that a request may take, waiting included."] = 600.0
-    shutdown_s: Annotated[float, "How long running requests may go on after SIGTERM."] = 30.0
+    shutdown_s: Annotated[float, "How long running requests may continue after SIGTERM."] = 30.0
     adapter_dir: Annotated[
         tuple[str, ...], typer.Option(help="Folders that adapters may be loaded from while the server runs.")
     ] = ()
