@@ -9,7 +9,7 @@ NAME ?= demo
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo serve check test test-all lint docs bench bench-gpu clean
+.PHONY: demo serve check test test-all lint docs site bench bench-gpu clean
 
 demo: $(READY)  ## train four adapters and a router on a small real model, and let them answer
 	$(BIN)/dlp-lora demo --out runs/demo
@@ -34,9 +34,13 @@ lint: $(READY)  ## format, lint, types, import rules
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-docs: $(READY)  ## write docs/reference from the code and the command's help, and the docs' tables from results/
+docs: $(READY)  ## write docs/reference from the code and the command's help, tables and pictures from results/
 	$(BIN)/python scripts/make_reference.py
 	$(BIN)/python scripts/make_tables.py
+	$(BIN)/python scripts/make_pictures.py
+
+site: $(READY)  ## build the docs' site into site/ and check its links
+	$(BIN)/python -m mkdocs build --strict --quiet
 
 bench: $(READY)  ## the speed records of results/
 	$(BIN)/dlp-lora bench suite --threads 1 --out results
@@ -45,7 +49,7 @@ bench-gpu: $(READY)  ## the same on a GPU, into results/gpu (TORCH=... picks a C
 	$(BIN)/dlp-lora bench suite --preset gpu --out results/gpu $(if $(MODEL),--model $(MODEL))
 
 clean:
-	rm -rf $(VENV) runs build dist
+	rm -rf $(VENV) runs build dist site
 
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or later is needed, this is " + sys.version'

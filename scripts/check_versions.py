@@ -51,7 +51,7 @@ def lowest(uv: str, folder: Path) -> dict[str, Any]:
     _run(uv, "pip", "install", "--quiet", "--python", python, *TESTERS)
     shown = json.loads(_run(uv, "pip", "list", "--python", python, "--format", "json").stdout)
     versions = {package["name"]: package["version"] for package in shown}
-    options = ("-m", INNER_LOOP, "-q", "-p", "no:cacheprovider", "-W", "ignore::UserWarning")
+    options = ("-m", INNER_LOOP, "-o", "addopts=", "-p", "no:cacheprovider", "-W", "ignore::UserWarning")
     tests = _run(python, "-m", "pytest", ROOT / "tests", *options, check=False).stdout
     summary = tests.strip().splitlines()[-1].strip("= ")
     failed = sorted(set(re.findall(r"^(?:FAILED|ERROR) (\S+)", tests, re.MULTILINE)))

@@ -3,7 +3,7 @@
 import inspect
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -16,6 +16,29 @@ from dlp_lora.cli.app import app
 REFERENCE = Path(__file__).parents[1] / "docs" / "reference"
 GENERATED = "<!-- Written by scripts/make_reference.py; run `make docs`. -->"
 WIDTH = 100
+NAMES: Mapping[str, tuple[str, ...]] = {
+    "Load": ("load", "load_router"),
+    "Engine and answers": ("Engine", "Generation", "Sentence", "Stream", "Piece"),
+    "Settings": ("RoutingSettings", "Switching"),
+    "Mixtures and policies": ("Mixture", "FusionPolicy", "TopP", "Threshold", "TopK", "Only", "Uniform"),
+    "Routers": ("Router", "Context", "MiniMLP", "EncoderRouter", "PrototypeRouter", "ArrowRouter"),
+    "Sentences": ("Segmenter", "SentenceSegmenter"),
+    "Errors": (
+        *("DLPLoRAError", "AdapterError", "BundleError", "ModelError", "PromptError", "RouterError"),
+        *("TaskError", "TrainingError"),
+    ),
+}
+COMMANDS: Mapping[str, tuple[str, ...]] = {
+    "Answer": ("generate", "chat", "serve", "route"),
+    "Bundles and adapters": ("bundle", "add-task", "remove-task", "check", "export"),
+    "Train": (
+        *("train-adapter", "train-adapters", "train-router", "router-from-descriptions", "router-from-adapters"),
+        "learning-curve",
+    ),
+    "Evaluate": ("eval", "reproduce", "report", "lm-eval", "tasks"),
+    "Try": ("demo",),
+    "Benchmarks": ("bench",),
+}
 METAVARS = {Path: "PATH", str: "TEXT", int: "INTEGER", float: "NUMBER"}
 
 
@@ -34,32 +57,47 @@ def pages() -> dict[str, str]:
 def cli_reference() -> str:
     """Gives the help of every command as one page."""
     program = get_command(app)
-    parts = [GENERATED, "# Command line", _help(program), *_commands(program, "dlp-lora")]
+    parts = [GENERATED, "# Command line", _help(program)]
+    for title, names in _grouped(COMMANDS, program.list_commands(None)):
+        parts.append(f"## {title}")
+        for name in names:
+            parts += _command(program.get_command(None, name), f"dlp-lora {name}")
     return "\n\n".join(parts) + "\n"
 
 
 def python_reference() -> str:
     """Gives every public name with its signature and docstring as one page."""
     parts = [GENERATED, "# Python", "Everything here is imported from `dlp_lora`; all else may change."]
-    for name in sorted(dlp_lora.__all__, key=lambda name: (name[0].isupper(), name)):
-        parts += _name(name, getattr(dlp_lora, name))
+    for title, names in _grouped(NAMES, dlp_lora.__all__):
+        parts.append(f"## {title}")
+        for name in names:
+            parts += _name(name, getattr(dlp_lora, name))
     return "\n\n".join(parts) + "\n"
 
 
-def _commands(group: Any, path: str) -> Iterator[str]:
-    for name in sorted(group.list_commands(None)):
-        command = group.get_command(None, name)
-        if hasattr(command, "commands"):
-            yield from _commands(command, f"{path} {name}")
-            continue
-        arguments = [p for p in command.params if p.param_type_name == "argument"]
-        shown = [p.name.upper() if p.required else f"[{p.name.upper()}]" for p in arguments]
-        yield f"## {path} {name}"
-        yield _indented(" ".join([path, name, "[OPTIONS]", *shown]))
-        yield _help(command)
-        types = get_type_hints(inspect.unwrap(command.callback))
-        rows = [_parameter(p, types[p.name]) for p in command.params if p.name in types]
-        yield _indented("\n".join(_row(left, right) for left, right in rows))
+def _grouped(groups: Mapping[str, tuple[str, ...]], names: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
+    """The names by group. A name without a group is an error, so that none is forgotten."""
+    left = set(names)
+    for title, members in groups.items():
+        yield title, [name for name in members if name in left]
+        left -= set(members)
+    if left:
+        raise SystemExit(f"{', '.join(sorted(left))} has no group in scripts/make_reference.py")
+
+
+def _command(command: Any, path: str) -> Iterator[str]:
+    if hasattr(command, "commands"):
+        for name in sorted(command.list_commands(None)):
+            yield from _command(command.get_command(None, name), f"{path} {name}")
+        return
+    arguments = [p for p in command.params if p.param_type_name == "argument"]
+    shown = [p.name.upper() if p.required else f"[{p.name.upper()}]" for p in arguments]
+    yield f"### {path}"
+    yield _fenced(" ".join([path, "[OPTIONS]", *shown]))
+    yield _help(command)
+    types = get_type_hints(inspect.unwrap(command.callback))
+    rows = [_parameter(p, types[p.name]) for p in command.params if p.name in types]
+    yield _fenced("\n".join(_row(left, right) for left, right in rows))
 
 
 def _help(command: Any) -> str:
@@ -96,9 +134,9 @@ def _row(left: str, right: str) -> str:
 
 
 def _name(name: str, value: Any) -> Iterator[str]:
-    yield f"## {name}"
+    yield f"### {name}"
     if not (inspect.isclass(value) and issubclass(value, Exception | str)) and not _is_protocol(value):
-        yield _indented(_signature(name, value))
+        yield _fenced(_signature(name, value), "python")
     yield _docstring(value)
     if not inspect.isclass(value) or issubclass(value, Exception):
         return
@@ -110,13 +148,13 @@ def _name(name: str, value: Any) -> Iterator[str]:
 
 def _member(owner: str, name: str, member: Any) -> Iterator[str]:
     if isinstance(member, property):
-        yield f"### {owner}.{name}"
+        yield f"#### {owner}.{name}"
         yield _docstring(member)
         return
     function = getattr(member, "__func__", member)
     if inspect.isfunction(function) and (function.__doc__ or name == "__call__" or owner in ("Router", "Segmenter")):
-        yield f"### {owner}.{name}"
-        yield _indented(_signature(name, function))
+        yield f"#### {owner}.{name}"
+        yield _fenced(_signature(name, function), "python")
         if function.__doc__:
             yield _docstring(function)
 
@@ -163,17 +201,26 @@ def _docstring(value: Any) -> str:
     paragraphs = [] if generated else text.split("\n\n")
     # Examples and lists of arguments keep their lines.
     return "\n\n".join(
-        _indented(paragraph) if paragraph.startswith(">>>") else paragraph.replace(":\n    ", ":\n\n    ")
-        for paragraph in paragraphs
+        _fenced(paragraph, "python") if paragraph.startswith(">>>") else _listed(paragraph) for paragraph in paragraphs
     )
+
+
+def _listed(paragraph: str) -> str:
+    """A section such as "Args:" as a list of its entries."""
+    title, separator, entries = paragraph.partition(":\n    ")
+    if not separator:
+        return paragraph
+    lines = re.sub(r"\n {8,}", " ", entries).split("\n    ")
+    items = [re.sub(r"^([\w, ]+): ", r"`\1`: ", line) for line in lines]
+    return f"**{title}**\n\n" + "\n".join(f"- {item}" for item in items)
 
 
 def _is_protocol(value: Any) -> bool:
     return bool(getattr(value, "_is_protocol", False))
 
 
-def _indented(text: str) -> str:
-    return textwrap.indent(text, "    ")
+def _fenced(text: str, language: str = "text") -> str:
+    return f"```{language}\n{text}\n```"
 
 
 if __name__ == "__main__":

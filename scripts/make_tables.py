@@ -248,6 +248,34 @@ def _means(name: str) -> str:
     return _table(columns, [{"method": name} for name in METHODS if name in record["scores"]])
 
 
+def _short_means(name: str) -> str:
+    """The means over tasks alone, of 100."""
+    record = _record(name)
+
+    def cell(pool: str, metric: str, scale: int) -> Cell:
+        return lambda row: f"{scale * record['composites'][pool][row['method']][metric]:.1f}"
+
+    columns: dict[str, Cell] = {
+        "mean of tasks": lambda row: label(row["method"]),
+        "accuracy": cell("composite-17", "accuracy", 100),
+        "BLEU": cell("composite-9", "bleu", 1),
+        "ROUGE-L": cell("composite-9", "rougeL", 100),
+    }
+    return _table(columns, [{"method": name} for name in MAIN])
+
+
+def _short_peers() -> str:
+    """The methods of PEFT beside ours."""
+    names = {"dlp-lora": "DLP-LoRA", "peft one adapter": "PEFT, one adapter", "peft arrow": "PEFT Arrow"}
+    rows = [{**row, "label": names[row["name"]]} for row in _record("peers")["rows"] if row["name"] in names]
+    columns: dict[str, Cell] = {
+        "over the base": lambda row: row["label"],
+        "time per token": _number("ratio", 2),
+        "peak memory": _number("memory_ratio", 2),
+    }
+    return _table(columns, rows)
+
+
 def _teacher_forced(name: str) -> str:
     """What the paper's code measures, as means over the tasks, and the free answers of the same methods."""
     record = _record(name)
@@ -374,15 +402,17 @@ def _ablations() -> str:
     columns: dict[str, Cell] = {
         "method": _who,
         "accuracy": mean("accuracy"),
-        "less DLP-LoRA's": apart("accuracy"),
+        "minus DLP-LoRA": apart("accuracy"),
         "ROUGE-L": mean("rougeL"),
-        "its difference": apart("rougeL"),
+        "difference": apart("rougeL"),
     }
     return _table(columns, [{"method": name} for name in ABLATIONS if name in record["scores"]])
 
 
 TABLES: dict[str, Callable[[], str]] = {
     "tasks26": partial(_means, "lora_r64/joined"),
+    "tasks26-short": partial(_short_means, "lora_r64/joined"),
+    "peers-short": _short_peers,
     "tasks26-teacher-forced": partial(_teacher_forced, "tasks26/record"),
     "tasks26-differences": partial(_differences, "lora_r64/joined"),
     "tasks26-by-task": partial(_by_task, "lora_r64/joined"),

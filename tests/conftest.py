@@ -49,6 +49,7 @@ CI = (
         "cli",
         "training",
         "test_demo.py",
+        "test_docs.py",
         "test_examples.py",
         "test_public_api.py",
         "tasks/test_tasks_procedural.py",

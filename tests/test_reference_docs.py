@@ -26,15 +26,21 @@ def test_the_tables_are_what_the_records_say() -> None:
         assert (ROOT / page).read_text(encoding="utf-8") == text, f"{page} is stale: run `make docs`"
 
 
+def test_the_pictures_are_what_the_records_say() -> None:
+    for name, text in runpy.run_path(str(ROOT / "scripts" / "make_pictures.py"))["pictures"]().items():
+        written = (ROOT / "docs" / "images" / name).read_text(encoding="utf-8")
+        assert written == text, f"{name} is stale: run `make docs`"
+
+
 def test_the_reference_has_a_section_for_every_public_name(pages: dict[str, str]) -> None:
     for name in dlp_lora.__all__:
-        assert f"\n## {name}\n" in pages["python.md"]
+        assert f"\n### {name}\n" in pages["python.md"]
 
 
 def test_the_help_names_the_defaults_of_training(pages: dict[str, str]) -> None:
-    section = pages["cli.md"].split("\n## dlp-lora train-adapters\n")[1].split("\n## ")[0]
+    section = pages["cli.md"].split("\n### dlp-lora train-adapters\n")[1].split("\n### ")[0]
     for name in ("r", "lora_alpha", "learning_rate", "epochs", "batch_size", "target_modules", "prompt_format", "seed"):
-        (option,) = re.findall(rf"\n    --{name.replace('_', '-')} .*?(?=\n    --|$)", section, re.DOTALL)
+        (option,) = re.findall(rf"\n--{name.replace('_', '-')} .*?(?=\n--|$)", section, re.DOTALL)
         value = getattr(AdapterTrainingArgs(), name)
         shown = f"{value:g}" if isinstance(value, int | float) else value if isinstance(value, str) else ",".join(value)
         assert re.search(rf"\[default: {re.escape(shown)}[],]", option)
