@@ -62,6 +62,11 @@ class Row:
         return self.state in ("ended", "failed")
 
     @property
+    def wants_prompt_scores(self) -> bool:
+        """Whether the scores of the prompt's tokens are asked for, and it is read the first time."""
+        return self.request.sampling.num_prompt_logprobs is not None and not self.has_answer
+
+    @property
     def routed(self) -> RowRouter:
         """Its routing, which has begun."""
         return self.answer.routed
@@ -70,6 +75,14 @@ class Row:
         """Gives a mixture of the row by the names that the bank calls its adapters by now."""
         assert self.lease is not None
         return self.lease.of(mixture)
+
+    def mixtures(self, start: int, stop: int) -> list[Mixture]:
+        """Gives the mixture that each of the tokens from `start` to `stop` is encoded under, as `leased` does."""
+        mixtures = [self.leased(self.routed.mixture)] * (stop - start)
+        for sentence in self.routed.prompt_trace:
+            for place in range(max(sentence.start, start), min(sentence.end, stop)):
+                mixtures[place - start] = self.leased(sentence.mixture)
+        return mixtures
 
     def begin(self, router: RowRouter, device: torch.device) -> None:
         """Takes the routing of its prompt."""

@@ -1,12 +1,12 @@
 """The scheduler: rows in, events out, one pass of the model after the other, all in one thread.
 
-A turn takes what other threads ask, routes one prompt, reads at most one chunk of a prompt, and gives each row of the
-batch one token. So a row waits for a chunk and a step at most, whatever else arrives. The token that opens a sentence
-is sampled before the pass that must run under its mixture, so rows are routed between two passes.
+A turn takes what other threads ask, routes prompts, and runs one pass: it gives each row of the batch one token, and
+reads at most one chunk of prompts. So a row waits for a chunk and a step at most, whatever else arrives. The token that
+opens a sentence is sampled before the pass that must run under its mixture, so rows are routed between two passes.
 
-A row whose mixture changes under `kv_policy="recompute"` leaves the batch, and its context is read again before new
-prompts are; every fourth chunk is a new prompt's, if one waits. Adapters that are not in memory are loaded by another
-thread, and their row waits meanwhile.
+A row whose mixture changes under `kv_policy="recompute"` leaves the batch, and its context is read again, before new
+prompts are; every fourth chunk begins with a new prompt, if one waits. Adapters that are not in memory are loaded by
+another thread, and their row waits meanwhile.
 """
 
 import logging
@@ -15,25 +15,50 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dlp_lora.engine.cache import cache_argument
-from dlp_lora.engine.controller import mixtures_by_token
 from dlp_lora.engine.engine import Engine
 from dlp_lora.errors import DLPLoRAError
 from dlp_lora.policy import Mixture
 from dlp_lora.serve.backend import BackendError, ClosedError, Stats
 from dlp_lora.serve.cache import SpareCache
 from dlp_lora.serve.kept import Content, KeptKV
+from dlp_lora.serve.passes import Part, Passes, Scored
 from dlp_lora.serve.row import Row
 
 logger = logging.getLogger(__name__)
 
 MAX_AGAIN = 3  # chunks of contexts that are read again, in a row, while a new prompt waits
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """What a pass does for some rows: the next tokens of each, as many of each, into the cache that holds them."""
+
+    rows: list[Row]
+    cache: SpareCache
+    num_new: int
+
+    @property
+    def is_through(self) -> bool:
+        """Whether all tokens of the rows are encoded, so that the next ones can be sampled."""
+        return len(self.rows[0].contents) == len(self.rows[0].tokens)
+
+    def part(self) -> Part:
+        """What the pass is given, with the names that adapters have now: the bank is to be locked."""
+        spans = [(len(row.contents), len(row.contents) + self.num_new) for row in self.rows]
+        first, (_, stop) = self.rows[0], spans[0]
+        return Part(
+            cache=self.cache,
+            tokens=[row.tokens[start:stop] for row, (start, stop) in zip(self.rows, spans, strict=True)],
+            mixtures=[row.mixtures(start, stop) for row, (start, stop) in zip(self.rows, spans, strict=True)],
+            wants="all" if first.wants_prompt_scores else "last" if stop == len(first.tokens) else "none",
+        )
 
 
 class Scheduler:
@@ -50,7 +75,8 @@ class Scheduler:
         self.max_batch = max_batch
         self.chunk_tokens = chunk_tokens
         self.failure: BaseException | None = None  # that ended the thread
-        self._device = engine.model.device
+        self._device = engine.device
+        self._passes = Passes(engine)
         self._lock = threading.Lock()  # while rows are taken or none is any more
         self._messages: deque[Callable[[], None]] = deque()
         self._awake = threading.Event()
@@ -138,7 +164,7 @@ class Scheduler:
     def turn(self) -> bool:
         """Does what is to do next; gives whether there was anything."""
         # A list, as each of them is to be done.
-        return any([self._take_messages(), self._route_next(), self._read_next(), self._step()])
+        return any([self._take_messages(), self._route(), self._run([*self._step(), *self._reads()])])
 
     def _post(self, message: Callable[[], None]) -> None:
         self._messages.append(message)
@@ -169,11 +195,20 @@ class Scheduler:
         self._decoding.clear()
         self._batch.clear()
 
-    def _route_next(self) -> bool:
-        """Routes the prompt of one row, and has its adapters loaded."""
-        if not self._queued:
-            return False
-        row = self._queued.popleft()
+    def _route(self) -> bool:
+        """Routes prompts: one, and more while less than a chunk of them waits to be read."""
+        has_any = bool(self._queued)
+        num_waiting = sum(len(row.tokens) - len(row.contents) for row in (*self._again, *self._new))
+        while self._queued:
+            row = self._queued.popleft()
+            self._route_row(row)
+            num_waiting += len(row.tokens)
+            if num_waiting >= self.chunk_tokens:
+                break
+        return has_any
+
+    def _route_row(self, row: Row) -> None:
+        """Routes the prompt of a row, and has its adapters loaded."""
         request = row.request
         start = time.perf_counter()
         try:
@@ -187,7 +222,6 @@ class Scheduler:
         except Exception as error:
             self._fail(row, error)
         self._route_s += time.perf_counter() - start
-        return True
 
     def _prepare(self, row: Row) -> None:
         """Has a row wait to be read, once its adapters are in memory."""
@@ -226,71 +260,111 @@ class Scheduler:
         with self.engine.bank.lock:
             return self.engine.bank.content(row.leased(mixture))
 
-    def _read_next(self) -> bool:
-        """Reads a chunk of a prompt, or of a context under another mixture."""
-        rows = self._next_to_read()
-        if rows is None:
+    def _reads(self) -> list[Work]:
+        """The rows that are read next: as many of those that wait as one chunk holds."""
+        has_new = bool(self._new) and (self._new[0] in self._active or len(self._active) < self.max_batch)
+        is_new_first = has_new and self._num_again >= MAX_AGAIN
+        work: list[Work] = []
+        room = self.chunk_tokens
+        for row in [*self._new, *self._again] if is_new_first else [*self._again, *self._new]:
+            if not room or (row not in self._active and len(self._active) >= self.max_batch):
+                break
+            if row.state != "reading" and not self._begin_reading(row):
+                continue
+            assert row.cache is not None
+            work.append(Work([row], row.cache, min(room, len(row.tokens) - len(row.contents))))
+            room -= work[-1].num_new
+        has_begun = any(not each.rows[0].has_answer for each in work)
+        self._num_again = self._num_again + 1 if has_new and not has_begun else 0
+        return work
+
+    def _step(self) -> list[Work]:
+        """The rows of the batch, each with its last token."""
+        return [Work(list(self._decoding), self._batch, 1)] if self._decoding else []
+
+    def _run(self, work: list[Work]) -> bool:
+        """Runs a pass, samples the tokens that follow, and has rows join the batch and leave it."""
+        if not work:
             return False
-        row = rows[0]
         try:
-            logits = self._read(row)
+            with self.engine.bank.lock:
+                done = self._passes.run([each.part() for each in work])
         except Exception as error:
-            rows.popleft()
-            self._fail(row, error)
+            if len(work) == 1:
+                self._break_off(work[0], error)
+                return True
+            for each in work:  # as the error may be about one of them alone; the batch first, before rows join it
+                self._run([each])
             return True
-        if len(row.contents) == len(row.tokens):
-            rows.popleft()
-            self._read_through(row, logits)
+        self._fuse_s += done.fuse_ms / 1e3
+        num_tokens = sum(each.num_new * len(each.rows) for each in work)
+        for each, scores in zip(work, done.scores, strict=True):
+            self._note(each, scores, done, share=each.num_new / num_tokens)
+        through = [(each, scores[:, -1]) for each, scores in zip(work, done.scores, strict=True) if each.is_through]
+        if through:
+            rows = [row for each, _ in through for row in each.rows]
+            switched = self._sample(rows, torch.cat([scores for _, scores in through]))
+            for each, _ in through:
+                self._settle(each, switched)
         return True
 
-    def _next_to_read(self) -> deque[Row] | None:
-        """The queue whose first row is read next."""
-        may_begin = bool(self._new) and (self._new[0] in self._active or len(self._active) < self.max_batch)
-        if self._again and not (may_begin and self._num_again >= MAX_AGAIN):
-            self._num_again += may_begin
-            return self._again
-        self._num_again = 0
-        return self._new if may_begin else None
+    def _note(self, work: Work, scores: Float[Tensor, "rows tokens vocab"], done: Scored, *, share: float) -> None:
+        """Takes down what a pass has done for rows; each had a share of its time."""
+        work.cache.advance(work.num_new)
+        if work.cache is self._batch:
+            self._counts["steps"] += 1
+            self._counts["step_tokens"] += len(work.rows)
+            for row in work.rows:
+                row.contents.append(row.content)
+                row.routed.charge(fuse_ms=done.fuse_ms)
+            return
+        (row,) = work.rows
+        row.contents += row.planned[len(row.contents) :][: work.num_new]
+        row.fuse_ms += done.fuse_ms
+        row.encode_ms += share * (done.pass_ms - done.fuse_ms)
+        self._counts["read_tokens"] += work.num_new
+        if row.wants_prompt_scores:
+            row.add_prompt_scores(scores[0])
+        if work.is_through:
+            (self._again if row.has_answer else self._new).remove(row)
+            row.routed.charge(fuse_ms=row.fuse_ms, encode_ms=row.encode_ms if row.has_answer else 0.0)
 
-    def _read(self, row: Row) -> Float[Tensor, "batch seq vocab"]:
-        """Encodes the next chunk of a row; gives the scores that follow it, or those of all its tokens."""
-        if row.state != "reading":
-            self._begin_reading(row)
-        assert row.cache is not None
-        start = len(row.contents)
-        stop = min(start + self.chunk_tokens, len(row.tokens))
-        router, num_tokens = row.routed, stop - start
-        mixtures, numbers = [router.mixture], None
-        if router.prompt_trace:
-            kept = torch.ones(1, stop, dtype=torch.bool)
-            mixtures, numbers = mixtures_by_token([router], kept, num_tokens=num_tokens)
-        needs_scores = row.request.sampling.num_prompt_logprobs is not None and not row.has_answer
-        started = time.perf_counter()
-        bank = self.engine.bank
-        # The names of adapters may change until the bank is locked.
-        with bank.lock, self.engine.under([row.leased(mixture) for mixture in mixtures], numbers) as forward:
-            fused = time.perf_counter()
-            logits: Tensor = forward(
-                input_ids=torch.tensor([row.tokens[start:stop]], device=self._device),
-                position_ids=torch.arange(start, stop, device=self._device)[None],
-                use_cache=True,
-                logits_to_keep=0 if needs_scores else 1,
-                **cache_argument(row.cache),
-            ).logits
-        row.cache.advance(num_tokens)
-        row.contents += row.planned[start:stop]
-        row.fuse_ms += (fused - started) * 1e3
-        row.encode_ms += (time.perf_counter() - fused) * 1e3
-        self._fuse_s += fused - started
-        self._counts["read_tokens"] += num_tokens
-        if needs_scores:
-            row.add_prompt_scores(logits[0])
-        return logits
+    def _settle(self, work: Work, switched: Collection[Row]) -> None:
+        """Has rows that were given a token join the batch, stay in it, or leave."""
+        # From the last one on, which takes the number of one that leaves.
+        for i, row in reversed(list(enumerate(work.rows))):
+            if not self._goes_on(row, row in switched):
+                self._leave(row, work.cache, i)
+            elif work.cache is not self._batch:
+                self._batch.append(work.cache)
+                row.cache = None
+                row.state = "decoding"
+                self._decoding.append(row)
 
-    def _begin_reading(self, row: Row) -> None:
-        """Plans what a row's tokens are encoded under, and begins with what was kept of them."""
+    def _break_off(self, work: Work, error: Exception) -> None:
+        """Ends rows whose pass failed."""
+        if work.cache is self._batch:
+            self._decoding = []
+            self._batch.clear()
+            with self.engine.bank.lock:
+                self.engine.bank.forget()
+        for row in work.rows:
+            if work.cache is not self._batch:
+                self._withdraw(row)
+            self._fail(row, error)
+
+    def _begin_reading(self, row: Row) -> bool:
+        """Plans what a row's tokens are encoded under, and begins with what was kept of them; not if that fails."""
         row.begin_reading()
         self._active.add(row)
+        try:
+            self._plan(row)
+        except Exception as error:
+            self._withdraw(row)
+            self._fail(row, error)
+        return not row.has_ended
+
+    def _plan(self, row: Row) -> None:
         row.fuse_ms = row.encode_ms = 0.0
         row.planned = row.contents + [row.content] * (len(row.tokens) - len(row.contents))
         for sentence in row.routed.prompt_trace:
@@ -311,77 +385,15 @@ class Scheduler:
             row.answer.num_cached = num_tokens
             self._counts["cached_tokens"] += num_tokens
 
-    def _read_through(self, row: Row, logits: Float[Tensor, "batch seq vocab"]) -> None:
-        """Samples the token that follows what was read, and puts the row into the batch."""
-        cache = row.cache
-        assert cache is not None
-        row.routed.charge(fuse_ms=row.fuse_ms, encode_ms=row.encode_ms if row.has_answer else 0.0)
-        switched = False
-        if row.answer.max_tokens == 0:
-            row.finish("length")
-        else:
-            (switched,) = self._sample([row], logits[:, -1])
-        if self._goes_on(row, switched):
-            self._batch.append(cache)
-            row.cache = None
-            row.state = "decoding"
-            self._decoding.append(row)
-        else:
-            self._leave(row, cache, 0)
-
-    def _step(self) -> bool:
-        """Gives each row of the batch one token."""
-        rows = self._decoding
-        if not rows:
-            return False
-        try:
-            scores = self._decode(rows)
-        except Exception as error:
-            self._decoding = []
-            self._batch.clear()
-            with self.engine.bank.lock:
-                self.engine.bank.forget()
-            for row in rows:
-                self._fail(row, error)
-            return True
-        for row in rows:
-            row.contents.append(row.content)
-        switched = self._sample(rows, scores)
-        # From the last one on, which takes the number of one that leaves.
-        for i in reversed(range(len(rows))):
-            if not self._goes_on(rows[i], switched[i]):
-                self._leave(rows[i], self._batch, i)
-        return True
-
-    def _decode(self, rows: list[Row]) -> Float[Tensor, "batch vocab"]:
-        """Encodes the last token of each row."""
-        started = time.perf_counter()
-        bank = self.engine.bank
-        # The names of adapters may change until the bank is locked.
-        with bank.lock, self.engine.under([row.leased(row.routed.mixture) for row in rows], reuse=True) as forward:
-            fused = time.perf_counter()
-            self._batch.reserve(1)
-            logits: Tensor = forward(
-                input_ids=torch.tensor([row.tokens[-1:] for row in rows], device=self._device),
-                attention_mask=self._batch.mask(1, self._device),
-                position_ids=self._batch.positions(1, self._device),
-                use_cache=True,
-                **cache_argument(self._batch),
-            ).logits
-        self._batch.advance(1)
-        for row in rows:
-            row.routed.charge(fuse_ms=(fused - started) * 1e3)
-        self._fuse_s += fused - started
-        self._counts["steps"] += 1
-        self._counts["step_tokens"] += len(rows)
-        return logits[:, -1]
-
-    def _sample(self, rows: list[Row], scores: Float[Tensor, "batch vocab"]) -> list[bool]:
+    def _sample(self, rows: list[Row], scores: Float[Tensor, "rows vocab"]) -> set[Row]:
         """Gives each row its next token; says whose mixture changes with it."""
         scores = scores.float()
         likeliest, are_broken = scores.argmax(dim=-1).tolist(), scores.isnan().any(dim=-1).tolist()
-        switched = [False] * len(rows)
+        switched: set[Row] = set()
         for i, row in enumerate(rows):
+            if row.answer.max_tokens == 0:
+                row.finish("length")
+                continue
             sampler = row.sampler
             assert sampler is not None
             try:
@@ -390,13 +402,13 @@ class Scheduler:
                 token = likeliest[i] if sampler.is_argmax else sampler.sample(scores[i])
                 start = time.perf_counter()
                 with self.engine.bank.lock:  # as its adapters must not go before they are leased
-                    switched[i] = row.take(token, scores[i])
-                    if switched[i]:
+                    if row.take(token, scores[i]):
+                        switched.add(row)
                         row.lease = self.engine.bank.lease(row.routed.mixtures, follows=True)
                 self._route_s += time.perf_counter() - start
             except Exception as error:
                 self._fail(row, error)
-        self._counts["switches"] += sum(switched)
+        self._counts["switches"] += len(switched)
         return switched
 
     def _goes_on(self, row: Row, switched: bool) -> bool:
