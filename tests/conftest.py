@@ -50,6 +50,7 @@ CI = (
         "training",
         "test_demo.py",
         "test_docs.py",
+        "test_release.py",
         "test_examples.py",
         "test_public_api.py",
         "tasks/test_tasks_procedural.py",
