@@ -173,7 +173,7 @@ def lively_model(architecture: str = "llama", *, seed: int = 0) -> PreTrainedMod
 
 
 class HashRouter:
-    """Gives probabilities that hang on every character of the context: another text, another mixture."""
+    """Gives probabilities that depend on every character of the context: another text, another mixture."""
 
     def __init__(self, names: Sequence[str] = ("math", "poems", "units")) -> None:
         self.names = tuple(names)

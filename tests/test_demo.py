@@ -132,7 +132,7 @@ def test_a_finished_demo_does_nothing_again(model: Path, undisturbed: Undisturbe
     assert record(out) == before
 
 
-def test_answers_of_another_router_are_given_anew(model: Path, tmp_path: Path) -> None:
+def test_answers_of_another_router_are_given_again(model: Path, tmp_path: Path) -> None:
     first = run_demo(model, tmp_path, SMALL)
     kept = json.loads((tmp_path / "answers.json").read_text())
     other = MiniMLP.from_pretrained(tmp_path / "router")
@@ -147,7 +147,7 @@ def test_answers_of_another_router_are_given_anew(model: Path, tmp_path: Path) -
     assert again.serial.trace[0]["probabilities"] != first.serial.trace[0]["probabilities"]
 
 
-def test_answers_of_other_lengths_are_given_anew(model: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
+def test_answers_of_other_lengths_are_given_again(model: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
     longer = replace(SMALL, max_new_tokens=6)
     run_demo(model, tmp_path / "changed", SMALL)
     run_demo(model, tmp_path / "changed", longer)

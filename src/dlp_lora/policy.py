@@ -244,7 +244,7 @@ def choose(policy: FusionPolicy, row: Mapping[str, float], unsure: Unsure = "bas
     """
     if not all(0 <= p <= 1 + TOLERANCE for p in row.values()):  # false for NaN, too
         name = next(name for name, p in row.items() if not 0 <= p <= 1 + TOLERANCE)
-        raise RouterError(f"the router gave {name} {row[name]}, where a probability is expected; train it anew")
+        raise RouterError(f"the router gave {name} {row[name]}, where a probability is expected; train it again")
     fits = math.fsum(row.values())
     sums_to_1 = fits <= 0 or abs(fits - 1) < TOLERANCE
     probabilities = dict(row) if sums_to_1 else {name: p / fits for name, p in row.items()}

@@ -608,7 +608,7 @@ def test_rows_that_run_with_an_adapter_keep_it_until_they_switch() -> None:
     assert set(bank.store.loaded) == {"b", "c"}
 
 
-def test_a_name_is_not_given_anew_while_rows_run_with_the_old_adapter() -> None:
+def test_a_name_is_not_given_again_while_rows_run_with_the_old_adapter() -> None:
     bank = bank_of(2)
     lease = bank.lease([Mixture({"a": 1.0})])
     bank.fuse([Mixture({"a": 1.0})])

@@ -232,7 +232,7 @@ class TestLoad:
     def test_a_router_for_other_adapters_is_refused_with_the_names(
         self, base: Path, lively_adapters: Path, names: tuple[str, ...], messages: list[str]
     ) -> None:
-        with pytest.raises(RouterError, match="give the adapters it was trained for, or train it anew") as error:
+        with pytest.raises(RouterError, match="give the adapters it was trained for, or train it again") as error:
             dlp_lora.load(base, adapters=lively_adapters, router=HashRouter(names))
         assert all(message in str(error.value) for message in messages)
         assert str(error.value).count("know") == len(messages)

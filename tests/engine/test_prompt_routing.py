@@ -210,7 +210,7 @@ class TestAnswers:
         own = by_token(prompt)
         spoken = [openings[i // K] for i in range(len(answer))]
         for i, logits in enumerate(output.logits):
-            # The answer, and with it the prompt's last token, is encoded anew; the prompt's sentences stay theirs.
+            # The answer, and with it the prompt's last token, is encoded again; the prompt's sentences stay theirs.
             now = spoken[i - 1] if i else openings[0]
             mixtures = [*own[:-1], now, *[now] * i] if kv_policy == "recompute" else [*own, *spoken[:i]]
             ids = torch.tensor([[*tokens_of(prompt), *answer[:i]]])

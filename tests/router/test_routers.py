@@ -253,7 +253,7 @@ class TestEveryRouter:
         [
             ({"type": "oracle"}, "was written by a later version; upgrade dlp-lora"),
             ({"format": 5}, "was written by a later version; upgrade dlp-lora"),
-            ({"format": 3}, "was written by an earlier version, format 3, not 4; train it anew"),
+            ({"format": 3}, "was written by an earlier version, format 3, not 4; train it again"),
             ({"tokenizer": "another"}, "is not the tokenizer that the router was trained with; copy the router again"),
             ({"names": ["math", "math", "units"]}, "at least one adapter name, each once"),
             ({"temperature": 0, "calibration": {"temperature": 0}}, "is damaged .*temperature must be positive"),
@@ -269,12 +269,12 @@ class TestEveryRouter:
     def test_damaged_weights_are_refused(self, router: Router, tmp_path: Path, keep: float) -> None:
         weights = saved(router, tmp_path / "router") / WEIGHTS_FILE
         weights.write_bytes(weights.read_bytes()[: int(keep * weights.stat().st_size)])
-        with pytest.raises(RouterError, match=r"is damaged .*copy it again or train it anew"):
+        with pytest.raises(RouterError, match=r"is damaged .*copy it again or train it again"):
             load_router(tmp_path / "router")
 
     def test_a_missing_weight_is_refused(self, router: Router, tmp_path: Path) -> None:
         save_file({"other": torch.zeros(1)}, saved(router, tmp_path / "router") / WEIGHTS_FILE)
-        with pytest.raises(RouterError, match=r"(?s)is damaged .*copy it again or train it anew"):
+        with pytest.raises(RouterError, match=r"(?s)is damaged .*copy it again or train it again"):
             load_router(tmp_path / "router")
 
     @pytest.mark.gpu

@@ -214,7 +214,7 @@ def test_a_run_killed_at_any_step_ends_in_the_same_weights_and_losses(
     for step in kills:
         with pytest.raises(KilledError):
             train(tmp_path / "killed", args, on_progress=kill_at(step))
-        torch.manual_seed(step)  # nothing may hang on the state of the generator
+        torch.manual_seed(step)  # nothing may depend on the state of the generator
     train(tmp_path / "killed", args)
     whole, killed = (load_file(tmp_path / name / WEIGHTS_FILE) for name in ("whole", "killed"))
     assert whole.keys() == killed.keys()

@@ -37,7 +37,7 @@ def router(
     work: Annotated[
         Path | None, typer.Option(help="Folder to keep trained routers in, for a run that goes on. [default: nowhere]")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin the record anew.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin the record again.")] = False,
 ) -> None:
     """How accurate, sure and fast a router is, from whole prompts to single sentences.
 

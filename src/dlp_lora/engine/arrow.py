@@ -264,7 +264,7 @@ def _check_base(base: PreTrainedModel, prototypes: Mapping[str, Tensor], tokeniz
     if vocab_size(tokenizer) > num_tokens:
         raise RouterError(
             f"the router's tokenizer has ids up to {vocab_size(tokenizer) - 1}, but {base.config._name_or_path!r} "
-            f"embeds {num_tokens}; make the router anew for this base model"
+            f"embeds {num_tokens}; make the router again for this base model"
         )
     modules = dict(base.named_modules())
     for module, vectors in prototypes.items():
@@ -273,5 +273,5 @@ def _check_base(base: PreTrainedModel, prototypes: Mapping[str, Tensor], tokeniz
         if d_in != vectors.shape[1]:
             raise RouterError(
                 f"the router was made for a base model whose {module} reads {vectors.shape[1]} features, but that of "
-                f"{base.config._name_or_path!r} reads {d_in or 'nothing: there is none'}; make it anew for this one"
+                f"{base.config._name_or_path!r} reads {d_in or 'nothing: there is none'}; make it again for this one"
             )

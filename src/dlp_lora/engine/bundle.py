@@ -207,7 +207,7 @@ def check_names(routed: Sequence[str], held: Sequence[str]) -> None:
     if unrouted:
         problems.append(f"the router does not know the adapters {', '.join(unrouted)}")
     if problems:
-        raise RouterError(f"{' and '.join(problems)}; give the adapters it was trained for, or train it anew")
+        raise RouterError(f"{' and '.join(problems)}; give the adapters it was trained for, or train it again")
 
 
 def _base(data: Mapping[str, Any]) -> Base:

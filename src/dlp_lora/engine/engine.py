@@ -566,8 +566,8 @@ class Engine:
         """Compiles decoding steps over a static cache, once for each batch size and length of the cache.
 
         A step then computes with `max_rank` in each adapted layer, whatever the mixture, so that no switch compiles
-        anew; buffers stay where they are, as CUDA graphs need. Prompts, wider mixtures, other caches and `disabled` run
-        as ever.
+        again; buffers stay where they are, as CUDA graphs need. Prompts, wider mixtures, other caches and `disabled`
+        run as ever.
 
             engine.compile(mode="reduce-overhead")
             engine.generate(prompt, cache_implementation="static", max_cache_len=4096)

@@ -104,7 +104,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise RouterError(f"{path} is not a router folder: it has no {CONFIG_FILE}; train one with train-router")
     config: dict[str, Any] = json.loads((path / CONFIG_FILE).read_text())
     if (format := config.pop("format")) < FORMAT:
-        raise RouterError(f"{path} was written by an earlier version, format {format}, not {FORMAT}; train it anew")
+        raise RouterError(f"{path} was written by an earlier version, format {format}, not {FORMAT}; train it again")
     if format > FORMAT or config["type"] not in TYPES:
         raise RouterError(f"{path} was written by a later version; upgrade dlp-lora")
     return config
@@ -122,7 +122,7 @@ def as_router_error(path: Path) -> Iterator[None]:
     except RouterError:
         raise
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise RouterError(f"{path} is damaged ({error}); copy it again or train it anew") from error
+        raise RouterError(f"{path} is damaged ({error}); copy it again or train it again") from error
     except Exception as error:
         # The tokenizers library raises bare Exception for files that it cannot read.
         raise RouterError(f"{path}/{TOKENIZER_FILE} cannot be read ({error}); copy it again") from error

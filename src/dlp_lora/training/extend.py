@@ -45,7 +45,7 @@ def add_tasks(router: MiniMLP, tasks: Sequence[Task], *, seed: int = 0) -> MiniM
             raise TrainingError(f"the router knows {task.name!r} already; remove it first, or choose another name")
     tasks = [routable(task) for task in tasks]
     if router.memory.shape[1] == 0:
-        raise RouterError("the router was trained with memory=0, so nothing guards its adapters; train it anew")
+        raise RouterError("the router was trained with memory=0, so nothing guards its adapters; train it again")
     rng = random.Random(seed)
     torch.manual_seed(seed)
     # A conversation of one task says nothing of what comes before this one.
@@ -147,7 +147,7 @@ def _opened(path: str | Path) -> tuple[Bundle, MiniMLP]:
     if not isinstance(router, MiniMLP):
         raise RouterError(
             f"the router of {path} is a {type(router).__name__}, and only a MiniMLP learns adapters later; "
-            "make the router and the bundle anew"
+            "make the router and the bundle again"
         )
     return bundle, router
 

@@ -61,7 +61,7 @@ def test_a_pool_is_the_mean_over_its_tasks_whatever_their_sizes() -> None:
     found = table(a=[1.0] * 2, b=[0.0] * 8)
     means, spread = pooled(found, ["a", "b"])
     assert means == {"accuracy": 0.5}
-    assert spread == {"accuracy": (0.5, 0.5)}  # drawn anew within each task
+    assert spread == {"accuracy": (0.5, 0.5)}  # drawn again within each task
 
 
 def test_a_task_without_answers_is_left_out_of_its_pool() -> None:

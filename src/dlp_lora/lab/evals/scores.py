@@ -1,7 +1,7 @@
 """Scores: answers in, numbers with intervals out, for one task, a pool of tasks, or the difference of two methods.
 
 Fractions are 0..1; BLEU is sacrebleu's 0..100. A pool's score is the mean over its tasks. Intervals are 95 % bootstrap
-intervals over the questions, drawn anew within each task; for a difference both methods keep the same questions.
+intervals over the questions, drawn again within each task; for a difference both methods keep the same questions.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -45,7 +45,7 @@ def bench_router(
 
     Args:
         file: the record, which is written after each scenario; those that it has already are not measured again.
-        overwrite: begin the record anew.
+        overwrite: begin the record again.
 
     Raises:
         ValueError: for an unknown scenario.

@@ -122,7 +122,7 @@ def questions(setting: Setting) -> dict[str, Any]:
 def junctions(setting: Setting) -> dict[str, Any]:
     """Changes of task in the middle of a sentence: what deciding once a sentence loses against deciding at each word.
 
-    `sentence` decides at the sentence's first word and keeps to it, `word` decides anew at each; both are accuracies
+    `sentence` decides at the sentence's first word and keeps to it, `word` decides again at each; both are accuracies
     per word. `delay_words` is how many words of the second task pass before the latter names it. `next` are the
     sentences that follow, `next_apart` the same ones had the change come between two sentences.
     """

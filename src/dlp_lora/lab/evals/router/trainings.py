@@ -161,7 +161,7 @@ def _splits(setting: Setting) -> dict[str, tuple[list[Task], list[Task]]]:
     if len(tasks) - k < 2:
         return {}
     parts = [tasks[i * k : (i + 1) * k] for i in range(min(setting.args.splits, len(tasks) // k))]
-    # In their own order: what is trained on must not hang on the shuffle.
+    # In their own order: what is trained on must not depend on the shuffle.
     return {f"without-{i}": ([t for t in setting.tasks if t not in left], left) for i, left in enumerate(parts)}
 
 

@@ -143,7 +143,7 @@ def junctions(record: Found) -> Table:
         return _table("", ("",), ())
     rows = [
         ("Words of a mixed sentence, decided once at its first word", _accuracy(found["sentence"])),
-        ("The same, decided anew at each word", _accuracy(found["word"])),
+        ("The same, decided again at each word", _accuracy(found["word"])),
         *((f"Sentence {i} after it", _accuracy(own)) for i, own in enumerate(found["next"], start=1)),
         *((f"The same, had the change come at a full stop: {i}", _accuracy(own)) for i, own in _each(found)),
     ]
