@@ -94,6 +94,21 @@ def test_a_step_copies_nothing_while_there_is_room() -> None:
     assert batch.nbytes <= 4 * nbytes
 
 
+def test_rows_that_have_gone_give_their_memory_back() -> None:
+    batch = SpareCache(num_rows=0, capacity=0)
+    row, keys = row_of(10, 0)
+    batch.append(row)
+    alone = batch.nbytes
+    for i in range(12):
+        batch.append(row_of(400, 1000 * i)[0])
+    assert batch.nbytes > 100 * alone
+    while len(batch.lengths) > 1:
+        batch.remove(1)
+    assert batch.nbytes <= 4 * alone
+    seen, new = write(batch, 1, 0)
+    assert torch.equal(seen[0], torch.cat([keys, new[0]], dim=1))
+
+
 @given(
     pairs=st.lists(st.tuples(st.integers(0, 2), st.sampled_from([b"a", b"b"])), max_size=12),
     others=st.lists(st.tuples(st.integers(0, 2), st.sampled_from([b"a", b"b"])), max_size=12),

@@ -204,6 +204,7 @@ class SpareCache(Cache):  # type: ignore[misc]
         columns.lengths.pop()
         if not columns.lengths:
             columns.end = 0
+        self._shrink()
 
     def wipe(self, i: int) -> None:
         """Makes what a row holds zero: it was not finite, and would spoil what attends to it behind a mask."""
@@ -215,6 +216,14 @@ class SpareCache(Cache):  # type: ignore[misc]
         """Drops all rows, and the buffers, in which there may be anything after a failure."""
         self.layers.clear()
         self.columns.lengths, self.columns.end, self.columns.capacity = [], 0, 0
+
+    def _shrink(self) -> None:
+        """Gives memory back where a quarter of the buffers would do."""
+        columns, rows = self.columns, max(1, self.columns.num_rows)
+        capacity = columns.width + max(ROOM, columns.width // 2)
+        if 4 * rows * capacity <= self.max_rows * columns.capacity:
+            self.max_rows, columns.capacity = rows, capacity
+            self._lay(columns.start, columns.width, rows=rows)
 
     def _made(self) -> list[SpareLayer]:
         return [layer for layer in self.layers if layer.is_initialized]
