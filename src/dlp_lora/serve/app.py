@@ -15,7 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dlp_lora.engine.text import decode
 from dlp_lora.serve import schema
@@ -278,9 +278,23 @@ async def _respond(
             if not has_ended:
                 service.metrics.aborted.labels("disconnect").inc()
             log.update(prompt_tokens=answers.num_prompt, completion_tokens=answers.num_answer)
-            await answers.__aexit__()
 
-    return StreamingResponse(written(), headers=HEADERS, media_type="text/event-stream")
+    return AnswerStream(answers, written())
+
+
+class AnswerStream(StreamingResponse):
+    """A stream of answers that run; they end with it, even if the client has left before its first byte."""
+
+    def __init__(self, answers: Answers, content: AsyncIterator[bytes]) -> None:
+        super().__init__(content, headers=HEADERS, media_type="text/event-stream")
+        self._answers = answers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends it."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._answers.__aexit__()
 
 
 async def _unless_gone(request: Request, work: Callable[[], Awaitable[Result]]) -> Result | None:
