@@ -18,10 +18,20 @@ from server_process import ServerProcess, start
 LONG = {"prompt": "Tell me a tale", "max_tokens": 400, "ignore_eos": True}
 
 
-@pytest.fixture
-def slow(lively_adapters: Path, tmp_path: Path) -> Iterator[ServerProcess]:
+SLOW: dict[str, Any] = {"slow_s": 0.03, "max_batch": 2, "max_queue": 2, "shutdown_s": 30}
+
+
+@pytest.fixture(scope="module")
+def slow(lively_adapters: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A server of which each pass takes a while, with two rows and two places to wait."""
-    with start(lively_adapters, tmp_path, slow_s=0.03, max_batch=2, max_queue=2, shutdown_s=30) as running:
+    with start(lively_adapters, tmp_path_factory.mktemp("slow"), **SLOW) as running:
+        yield running
+
+
+@pytest.fixture
+def doomed(lively_adapters: Path, tmp_path: Path) -> Iterator[ServerProcess]:
+    """As `slow`, for a test that ends it."""
+    with start(lively_adapters, tmp_path, **SLOW) as running:
         yield running
 
 
@@ -44,16 +54,18 @@ def wait_for(condition: Any, *, timeout_s: float = 20) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_row(slow: ServerProcess, stream: bool) -> None:
+    aborted = slow.metric("requests_aborted_total", reason="disconnect")
     running = [connection(slow, "/v1/completions", {**LONG, "stream": stream}) for _ in range(4)]
     wait_for(lambda: slow.metric("num_rows_decoding") == 2 and slow.metric("num_requests_waiting") == 2)
     for client in running:
         client.close()
     slow.wait_until_idle(timeout_s=5)  # 400 tokens take 12 s
-    wait_for(lambda: slow.metric("requests_aborted_total", reason="disconnect") == 4)
+    wait_for(lambda: slow.metric("requests_aborted_total", reason="disconnect") == aborted + 4)
     assert slow.complete(max_tokens=2).status_code == 200
 
 
 def test_more_than_may_wait_are_told_to_come_back(slow: ServerProcess) -> None:
+    rejected = slow.metric("requests_rejected_total", reason="queue_full")
     running = [connection(slow, "/v1/completions", LONG) for _ in range(4)]
     wait_for(lambda: slow.metric("num_requests_running") + slow.metric("num_requests_waiting") == 4)
     for stream in (False, True):
@@ -61,7 +73,7 @@ def test_more_than_may_wait_are_told_to_come_back(slow: ServerProcess) -> None:
         assert response.status_code == 503
         assert response.headers["retry-after"] == "1"
         assert response.json()["error"]["code"] == "queue_full"
-    assert slow.metric("requests_rejected_total", reason="queue_full") == 2
+    assert slow.metric("requests_rejected_total", reason="queue_full") == rejected + 2
     for client in running:
         client.close()
     slow.wait_until_idle(timeout_s=5)
@@ -78,22 +90,22 @@ def test_the_time_of_a_request_ends(slow: ServerProcess) -> None:
     slow.wait_until_idle(timeout_s=5)
 
 
-def test_what_runs_comes_to_its_end_before_the_server_does(slow: ServerProcess) -> None:
+def test_what_runs_comes_to_its_end_before_the_server_does(doomed: ServerProcess) -> None:
     body = {**LONG, "max_tokens": 60}
     with ThreadPoolExecutor(3) as pool:
-        answers = [pool.submit(slow.events, "/v1/completions", body) for _ in range(2)]
-        wait_for(lambda: slow.metric("num_rows_decoding") == 2)
-        slow.process.send_signal(signal.SIGTERM)
-        wait_for(lambda: slow.client.get("/health").status_code == 503)
-        assert slow.client.get("/health").json()["status"] == "draining"
-        refused = slow.complete(max_tokens=1)
+        answers = [pool.submit(doomed.events, "/v1/completions", body) for _ in range(2)]
+        wait_for(lambda: doomed.metric("num_rows_decoding") == 2)
+        doomed.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: doomed.client.get("/health").status_code == 503)
+        assert doomed.client.get("/health").json()["status"] == "draining"
+        refused = doomed.complete(max_tokens=1)
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
         for answer in answers:
             *chunks, last, end = answer.result()
             assert len(chunks) >= 1
             assert last["choices"][0]["finish_reason"] == "length"
             assert end == "[DONE]"
-    assert slow.process.wait(timeout=20) == 0
+    assert doomed.process.wait(timeout=20) == 0
 
 
 def test_what_outlasts_the_time_to_close_is_told_so(lively_adapters: Path, tmp_path: Path) -> None:
@@ -111,13 +123,13 @@ def test_what_outlasts_the_time_to_close_is_told_so(lively_adapters: Path, tmp_p
         assert time.monotonic() - start_s < 15
 
 
-def test_a_second_signal_ends_it_at_once(slow: ServerProcess) -> None:
-    client = connection(slow, "/v1/completions", {**LONG, "stream": True})
-    wait_for(lambda: slow.metric("num_rows_decoding") == 1)
-    slow.process.send_signal(signal.SIGINT)
-    wait_for(lambda: slow.client.get("/health").status_code == 503)
-    slow.process.send_signal(signal.SIGINT)
-    slow.process.wait(timeout=5)
+def test_a_second_signal_ends_it_at_once(doomed: ServerProcess) -> None:
+    client = connection(doomed, "/v1/completions", {**LONG, "stream": True})
+    wait_for(lambda: doomed.metric("num_rows_decoding") == 1)
+    doomed.process.send_signal(signal.SIGINT)
+    wait_for(lambda: doomed.client.get("/health").status_code == 503)
+    doomed.process.send_signal(signal.SIGINT)
+    doomed.process.wait(timeout=5)
     client.close()
 
 
@@ -154,6 +166,7 @@ def test_a_reading_client_does_not_hold_up_others(slow: ServerProcess) -> None:
         times.append(time.perf_counter() - start_s)
     assert sorted(times)[10] < 0.5
     client.close()
+    slow.wait_until_idle(timeout_s=5)
 
 
 def test_adapters_that_come_and_go_change_no_running_answer(lively_adapters: Path, tmp_path: Path) -> None:
