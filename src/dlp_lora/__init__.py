@@ -12,6 +12,7 @@ _HOMES = {
         "load",
         "load_router",
     ),
+    "engine.routing_log": ("RoutingLog",),
     "engine.streaming": (
         "Piece",
         "Stream",
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from dlp_lora.engine.engine import Engine as Engine
     from dlp_lora.engine.loading import load as load
     from dlp_lora.engine.loading import load_router as load_router
+    from dlp_lora.engine.routing_log import RoutingLog as RoutingLog
     from dlp_lora.engine.streaming import Piece as Piece
     from dlp_lora.engine.streaming import Stream as Stream
     from dlp_lora.engine.trace import Generation as Generation

@@ -470,6 +470,31 @@ def test_a_task_folder_can_be_the_one_one_is_in(work: Path, tmp_path: Path, monk
     assert (tmp_path / "days" / "adapter_config.json").is_file()
 
 
+def test_decisions_are_logged_and_corrected_ones_are_learned(work: Path, tmp_path: Path) -> None:
+    log, prompt = tmp_path / "routing.jsonl", "The day after the sum of days, please"
+    ask = ("generate", prompt, "--bundle", work / "bundle", *QUICK, "--json")
+    (answer,) = json_lines(ok(*ask, "--log-routing", log))
+    lines = json_lines(log.read_text())
+    assert [line["mixture"] for line in lines] == [sentence["mixture"] for sentence in answer["trace"]]
+    assert not any("text" in line for line in lines)
+    log.unlink()
+    ok(*ask, "--log-routing", log, "--log-text")
+    first = json_lines(log.read_text())[0]
+    assert first["text"] == {"prompt": prompt, "answer": "", "sentence": "", "history": ""}
+    other = "sums" if first["adapter"] == "days" else "days"
+    log.write_text(json.dumps({**first, "adapter": other}) + "\n")
+    train = ("train-router", "--data", work / "data", "--out", tmp_path / "router", "--model", work / "model")
+    ok(*train, "--epochs", "8", "--routed", log)
+    (routed,) = json_lines(ok("route", prompt, "--router", tmp_path / "router"))
+    assert next(iter(routed["mixture"])) == other
+
+
+def test_a_chat_is_logged(work: Path, tmp_path: Path) -> None:
+    log = tmp_path / "routing.jsonl"
+    ok("chat", "--bundle", work / "bundle", *QUICK, "--log-routing", log, stdin="Hello\n")
+    assert [line["sentence"] for line in json_lines(log.read_text())][:1] == [0]
+
+
 def test_the_router_is_reported_for_people_too(work: Path, tmp_path: Path) -> None:
     args = ("train-router", "--data", work / "data", "--out", tmp_path / "router", "--tokenizer", work / "model")
     shown = ok(*args, "--epochs", "2")
@@ -479,6 +504,21 @@ def test_the_router_is_reported_for_people_too(work: Path, tmp_path: Path) -> No
 
 
 ERRORS: dict[str, tuple[tuple[str, ...], str, str]] = {
+    "text without a log": (
+        ("generate", "Hi", "--bundle", "{work}/bundle", "--log-text"),
+        "",
+        "--log-text writes into the file of --log-routing",
+    ),
+    "a log in no folder": (
+        ("generate", "Hi", "--bundle", "{work}/bundle", "--log-routing", "{work}/no/log"),
+        "",
+        "no/log cannot be written: No such file",
+    ),
+    "a log that is none": (
+        ("train-router", "--data", "{work}/data", "--out", "{work}/out", "--routed", "{work}/none"),
+        "",
+        "none cannot be read: No such file",
+    ),
     "no bundle": (("generate", "Hi", "--bundle", "{work}/nothing"), "", "nothing is not a folder"),
     "no bundle to route": (("route", "Hi", "--bundle", "{work}/nothing"), "", "nothing is not a folder"),
     "not a bundle": (("generate", "Hi", "--bundle", "{work}/data"), "", "data is no bundle"),

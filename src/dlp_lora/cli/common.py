@@ -72,6 +72,12 @@ BudgetOption = Annotated[
     float | None,
     typer.Option("--budget-mb", help="Keep adapters on disk, and at most this many megabytes of them in memory."),
 ]
+LogOption = Annotated[
+    Path | None, typer.Option("--log-routing", help="Add each decision of the router to this file of JSON lines.")
+]
+LogTextOption = Annotated[
+    bool, typer.Option("--log-text", help="Write the texts that the router reads into the log, too.")
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,19 +94,25 @@ class EngineOptions:
     device: DeviceOption = "auto"
     prepack: PrepackOption = False
     budget_mb: BudgetOption = None
+    log_routing: LogOption = None
+    log_text: LogTextOption = False
 
 
 def open_engine(options: EngineOptions, *, need_router: bool = True) -> "Engine":
     """Loads the engine that the options describe."""
-    from dlp_lora import load
+    from dlp_lora import RoutingLog, load
     from dlp_lora.policy import with_p
 
+    if options.log_text and options.log_routing is None:
+        raise ValueError("--log-text writes into the file of --log-routing; give one")
+    log = None if options.log_routing is None else RoutingLog(options.log_routing, with_text=options.log_text)
     settings: dict[str, Any] = {
         "prompt_routing": options.prompt_routing,
         "kv_policy": options.kv_policy,
         "device": options.device,
         "prepack": options.prepack,
         "budget_mb": options.budget_mb,
+        "routing_log": log,
     }
     if options.bundle is not None:
         if options.adapters is not None or options.router is not None:

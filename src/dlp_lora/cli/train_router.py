@@ -37,6 +37,10 @@ def train_router(
     seed: Annotated[
         int | None, typer.Option(help="Seed of initialisation, order and augmentation. [default: 0]")
     ] = None,
+    routed: Annotated[
+        Path | None,
+        typer.Option(help="Learn from this routing log, too: lines with text (--log-text), their `adapter` corrected."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train a router on the task folders' texts; report held-out accuracy, confusion and calibration.
@@ -47,6 +51,7 @@ def train_router(
     from dlp_lora.lab.records.environment import environment
     from dlp_lora.router import CONFIG_FILE, load_tokenizer
     from dlp_lora.tasks.hub import read_data
+    from dlp_lora.training.routed import read_routed
     from dlp_lora.training.router import REPORT_FILE, RouterTrainingArgs, train_router_into
 
     if encoder is not None and tokenizer is not None:
@@ -56,6 +61,7 @@ def train_router(
     settings: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     args = RouterTrainingArgs(**settings)
     examples = read_data(data, names=words(tasks) if tasks else None)
+    lessons = [] if routed is None else read_routed(routed, [task.name for task in examples])
     with progress(["router"]) as show:
         report = train_router_into(
             out,
@@ -63,6 +69,7 @@ def train_router(
             load_tokenizer(tokenizer or encoder or base_model(model)),
             args,
             about={"environment": environment()},
+            routed=lessons,
             on_progress=show,
         )
     if as_json:

@@ -10,6 +10,7 @@ from jaxtyping import Bool
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from dlp_lora.engine.routing_log import RoutingLog
 from dlp_lora.policy import Mixture, RoutingSettings
 from dlp_lora.router import Context, Router
 from dlp_lora.sentences import Segmenter, SentenceSegmenter
@@ -70,7 +71,7 @@ class Call:
 
     `mixtures` are what the caller fixed, one for all rows or one a row; None leaves the choice to the router.
     `segmenter` makes what finds the sentences of a row. `contexts` are what the router reads of the prompts that are
-    known, by their tokens; others are read from their tokens.
+    known, by their tokens; others are read from their tokens. Decisions of the router go to the `routing_log`.
     """
 
     settings: RoutingSettings = field(default_factory=RoutingSettings)
@@ -80,6 +81,7 @@ class Call:
     endings: Endings = Endings()
     contexts: Mapping[tuple[int, ...], Context] = field(default_factory=dict)
     generating: Generating | None = None
+    routing_log: RoutingLog | None = None
 
     @property
     def is_base(self) -> bool:

@@ -222,7 +222,8 @@ class Controller:
         """Routes given answers without the model: what it decided, as decisions follow from the tokens alone."""
         copies = len(answers) // inputs["input_ids"].shape[0]
         ids, mask = (inputs[key].repeat_interleave(copies, dim=0) for key in ("input_ids", "attention_mask"))
-        rows = self._start_rows(ids, kept_tokens(ids, mask), self.call)
+        call = replace(self.call, routing_log=None)  # its decisions were logged when they were made
+        rows = self._start_rows(ids, kept_tokens(ids, mask), call)
         for row, tokens in zip(rows, answers, strict=True):
             for token in tokens[:-1]:
                 row.push(token)

@@ -31,6 +31,7 @@ from dlp_lora.engine.overrides import Override, overriding
 from dlp_lora.engine.passes import check_keeps_cache
 from dlp_lora.engine.prompts import EncodedPrompt, as_batch, contexts_of, encode_prompt, encode_prompts, padded
 from dlp_lora.engine.routing import Prompt, RowRouter
+from dlp_lora.engine.routing_log import RoutingLog
 from dlp_lora.engine.streaming import Stream
 from dlp_lora.engine.trace import Generation, Sentence
 from dlp_lora.errors import AdapterError, ModelError
@@ -65,6 +66,7 @@ class Engine:
         segmenter: Callable[[], Segmenter] = SentenceSegmenter,
         prepack: bool = False,
         paths: Setting | Paths | None = None,
+        routing_log: RoutingLog | None = None,
     ) -> None:
         if router is not None:
             check_names(router.names, bank.names)
@@ -77,6 +79,7 @@ class Engine:
             router=router,
             segmenter=segmenter,
             endings=Endings.of_model(model.generation_config, tokenizer),
+            routing_log=routing_log,
         )
         self._controller = Controller(bank, tokenizer, defaults)
         self.paths = attach(model, bank, paths="prepacked" if prepack else paths)
@@ -526,9 +529,9 @@ class Engine:
 
         Args:
             changes: `settings`, or some of them by name (`policy`, `switching`, `kv_policy`, `prompt_routing`);
-                `router`, `segmenter`.
+                `router`, `segmenter`, `routing_log`.
         """
-        names = (*RoutingSettings.names(), "settings", "router", "segmenter")
+        names = (*RoutingSettings.names(), "settings", "router", "segmenter", "routing_log")
         if unknown := set(changes) - set(names):
             raise ValueError(f"engine.using takes {', '.join(names)}, not {', '.join(sorted(unknown))}")
         if changes.get("router") is not None:

@@ -24,6 +24,7 @@ from dlp_lora.engine.arrow import ArrowRouter
 from dlp_lora.engine.bundle import FILES, Bundle, is_bundle, read_bundle
 from dlp_lora.engine.engine import Engine
 from dlp_lora.engine.kinds import check_config, check_kind, check_weights
+from dlp_lora.engine.routing_log import RoutingLog
 from dlp_lora.errors import AdapterError, BundleError, ModelError, RouterError
 from dlp_lora.files import name_of
 from dlp_lora.hub import Hub, is_repo_id
@@ -62,6 +63,7 @@ def load(
     budget_mb: float | None = None,
     prepack: bool = False,
     paths: Setting | Paths | None = None,
+    routing_log: RoutingLog | None = None,
     revision: str | None = None,
     subfolder: str | None = None,
     base_revision: str | None = None,
@@ -98,6 +100,7 @@ def load(
             holds the linear layers' weights once more as oneDNN multiplies them: what is then done to the `.data` of
             the base's weights is not seen.
         prepack: the same as `paths="prepacked"`.
+        routing_log: the file that each decision of the router is written to.
         revision: the branch, tag or commit of the first argument's repository. That of the base of a bundle, of the
             adapters and of the router is `base_revision`, `adapter_revision` and `router_revision`; adapters by name
             may have one each, `{name: revision}`.
@@ -168,6 +171,7 @@ def load(
         segmenter=segmenter,
         prepack=prepack,
         paths=paths,
+        routing_log=routing_log,
     )
 
 

@@ -5,6 +5,7 @@ Nothing here knows the model, its KV cache or the bank: the controller and a ser
 """
 
 import time
+import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -149,6 +150,7 @@ class RowRouter:
     detokenizer: Detokenizer
     segmenter: Segmenter
     decisions: list[Decision]
+    id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])  # in the routing log
     prompt_trace: tuple[Sentence, ...] = ()
     questions: tuple[str, ...] = ()  # of the prompt, if it asks several
     is_fixed: bool = False  # by the caller: no router is asked
@@ -276,7 +278,7 @@ def start_rows(
         decisions, questions = routing.decide_prompts(contexts, sentences)
         openings, routed = decisions[: len(prompts)], decisions[len(prompts) :]
     following = iter(routed)
-    return [
+    rows = [
         RowRouter(
             routing,
             prompt,
@@ -289,6 +291,13 @@ def start_rows(
         )
         for prompt, segmenter, opening, parts in zip(prompts, segmenters, openings, questions, strict=True)
     ]
+    if not fixed and (log := routing.call.routing_log) is not None:
+        read = iter(sentences)
+        for row, context in zip(rows, contexts, strict=True):
+            for number, sentence in enumerate(row.prompt_trace):
+                log.write(sentence, next(read), answer=row.id, sentence=number, is_prompt=True)
+            log.write(row.decisions[0], context, answer=row.id, sentence=0)
+    return rows
 
 
 def push_tokens(rows: Sequence[RowRouter], tokens: Sequence[int]) -> list[bool]:
@@ -309,10 +318,13 @@ def push_tokens(rows: Sequence[RowRouter], tokens: Sequence[int]) -> list[bool]:
     for routing, some in _by_routing(rows, opening):
         contexts = [rows[i].prompt.context(rows[i].text, at) for i, (_, at) in some.items()]
         decisions = routing.decide(contexts, list(some.values()), [rows[i].questions for i in some])
-        for i, decision in zip(some, decisions, strict=True):
+        for i, context, decision in zip(some, contexts, decisions, strict=True):
             held = hold(rows[i].mixture, decision, routing.call.settings.switching)
             switched[i] = held.mixture != rows[i].mixture
             rows[i].decisions.append(replace(held, switched=switched[i]))
+            if (log := routing.call.routing_log) is not None:
+                number = len(rows[i].decisions) - 1
+                log.write(rows[i].decisions[-1], context, answer=rows[i].id, sentence=number)
     return switched
 
 

@@ -28,12 +28,13 @@ from dlp_lora.router.encoder import albert_config
 from dlp_lora.router.nearness import Nearness
 from dlp_lora.tasks.task import Example, Task
 from dlp_lora.training.calibration import calibration_error
-from dlp_lora.training.contexts import GENERATION, KINDS, MIX, draw_contexts, routable
+from dlp_lora.training.contexts import GENERATION, KINDS, MIX, Sample, draw_contexts, routable
 
 REPORT_FILE = "report.json"
 RATES = ("learning_rate", "embedding_learning_rate", "encoder_learning_rate")
 MEDIAN_FIT = 0.999
 MIN_ROOM = 2.0  # of the score, between the median and none
+ROUTED_DRAWS = 4  # an epoch, of a text that is given with its task: the router may have got it wrong
 COVERAGE_EACH = 0.9  # share of each task's held-out prompts that fit at least
 
 Kind = Literal["mini-mlp", "encoder"]
@@ -128,6 +129,7 @@ def train_router(
     args: RouterTrainingArgs | None = None,
     config: MiniMLPConfig | None = None,
     *,
+    routed: Sequence[Sample] = (),
     on_progress: OnProgress = unseen,
 ) -> tuple[TrainedRouter, RouterReport]:
     """Trains a router over the tasks, named after them, and measures it on their test prompts.
@@ -138,6 +140,8 @@ def train_router(
     Args:
         tokenizer: what a mini-MLP, or an encoder of random weights, reads text through.
         config: of a mini-MLP.
+        routed: texts with the task that each belongs to, as `read_routed` gives them; each is learned as it is,
+            `ROUTED_DRAWS` times an epoch.
 
     Raises:
         RouterError: if the encoder to start from cannot be loaded.
@@ -153,6 +157,9 @@ def train_router(
     router = _router([task.name for task in tasks], tokenizer, args, config)
     train, held_out = _split(tasks, args.held_out, rng)
     samples = draw_contexts(train, args.epochs, args.mix, rng, at_least=args.draws)
+    if routed:
+        samples += [*routed] * ROUTED_DRAWS * args.epochs
+        rng.shuffle(samples)
     encoded = router.encode_all([sample.context for sample in samples])
     losses = _fit(router, encoded, [sample.label for sample in samples], args, rng, on_progress)
     router.eval()
@@ -173,13 +180,14 @@ def train_router_into(
     args: RouterTrainingArgs | None = None,
     *,
     about: Mapping[str, Any] | None = None,
+    routed: Sequence[Sample] = (),
     on_progress: OnProgress = unseen,
 ) -> RouterReport:
     """Trains a router as `train_router` does, and writes it into a folder with the report beside it.
 
     `about` is what else the report says.
     """
-    router, report = train_router(tasks, tokenizer, args, on_progress=on_progress)
+    router, report = train_router(tasks, tokenizer, args, routed=routed, on_progress=on_progress)
     router.save_pretrained(folder)
     write_json(Path(folder) / REPORT_FILE, {**report.to_dict(), **(about or {})}, indent=2)
     return report
