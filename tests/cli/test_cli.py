@@ -519,6 +519,11 @@ ERRORS: dict[str, tuple[tuple[str, ...], str, str]] = {
         "",
         "none cannot be read: No such file",
     ),
+    "the revision of a folder": (
+        ("generate", "Hi", "--bundle", "{work}/bundle", "--revision", "v1"),
+        "",
+        "bundle is a folder, which has no revision 'v1'",
+    ),
     "no bundle": (("generate", "Hi", "--bundle", "{work}/nothing"), "", "nothing is not a folder"),
     "no bundle to route": (("route", "Hi", "--bundle", "{work}/nothing"), "", "nothing is not a folder"),
     "not a bundle": (("generate", "Hi", "--bundle", "{work}/data"), "", "data is no bundle"),

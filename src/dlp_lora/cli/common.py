@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from shutil import which
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from dlp_lora.hub import Hub
 from dlp_lora.policy import KVPolicy, PromptRouting
 
 if TYPE_CHECKING:
@@ -80,6 +81,48 @@ LogTextOption = Annotated[
 ]
 
 
+def of_hub(help: str, *names: str) -> Any:
+    """An option that says from where and how something comes from the Hugging Face hub."""
+    return typer.Option(*names, help=help, rich_help_panel="Hugging Face hub")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelHubOptions:
+    """From where on the hub a base model comes, and how the hub is reached."""
+
+    revision: Annotated[str | None, of_hub("Branch, tag or commit: of the bundle, else of the base model.")] = None
+    subfolder: Annotated[str | None, of_hub("Folder inside: of the bundle, else of the base model.")] = None
+    trust_remote_code: Annotated[
+        bool, of_hub("Run the code that the base model's repository brings.", "--trust-remote-code")
+    ] = False
+    token: Annotated[str | None, of_hub("Of private repositories; others here can read it, HF_TOKEN is better.")] = None
+    cache_dir: Annotated[Path | None, of_hub("Folder of downloads. [default: the hub's usual cache]")] = None
+    local_files_only: Annotated[bool, of_hub("Ask no server: what is not here is missing.", "--local-files-only")] = (
+        False
+    )
+
+    def given(self) -> dict[str, Any]:
+        """Those that were given, by name, as `dlp_lora.load` takes them."""
+        options = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in options.items() if value not in (None, False)}
+
+    def hub(self) -> Hub:
+        """How the hub is reached."""
+        return Hub(token=self.token, cache_dir=self.cache_dir, local_files_only=self.local_files_only)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubOptions(ModelHubOptions):
+    """From where on the hub a bundle or its parts come."""
+
+    base_revision: Annotated[str | None, of_hub("Branch, tag or commit of the base model of a bundle.")] = None
+    base_subfolder: Annotated[str | None, of_hub("Folder inside the base model of a bundle.")] = None
+    adapter_revision: Annotated[str | None, of_hub("Branch, tag or commit of --adapters.")] = None
+    adapter_subfolder: Annotated[str | None, of_hub("Folder inside --adapters.")] = None
+    router_revision: Annotated[str | None, of_hub("Branch, tag or commit of --router.")] = None
+    router_subfolder: Annotated[str | None, of_hub("Folder inside --router.")] = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
     """Which engine a command runs: a bundle, or its parts."""
@@ -98,7 +141,7 @@ class EngineOptions:
     log_text: LogTextOption = False
 
 
-def open_engine(options: EngineOptions, *, need_router: bool = True) -> "Engine":
+def open_engine(options: EngineOptions, hub: HubOptions, *, need_router: bool = True) -> "Engine":
     """Loads the engine that the options describe."""
     from dlp_lora import RoutingLog, load
     from dlp_lora.policy import with_p
@@ -113,6 +156,7 @@ def open_engine(options: EngineOptions, *, need_router: bool = True) -> "Engine"
         "prepack": options.prepack,
         "budget_mb": options.budget_mb,
         "routing_log": log,
+        **hub.given(),
     }
     if options.bundle is not None:
         if options.adapters is not None or options.router is not None:

@@ -14,6 +14,7 @@ from dlp_lora.cli.common import (
     DataOption,
     DeviceOption,
     EngineOptions,
+    HubOptions,
     JsonOption,
     ModelOption,
     base_model,
@@ -24,7 +25,7 @@ from dlp_lora.cli.common import (
     to_try,
 )
 from dlp_lora.cli.json_lines import print_json
-from dlp_lora.cli.options import whole_numbers, words
+from dlp_lora.cli.options import whole_numbers, with_options, words
 from dlp_lora.cli.progress import SILENCE_S, bars, progress
 from dlp_lora.progress import Progress
 
@@ -108,7 +109,9 @@ def reproduce(
         console.print(_table(name, own, result["composite_intervals"][name]))
 
 
+@with_options
 def evaluate(
+    hub_options: HubOptions,
     bundle: Annotated[str, typer.Option("--bundle", "-b", help="Bundle: folder or hub id.")],
     data: DataOption,
     tasks: TasksOption = None,
@@ -142,12 +145,16 @@ def evaluate(
     if json_file is not None and not json_file.parent.is_dir():
         raise ValueError(f"--json: no folder {json_file.parent}; make it first, or write somewhere else")
     chosen = methods_named(words(methods))
-    settings: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "limit": limit}
+    settings: dict[str, Any] = {
+        "batch_size": batch_size,
+        "max_new_tokens": max_new_tokens,
+        "limit": limit,
+    }
     if prompt_format is not None:
         settings["prompt_format"] = prompt_format
     args = AnswerArgs(**settings)
     examples, infos = read_data(data, names=_names(tasks)), read_manifest(data)
-    engine = open_engine(EngineOptions(bundle=bundle, model=model, device=device))
+    engine = open_engine(EngineOptions(bundle=bundle, model=model, device=device), hub_options)
     with progress() as show:
         done = evaluate_bundle(
             engine,

@@ -5,12 +5,14 @@ from typing import Annotated
 
 import typer
 
-from dlp_lora.cli.common import AdaptersOption, BundleOption, EngineOptions, ModelOption, open_engine, say
-from dlp_lora.cli.options import mixture_of
+from dlp_lora.cli.common import AdaptersOption, BundleOption, EngineOptions, HubOptions, ModelOption, open_engine, say
+from dlp_lora.cli.options import mixture_of, with_options
 from dlp_lora.files import check_replaceable
 
 
+@with_options
 def export(
+    hub_options: HubOptions,
     mixture: Annotated[str, typer.Argument(help='The mixture: "math=0.6,units=0.4".')],
     out: Annotated[Path, typer.Option("--out", "-o", help="PEFT adapter folder to write.")],
     bundle: BundleOption = None,
@@ -25,6 +27,6 @@ def export(
     from dlp_lora.bank.export import export_mixture
 
     check_replaceable(out, CONFIG_FILE)
-    engine = open_engine(EngineOptions(bundle=bundle, model=model, adapters=adapters), need_router=False)
+    engine = open_engine(EngineOptions(bundle=bundle, model=model, adapters=adapters), hub_options, need_router=False)
     export_mixture(engine.bank, mixture_of(mixture), out)
     say(f"wrote {out}")

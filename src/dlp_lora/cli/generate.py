@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dlp_lora.chat import Chat, Message
-from dlp_lora.cli.common import EngineOptions, JsonOption, TemplateOption, console, open_engine, say, stderr
+from dlp_lora.cli.common import EngineOptions, HubOptions, JsonOption, TemplateOption, console, open_engine, say, stderr
 from dlp_lora.cli.json_lines import print_json, prompt_of, questions
 from dlp_lora.cli.options import json_object, mixture_of, with_options
 from dlp_lora.errors import DLPLoRAError, PromptError
@@ -24,6 +24,7 @@ COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red", "bright_cyan", "
 @with_options
 def generate(
     engine_options: EngineOptions,
+    hub_options: HubOptions,
     prompt: Annotated[
         str | None, typer.Argument(help="The prompt; without it, JSON lines are read from stdin.")
     ] = None,
@@ -45,7 +46,7 @@ def generate(
     `continue_final_message` beside messages.
     """
     template = json_object("chat-template-kwargs", chat_template_kwargs)
-    engine = open_engine(engine_options, need_router=fixed is None)
+    engine = open_engine(engine_options, hub_options, need_router=fixed is None)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": seed is not None, "seed": seed}
     with engine.fixed(mixture_of(fixed)) if fixed is not None else nullcontext():
         for number, record in questions(prompt):
@@ -67,6 +68,7 @@ def generate(
 @with_options
 def chat(
     engine_options: EngineOptions,
+    hub_options: HubOptions,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     raw: Annotated[bool, typer.Option("--raw", help="No chat template and no memory: each line is a prompt.")] = False,
     chat_template_kwargs: TemplateOption = None,
@@ -79,7 +81,7 @@ def chat(
     Example: `dlp-lora chat --bundle demo/bundle`
     """
     template = json_object("chat-template-kwargs", chat_template_kwargs)
-    engine = open_engine(engine_options)
+    engine = open_engine(engine_options, hub_options)
     colours = dict(zip(engine.bank.names, COLOURS * len(engine.bank), strict=False))
     console.print("  ".join(f"[{colour}]■ {escape(name)}[/]" for name, colour in colours.items()) + "  ■ base model")
     messages: list[Message] = []

@@ -1,21 +1,33 @@
 """The route command."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dlp_lora.cli.common import BundleOption, ModelOption, PolicyOption, RouterOption, base_model, base_of
+from dlp_lora.cli.common import (
+    BundleOption,
+    HubOptions,
+    ModelHubOptions,
+    ModelOption,
+    PolicyOption,
+    RouterOption,
+    base_model,
+    base_of,
+)
 from dlp_lora.cli.json_lines import print_json, questions
+from dlp_lora.cli.options import with_options
 
 if TYPE_CHECKING:
     from dlp_lora.router import Context, Router
 
 
+@with_options
 def route(
+    hub_options: HubOptions,
     prompt: Annotated[
         str | None, typer.Argument(help="The prompt; without it, JSON lines are read from stdin.")
     ] = None,
@@ -33,19 +45,20 @@ def route(
     """
     from dlp_lora.engine.bundle import FILES, check_names, read_bundle
     from dlp_lora.errors import BundleError
-    from dlp_lora.hub import Hub
     from dlp_lora.policy import RoutingSettings, with_p
     from dlp_lora.router.questions import decide, read_held
 
     if bundle is not None and router is None:
-        parts = read_bundle(Hub().folder(bundle, files=FILES, error=BundleError))
+        place = {"revision": hub_options.revision, "subfolder": hub_options.subfolder}
+        parts = read_bundle(hub_options.hub().folder(bundle, files=FILES, error=BundleError, **place))
         if parts.router is None:
             raise ValueError(f"{bundle} has no router; train one with train-router")
-        chooser = _load(parts.router, lambda: base_of(parts, model))
+        of_base = replace(hub_options, revision=hub_options.base_revision, subfolder=hub_options.base_subfolder)
+        chooser = _load(parts.router, lambda: base_of(parts, model), of_base)
         check_names(chooser.names, list(parts.adapters))
         settings = parts.settings
     elif router is not None and bundle is None:
-        chooser = _load(router, lambda: base_model(model))
+        chooser = _load(router, lambda: base_model(model), hub_options)
         settings = RoutingSettings()
     else:
         raise ValueError("give --router or --bundle, and not both")
@@ -82,16 +95,21 @@ def context_of(record: dict[str, Any]) -> "Context":
     )
 
 
-def _load(source: str | Path, base: Callable[[], str]) -> "Router":
+def _load(source: str | Path, base: Callable[[], str], hub_options: HubOptions) -> "Router":
     """Reads a router; only one made from adapters runs the base model, and imports what loads it."""
     from dlp_lora.errors import RouterError
-    from dlp_lora.hub import Hub, is_repo_id
+    from dlp_lora.hub import is_repo_id
     from dlp_lora.router import load_text_router, router_type
     from dlp_lora.router.folder import FILES
 
-    folder = Hub().folder(source, files=FILES, error=RouterError) if is_repo_id(source) else Path(source)
+    place = {"revision": hub_options.router_revision, "subfolder": hub_options.router_subfolder}
+    folder = Path(source)
+    if is_repo_id(source) or any(place.values()):
+        folder = hub_options.hub().folder(source, files=FILES, error=RouterError, **place)
     if router_type(folder) != "arrow":
         return load_text_router(folder)
     from dlp_lora.engine.loading import load_model, load_router
 
-    return load_router(folder, base=load_model(base())[0])
+    of_model = {field.name for field in fields(ModelHubOptions)}
+    given = {name: value for name, value in hub_options.given().items() if name in of_model}
+    return load_router(folder, base=load_model(base(), **given)[0])

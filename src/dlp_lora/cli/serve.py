@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dlp_lora.cli.common import EngineOptions, open_engine, say
+from dlp_lora.cli.common import EngineOptions, HubOptions, open_engine, say
 from dlp_lora.cli.options import with_options
 from dlp_lora.files import name_of
 from dlp_lora.serve.settings import ServerSettings
@@ -33,7 +33,9 @@ class KeyOptions:
 
 
 @with_options
-def serve(engine_options: EngineOptions, key_options: KeyOptions, settings: ServerSettings) -> None:
+def serve(
+    engine_options: EngineOptions, hub_options: HubOptions, key_options: KeyOptions, settings: ServerSettings
+) -> None:
     """Answer over HTTP as OpenAI's API does, with a playground at /; needs the extra `serve`.
 
     Example: `dlp-lora serve --bundle demo/bundle`
@@ -48,7 +50,7 @@ def serve(engine_options: EngineOptions, key_options: KeyOptions, settings: Serv
 
     keys = keys_of(key_options)
     listener = listen(settings)
-    engine = open_engine(engine_options, need_router=False)
+    engine = open_engine(engine_options, hub_options, need_router=False)
     bundle = engine_options.bundle
     log_as_json()
     run(

@@ -7,7 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
-from dlp_lora.cli.common import DataOption, JsonOption, ModelOption, OutOption, TemplateOption, base_model
+from dlp_lora.cli.common import (
+    DataOption,
+    JsonOption,
+    ModelHubOptions,
+    ModelOption,
+    OutOption,
+    TemplateOption,
+    base_model,
+)
 from dlp_lora.cli.json_lines import print_json
 from dlp_lora.cli.options import json_object, with_options, words
 from dlp_lora.cli.progress import progress
@@ -59,6 +67,7 @@ def train_adapter(
     task: Annotated[Path, typer.Argument(help="One task folder.")],
     out: OutOption,
     options: AdapterOptions,
+    hub_options: ModelHubOptions,
     model: ModelOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
@@ -70,7 +79,7 @@ def train_adapter(
     """
     task = task.absolute()  # "." has no name
     args = options.training_args()
-    _train_adapters(task.parent, [task.name], out, model, args, overwrite=overwrite, as_json=as_json)
+    _train_adapters(task.parent, [task.name], out, model, args, hub_options, overwrite=overwrite, as_json=as_json)
 
 
 @with_options
@@ -78,6 +87,7 @@ def train_adapters(
     data: DataOption,
     out: OutOption,
     options: AdapterOptions,
+    hub_options: ModelHubOptions,
     model: ModelOption = None,
     tasks: TasksOption = None,
     overwrite: OverwriteOption = False,
@@ -89,7 +99,7 @@ def train_adapters(
     `dlp-lora train-adapters --data data/ --out adapters/ --model Qwen/Qwen2-1.5B`
     """
     args, names = options.training_args(), words(tasks) if tasks else None
-    _train_adapters(data, names, out, model, args, overwrite=overwrite, as_json=as_json)
+    _train_adapters(data, names, out, model, args, hub_options, overwrite=overwrite, as_json=as_json)
 
 
 def _train_adapters(
@@ -98,6 +108,7 @@ def _train_adapters(
     out: Path,
     model: str | None,
     args: AdapterTrainingArgs,
+    hub_options: ModelHubOptions,
     *,
     overwrite: bool,
     as_json: bool,
@@ -107,7 +118,7 @@ def _train_adapters(
     from dlp_lora.training.base import load_base
 
     tasks = read_data(data, names=names)
-    base, tokenizer = load_base(base_model(model))
+    base, tokenizer = load_base(base_model(model), **hub_options.given())
     with progress([task.name for task in tasks]) as show:
         for adapter in adapters.train_adapters(
             base, tokenizer, tasks, out, args, overwrite=overwrite, on_progress=show

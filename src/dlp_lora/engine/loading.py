@@ -312,7 +312,7 @@ def _bundle_path(
     if not isinstance(model, str | Path):
         return None
     if is_bundle(Path(model, subfolder or "")):
-        return Path(model, subfolder or "")
+        return hub.folder(model, files=FILES, error=BundleError, revision=revision, subfolder=subfolder)
     if adapters is None:
         path = hub.folder(model, files=FILES, error=BundleError, revision=revision, subfolder=subfolder)
         return path if is_bundle(path) else None

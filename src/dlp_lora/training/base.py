@@ -4,6 +4,7 @@ import hashlib
 import time
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -12,15 +13,16 @@ from dlp_lora.engine.loading import load_model
 
 
 def load_base(
-    model: str | Path, *, dtype: torch.dtype | None = None
+    model: str | Path, *, dtype: torch.dtype | None = None, **kwargs: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a base model for training, in the dtype of `training_dtype` unless one is given.
+    """Loads a base model for training, in the dtype of `training_dtype` unless one is given; `kwargs` are those of
+    `load_model`.
 
     Raises:
         ModelError: if it cannot be loaded.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_model(model, dtype=dtype or training_dtype(device), device=device)
+    return load_model(model, dtype=dtype or training_dtype(device), device=device, **kwargs)
 
 
 @cache

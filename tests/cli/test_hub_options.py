@@ -1,0 +1,128 @@
+"""Options that say from where on the hub things come reach the repository that they name."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import dlp_lora
+from commands import json_lines, ok, run
+from conftest import byte_tokenizer, lively_model
+from dlp_lora import MiniMLP
+from dlp_lora.router import MiniMLPConfig
+from dlp_lora.tasks import Example, Task, write_task
+from hub import LocalHub, local_hub
+
+NAMES = ("math", "poems", "units")
+QUICK = ("--max-new-tokens", "6", "--json")
+TOKEN = "hf_secret"
+
+
+def write_base(folder: Path, seed: int = 0) -> Path:
+    lively_model(seed=seed).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory, lively_adapters: Path) -> Path:
+    root = tmp_path_factory.mktemp("parts")
+    write_base(root / "base")
+    write_base(root / "other", seed=5)
+    MiniMLP(NAMES, byte_tokenizer().backend_tokenizer, MiniMLPConfig(dim=8, hidden=8)).save_pretrained(root / "router")
+    engine = dlp_lora.load(root / "base", adapters=lively_adapters, router=root / "router")
+    engine.save_pretrained(root / "bundle")
+    return root
+
+
+@pytest.fixture
+def hub(parts: Path, lively_adapters: Path, tmp_path: Path) -> Iterator[LocalHub]:
+    with local_hub(tmp_path / "cache") as found:
+        found.add("owner/base", parts / "other")
+        found.add("owner/base", parts / "base", revision="v1")
+        found.add("owner/adapters", lively_adapters, revision="v2")
+        found.add("owner/router", parts / "router", revision="v3", token=TOKEN)
+        found.add("owner/bundle", parts / "bundle", revision="v4")
+        yield found
+
+
+def test_each_part_comes_at_its_revision(hub: LocalHub, parts: Path) -> None:
+    expected = json_lines(ok("generate", "Why?", "--bundle", parts / "bundle", *QUICK))
+    names = ("--model", "owner/base", "--adapters", "owner/adapters", "--router", "owner/router")
+    revisions = ("--revision", "v1", "--adapter-revision", "v2", "--router-revision", "v3", "--token", TOKEN)
+    refused = run("generate", "Why?", *names, *revisions[:-2])
+    assert refused.exit_code == 1
+    assert "owner/router at revision 'v3' is not a folder, and cannot be had from the hub" in refused.stderr
+    (found,) = json_lines(ok("generate", "Why?", *names, *revisions, *QUICK))
+    assert found["text"] == expected[0]["text"]
+    bundle = ("--bundle", "owner/bundle", "--revision", "v4", "--model", "owner/base", "--base-revision", "v1")
+    (found,) = json_lines(ok("generate", "Why?", *bundle, *QUICK))
+    assert found["text"] == expected[0]["text"]
+
+
+def test_a_prompt_is_routed_by_what_lies_on_the_hub(hub: LocalHub, parts: Path) -> None:
+    expected = ok("route", "Why?", "--router", parts / "router")
+    there = ("--router", "owner/router", "--router-revision", "v3", "--token", TOKEN)
+    assert ok("route", "Why?", *there) == expected
+    assert ok("route", "Why?", "--bundle", "owner/bundle", "--revision", "v4") == expected
+
+
+def test_subfolders_of_folders_are_found_too(parts: Path) -> None:
+    ask = ("generate", "Why?", "--max-new-tokens", "6")
+    assert ok(*ask, "--bundle", parts, "--subfolder", "bundle") == ok(*ask, "--bundle", parts / "bundle")
+    assert ok("route", "Why?", "--router", parts, "--router-subfolder", "router") == ok(
+        "route", "Why?", "--router", parts / "router"
+    )
+
+
+def test_a_mixture_is_exported_from_a_bundle_on_the_hub(hub: LocalHub, parts: Path, tmp_path: Path) -> None:
+    there = ("--bundle", "owner/bundle", "--revision", "v4", "--model", parts / "base")
+    ok("export", "math=1", *there, "--out", tmp_path / "mixed")
+    assert (tmp_path / "mixed" / "adapter_config.json").is_file()
+
+
+def test_an_adapter_is_trained_on_the_revision_that_was_named(hub: LocalHub, tmp_path: Path) -> None:
+    examples = tuple(Example(prompt=f"What is {i}?", answer="It is.") for i in range(4))
+    write_task(tmp_path / "data" / "sums", Task(name="sums", train=examples, test=()))
+    train = (
+        "train-adapter",
+        tmp_path / "data" / "sums",
+        "--model",
+        "owner/base",
+        "--target-modules",
+        "q_proj",
+        "--json",
+    )
+    hashes = {}
+    for revision in ("v1", "main"):
+        out = tmp_path / revision
+        ok(*train, "--out", out, "--revision", revision)
+        hashes[revision] = (out / "sums" / "adapter_model.safetensors").read_bytes()
+    assert hashes["v1"] != hashes["main"]
+
+
+def test_no_server_is_asked_for_what_must_be_here(hub: LocalHub) -> None:
+    result = run("generate", "Why?", "--bundle", "owner/bundle", "--revision", "v4", "--local-files-only")
+    assert result.exit_code == 1
+    assert "owner/bundle at revision 'v4' is not a folder, and cannot be had from the hub" in result.stderr
+    assert not hub.requests
+
+
+def test_code_of_a_repository_runs_only_where_it_is_trusted(parts: Path, lively_adapters: Path, tmp_path: Path) -> None:
+    write_base(tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "base" / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    ask = ("generate", "Why?", "--model", tmp_path / "base", "--adapters", lively_adapters, "--fixed", "math", *QUICK)
+    refused = run(*ask)
+    assert refused.exit_code == 1
+    assert "trust_remote_code" in refused.stderr
+    (found,) = json_lines(ok(*ask, "--trust-remote-code"))
+    (plain,) = json_lines(ok("generate", "Why?", "--bundle", parts / "bundle", "--fixed", "math", *QUICK))
+    assert found["text"] == plain["text"]
