@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from conftest import byte_tokenizer, lively_model
+from conftest import CHAT_TEMPLATE, byte_tokenizer, lively_model
 from dlp_lora.cli.app import app
 from dlp_lora.lab.evals.methods import MAIN
 from dlp_lora.lab.reproduce import ReproduceArgs, grown
@@ -171,6 +171,24 @@ def test_a_bundle_is_evaluated_on_the_tasks_that_have_questions(
     assert "composite-2" in result.output
     assert "accuracy" in result.output
     assert "not scored, for want of test questions: untested" in result.output
+
+
+def test_arguments_of_the_chat_template_reach_every_answer(
+    work: Path, done: tuple[Path, Result], tmp_path: Path
+) -> None:
+    shutil.copytree(work / "model", tmp_path / "model")
+    byte_tokenizer(chat_template=f"{{{{ mood }}}}{CHAT_TEMPLATE}").save_pretrained(tmp_path / "model")
+    where = ("--bundle", done[0] / "seed-0" / "bundle", "--data", work / "data", "--model", tmp_path / "model")
+    options = ("--methods", "base", "--tasks", "story", "--limit", "2", "--max-new-tokens", "4")
+    answers = {}
+    for mood in ("glad", "sad"):
+        kwargs = ("--chat-template-kwargs", json.dumps({"mood": mood}), "--json", tmp_path / f"{mood}.json")
+        ok("eval", *where, *options, *kwargs)
+        found = json.loads((tmp_path / f"{mood}.json").read_text())
+        assert found["settings"]["chat_template_kwargs"] == {"mood": mood}
+        with gzip.open(tmp_path / found["outputs"], "rt", encoding="utf-8") as lines:
+            answers[mood] = [json.loads(line)["text"] for line in lines]
+    assert answers["glad"] != answers["sad"]
 
 
 @pytest.mark.parametrize(

@@ -285,11 +285,11 @@ class TestPromptReader:
 
         before = encoded("Thursday")
         read = PromptReader(tokenizer)
-        assert read.turns(before) == ("", "Why?")
+        assert read.context(before) == Context("Why?")
         after = encoded("Friday")
         Day.now = date(2026, 11, 27)
-        assert read.turns(after) == ("", "Why?")
-        assert read.turns(before) == ("", "Why?")  # a conversation that goes on
+        assert read.context(after) == Context("Why?")
+        assert read.context(before) == Context("Why?")  # a conversation that goes on
         assert [p.text.strip() for p in read.sentences(after, SentenceSegmenter)] == ["Why?"]
 
     @pytest.mark.parametrize("template", [VICUNA, ALPACA], ids=["vicuna", "alpaca"])
@@ -298,15 +298,16 @@ class TestPromptReader:
         tokenizer = chat_tokenizer(kind, template)
         read = PromptReader(tokenizer)
         system, user = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 3 + 4?"}
-        chats = {("", "What is 3 + 4?"): [user], ("Be brief.", "What is 3 + 4?"): [system, user]}
-        chats["Be brief.\nWhat is 3 + 4?\n7", "Why?"] = [
-            *(system, user),
-            *({"role": "assistant", "content": "7"}, {"role": "user", "content": "Why?"}),
-        ]
+        answer, why = {"role": "assistant", "content": "7"}, {"role": "user", "content": "Why?"}
+        chats = {
+            Context("What is 3 + 4?"): [user],
+            Context("What is 3 + 4?", history="Be brief."): [system, user],
+            Context("Why?", history="Be brief.\nWhat is 3 + 4?\n7"): [system, user, answer, why],
+        }
         for expected, chat in chats.items():
             encoded: Any = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
-            assert read.turns(encoded["input_ids"]) == expected
-        assert read.turns(tokenizer("Be brief. Why?")["input_ids"]) == ("", "Be brief. Why?")
+            assert read.context(encoded["input_ids"]) == expected
+        assert read.context(tokenizer("Be brief. Why?")["input_ids"]) == Context("Be brief. Why?")
 
     @pytest.mark.parametrize("template", [CHATML, QWEN_3, VICUNA, ALPACA], ids=["chatml", "qwen-3", "vicuna", "alpaca"])
     def test_an_answer_that_was_begun_is_none_of_the_question(self, template: str) -> None:

@@ -139,6 +139,19 @@ def test_a_chat_is_routed_by_what_is_said_in_it(make_engine: Callable[..., Engin
     assert router.asked == [Context("Tell me of rain.")]
 
 
+def test_an_answer_that_a_task_begins_is_routed_as_a_begun_answer(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(router=(router := HashRouter()))
+    lm = EngineLM(engine)
+    chat = [{"role": "user", "content": "Tell me of rain."}, {"role": "assistant", "content": "It falls. And"}]
+    context = lm.apply_chat_template(chat, add_generation_prompt=False)
+    lm.loglikelihood(instances("loglikelihood", [(context, " then it dries.")]), disable_tqdm=True)
+    asked = list(router.asked)
+    assert f"{asked[0].answer}{asked[0].sentence}" == "It falls. And"
+    router.asked.clear()
+    engine.generate(chat, max_new_tokens=1, do_sample=False)
+    assert router.asked == asked
+
+
 @pytest.mark.parametrize("mixture", [{}, {"math": 0.6, "units": 0.4}])
 def test_a_mixture_fixed_from_outside_holds(make_engine: Callable[..., Engine], mixture: dict[str, float]) -> None:
     engine = make_engine(router=(router := HashRouter()))

@@ -17,6 +17,7 @@ from dlp_lora.cli.common import (
     HubOptions,
     JsonOption,
     ModelOption,
+    TemplateOption,
     base_model,
     console,
     open_engine,
@@ -25,7 +26,7 @@ from dlp_lora.cli.common import (
     to_try,
 )
 from dlp_lora.cli.json_lines import print_json
-from dlp_lora.cli.options import whole_numbers, with_options, words
+from dlp_lora.cli.options import json_object, whole_numbers, with_options, words
 from dlp_lora.cli.progress import SILENCE_S, bars, progress
 from dlp_lora.progress import Progress
 
@@ -118,6 +119,7 @@ def evaluate(
     methods: Annotated[str, typer.Option(help="Methods, comma-separated.")] = "base,oracle,dlp",
     limit: LimitOption = None,
     prompt_format: FormatOption = None,
+    chat_template_kwargs: TemplateOption = None,
     batch_size: Annotated[int, typer.Option(help="Questions per batch.")] = 32,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens per answer, at most.")] = 128,
     teacher_forced: Annotated[
@@ -149,6 +151,7 @@ def evaluate(
         "batch_size": batch_size,
         "max_new_tokens": max_new_tokens,
         "limit": limit,
+        "chat_template_kwargs": json_object("chat-template-kwargs", chat_template_kwargs),
     }
     if prompt_format is not None:
         settings["prompt_format"] = prompt_format

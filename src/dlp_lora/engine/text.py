@@ -103,11 +103,6 @@ class PromptReader:
         context = self.context(tokens)
         return "\n".join(filter(None, [context.history, context.prompt, context.answer]))
 
-    def turns(self, tokens: Sequence[int]) -> tuple[str, str]:
-        """Decodes a prompt into the earlier turns and the newest one; without a template it is one turn."""
-        context = self.context(tokens)
-        return context.history, context.prompt
-
     def context(self, tokens: Sequence[int]) -> Context:
         """Decodes a prompt into what the router reads, with an answer that was begun."""
         if getattr(self._tokenizer, "chat_template", None):

@@ -14,10 +14,8 @@ import torch
 
 from dlp_lora.engine.engine import Engine
 from dlp_lora.engine.loading import load
-from dlp_lora.engine.text import PromptReader
 from dlp_lora.errors import DLPLoRAError, RouterError
 from dlp_lora.policy import Mixture, RoutingSettings, with_p
-from dlp_lora.router import Context
 
 try:
     from lm_eval.__main__ import cli_evaluate
@@ -57,7 +55,6 @@ class EngineLM(HFLM):  # type: ignore[misc]
             raise RouterError("there is no router to choose adapters; train one with train-router")
         super().__init__(pretrained=engine.model, tokenizer=engine.tokenizer, backend="causal", **options)
         self.engine = engine
-        self._read_prompt = PromptReader(engine.tokenizer)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
@@ -95,8 +92,7 @@ class EngineLM(HFLM):  # type: ignore[misc]
         return likelihoods
 
     def _route(self, context: str) -> Mixture:
-        history, prompt = self._read_prompt.turns(self.tok_encode(context))
-        return self.engine.route(Context(prompt, history=history))[1]
+        return self.engine.start_row(self.tok_encode(context)).mixture  # an answer that was begun included
 
     def _score(self, requests: Sequence[Request], **settings: Any) -> list[tuple[float, bool]]:
         scored: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, **settings)
