@@ -19,7 +19,7 @@ WIDTH = 100
 NAMES: Mapping[str, tuple[str, ...]] = {
     "Load": ("load", "load_router"),
     "Engine and answers": ("Engine", "Generation", "Sentence", "Stream", "Piece"),
-    "Settings": ("RoutingSettings", "Switching"),
+    "Settings": ("RoutingSettings", "Switching", "RoutingLog"),
     "Mixtures and policies": ("Mixture", "FusionPolicy", "TopP", "Threshold", "TopK", "Only", "Uniform"),
     "Routers": ("Router", "Context", "MiniMLP", "EncoderRouter", "PrototypeRouter", "ArrowRouter"),
     "Sentences": ("Segmenter", "SentenceSegmenter"),
