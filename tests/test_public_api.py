@@ -9,8 +9,8 @@ from dlp_lora import FusionPolicy, Only, Router, Segmenter, SentenceSegmenter, T
 DOCUMENTED = [
     *("AdapterError", "ArrowRouter", "BundleError", "Context", "DLPLoRAError", "EncoderRouter", "Engine"),
     *("FusionPolicy", "Generation", "MiniMLP", "Mixture", "ModelError", "Only", "Piece", "PromptError"),
-    *("PrototypeRouter", "Router", "RouterError", "RoutingSettings", "Segmenter", "Sentence", "SentenceSegmenter"),
-    *("Stream", "Switching"),
+    *("PrototypeRouter", "Router", "RouterError", "RoutingLog", "RoutingSettings", "Segmenter", "Sentence"),
+    *("SentenceSegmenter", "Stream", "Switching"),
     *("TaskError", "Threshold", "TopK", "TopP", "TrainingError", "Uniform", "load", "load_router"),
 ]
 
