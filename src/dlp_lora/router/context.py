@@ -16,9 +16,9 @@ from dlp_lora.errors import RouterError
 class Context:
     """What the router reads, as plain text without special tokens or chat template.
 
-    `prompt` is what is asked now: the newest turn, or one sentence of a prompt that is routed sentence by sentence.
-    `answer` is its answer before the sentence that opens now, `sentence` the first token of that; both are empty at
-    the prompt. `history` is what was said before the prompt: earlier turns, or earlier sentences.
+    `prompt` is the question to answer now: the newest turn, or one sentence of a prompt routed by sentences. `answer`
+    is its answer before the sentence that opens now, `sentence` the first token of that; both are empty at the prompt.
+    `history` is what was said before the prompt: earlier turns, or earlier sentences.
     """
 
     prompt: str
@@ -28,7 +28,7 @@ class Context:
 
     @property
     def text(self) -> str:
-        """What is asked and answered as one text, for routers that read one; a history would drown it."""
+        """The question and its answer as one text, for routers that read one; a history would drown them."""
         return f"{self.prompt}\n{self.answer}{self.sentence}".strip()
 
 
