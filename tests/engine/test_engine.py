@@ -733,7 +733,7 @@ class TestSettings:
         with (
             pytest.raises(
                 ValueError,
-                match=r"takes policy, switching, kv_policy, prompt_routing, settings, router, segmenter, routing_log, not polcy",
+                match=r"prompt_routing, settings, router, segmenter, routing_log, not polcy",
             ),
             engine.using(polcy=TopP()),
         ):
