@@ -1,6 +1,7 @@
 """Real tiny parts: two-layer models of six architectures, a byte tokenizer, PEFT adapters made by PEFT itself."""
 
 import math
+import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,9 @@ from typing import Any
 
 import jaxtyping
 import pytest
+
+# No test waits for a hub that it does not bring along: see `hub.local_hub`.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 # Every shape in the package's annotations is checked while the tests run.
 _hook = jaxtyping.install_import_hook("dlp_lora", "shapes.check")

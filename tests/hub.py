@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_api
 
 Files = dict[str, bytes]
 
@@ -206,6 +206,9 @@ def local_hub(cache: Path) -> Iterator[LocalHub]:
         patch.setattr(constants, "HF_HUB_CACHE", str(cache))
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
         patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        # These clients remember the address that they began with.
+        patch.setattr(hf_api.api, "endpoint", address)
+        patch.setattr("transformers.utils.hub._hf_api", None, raising=False)
         try:
             yield hub
         finally:

@@ -45,6 +45,7 @@ OF_MODEL_AND_TOKENIZER = (
 
 # A repository with a base model and an adapter: transformers would load both, or another base. Here it finds none.
 _NO_ADAPTER = {"subfolder": "no-adapter"}
+_OF_FILES = ("revision", "token", "cache_dir", "local_files_only")
 _QUIETLY = tuple(f"_raise_exceptions_for_{what}" for what in ("gated_repo", "missing_entries", "connection_errors"))
 
 
@@ -245,7 +246,7 @@ def _pretrained(
             source,
             dtype=dtype,
             use_safetensors=True,  # a pickled checkpoint can run code
-            adapter_kwargs=_NO_ADAPTER,
+            adapter_kwargs={**{name: value for name, value in of_both.items() if name in _OF_FILES}, **_NO_ADAPTER},
             output_loading_info=True,
             **kwargs,
         )
