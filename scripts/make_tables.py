@@ -15,6 +15,7 @@ from dlp_lora.lab.evals.methods import MAIN, about, label
 ROOT = Path(__file__).parents[1]
 PAGES = (
     "README.md",
+    "docs/models.md",
     "docs/performance.md",
     "docs/how-to-measure-router.md",
     "docs/how-to-own-adapters.md",
@@ -409,7 +410,43 @@ def _ablations() -> str:
     return _table(columns, [{"method": name} for name in ABLATIONS if name in record["scores"]])
 
 
+def _families(*statuses: str) -> str:
+    """Model families by what does not hold for them, and why: those for which all holds first."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for name, family in _record("families")["families"].items():
+        if family["status"] in statuses:
+            reasons = family["limits"].values() if family["status"] == "supported" else [family["reason"]]
+            why = "; ".join(dict.fromkeys(map(_shortened, reasons)))
+            alike.setdefault((_promises(family["limits"]), why), []).append(f"`{name}`")
+    columns: dict[str, Cell] = {"families": lambda row: row["families"]}
+    if "supported" in statuses:
+        columns["what does not hold"] = lambda row: row["limits"] or "–"
+    columns["why"] = lambda row: row["why"] or "–"
+    rows = [{"families": ", ".join(names), "limits": limits, "why": why} for (limits, why), names in alike.items()]
+    rows.sort(key=lambda row: (row["limits"] != "", -len(row["families"])))
+    return _table(columns, rows, words=len(columns))
+
+
+def _promises(limits: Mapping[str, str]) -> str:
+    """The promises that do not hold; the KV policy is named where it is one alone."""
+    policies: dict[str, list[str]] = {}
+    for promise in limits:
+        name, _, policy = promise.partition(", ")
+        policies.setdefault(name, []).append(policy)
+    return ", ".join(
+        name if len(each) > 1 or each == [""] else f"{name} (`{each[0]}`)" for name, each in policies.items()
+    )
+
+
+def _shortened(reason: str) -> str:
+    """The reason without whom it is said of, and what to do."""
+    clause = re.split(r", so |; | \(|: it is", reason)[0]
+    return re.sub(r"^(it|\w*[A-Z]\w+|\S*\.\S+|kv_policy='recompute') ", "", clause)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "families-supported": partial(_families, "supported"),
+    "families-refused": partial(_families, "refused", "not built"),
     "tasks26": partial(_means, "lora_r64/joined"),
     "tasks26-short": partial(_short_means, "lora_r64/joined"),
     "peers-short": _short_peers,

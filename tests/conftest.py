@@ -25,6 +25,7 @@ from peft import LoraConfig, get_peft_model  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 from torch import Tensor  # noqa: E402
 from transformers import (  # noqa: E402
+    DynamicCache,
     GemmaConfig,
     GemmaForCausalLM,
     GPT2Config,
@@ -42,7 +43,8 @@ from transformers import (  # noqa: E402
 )
 
 import dlp_lora  # noqa: E402
-from dlp_lora import Context, Engine, Switching  # noqa: E402
+from dlp_lora import Context, Engine, Generation, Switching  # noqa: E402
+from dlp_lora.engine.cache import cache_argument  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -285,6 +287,38 @@ def watching(engine: Engine) -> Iterator[list[Seen]]:
         yield passes
     finally:
         handle.remove()
+
+
+def as_after_a_fresh_start(engine: Engine, prompt: str, answer: Generation, **options: Any) -> list[int]:
+    """The tokens that follow where each sentence's pass begins again from nothing, under its mixture alone."""
+    ids, tokens = list(engine.tokenizer(prompt)["input_ids"]), list(answer.tokens)
+    chosen = []
+    for sentence in answer.trace:
+        for i in range(sentence.start, sentence.end):
+            # The token i is the first that is sampled after the pass that encoded the one before it.
+            with engine.fixed(sentence.mixture):
+                chosen.append(_next_token(engine, ids + tokens[: i + 1], **options))
+    return chosen
+
+
+def as_continued(engine: Engine, prompt: str, answer: Generation, **options: Any) -> list[int]:
+    """The tokens that follow where each token's pass goes on from the cache, under the mixture of its sentence."""
+    ids, tokens = list(engine.tokenizer(prompt)["input_ids"]), list(answer.tokens)
+    cache = cache_argument(DynamicCache(config=engine.model.config))
+    with engine.fixed(answer.trace[0].mixture):
+        _next_token(engine, ids, **cache, **options)
+    chosen = []
+    for sentence in answer.trace:
+        for i in range(sentence.start, sentence.end):
+            with engine.fixed(sentence.mixture):
+                chosen.append(_next_token(engine, ids + tokens[: i + 1], **cache, **options))
+    return chosen
+
+
+def _next_token(engine: Engine, ids: Sequence[int], **options: Any) -> int:
+    row = torch.tensor([ids])
+    options = {**options, "max_new_tokens": 1, "do_sample": False}
+    return int(engine.model.generate(row, attention_mask=torch.ones_like(row), **options)[0, -1])
 
 
 @pytest.fixture(autouse=True)

@@ -59,6 +59,15 @@ class Pair(nn.Module):
         self.first, self.second = Expert(), Expert()
 
 
+class Dense(Sparse):
+    """Experts that each read every token, and whose outputs are weighed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.gate(x).softmax(-1)
+        outputs = [expert(x) * weights[..., i, None] for i, expert in enumerate(self.parts.children())]
+        return self.shared_expert(x) + sum(outputs)
+
+
 KINDS: dict[str, Callable[[], nn.Module]] = {
     "list": lambda: nn.ModuleList([Expert(), Expert()]),
     "dict": lambda: nn.ModuleDict({"a": Expert(), "b": Expert()}),
@@ -66,20 +75,20 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def sparse_model(kind: str) -> PreTrainedModel:
+def sparse_model(kind: str, block: type[Sparse] = Sparse) -> PreTrainedModel:
     model: Any = lively_model()
     torch.manual_seed(3)
     for layer in model.model.layers:
-        layer.mlp = Sparse(KINDS[kind]())
+        layer.mlp = block(KINDS[kind]())
         for parameter in layer.mlp.parameters():
             parameter.data.normal_(std=0.3)
     return model.eval()
 
 
-def sparse_engine(kind: str, folder: Path, targets: Any) -> Engine:
+def sparse_engine(kind: str, folder: Path, targets: Any, block: type[Sparse] = Sparse) -> Engine:
     for seed, name in enumerate(("a", "b")):
-        make_adapter(sparse_model(kind), folder / name, seed=seed, scale=0.3, target_modules=targets)
-    return dlp_lora.load(sparse_model(kind), tokenizer=TOKENIZER, adapters=folder)
+        make_adapter(sparse_model(kind, block), folder / name, seed=seed, scale=0.3, target_modules=targets)
+    return dlp_lora.load(sparse_model(kind, block), tokenizer=TOKENIZER, adapters=folder)
 
 
 def alone(engine: Engine, ids: Tensor) -> Tensor:
@@ -106,6 +115,15 @@ def test_experts_of_linear_layers_refuse_rows_of_several_mixtures(kind: str, tmp
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_reads_every_token_beside_experts_takes_rows_of_several_mixtures(kind: str, tmp_path: Path) -> None:
     engine = sparse_engine(kind, tmp_path, r".*(shared_expert\.(up|down)|q_proj)")
+    ids = torch.randint(97, 122, (2, 4))
+    with engine.fixed([{"a": 1.0}, {"b": 1.0}]):
+        torch.testing.assert_close(engine.model(ids).logits, alone(engine, ids), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_that_read_every_token_take_rows_of_several_mixtures(kind: str, tmp_path: Path) -> None:
+    engine = sparse_engine(kind, tmp_path, r".*parts.*\.(up|down)", Dense)
     ids = torch.randint(97, 122, (2, 4))
     with engine.fixed([{"a": 1.0}, {"b": 1.0}]):
         torch.testing.assert_close(engine.model(ids).logits, alone(engine, ids), rtol=1e-4, atol=1e-4)

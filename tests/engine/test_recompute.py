@@ -23,12 +23,13 @@ from conftest import (
     USUAL_TARGETS,
     EveryK,
     HashRouter,
+    as_after_a_fresh_start,
     byte_tokenizer,
     lively_model,
     make_adapter,
     tiny_model,
 )
-from dlp_lora import Engine, Generation, Switching, TopK
+from dlp_lora import Engine, Switching, TopK
 from dlp_lora.engine.cache import cache_argument, cache_of, check_rewritable, empty_like, write_rows
 
 MakeEngine = Callable[..., Engine]
@@ -40,20 +41,6 @@ STATIC: dict[str, Any] = {**GREEDY, "cache_implementation": "static", "max_cache
 
 def tokens_of(text: str) -> list[int]:
     return list(TOKENIZER(text)["input_ids"])
-
-
-@torch.no_grad()
-def as_after_a_fresh_start(engine: Engine, prompt: str, answer: Generation) -> list[int]:
-    """The tokens that follow where each sentence's pass begins again from nothing, under its mixture alone."""
-    ids, tokens = tokens_of(prompt), list(answer.tokens)
-    chosen = []
-    for sentence in answer.trace:
-        for i in range(sentence.start, sentence.end):
-            # The token i is the first that is sampled after the pass that encoded the one before it.
-            with engine.fixed(sentence.mixture):
-                logits = engine.model(torch.tensor([ids + tokens[: i + 1]]), use_cache=False).logits[0, -1]
-            chosen.append(int(logits.argmax()))
-    return chosen
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)

@@ -35,10 +35,15 @@ class FusedPair(NamedTuple):
 
 
 class Reads(NamedTuple):
-    """What a pass reads: how many tokens of each row, and whether all rows have as many images."""
+    """What a pass reads: how many tokens of each row, and whether all rows have as many images.
+
+    `num_kept` is the number of last tokens that the pass gives logits for, if not for all: some models run their last
+    layers over these alone.
+    """
 
     num_tokens: int
     has_like_images: bool = False
+    num_kept: int | None = None
 
 
 class Prepacked(NamedTuple):

@@ -124,14 +124,22 @@ class FusedLinear(nn.Module):
             return
         batch, reads = gate.shape[0], self.group.reads
         num_each, rest = divmod(low.shape[0], batch)
-        # Some models give a layer the tokens of all rows as one list, and their head the last tokens of each row alone.
+        # Some models give a layer the tokens of all rows as one list, and their last layers the last tokens of each row
+        # alone. Latent attention puts an axis for heads before the tokens, which are those of the whole cache.
         num_tokens = lead[1] if len(lead) > 1 and lead[0] == batch else num_each
+        if reads is not None and lead[1:] == (1, reads.num_tokens):
+            num_tokens = reads.num_tokens
         fits = rest == 0 and (len(lead) == 1 or lead[0] == batch)
         match self.place:
+            case "text" if reads is not None:
+                are_last = lead[1:] == (reads.num_kept,)
+                # One mixture a row holds for all its tokens, also for those of the cache.
+                is_cache = gate.shape[1] == 1 and lead[1:2] == (1,) and num_each >= reads.num_tokens
+                fits = fits and (num_tokens == reads.num_tokens or are_last or is_cache)
             case "text":
-                fits = fits and (reads is None or num_tokens == reads.num_tokens)
-            case "experts":
-                fits = False
+                pass
+            case "experts":  # the tokens that chose an expert come as one list; rows of tokens are all of them
+                fits = fits and reads is not None and lead[1:] == (reads.num_tokens,)
             case "images":
                 fits = rest == 0 and gate.shape[1] == 1 and reads is not None and reads.has_like_images
                 num_tokens = num_each

@@ -11,6 +11,7 @@ from functools import cache as cached
 from typing import Any, SupportsIndex
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache, cache_utils
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -29,6 +30,11 @@ _LAYERS: Mapping[str, tuple[str, ...]] = {
     "StaticLayer": ("max_cache_len",),
     "StaticSlidingWindowLayer": ("max_cache_len", "sliding_window"),
     "DummyLayer": (),
+    "LinearAttentionLayer": ("number_of_states",),
+    "LinearAttentionAndFullAttentionLayer": ("number_of_states",),
+    "LinearAttentionAndSlidingWindowAttentionLayer": ("sliding_window", "number_of_states"),
+    "LinearAttentionAndStaticFullAttentionLayer": ("max_cache_len", "number_of_states"),
+    "LinearAttentionAndStaticSlidingWindowAttentionLayer": ("max_cache_len", "sliding_window", "number_of_states"),
 }
 
 
@@ -137,13 +143,21 @@ def empty_like(cache: Cache) -> Cache:
     return Cache(layers=[_empty_layer(layer) for layer in cache.layers])
 
 
+def as_wide_as(cache: Cache, mask: Tensor) -> Tensor:
+    """Pads a mask of tokens to all places of a static cache, as `generate` does: Bloom builds its biases from it.
+
+    Linear attention multiplies its inputs by the mask, which is as wide as these.
+    """
+    if any(hasattr(layer, "conv_states") for layer in cache.layers):
+        return mask
+    num_places = max((getattr(layer, "max_cache_len", None) or 0 for layer in cache.layers), default=0)
+    return F.pad(mask, (0, max(num_places - mask.shape[1], 0)))
+
+
 def write_rows(cache: Cache, rows: Sequence[int], source: Cache, *, source_rows: Sequence[int]) -> None:
-    """Writes keys and values of some rows of a cache over rows of another, in place; both hold as many tokens."""
+    """Writes rows of one cache (`source_rows` of `source`) over rows of another, in place; both hold as many tokens."""
     for layer, other in zip(cache.layers, source.layers, strict=True):
-        for name in ("keys", "values"):
-            target, new = getattr(layer, name, None), getattr(other, name, None)
-            if target is None or new is None:
-                continue
+        for target, new in zip(_tensors(layer), _tensors(other), strict=True):
             with torch.inference_mode(target.is_inference()):
                 new = new.to(target.device)[list(source_rows)]
                 target.index_copy_(0, torch.tensor(rows, device=target.device), new)
@@ -154,12 +168,19 @@ def _followed(kind: type) -> type:
     return type(kind.__name__, (Followed, kind), {})
 
 
+def _tensors(layer: Any) -> list[Tensor]:
+    """What a layer of a cache holds of each row: keys, values, and the states of linear attention."""
+    found = [getattr(layer, name, None) for name in ("keys", "values", "conv_states", "recurrent_states")]
+    each = [part for value in found for part in (value.values() if isinstance(value, dict) else [value])]
+    return [part for part in each if part is not None]
+
+
 def _empty_layer(layer: Any) -> Any:
     kind = type(layer).__name__
     # A window that no static layer names is as wide as the layer.
     values = {"sliding_window": getattr(layer, "sliding_window", None) or getattr(layer, "max_cache_len", None)}
     values |= {name: getattr(layer, name) for name in _LAYERS[kind] if hasattr(layer, name)}
-    return getattr(cache_utils, kind)(**{name: values[name] for name in _LAYERS[kind]})
+    return getattr(cache_utils, kind)(**{name: values[name] for name in _LAYERS[kind] if name in values})
 
 
 def _select(cache: Any, indices: Tensor) -> None:

@@ -31,6 +31,7 @@ from dlp_lora.bank.bank import AdapterBank
 from dlp_lora.bank.group import Reads
 from dlp_lora.engine.cache import (
     CachedRows,
+    as_wide_as,
     bind,
     cache_argument,
     cache_of,
@@ -367,7 +368,7 @@ class Controller:
         apart = empty_like(given.cache)
         inputs = {
             "input_ids": some.ids,
-            "attention_mask": mask,
+            "attention_mask": as_wide_as(apart, mask),
             "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
             "use_cache": True,
             "logits_to_keep": 1,
@@ -376,7 +377,7 @@ class Controller:
         positions = given.kwargs.get("position_ids")
         if isinstance(positions, Tensor) and positions.ndim > 2:
             del inputs["position_ids"]  # of places in images, which the model finds by itself
-        self._fuse_rows(some, num_tokens=given.num_cached)
+        self._fuse_rows(some, num_tokens=given.num_cached, num_kept=1)
         optional = {"position_ids", "logits_to_keep"} - {*self._names}  # of which some models know nothing
         self._plain(**{name: inputs[name] for name in inputs.keys() - optional}, **cache_argument(apart))
         write_rows(given.cache, switched, apart, source_rows=[numbers.index(i) for i in switched])
@@ -392,7 +393,7 @@ class Controller:
         # What is disabled is the base bit for bit, which a compiled pass is not.
         is_compiled = self.is_compiled and num_tokens == 1 and not call.is_base
         is_static = given.cache is not None and bool(given.cache.is_compileable)
-        self._fuse_rows(rows, num_tokens=num_tokens, padded=is_compiled and is_static)
+        self._fuse_rows(rows, num_tokens=num_tokens, num_kept=given.num_kept, padded=is_compiled and is_static)
         return (time.perf_counter() - start) * 1e3
 
     @contextmanager
@@ -430,10 +431,11 @@ class Controller:
             for layer, original in zip(layers, originals, strict=True):
                 layer._gradient_checkpointing_func = original
 
-    def _fuse_rows(self, cached: CachedRows, *, num_tokens: int, padded: bool = False) -> None:
+    def _fuse_rows(self, cached: CachedRows, *, num_tokens: int, num_kept: int | None, padded: bool = False) -> None:
         """Fuses for a pass over the last `num_tokens` tokens of rows."""
         rows = cached.rows
-        reads = Reads(num_tokens, num_tokens > 1 and has_like_images(self._model, cached.ids[:, -num_tokens:]))
+        has_images = num_tokens > 1 and has_like_images(self._model, cached.ids[:, -num_tokens:])
+        reads = Reads(num_tokens, has_images, num_kept)
         # The last token of a prompt belongs to the answer, so a pass over one token is none over a prompt's sentences.
         if num_tokens > 1 and _has_sentences(rows):
             self._fused = *mixtures_by_token(rows, cached.kept, num_tokens=num_tokens), reads

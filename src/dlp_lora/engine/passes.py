@@ -59,6 +59,12 @@ class PassArguments:
             return "more"
         return "step" if is_step else "more"
 
+    @property
+    def num_kept(self) -> int | None:
+        """The number of last tokens that the pass gives logits for; None for all, or where their places are given."""
+        number = self.kwargs.get("logits_to_keep")
+        return number or None if isinstance(number, int) else None
+
     def kept(self, call: Call) -> Bool[Tensor, "batch seq"]:
         """Which of the tokens are no padding."""
         assert self.ids is not None
