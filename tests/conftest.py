@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -45,6 +46,9 @@ from transformers import (  # noqa: E402
 import dlp_lora  # noqa: E402
 from dlp_lora import Context, Engine, Generation, Switching  # noqa: E402
 from dlp_lora.engine.cache import cache_argument  # noqa: E402
+
+# What a test imports from `conftest` is this module, which pytest has loaded under another name.
+sys.modules.setdefault("conftest", sys.modules[__name__])
 
 torch.set_num_threads(1)
 
