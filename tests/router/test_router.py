@@ -397,14 +397,13 @@ def truncate(folder: Path) -> None:
 class TestSaving:
     def test_a_saved_router_is_the_same_to_the_last_bit(self, tmp_path: Path) -> None:
         mlp = router(half_life=3.5, max_chars=500, calibration=Calibration(temperature=1.3, fit_threshold=0.4))
-        mlp.memory = torch.randn(3, 2, 24)
+        mlp.near = Nearness.of(torch.randn(3, 8, 24))
         mlp.save_pretrained(tmp_path / "router")
         loaded = MiniMLP.from_pretrained(tmp_path / "router")
         assert loaded.names == NAMES
         assert loaded.config == mlp.config
         assert loaded.calibration == mlp.calibration
         assert not loaded.training
-        assert torch.equal(loaded.memory, mlp.memory)
         assert torch.equal(loaded.probabilities(CONTEXTS), mlp.probabilities(CONTEXTS))
         for context in CONTEXTS:
             assert torch.equal(loaded.probabilities([context]), mlp.probabilities([context]))

@@ -13,9 +13,10 @@ import dlp_lora
 from conftest import byte_tokenizer, lively_model
 from dlp_lora import BundleError, Context, MiniMLP, RouterError, TrainingError
 from dlp_lora.cli.app import app
+from dlp_lora.engine.loading import load_router
 from dlp_lora.tasks import Example, Task, write_task
-from dlp_lora.training.extend import add_tasks, add_to_bundle, remove_from_bundle, remove_tasks
-from dlp_lora.training.router import RouterTrainingArgs, train_router
+from dlp_lora.training.extend import MAX_EXAMPLES, add_tasks, add_to_bundle, remove_from_bundle, remove_tasks
+from dlp_lora.training.router import RouterTrainingArgs, report_on, train_router
 
 TOKENIZER = byte_tokenizer().backend_tokenizer
 ASKED = {
@@ -33,7 +34,7 @@ def task(name: str, num: int = 80) -> Task:
 
 @pytest.fixture(scope="module")
 def router() -> MiniMLP:
-    args = RouterTrainingArgs(epochs=12, batch_size=32, memory=16)
+    args = RouterTrainingArgs(epochs=12, batch_size=32)
     found, _ = train_router([task("sums"), task("tales")], TOKENIZER, args)
     assert isinstance(found, MiniMLP)
     return found
@@ -50,11 +51,21 @@ class TestAdding:
         assert found.names == ("sums", "tales", "codes", "units")
         assert min(right(found, name) for name in found.names) >= 0.9
 
-    def test_only_rows_of_the_head_are_added(self, router: MiniMLP) -> None:
-        found = add_tasks(router, [task("codes", 32)]).state_dict()
-        for name, tensor in router.state_dict().items():
-            assert torch.equal(found[name][: len(tensor)], tensor), name
-        assert len(found["head.weight"]) == 3
+    def test_prompts_of_the_others_stay_with_them(self, router: MiniMLP) -> None:
+        found = add_tasks(router, [task("codes", 32), task("units", 32)])
+        own = [Context(example.prompt, example.answer) for name in ("sums", "tales") for example in task(name).test]
+        torch.testing.assert_close(found.probabilities(own)[:, :2], router.probabilities(own), rtol=0, atol=0.01)
+
+    def test_trained_ones_joined_ones_and_none_share_by_their_log_odds(self, router: MiniMLP) -> None:
+        found = add_tasks(router, [task("codes", 32), task("units", 32)])
+        contexts = [Context(example.prompt) for name in ASKED for example in task(name).test]
+        trained = router.calibration.log_odds(router.scores(contexts))
+        assert found.neighbours is not None
+        joined = found.neighbours.logits(found.prompts([context.prompt for context in contexts])).amax(dim=1)
+        shares = torch.stack([trained, joined, torch.zeros_like(joined)], dim=1).softmax(dim=1)
+        rows = found.probabilities(contexts)
+        torch.testing.assert_close(rows[:, :2].sum(dim=1), shares[:, 0], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(rows[:, 2:].sum(dim=1), shares[:, 1], rtol=1e-3, atol=1e-5)
 
     def test_the_router_that_was_there_is_left_as_it_is(self, router: MiniMLP) -> None:
         before = {name: tensor.clone() for name, tensor in router.state_dict().items()}
@@ -62,31 +73,47 @@ class TestAdding:
         assert router.names == ("sums", "tales")
         assert all(torch.equal(tensor, before[name]) for name, tensor in router.state_dict().items())
 
-    def test_what_joined_is_remembered_and_more_can_join(self, router: MiniMLP) -> None:
+    def test_more_can_join_what_joined(self, router: MiniMLP) -> None:
         found = add_tasks(add_tasks(router, [task("codes", 32)]), [task("units", 32)])
-        assert found.memory.shape[:2] == (4, 16)
         assert min(right(found, name) for name in found.names) >= 0.9
 
     def test_what_joined_reaches_as_far_as_its_own_prompts_and_lets_in_no_other_text(self, router: MiniMLP) -> None:
         found = add_tasks(router, [task("codes", 32)])
         assert found.calibration == router.calibration
         own, other = ([Context(example.prompt) for example in task(name).test] for name in ("codes", "units"))
-        assert (found.probabilities(own).sum(dim=1) > 0.5).float().mean() > 0.9
+        assert (found.probabilities(own).sum(dim=1) > 0.5).float().mean() >= 0.9
         before, after = (own.probabilities(other).sum(dim=1).mean().item() for own in (router, found))
         assert after < before + 0.1
 
     def test_one_example_is_enough_to_join(self, router: MiniMLP) -> None:
         assert add_tasks(router, [task("codes", 1)]).names[-1] == "codes"
 
-    def test_the_same_seed_gives_the_same_router(self, router: MiniMLP) -> None:
-        one, other = (add_tasks(router, [task("codes", 8)], seed=3).state_dict() for _ in range(2))
-        assert all(torch.equal(one[name], other[name]) for name in one)
+    def test_of_many_examples_the_seed_draws_those_that_are_kept(self, router: MiniMLP) -> None:
+        one, same, other = (add_tasks(router, [task("codes", 200)], seed=seed).state_dict() for seed in (3, 3, 4))
+        assert all(torch.equal(one[name], same[name]) for name in one)
+        assert len(one["neighbours.examples.0.units"]) == MAX_EXAMPLES
+        assert not torch.equal(one["neighbours.examples.0.units"], other["neighbours.examples.0.units"])
 
-    def test_a_large_memory_stays_as_large(self) -> None:
-        args = RouterTrainingArgs(epochs=1, draws=8, memory=600)
-        found, _ = train_router([task("sums", 8), task("tales", 8)], TOKENIZER, args)
-        assert isinstance(found, MiniMLP)
-        assert add_tasks(found, [task("codes", 8)]).memory.shape[:2] == (3, 600)
+    @pytest.mark.parametrize("answered", ["", "codes 7", "A longer answer. It has two sentences."])
+    def test_what_was_said_and_answered_changes_nothing_for_what_joined(self, router: MiniMLP, answered: str) -> None:
+        found = add_tasks(router, [task("codes", 32)])
+        contexts = [Context(e.prompt, answered, history="Tell a tale about king number 1.") for e in task("codes").test]
+        assert (found.probabilities(contexts).argmax(dim=1) == 2).float().mean() > 0.9
+
+    def test_a_router_with_what_joined_is_saved_and_read_again(self, router: MiniMLP, tmp_path: Path) -> None:
+        found = add_tasks(router, [task("codes", 32), task("units", 8)])
+        found.save_pretrained(tmp_path / "router")
+        again = load_router(tmp_path / "router")
+        contexts = [Context(example.prompt) for name in ASKED for example in task(name).test]
+        assert again.names == ("sums", "tales", "codes", "units")
+        assert torch.equal(again.probabilities(contexts), found.probabilities(contexts))
+        assert right(add_tasks(again, [replace(task("codes"), name="more")]), "units") > 0.9
+
+    def test_the_report_counts_what_joined(self, router: MiniMLP) -> None:
+        found = add_tasks(router, [task("codes", 32)])
+        report = report_on(found, [task("sums"), task("codes")])
+        assert report.accuracy_by_task["codes"] == right(found, "codes")
+        assert report.ece <= 1
 
     def test_a_known_name_is_refused(self, router: MiniMLP) -> None:
         with pytest.raises(TrainingError, match="the router knows 'sums' already; remove it first"):
@@ -111,8 +138,8 @@ class TestAdding:
         with pytest.raises(TrainingError, match=r"'codes' has no whole examples .* give some, 32 are often enough"):
             add_tasks(router, [replace(whole, train=parts)])
 
-    def test_a_router_without_memory_is_refused(self) -> None:
-        with pytest.raises(RouterError, match="trained with memory=0"):
+    def test_a_router_that_was_not_trained_is_refused(self) -> None:
+        with pytest.raises(RouterError, match=r"no adapter can join this router: .* train it again"):
             add_tasks(MiniMLP(["a", "b"], TOKENIZER), [task("codes")])
 
 
@@ -121,9 +148,18 @@ class TestRemoving:
         wide = add_tasks(router, [task("codes", 32)])
         narrow = remove_tasks(wide, ["codes"])
         contexts = [Context(example.prompt) for name in ASKED for example in task(name).test]
-        before, after, first = (r([r.encode(context) for context in contexts]) for r in (wide, narrow, router))
-        torch.testing.assert_close(after, before[:, :2])
+        before, after, first = (r.probabilities(contexts) for r in (wide, narrow, router))
         assert torch.equal(after, first)
+        torch.testing.assert_close(
+            after / after.sum(1, keepdim=True), before[:, :2] / before[:, :2].sum(1, keepdim=True)
+        )
+
+    def test_what_joined_may_stay_alone(self, router: MiniMLP) -> None:
+        found = remove_tasks(add_tasks(router, [task("codes", 32)]), ["sums", "tales"])
+        assert found.names == ("codes",)
+        own, other = ([Context(example.prompt) for example in task(name).test] for name in ("codes", "units"))
+        assert (found.probabilities(own).sum(dim=1) > 0.5).float().mean() >= 0.9
+        assert (found.scores(own) > found.scores(other).max()).all()
 
     def test_an_unknown_name_is_refused(self, router: MiniMLP) -> None:
         with pytest.raises(RouterError, match="does not know 'codes'; it knows sums, tales"):
@@ -139,8 +175,14 @@ class TestBundles:
 
     @pytest.fixture
     def bundle(self, router: MiniMLP, lively_adapters: Path, tmp_path: Path) -> Path:
-        named = MiniMLP(["math", "poems"], router.tokenizer, router.config)
-        named.memory, named.near = torch.zeros_like(router.memory), deepcopy(router.near)
+        named = MiniMLP(
+            ["math", "poems"],
+            router.tokenizer,
+            router.config,
+            calibration=router.calibration,
+            near=deepcopy(router.near),
+            neighbours=deepcopy(router.neighbours),
+        )
         named.load_state_dict(router.state_dict())
         model = lively_model()
         model.save_pretrained(tmp_path / "base")
@@ -151,7 +193,9 @@ class TestBundles:
 
     def test_an_adapter_that_joined_answers_its_task(self, bundle: Path, lively_adapters: Path) -> None:
         done = add_to_bundle(bundle, replace(task("units", 32), name="units"), lively_adapters / "units")
-        assert (done.names, done.num_examples, done.accuracy) == (("math", "poems", "units"), 32, 1.0)
+        assert (done.names, done.num_examples) == (("math", "poems", "units"), 32)
+        assert done.accuracy is not None
+        assert done.accuracy >= 0.8
         engine = dlp_lora.load(bundle)
         assert engine.bank.names == ("math", "poems", "units")
         asked = [example.prompt for example in task("units").test]

@@ -84,7 +84,7 @@ def add_task(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Base model: folder or hub id. [default: the bundle's]")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the contexts that are drawn.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the examples that are kept where there are many.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Add an adapter to a bundle, in seconds; 32 examples are often enough for its router.

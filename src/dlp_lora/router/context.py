@@ -76,15 +76,23 @@ class Calibration:
         """Says how surely a text belongs to any of the adapters (Liu et al. 2020, arXiv 2010.03759)."""
         return (logits.float().cpu() / self.temperature).logsumexp(dim=-1)
 
+    def log_odds(self, scores: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+        """Turns scores into the log-odds that any adapter fits, on the CPU; without a threshold one always does."""
+        scores = scores.float().cpu()
+        at = self.fit_threshold
+        return torch.full_like(scores, torch.inf) if at is None else self.fit_slope * (scores - at)
+
+    def score(self, log_odds: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+        """Gives the scores that have such log-odds."""
+        return log_odds / self.fit_slope + (self.fit_threshold or 0.0)
+
     def probabilities(
         self, logits: Float[Tensor, "batch adapters"], scores: Float[Tensor, " batch"] | None = None
     ) -> Float[Tensor, "batch adapters"]:
         """Gives probabilities, on the CPU; a row leaves out that of "none of them"."""
         found = (logits.float().cpu() / self.temperature).softmax(dim=-1)
-        if self.fit_threshold is None:
-            return found
-        scores = self.energy(logits) if scores is None else scores.float().cpu()
-        return found * torch.sigmoid(self.fit_slope * (scores - self.fit_threshold))[:, None]
+        scores = self.energy(logits) if scores is None else scores
+        return found * torch.sigmoid(self.log_odds(scores))[:, None]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dlp_lora.router.context import Calibration, Context, Encoded, Measured, check_labels, has_text, listed
 from dlp_lora.router.folder import SavedRouter, reading_router, write_router
 from dlp_lora.router.nearness import Nearness
+from dlp_lora.router.neighbours import Neighbours, Prompts
 from dlp_lora.router.tokenizer import MAX_CHARS, plain_tokenizer, vocab_size
 
 # What a text is summed up in: its distinct tokens (0), its beginning (1), its end (-1). What was said before fades.
@@ -52,28 +53,33 @@ class MiniMLP(nn.Module):
     often a text repeats them; the others count by their place. A bag is a mean of token embeddings, zero where the
     text is empty.
 
-    `memory` holds what the head saw of a few training texts of each adapter: `add_tasks` of `dlp_lora.training.extend`
-    learns new adapters with it, without the texts of the old ones. `near` tells texts of no adapter from others.
+    The layers and the head know the adapters that they were trained on, and `near` tells texts of none of them. Where
+    these leave a text over, `neighbours` says whether its prompt is one of an adapter that joined later (`add_tasks` of
+    `dlp_lora.training.extend`): what joins changes nothing for the others.
     """
-
-    memory: Float[Tensor, "adapters texts hidden"]
 
     def __init__(
         self,
-        names: Sequence[str],
+        trained: Sequence[str],
         tokenizer: Tokenizer,
         config: MiniMLPConfig | None = None,
         *,
         calibration: Calibration | None = None,
+        near: Nearness | None = None,
+        neighbours: Neighbours | None = None,
     ) -> None:
+        """`trained` are the adapters of the head; those that joined come after them in `names`."""
         super().__init__()
-        self.names = check_labels(names)
+        self.trained = tuple(trained)
+        self.near, self.neighbours = near, neighbours
+        self.names = check_labels((*trained, *(neighbours.names if neighbours else ())))
         self.calibration = calibration or Calibration()
         self.measured: Measured | None = None
         self.config = config = config or MiniMLPConfig()
         self.tokenizer = plain_tokenizer(tokenizer)
         self._line_break: list[int] = self.tokenizer.encode("\n", add_special_tokens=False).ids
         self._encode_piece = lru_cache(CACHE_SIZE)(self._tokenize)
+        self._prompt_logits = lru_cache(CACHE_SIZE)(self._read_prompt)
         self.embedding = nn.Embedding(vocab_size(self.tokenizer), config.dim, sparse=True)
         nn.init.normal_(self.embedding.weight, std=0.1)
         self.layers = nn.Sequential(
@@ -84,9 +90,7 @@ class MiniMLP(nn.Module):
             nn.Linear(config.hidden, config.hidden),
             nn.ReLU(),
         )
-        self.head = nn.Linear(config.hidden, len(names))
-        self.register_buffer("memory", torch.zeros(len(names), 0, config.hidden))
-        self.near: Nearness | None = None
+        self.head = nn.Linear(config.hidden, len(trained))
         self._bags: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
         self._bags_of: tuple[int, int] = (0, 0)  # the state of the embeddings that they were made with
 
@@ -113,24 +117,35 @@ class MiniMLP(nn.Module):
         hidden: Tensor = self.layers(bags.view(len(contexts), -1))
         return hidden
 
-    def forward(self, contexts: Sequence[Encoded]) -> Float[Tensor, "batch adapters"]:
-        """Gives the logits of encoded contexts."""
+    def forward(self, contexts: Sequence[Encoded]) -> Float[Tensor, "batch trained"]:
+        """Gives the logits of encoded contexts, of the adapters that the router was trained on."""
         logits: Tensor = self.head(self.features(contexts))
         return logits
 
+    def prompts(self, texts: Sequence[str]) -> Prompts:
+        """Gives what `neighbours` reads of prompts."""
+        ids = [self._encode(text.strip()[-self.config.max_chars :]) for text in texts]
+        return Prompts(self._sum([("prompt", own) for own in ids]).view(len(texts), -1), ids)
+
     def fit(
-        self, features: Float[Tensor, "batch hidden"], logits: Float[Tensor, "batch adapters"]
+        self, features: Float[Tensor, "batch hidden"], logits: Float[Tensor, "batch trained"]
     ) -> Float[Tensor, " batch"]:
-        """Says how well the likeliest adapter fits what the head saw, on the CPU."""
+        """Says how well the likeliest trained adapter fits what the head saw, on the CPU."""
+        if not self.trained:
+            return torch.full((len(logits),), -torch.inf)
         energy = logits.float().logsumexp(dim=-1).cpu()
         return energy if self.near is None else energy + self.near(features, logits.argmax(dim=-1))
 
     @torch.no_grad()
     def probabilities(self, contexts: Sequence[Context]) -> Float[Tensor, "batch adapters"]:
         """Gives a probability per adapter, on the CPU."""
-        features = self._cached_features(contexts)
-        logits = self.head(features)
-        found = self.calibration.probabilities(logits, self._scores(contexts, features, logits))
+        logits = self.head(features := self._cached_features(contexts))
+        scores = self._scores(contexts, features, logits)
+        found = self.calibration.probabilities(logits, scores)
+        if (joined := self._joined(contexts)) is not None:
+            # Trained ones, joined ones and none: the softmax of their log-odds, that of none being 0.
+            lead = (joined.amax(dim=-1) - F.softplus(self.calibration.log_odds(scores)))[:, None]
+            found = torch.cat([found * (-lead).sigmoid(), joined.softmax(dim=-1) * lead.sigmoid()], dim=-1)
         return found * has_text(contexts)[:, None]
 
     @torch.no_grad()
@@ -138,10 +153,14 @@ class MiniMLP(nn.Module):
         """Says how surely a text belongs to any of the adapters, by itself or after its history; higher is surer.
 
         It is the free energy of the logits (Liu et al. 2020, arXiv 2010.03759), and where there is `near`, its sum
-        with that: texts that are short or disguised keep their energy, foreign ones their distance.
+        with that: texts that are short or disguised keep their energy, foreign ones their distance. An adapter that
+        joined counts where its log-odds are higher.
         """
         features = self._cached_features(contexts)
-        return self._scores(contexts, features, self.head(features))
+        found = self._scores(contexts, features, self.head(features))
+        if (joined := self._joined(contexts)) is not None:
+            found = torch.maximum(found, self.calibration.score(joined.amax(dim=-1)))
+        return found
 
     def __repr__(self) -> str:
         measured = f"; {self.measured}" if self.measured is not None else ""
@@ -173,11 +192,20 @@ class MiniMLP(nn.Module):
         """
         with reading_router(path, "mini-mlp") as saved:
             size, calibration = MiniMLPConfig(**saved.settings["size"]), Calibration(**saved.settings["calibration"])
-            router = cls(saved.names, saved.tokenizer, size, calibration=calibration)
-            router.memory = torch.zeros_like(saved.weights["memory"])
-            if "near.whiten" in saved.weights:
-                router.near = Nearness(*(saved.weights[f"near.{name}"] for name in ("whiten", "centres", "spreads")))
-            router.load_state_dict(saved.weights)
+            weights = {
+                name: tensor for name, tensor in saved.weights.items() if name != "memory"
+            }  # of earlier versions
+            trained, joined = saved.names[: (num := len(weights["head.weight"]))], saved.names[num:]
+            near, neighbours = (_part(weights, name) for name in ("near", "neighbours"))
+            router = cls(
+                trained,
+                saved.tokenizer,
+                size,
+                calibration=calibration,
+                near=Nearness(*(near[name] for name in ("whiten", "centres", "spreads"))) if near else None,
+                neighbours=Neighbours.from_weights(joined, neighbours) if neighbours else None,
+            )
+            router.load_state_dict(weights)
             router.measured = (marks := saved.settings.get("measured")) and Measured(**marks)
         return router.eval()
 
@@ -199,6 +227,16 @@ class MiniMLP(nn.Module):
             features = self._cached_features([replace(contexts[i], history="") for i in after])
             found[after] = torch.maximum(found[after], self.fit(features, self.head(features)))
         return found
+
+    def _joined(self, contexts: Sequence[Context]) -> Float[Tensor, "batch joined"] | None:
+        """The log-odds of the adapters that joined; None if there is none."""
+        if self.neighbours is None or not self.neighbours.names:
+            return None
+        return torch.stack([self._prompt_logits(context.prompt) for context in contexts])
+
+    def _read_prompt(self, prompt: str) -> Float[Tensor, " joined"]:
+        assert self.neighbours is not None
+        return self.neighbours.logits(self.prompts([prompt]))[0]
 
     def _parts(self, context: Context) -> dict[str, str]:
         chars = self.config.max_chars
@@ -262,6 +300,11 @@ class MiniMLP(nn.Module):
             mode="sum",
             per_sample_weights=torch.cat(weights).to(weight),
         )
+
+
+def _part(weights: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The weights of a part, by their names in it."""
+    return {key.removeprefix(f"{name}."): own for key, own in weights.items() if key.startswith(f"{name}.")}
 
 
 def _state(tensor: Tensor) -> tuple[int, int]:

@@ -13,8 +13,7 @@ class Nearness(nn.Module):
     """Minus the log of the squared Mahalanobis distance from features to their adapter's mean (Lee et al. 2018, arXiv
     1807.03888), over what it is for that adapter's own texts on average. So adapters of manifold texts reach further.
 
-    One covariance for all, along its principal directions. It is fitted once; an adapter that joins later has a mean
-    and a spread of its own, and changes nothing for the others.
+    One covariance for all, along its principal directions.
     """
 
     whiten: Float[Tensor, "hidden directions"]  # Euclidean distance between what it maps to is Mahalanobis'
@@ -66,12 +65,6 @@ class Nearness(nn.Module):
         for owner in owners.unique().tolist():
             spreads[owner] = torch.maximum(spreads[owner], wanted[owners == owner].quantile(coverage))
         return Nearness(self.whiten, self.centres, spreads)
-
-    def joined(self, features: Float[Tensor, "adapters texts hidden"]) -> "Nearness":
-        """Takes in adapters that joined later, whose texts these are. They do not reach beyond their mean yet."""
-        centres = (features.float() @ self.whiten).mean(dim=1)
-        spreads = torch.full_like(centres[:, 0], TINY)
-        return Nearness(self.whiten, torch.cat([self.centres, centres]), torch.cat([self.spreads, spreads]))
 
     def only(self, kept: list[int]) -> "Nearness":
         """Keeps some of the adapters."""

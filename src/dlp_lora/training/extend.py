@@ -1,7 +1,4 @@
-"""New adapters for a trained router, in seconds: only the head learns, the rows of the others stay.
-
-The router's own memory of the texts that it was trained on keeps the new rows from claiming them.
-"""
+"""New adapters for a trained router, in a moment: it learns nothing more, and knows them by their examples."""
 
 import random
 import time
@@ -11,60 +8,44 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float
-from torch import Tensor
 
-from dlp_lora.bank.adapter_files import check_adapter_name
+from dlp_lora.bank.adapter_folder import check_adapter_name
 from dlp_lora.engine.bundle import Bundle, read_bundle, write_bundle
 from dlp_lora.engine.loading import load_router
 from dlp_lora.errors import BundleError, RouterError, TrainingError
 from dlp_lora.router import Context, MiniMLP
 from dlp_lora.router.nearness import Nearness
+from dlp_lora.router.neighbours import Neighbours
 from dlp_lora.tasks.task import Task
-from dlp_lora.training.contexts import MIX, routable
-from dlp_lora.training.router import remember
+from dlp_lora.training.contexts import routable
 
-NUM_STEPS = 300
-LEARNING_RATE = 0.03
-DECAY = 1e-3  # weight of the new rows' squares in the loss
-NUM_CONTEXTS = 512  # drawn of each new task
-COVERAGE = 0.98  # share of the new prompts that are to fit
+MAX_EXAMPLES = 128  # of a new task, that prompts are compared with
 MIN_LEFT_OUT = 4  # fewer examples say little about accuracy
 
 
 def add_tasks(router: MiniMLP, tasks: Sequence[Task], *, seed: int = 0) -> MiniMLP:
     """Gives a router that knows the given tasks, too; the old one is left as it is.
 
+    Of a task with many examples, `seed` draws those that are kept.
+
     Raises:
         TrainingError: if a task is known already, or has no training examples.
-        RouterError: if the router has no memory of its own tasks.
+        RouterError: if the router has not learned how prompts of a task vary.
     """
     for task in tasks:
         if task.name in router.names:
             raise TrainingError(f"the router knows {task.name!r} already; remove it first, or choose another name")
-    tasks = [routable(task) for task in tasks]
-    if router.memory.shape[1] == 0:
-        raise RouterError("the router was trained with memory=0, so nothing guards its adapters; train it again")
+    if router.neighbours is None:
+        raise RouterError(
+            "no adapter can join this router: it was trained by an earlier version, or not at all; train it again"
+        )
     rng = random.Random(seed)
-    torch.manual_seed(seed)
-    # A conversation of one task says nothing of what comes before this one.
-    mix = {kind: share for kind, share in MIX.items() if kind not in ("after_history", "serial")}
-    num = max(NUM_CONTEXTS, router.memory.shape[1])
-    seen = remember(router, [task.train for task in tasks], num, mix, rng)
-    weight, bias = _fit_rows(router, seen)
-    memory = torch.cat([router.memory, seen[:, : router.memory.shape[1]]])
-    names = [*router.names, *(task.name for task in tasks)]
-    rows = torch.cat([router.head.weight, weight]), torch.cat([router.head.bias, bias])
-    near = router.near
-    if near is not None:
-        # Each new adapter reaches as far as its own prompts do; to lower the threshold would let in more for all.
-        prompts = remember(router, [task.train for task in tasks], NUM_CONTEXTS, {"whole": 1.0}, rng)
-        owners = (len(router.names) + torch.arange(len(tasks))).repeat_interleave(NUM_CONTEXTS)
-        flat = prompts.flatten(0, 1)
-        least = (router.calibration.fit_threshold or 0.0) - (flat @ rows[0].T + rows[1]).logsumexp(dim=-1)
-        near = near.joined(prompts).reaching(flat, owners, least, coverage=COVERAGE)
-    return _with_rows(router, names, *rows, memory, near)
+    prompts = {}
+    for task in map(routable, tasks):
+        examples = rng.sample(task.train, min(MAX_EXAMPLES, len(task.train)))
+        with torch.no_grad():
+            prompts[task.name] = router.prompts([example.prompt for example in examples])
+    return _with(router, router.trained, router.near, router.neighbours.joined(prompts))
 
 
 def remove_tasks(router: MiniMLP, names: Sequence[str]) -> MiniMLP:
@@ -75,10 +56,13 @@ def remove_tasks(router: MiniMLP, names: Sequence[str]) -> MiniMLP:
     """
     if unknown := [name for name in names if name not in router.names]:
         raise RouterError(f"the router does not know {unknown[0]!r}; it knows {', '.join(router.names)}")
-    kept = [i for i, name in enumerate(router.names) if name not in names]
-    left = [router.names[i] for i in kept]
-    near = None if router.near is None else router.near.only(kept)
-    return _with_rows(router, left, router.head.weight[kept], router.head.bias[kept], router.memory[kept], near)
+    trained = [name for name in router.trained if name not in names]
+    near, neighbours = router.near, router.neighbours
+    if near is not None:
+        near = near.only([router.trained.index(name) for name in trained])
+    if neighbours is not None:
+        neighbours = neighbours.only([name for name in neighbours.names if name not in names])
+    return _with(router, trained, near, neighbours)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,9 +94,9 @@ def add_to_bundle(path: str | Path, task: Task, adapter: str | Path, *, seed: in
     task = routable(task)
     start = time.perf_counter()
     accuracy = None
-    left_out = task.train[::5]
+    shuffled = random.Random(seed).sample(task.train, len(task.train))
+    left_out, rest = shuffled[: (num := len(shuffled) // 5)], tuple(shuffled[num:])
     if len(left_out) >= MIN_LEFT_OUT:
-        rest = tuple(example for i, example in enumerate(task.train) if i % 5)
         tried = add_tasks(router, [replace(task, train=rest)], seed=seed)
         found = tried.probabilities([Context(example.prompt) for example in left_out]).argmax(dim=-1)
         accuracy = (found == len(router.names)).float().mean().item()
@@ -162,40 +146,18 @@ def _rewrite(path: str | Path, bundle: Bundle, router: MiniMLP, adapters: dict[s
     )
 
 
-def _fit_rows(
-    router: MiniMLP, seen: Float[Tensor, "new contexts hidden"]
-) -> tuple[Float[Tensor, "new hidden"], Float[Tensor, " new"]]:
-    num_new, num_old, device = len(seen), len(router.names), seen.device
-    features = torch.cat([router.memory.flatten(0, 1), seen.flatten(0, 1)])
-    labels = torch.cat(
-        [
-            torch.arange(num_old).repeat_interleave(router.memory.shape[1]),
-            num_old + torch.arange(num_new).repeat_interleave(seen.shape[1]),
-        ]
-    ).to(device)
-    shares = 1 / labels.bincount()[labels].float()
-    with torch.no_grad():
-        known = router.head(features)
-    weight = torch.zeros(num_new, features.shape[1], requires_grad=True, device=device)
-    bias = torch.zeros(num_new, requires_grad=True, device=device)
-    optimizer = torch.optim.Adam([weight, bias], lr=LEARNING_RATE)
-    for _ in range(NUM_STEPS):
-        logits = torch.cat([known, features @ weight.T + bias], dim=1)
-        losses = F.cross_entropy(logits, labels, reduction="none")
-        loss = (losses * shares).sum() / shares.sum() + DECAY * weight.square().sum() / num_new
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return weight.detach(), bias.detach()
-
-
-def _with_rows(
-    router: MiniMLP, names: Sequence[str], weight: Tensor, bias: Tensor, memory: Tensor, near: Nearness | None
-) -> MiniMLP:
-    other = MiniMLP(names, router.tokenizer, router.config, calibration=router.calibration)
-    rows = {"head.weight": weight, "head.bias": bias, "memory": memory}
-    kept = {name: tensor for name, tensor in router.state_dict().items() if not name.startswith("near.")}
-    other.memory = torch.zeros_like(memory)
-    other.load_state_dict({**kept, **rows})
-    other.near = near
+def _with(router: MiniMLP, trained: Sequence[str], near: Nearness | None, neighbours: Neighbours | None) -> MiniMLP:
+    """The router with some of its trained adapters, and others that joined."""
+    other = MiniMLP(
+        trained,
+        router.tokenizer,
+        router.config,
+        calibration=router.calibration,
+        near=near,
+        neighbours=neighbours,
+    )
+    kept = [router.trained.index(name) for name in trained]
+    state = {key: tensor for key, tensor in router.state_dict().items() if not key.startswith(("near.", "neighbours."))}
+    rows = {key: state[key][kept] for key in ("head.weight", "head.bias")}
+    other.load_state_dict({**other.state_dict(), **state, **rows})
     return other.eval()

@@ -26,6 +26,7 @@ from dlp_lora.router import Calibration, Context, Encoded, EncoderRouter, Measur
 from dlp_lora.router import load_tokenizer as load_tokenizer  # for those who train
 from dlp_lora.router.encoder import albert_config
 from dlp_lora.router.nearness import Nearness
+from dlp_lora.router.neighbours import Neighbours
 from dlp_lora.tasks.task import Example, Task
 from dlp_lora.training.calibration import calibration_error
 from dlp_lora.training.contexts import GENERATION, KINDS, MIX, Sample, draw_contexts, routable
@@ -36,6 +37,8 @@ MEDIAN_FIT = 0.999
 MIN_ROOM = 2.0  # of the score, between the median and none
 ROUTED_DRAWS = 4  # an epoch, of a text that is given with its task: the router may have got it wrong
 COVERAGE_EACH = 0.9  # share of each task's held-out prompts that fit at least
+CONTEXTS_EACH = 64  # of a task, from which a mini-MLP learns how near its texts lie to each other
+PROMPTS_EACH = 200  # of a task, at most, from which it learns how the words of its prompts vary
 
 Kind = Literal["mini-mlp", "encoder"]
 TrainedRouter = MiniMLP | EncoderRouter
@@ -63,7 +66,6 @@ class RouterTrainingArgs:
     mix: Mapping[str, float] = field(default_factory=lambda: dict(MIX))  # how often each kind of context is drawn
     held_out: float = 0.1  # share of the training texts that fits the temperature and what fits none
     coverage: float = 0.99  # share of held-out contexts that some adapter is to fit
-    memory: int = 64  # contexts of each task that a mini-MLP keeps the features of, for tasks added later
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -79,8 +81,6 @@ class RouterTrainingArgs:
                 raise ValueError(f"RouterTrainingArgs.{name} must be in [0, 1), got {getattr(self, name)}")
         if not 0 < self.coverage <= 1:
             raise ValueError(f"RouterTrainingArgs.coverage must be in (0, 1], got {self.coverage}")
-        if self.memory < 0:
-            raise ValueError(f"RouterTrainingArgs.memory must be at least 0, got {self.memory}")
         if set(self.mix) - set(KINDS) or not any(self.mix.get(kind) for kind in GENERATION):
             raise ValueError(
                 f"RouterTrainingArgs.mix draws from {', '.join(KINDS)}, "
@@ -164,8 +164,10 @@ def train_router(
     losses = _fit(router, encoded, [sample.label for sample in samples], args, rng, on_progress)
     router.eval()
     if isinstance(router, MiniMLP):
-        router.memory = remember(router, train, args.memory, args.mix, rng)
-        router.near = Nearness.of(router.memory) if args.memory else None
+        router.near = _near(router, train, args.mix, rng)
+        prompts = [[example.prompt for example in rng.sample(own, min(PROMPTS_EACH, len(own)))] for own in train]
+        with torch.no_grad():
+            router.neighbours = Neighbours.of([router.prompts(texts) for texts in prompts])
     _calibrate(router, held_out, args, rng)
     seconds = time.perf_counter() - start
     report = _report(router, tasks, held_out, seconds=seconds, losses=losses)
@@ -218,15 +220,12 @@ def _split(tasks: Sequence[Task], share: float, rng: random.Random) -> tuple[lis
     return train, held_out
 
 
-def remember(
-    router: MiniMLP, tasks: Sequence[Sequence[Example]], num: int, mix: Mapping[str, float], rng: random.Random
-) -> Float[Tensor, "adapters texts hidden"]:
-    """Gives what the head sees of `num` contexts of each task."""
-    if num == 0:
-        return router.memory.new_zeros(len(tasks), 0, router.config.hidden)
-    some = [[rng.choice(examples) for _ in range(num)] for examples in tasks]
+def _near(
+    router: MiniMLP, tasks: Sequence[Sequence[Example]], mix: Mapping[str, float], rng: random.Random
+) -> Nearness:
+    some = [[rng.choice(examples) for _ in range(CONTEXTS_EACH)] for examples in tasks]
     samples = sorted(draw_contexts(some, 1, mix, rng), key=lambda sample: sample.label)
-    return _features(router, [sample.context for sample in samples]).view(len(tasks), num, -1)
+    return Nearness.of(_features(router, [sample.context for sample in samples]).view(len(tasks), CONTEXTS_EACH, -1))
 
 
 def _fit(
@@ -306,20 +305,25 @@ def _calibrate(
     contexts = [sample.context for sample in samples]
     logits = _logits(router, contexts)
     temperature = _fit_temperature(logits, torch.tensor([sample.label for sample in samples]))
-    router.calibration = Calibration(temperature=temperature)
-    # Confidence takes texts of no task for texts between two tasks; the router's scores tell them apart. Half of the
-    # held-out texts are to fit with a probability of at least MEDIAN_FIT; few and like texts say little about others.
-    scores = torch.cat([router.scores(part) for part in _parts(contexts)])
-    median = scores.median().item()
-    threshold = min(scores.quantile(1 - args.coverage).item(), median - MIN_ROOM)
-    slope = math.log(MEDIAN_FIT / (1 - MEDIAN_FIT)) / (median - threshold)
-    router.calibration = Calibration(temperature=temperature, fit_threshold=threshold, fit_slope=slope)
+    router.calibration = _abstaining(router, contexts, temperature, args.coverage)
     if isinstance(router, MiniMLP) and router.near is not None:
-        # Of all texts that are lost, most would be of the task with the most manifold ones.
+        # Of all texts that are lost, most would be of the task with the most manifold ones: that reaches further. Then
+        # more texts fit than are to, which raises the threshold.
         prompts = [Context(example.prompt) for own in tasks for example in own]
         owners = torch.tensor([label for label, own in enumerate(tasks) for _ in own])
-        least = threshold - _logits(router, prompts).logsumexp(dim=-1)
+        least = (router.calibration.fit_threshold or 0.0) - _logits(router, prompts).logsumexp(dim=-1)
         router.near = router.near.reaching(_features(router, prompts), owners, least, coverage=COVERAGE_EACH)
+        router.calibration = _abstaining(router, contexts, temperature, args.coverage)
+
+
+def _abstaining(router: TrainedRouter, contexts: Sequence[Context], temperature: float, coverage: float) -> Calibration:
+    """Fits the threshold of the score, which tells texts of no task; confidence takes them for texts between two."""
+    scores = torch.cat([router.scores(part) for part in _parts(contexts)])
+    # Half of the texts are to fit with at least MEDIAN_FIT; few and like texts say little about others.
+    median = scores.median().item()
+    threshold = min(scores.quantile(1 - coverage).item(), median - MIN_ROOM)
+    slope = math.log(MEDIAN_FIT / (1 - MEDIAN_FIT)) / (median - threshold)
+    return Calibration(temperature=temperature, fit_threshold=threshold, fit_slope=slope)
 
 
 def _parts(contexts: Sequence[Context]) -> list[Sequence[Context]]:
@@ -334,6 +338,12 @@ def _logits(router: TrainedRouter, contexts: Sequence[Context]) -> Float[Tensor,
 @torch.no_grad()
 def _features(router: MiniMLP, contexts: Sequence[Context]) -> Float[Tensor, "n hidden"]:
     return torch.cat([router.features(router.encode_all(part)) for part in _parts(contexts)])
+
+
+def _among(router: TrainedRouter, contexts: Sequence[Context]) -> Float[Tensor, "n adapters"]:
+    """The probabilities of the adapters among themselves."""
+    rows = torch.cat([router.probabilities(part) for part in _parts(contexts)])
+    return rows / rows.sum(dim=-1, keepdim=True).clamp(min=1e-12)
 
 
 def _fit_temperature(logits: Float[Tensor, "n adapters"], labels: Int[Tensor, " n"]) -> float:
@@ -356,14 +366,18 @@ def _report(
     if not is_tested:
         tasks = [replace(task, test=tuple(own)) for task, own in zip(tasks, held_out, strict=True)]
     texts = [(router.names.index(task.name), example.prompt) for task in tasks for example in task.test]
+    contexts = [Context(text) for _, text in texts]
     labels = np.array([label for label, _ in texts])
-    logits = _logits(router, [Context(text) for _, text in texts])
-    chosen = logits.argmax(dim=-1).numpy()
+    rows = _among(router, contexts)
+    chosen = rows.argmax(dim=-1).numpy()
     right = chosen == labels
     confusion = torch.zeros(len(router.names), len(router.names), dtype=torch.long)
     for label, choice in zip(labels.tolist(), chosen.tolist(), strict=True):
         confusion[label, choice] += 1
-    temperature = router.calibration.temperature
+    calibration = router.calibration
+    router.calibration = replace(calibration, temperature=1.0)
+    before = _among(router, contexts)
+    router.calibration = calibration
     return RouterReport(
         names=router.names,
         num_parameters=router.num_parameters,
@@ -372,9 +386,9 @@ def _report(
         accuracy=float(right.mean()),
         accuracy_by_task={router.names[i]: float(right[labels == i].mean()) for i in sorted(set(labels.tolist()))},
         confusion=confusion.tolist(),
-        temperature=temperature,
-        ece_before=calibration_error(logits.softmax(-1).amax(-1).numpy(), right),
-        ece=calibration_error((logits / temperature).softmax(-1).amax(-1).numpy(), right),
+        temperature=calibration.temperature,
+        ece_before=calibration_error(before.amax(dim=-1).numpy(), right),
+        ece=calibration_error(rows.amax(dim=-1).numpy(), right),
         measured_on="test" if is_tested else "held-out",
         losses=losses,
     )

@@ -191,34 +191,38 @@ def _bases(setting: Setting) -> Iterator[_Base]:
 def _extended(
     setting: Setting, base: _Base, num_added: int, num_examples: int | None, before: np.ndarray
 ) -> dict[str, Any]:
-    """One task at a time is tried with several tasks; more at once are tried once."""
+    """As many tries as there are different tasks for, at most `tries`; no task is in two of them."""
     rng = random.Random(f"extension {num_added} {setting.args.seed}")
-    num_tries = min(setting.args.tries, len(base.added)) if num_added == 1 else 1
+    num_tries = min(setting.args.tries, len(base.added) // num_added)
     drawn = rng.sample(base.added, num_tries * num_added)
     tries = [drawn[i : i + num_added] for i in range(0, len(drawn), num_added)]
-    new, old, seconds, false = [], [], [], []
+    new, fits, old, seconds, false = [], [], [], [], []
     for i, tasks in enumerate(tries):
         setting.on_progress(Progress(f"extension {base.name}", i, len(tries)))
         start = time.perf_counter()
         router = add_tasks(base.router, [_few(task, num_examples, rng) for task in tasks], seed=setting.args.seed)
         seconds.append(time.perf_counter() - start)
         asked = samples.questions(tasks, limit=setting.args.per_task)
-        new.append(setting.read(samples.whole(asked), router).right)
+        reading = setting.read(samples.whole(asked), router)
+        new.append(reading.right)
+        fits.append(reading.fits > 0.5)
         old.append(setting.read(samples.whole(base.asked), router).right)
         if foreign := samples.whole([q for q in setting.asked_outside if q.task not in router.names]):
             readings = [setting.read(foreign, own) for own in (base.router, router)]
-            false.append([(reading.fits > 0.5).mean() for reading in readings])
+            false.append([float((reading.fits > 0.5).mean()) for reading in readings])
     return {
         "base": base.name,
         "added": num_added,
         "examples": num_examples,
         "tasks": [task.name for tasks in tries for task in tasks],
         "new": accuracy(np.concatenate(new)),
+        "new_fit": rounded(np.concatenate(fits).mean()),
         "old": accuracy(np.concatenate(old)),
         "lost": rounded(before.mean() - np.mean([own.mean() for own in old])),
         "add_seconds": rounded(np.mean(seconds)),
         # Of extra tasks that the router knows neither before nor after.
         "false_routes": [rounded(share) for share in np.mean(false, axis=0)] if false else None,
+        "false_routes_by_try": [rounded(after) for _, after in false],
     }
 
 
