@@ -30,6 +30,9 @@ def router(
     encoder: Annotated[
         str | None, typer.Option(help="Sentence encoder of routers without training. [default: the installed one]")
     ] = None,
+    adapters: Annotated[
+        str | None, typer.Option(help="Folder of the tasks' adapters, of --model, for routers that read these.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the samples and of training.")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch. [default: its own choice]")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the record to this file, too.")] = None,
@@ -57,7 +60,9 @@ def router(
         raise ValueError("--report is written from the record; give --json, too")
     if threads is not None:
         torch.set_num_threads(threads)
-    given: dict[str, Any] = {"seed": seed, "per_task": per_task, "encoder": encoder}
+    given: dict[str, Any] = {"seed": seed, "per_task": per_task, "encoder": encoder, "adapters": adapters}
+    if adapters is not None:
+        given["model"] = base_model(model)
     args = RouterBenchArgs(
         training=RouterTrainingArgs(seed=seed), **{key: value for key, value in given.items() if value is not None}
     )

@@ -10,6 +10,7 @@ from typing import Any
 from dlp_lora.errors import RecordError
 from dlp_lora.files import write_json
 from dlp_lora.lab.evals.router import scenarios, trainings
+from dlp_lora.lab.evals.router.peers import peers
 from dlp_lora.lab.evals.router.scenarios import Scenario
 from dlp_lora.lab.evals.router.setting import Setting
 from dlp_lora.lab.evals.router.targets import judged
@@ -27,8 +28,10 @@ SCENARIOS: Mapping[str, Scenario] = {
     "junctions": scenarios.junctions,
     "outside": scenarios.outside,
     "robustness": scenarios.robustness,
+    "instructions": scenarios.instructions,
     "timing": scenarios.timing,
     "untrained": untrained,
+    "peers": peers,
     "left_out": trainings.left_out,
     "scale": trainings.scale,
     "synthetic": trainings.synthetic,

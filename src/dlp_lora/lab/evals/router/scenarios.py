@@ -7,6 +7,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -16,6 +17,7 @@ from jaxtyping import Float
 
 from dlp_lora.lab.evals.router import samples
 from dlp_lora.lab.evals.router.disguises import DISGUISES, disguised
+from dlp_lora.lab.evals.router.instructions import BEFORE, among_instructions
 from dlp_lora.lab.evals.router.measures import (
     Reading,
     abstention,
@@ -29,7 +31,7 @@ from dlp_lora.lab.evals.router.measures import (
     rounded,
     summary,
 )
-from dlp_lora.lab.evals.router.samples import SMALL_TALK, Question, Walk, has_changed
+from dlp_lora.lab.evals.router.samples import SMALL_TALK, Question, Sample, Walk, has_changed
 from dlp_lora.lab.evals.router.setting import Setting
 from dlp_lora.policy import Switching
 from dlp_lora.progress import Progress
@@ -48,6 +50,7 @@ SWITCHINGS = {
     "4 tokens, margin 0.05": Switching(min_tokens=4, margin=0.05),
     "16 tokens": Switching(min_tokens=16, margin=0.0),
 }
+INSTRUCTED = ("instructions around", "German around", "Spanish around", "Chinese around")  # disguises
 NUM_TIMED = 200  # prompts
 
 
@@ -180,6 +183,26 @@ def robustness(setting: Setting) -> dict[str, Any]:
         reading = setting.read(own)
         lost = rounded(setting.whole.right.mean() - reading.right.mean())
         found[name] = {**summary(reading), "lost": lost}
+    return found
+
+
+def instructions(setting: Setting) -> dict[str, Any]:
+    """Questions among instructions in many languages, as an engine decides: where the whole prompt is not sure to fit,
+    it looks for the question in it. Foreign prompts among the same instructions still are to fit none.
+    """
+    if setting.num_tasks < 2:
+        return skipped("instructions are measured on questions of several tasks")
+    around: dict[str, Callable[[Sequence[Question]], list[Sample]]] = {"none": samples.whole}
+    around |= {name: partial(among_instructions, language=name, seed=setting.args.seed) for name in BEFORE}
+    around |= {name: partial(disguised, disguise=DISGUISES[name], seed=setting.args.seed) for name in INSTRUCTED}
+    found: dict[str, Any] = {}
+    for name, put in around.items():
+        reading = setting.decide(put(setting.asked))
+        found[name] = summary(reading)
+        if setting.asked_outside:
+            outside = setting.decide(put(setting.asked_outside))
+            own_threshold = _as_it_abstains(reading, outside)
+            found[name]["outside"] = {**_parted(reading.scores, outside.scores), "own_threshold": own_threshold}
     return found
 
 

@@ -4,7 +4,7 @@ import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from dlp_lora.lab.evals.router.measures import Reading
 from dlp_lora.lab.evals.router.samples import Question, Sample, questions, whole
 from dlp_lora.progress import OnProgress, Progress, staged, unseen
 from dlp_lora.router import CONFIG_FILE, Router, router_hash
+from dlp_lora.router.questions import read_held, route
 from dlp_lora.tasks.manifest import TaskInfo, kind_of
 from dlp_lora.tasks.task import Task
 from dlp_lora.training.router import REPORT_FILE, RouterTrainingArgs, train_router
@@ -44,6 +45,8 @@ class RouterBenchArgs:
     left_out: int = 10  # tasks that routers without training are made without
     draws: int = 5  # of these tasks
     encoder: str | None = None  # of routers without training; None is the installed default
+    adapters: str | None = None  # folder of the tasks' adapters, for routers that read these
+    model: str | None = None  # their base model
     training: RouterTrainingArgs = field(default_factory=RouterTrainingArgs)
     seed: int = 0
 
@@ -166,6 +169,29 @@ class Setting:
             probabilities=rows / fits.clip(min=1e-12)[:, None],
             fits=fits,
             scores=torch.cat(scores).double().numpy(),
+        )
+
+    def decide(self, samples: Sequence[Sample]) -> Reading:
+        """Asks the measured router about samples as an engine does, which looks into prompts that may not fit.
+
+        The score of a text is the probability that any adapter fits.
+        """
+        router = self.main.router
+        index = {name: i for i, name in enumerate(router.names)}
+        rows = []
+        for i, sample in enumerate(samples):
+            found = route(partial(read_held, router), sample.context)
+            rows.append([found[name] for name in router.names])
+            if (i + 1) % BATCH == 0:
+                self.on_step("decide", i + 1, len(samples))
+        probabilities = np.array(rows)
+        fits = probabilities.sum(axis=1)
+        return Reading(
+            names=router.names,
+            labels=np.array([index.get(sample.task, -1) for sample in samples]),
+            probabilities=probabilities / fits.clip(min=1e-12)[:, None],
+            fits=fits,
+            scores=fits,
         )
 
     def key(self) -> str:

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from dlp_lora.lab.evals.router.instructions import BEFORE
+
 Unit = Literal["%", "points", "s", "ms", "", "M"]
 
 
@@ -45,6 +47,7 @@ def judged(record: Mapping[str, Any]) -> list[dict[str, Any]]:
         "router": record["router"],
         **scenarios,
         "new": _new_task(scenarios.get("extension", {})),
+        "ten": _ten_tasks(scenarios.get("extension", {})),
         "most": sizes.get(most),
     }
     named = Target(name=f"Whole prompt of {most or 'all'} tasks", bound=0.985, at=("most",))
@@ -67,10 +70,21 @@ TARGETS = (
         at_least=False,
     ),
     Target(name="Whole prompts routed there", bound=0.95, at=("outside", "own_threshold", "coverage")),
+    *(
+        Target(
+            name=f"{language} instructions around, routed and right",
+            bound=0.9,
+            at=("instructions", language, "right_and_routed"),
+        )
+        for language in BEFORE
+    ),
+    Target(name="Extra tasks, as decided: AUROC", bound=0.97, at=("instructions", "none", "outside", "auroc"), unit=""),
     Target(name="Tasks left out: AUROC", bound=0.97, at=("left_out", "auroc"), unit=""),
     Target(name="Tasks left out: false routes", bound=0.1, at=("left_out", "false_routes"), at_least=False),
     Target(name="Calibration error", bound=0.01, at=("prompts", "whole", "ece"), at_least=False),
     Target(name="A new task from 32 examples", bound=0.93, at=("new", "new")),
+    Target(name="Ten new tasks from 32 examples: their prompts fit", bound=0.95, at=("ten", "new_fit")),
+    Target(name="Ten new tasks: false routes of others", bound=0.1, at=("ten", "after"), at_least=False),
     Target(name="Lost on the old tasks", bound=0.003, at=("new", "lost"), unit="points", at_least=False),
     Target(name="Adding it takes", bound=5, at=("new", "add_seconds"), unit="s", at_least=False),
     Target(name="Training takes", bound=90, at=("router", "seconds"), unit="s", at_least=False),
@@ -90,3 +104,9 @@ def _new_task(extension: Mapping[str, Any]) -> dict[str, Any]:
         "lost": max(row["lost"] for row in rows),
         "add_seconds": max(row["add_seconds"] for row in rows),
     }
+
+
+def _ten_tasks(extension: Mapping[str, Any]) -> dict[str, Any]:
+    """Ten extra tasks from 32 examples each, added to the measured router."""
+    rows = [row for row in extension.get("add", ()) if row["added"] == 10 and row["examples"] == 32]
+    return {"new_fit": rows[0]["new_fit"], "after": rows[0]["false_routes"][1]} if rows else {}
