@@ -10,7 +10,7 @@ the same command goes on where it stopped.
 
 import argparse
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from dlp_lora import Engine, load
 from dlp_lora.cli.progress import progress
 from dlp_lora.default_model import default_model
 from dlp_lora.demo import DemoArgs, with_serial
-from dlp_lora.files import write_text
+from dlp_lora.files import write_json
 from dlp_lora.lab.evals.answers import AnswerArgs, answer_all, batches, identity_of
 from dlp_lora.lab.evals.mixtures import (
     FORMATS,
@@ -34,6 +34,7 @@ from dlp_lora.lab.evals.mixtures import (
     right,
 )
 from dlp_lora.lab.records.environment import environment
+from dlp_lora.progress import OnProgress, staged
 from dlp_lora.router import Context, Router
 from dlp_lora.tasks import procedural_task
 from dlp_lora.tasks.hub import read_data
@@ -43,7 +44,6 @@ from dlp_lora.training.base import load_base
 from dlp_lora.training.router import RouterTrainingArgs, load_tokenizer, train_router
 
 FORMAT_EXAMPLES = 480
-Show = Callable[..., None]
 
 
 def main() -> None:
@@ -68,13 +68,12 @@ def main() -> None:
         for name, measure in parts.items():
             found = measure(options, show)
             record = {**record, "environment": environment(), name: found}
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            write_text(options.json, json.dumps(record, indent=1) + "\n")
+            write_json(options.json, record)
     for name in parts:
         print(json.dumps({name: record[name]["mixture_less_single"]}, indent=1))
 
 
-def _made(options: argparse.Namespace, show: Show) -> dict[str, Any]:
+def _made(options: argparse.Namespace, show: OnProgress) -> dict[str, Any]:
     """Skills and formats, each with an adapter of its own."""
     args = DemoArgs()
     num_train = args.num_train + args.num_serial
@@ -87,7 +86,7 @@ def _made(options: argparse.Namespace, show: Show) -> dict[str, Any]:
     for task in [*([] if options.skills else with_serial(single, args)), *formats]:
         paths[task.name] = train_adapter(
             base, tokenizer, task, options.out / "adapters" / task.name, replace(args.training, seed=args.seed),
-            on_step=lambda now: show(now.task, now.step, now.num_steps, f"loss {now.loss:.3f}"),
+            on_progress=show,
         ).path  # fmt: skip
     if options.skills:
         paths = {name: options.skills / name for name in args.tasks} | paths
@@ -95,14 +94,14 @@ def _made(options: argparse.Namespace, show: Show) -> dict[str, Any]:
         [*single, *formats],
         load_tokenizer(str(default_model())),
         RouterTrainingArgs(epochs=args.router_epochs, seed=args.seed),
-        on_step=lambda step, total, loss: show("router", step, total, f"loss {loss:.3f}"),
+        on_progress=show,
     )
     engine = load(base, tokenizer=tokenizer, adapters=paths, router=router)
     asked = made(args.tasks, num_chosen=options.chosen, num_test=options.test)
     return _measured(engine, router, asked, options.out / "made", "plain", show)
 
 
-def _of_tasks(options: argparse.Namespace, show: Show) -> dict[str, Any]:
+def _of_tasks(options: argparse.Namespace, show: OnProgress) -> dict[str, Any]:
     """Questions of tasks in other tasks' formats, and tasks near several adapters."""
     tasks = {task.name: task for task in read_data(options.data)}
     paths = {name: options.adapters / name for name in tasks if (options.adapters / name).is_dir()}
@@ -118,7 +117,7 @@ def _of_tasks(options: argparse.Namespace, show: Show) -> dict[str, Any]:
 
 
 def _measured(
-    engine: Engine, router: Router, asked: Sequence[Mixed], folder: Path, prompt_format: PromptFormat, show: Show
+    engine: Engine, router: Router, asked: Sequence[Mixed], folder: Path, prompt_format: PromptFormat, show: OnProgress
 ) -> dict[str, Any]:
     tasks = [each.task for each in asked]
     args = AnswerArgs(max_new_tokens=64, prompt_format=prompt_format)
@@ -137,7 +136,7 @@ def _measured(
             args,
             folder / f"{method.name.replace('/', '-')}.jsonl",
             identity=identity_of(engine, tasks, method),
-            on_batch=partial(show, method.name),
+            on_progress=staged(show, method.name),
         )
         answers[method.name] = {
             task.name: right([row for row in given if row["task"] == task.name], task) for task in tasks

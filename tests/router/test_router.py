@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import DynamicCache
@@ -408,6 +409,13 @@ class TestSaving:
         for context in CONTEXTS:
             assert torch.equal(loaded.probabilities([context]), mlp.probabilities([context]))
         assert sorted(p.name for p in tmp_path.iterdir()) == ["router"]
+
+    def test_a_router_of_an_earlier_version_is_read_without_its_memory(self, tmp_path: Path) -> None:
+        router().save_pretrained(tmp_path / "router")
+        weights = load_file(tmp_path / "router" / WEIGHTS_FILE)
+        save_file({**weights, "memory": torch.randn(3, 2, 24)}, tmp_path / "router" / WEIGHTS_FILE)
+        loaded = MiniMLP.from_pretrained(tmp_path / "router")
+        assert torch.equal(loaded.probabilities(CONTEXTS), router().probabilities(CONTEXTS))
 
     def test_saving_again_replaces_the_router_and_its_report_alone(self, tmp_path: Path) -> None:
         router(seed=1).save_pretrained(tmp_path / "router")

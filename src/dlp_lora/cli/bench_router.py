@@ -62,7 +62,7 @@ def router(
         torch.set_num_threads(threads)
     given: dict[str, Any] = {"seed": seed, "per_task": per_task, "encoder": encoder, "adapters": adapters}
     if adapters is not None:
-        given["model"] = base_model(model)
+        given["model"] = model
     args = RouterBenchArgs(
         training=RouterTrainingArgs(seed=seed), **{key: value for key, value in given.items() if value is not None}
     )

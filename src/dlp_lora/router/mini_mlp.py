@@ -192,10 +192,10 @@ class MiniMLP(nn.Module):
         """
         with reading_router(path, "mini-mlp") as saved:
             size, calibration = MiniMLPConfig(**saved.settings["size"]), Calibration(**saved.settings["calibration"])
-            weights = {
-                name: tensor for name, tensor in saved.weights.items() if name != "memory"
-            }  # of earlier versions
-            trained, joined = saved.names[: (num := len(weights["head.weight"]))], saved.names[num:]
+            # Earlier versions kept a memory of features.
+            weights = {name: tensor for name, tensor in saved.weights.items() if name != "memory"}
+            num_trained = len(weights["head.weight"])
+            trained, joined = saved.names[:num_trained], saved.names[num_trained:]
             near, neighbours = (_part(weights, name) for name in ("near", "neighbours"))
             router = cls(
                 trained,

@@ -15,14 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from conftest import byte_tokenizer
+from conftest import byte_tokenizer, lively_model, make_adapter
 from dlp_lora import Context, MiniMLP, Switching, TopK
 from dlp_lora.cli.app import app
-from dlp_lora.errors import RecordError, TaskError
+from dlp_lora.errors import AdapterError, RecordError, TaskError
 from dlp_lora.lab.evals.router import SCENARIOS, RouterBenchArgs, Setting, Trained, bench_router, samples
 from dlp_lora.lab.evals.router import measures as m
 from dlp_lora.lab.evals.router.ceiling import ceiling, shared
 from dlp_lora.lab.evals.router.disguises import DISGUISES, disguised
+from dlp_lora.lab.evals.router.instructions import AFTER, BEFORE, among_instructions
+from dlp_lora.lab.evals.router.peers import ARROW, OURS, PEERS
 from dlp_lora.lab.evals.router.samples import SMALL_TALK, Question, Sample
 from dlp_lora.lab.evals.router.synthetic import ACTIONS, KINDS, MAX_TASKS, synthetic_tasks
 from dlp_lora.lab.evals.router.targets import TARGETS, Target, judged
@@ -254,6 +256,15 @@ def test_typos_hit_their_share_of_the_letters() -> None:
     assert typed != text
 
 
+@pytest.mark.parametrize("language", BEFORE)
+def test_instructions_of_a_language_stand_before_and_after_the_whole_prompt(language: str) -> None:
+    for q, sample in zip(ASKED, among_instructions(ASKED, language, seed=0), strict=True):
+        before, prompt, after = sample.context.prompt.split("\n\n")
+        assert (prompt, sample.task) == (q.example.prompt, q.task)
+        assert before in BEFORE[language]
+        assert after in AFTER[language]
+
+
 # Measures
 
 
@@ -439,6 +450,20 @@ def test_prompts_are_cut_into_their_questions_and_no_others_are() -> None:
     assert (never["3"]["cut"], never["3"]["exact"]) == (0, 0)  # what always fits is never several
 
 
+def test_a_question_among_instructions_is_decided_as_an_engine_does() -> None:
+    class Exact(Marks):
+        """Knows the prompts letter for letter."""
+
+        def probabilities(self, contexts: Sequence[Context]) -> torch.Tensor:
+            fits = torch.tensor([any(q.example.prompt == context.prompt for q in ASKED) for context in contexts])
+            return torch.where(fits, 1.0, 0.1)[:, None] * super().probabilities(contexts)
+
+    found = bench_router(setting(Exact()), only=["instructions"])["scenarios"]["instructions"]
+    assert {*BEFORE, "none", "German around"} < set(found)
+    assert [found[name]["right_and_routed"] for name in ("none", *BEFORE)] == [1.0] * (1 + len(BEFORE))
+    assert found["German"]["outside"]["own_threshold"] == {"coverage": 1.0, "false_routes": 0.0}
+
+
 def test_a_router_that_scores_and_abstains_by_itself_is_judged_by_that() -> None:
     class Scored(Marks):
         def probabilities(self, contexts: Sequence[Context]) -> torch.Tensor:
@@ -548,6 +573,31 @@ def test_every_scenario_is_in_the_record(record: Path) -> None:
     assert found["data"]["extra"] == ["foxes", "herons"]
 
 
+def test_peers_answer_the_same_prompts(record: Path) -> None:
+    found = json.loads(record.read_text())["scenarios"]["peers"]
+    measured = {name: own for name, own in found.items() if name in PEERS and "skipped" not in own}
+    assert {OURS, "TF-IDF, logistic regression", "prototypes", "nearest examples"} <= set(measured)
+    assert {(own["num"], own["num_foreign"]) for own in measured.values()} == {(24, 8)}
+    assert found["TF-IDF, logistic regression"]["accuracy"] == 1.0
+    assert all(own["prompt_ms"] > 0 and own["needs"] for own in measured.values())
+    assert found[ARROW]["skipped"] == "needs adapters of the tasks; give --adapters"
+
+
+def test_arrow_chooses_among_the_adapters_that_there_are_and_the_router_among_the_same(tmp_path: Path) -> None:
+    model = lively_model()
+    model.save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    for i, name in enumerate(("sums", "tales")):
+        make_adapter(model, tmp_path / "adapters" / name, seed=i, scale=0.3)
+    asked = setting(adapters=str(tmp_path / "adapters"), model=str(tmp_path / "base"), per_task=3)
+    found = bench_router(asked, only=["peers"])["scenarios"]["peers"]
+    for name in (ARROW, f"{OURS}, of these"):
+        assert (found[name]["tasks"], found[name]["num"], found[name]["num_foreign"]) == (["sums", "tales"], 6, 6)
+    make_adapter(model, tmp_path / "adapters" / "days", seed=3, scale=0.3, r=2)
+    with pytest.raises(AdapterError, match=r"PEFT's Arrow does not take the adapters of .*: .*mismatch"):
+        bench_router(asked, only=["peers"])
+
+
 def test_tasks_are_added_and_removed(record: Path) -> None:
     found = json.loads(record.read_text())["scenarios"]["extension"]
     assert [(row["base"], row["added"], row["examples"]) for row in found["add"]] == [
@@ -555,6 +605,8 @@ def test_tasks_are_added_and_removed(record: Path) -> None:
     ]
     assert [len(row["tasks"]) for row in found["add"]] == [1, 1, 1, 1, 2, 2]
     assert [len(row["removed"]) for row in found["remove"]] == [1]
+    assert all(0 <= row["new_fit"] <= 1 for row in found["add"])
+    assert [len(row["false_routes_by_try"]) for row in found["add"]] == [1, 1, 1, 1, 2, 2]
     assert all(row["lost"] <= 0 for row in found["remove"])
 
 
@@ -622,13 +674,16 @@ def test_every_target_is_judged_and_the_largest_scale_is_the_last() -> None:
     new = {"base": "without-0", "added": 1, "examples": 32, "new": whole, "lost": 0.004, "add_seconds": 2.0}
     worse = {**new, "new": {**whole, "accuracy": 0.94}, "lost": 0.0, "add_seconds": 6.0}
     extra = {**worse, "base": "extra", "new": {**whole, "accuracy": 0.1}}
-    scenarios = {"scale": {"26": whole, "67": whole, "seconds": 3}, "extension": {"add": [new, worse, extra]}}
+    ten = {**extra, "added": 10, "new_fit": 0.96, "false_routes": [0.05, 0.12]}
+    scenarios = {"scale": {"26": whole, "67": whole, "seconds": 3}, "extension": {"add": [new, worse, extra, ten]}}
     found = judged({"router": {"seconds": 60.0, "num_parameters": 5}, "scenarios": scenarios})
     assert len(found) == len(TARGETS) + 1
     met = {target["name"]: target["met"] for target in found}
     assert met["Whole prompt of 67 tasks"] is met["A new task from 32 examples"] is met["Training takes"] is True
     assert met["Lost on the old tasks"] is met["Adding it takes"] is False
     assert {t["name"]: t["value"] for t in found}["A new task from 32 examples"] == 0.94
+    assert met["Ten new tasks from 32 examples: their prompts fit"] is True
+    assert met["Ten new tasks: false routes of others"] is False
     assert met["Whole prompt"] is None
 
 

@@ -20,10 +20,12 @@ from peft import ArrowConfig, create_arrow_model
 from peft.tuners.lora.arrow import ArrowLoraLinearLayer
 from torch import Tensor
 
+from dlp_lora.default_model import default_model
 from dlp_lora.errors import AdapterError, DLPLoRAError
 from dlp_lora.lab.evals.router.measures import accuracy, auroc, false_route_rate, rounded
-from dlp_lora.lab.evals.router.samples import Question, Sample, questions
+from dlp_lora.lab.evals.router.samples import Question, Sample, evenly, questions
 from dlp_lora.lab.evals.router.setting import Setting
+from dlp_lora.progress import Progress
 from dlp_lora.router import Context
 from dlp_lora.router.encoder import TextEncoder, default_encoder
 from dlp_lora.router.everyday import everyday_prompts
@@ -33,6 +35,7 @@ from dlp_lora.training.base import load_base
 EXAMPLES = 100  # of each task, for peers with a sentence encoder
 NEIGHBOURS = 10  # that vote
 NUM_TIMED = 100  # prompts
+NUM_FOREIGN = 500  # prompts for those that need a pass of the base model
 
 Texts = Mapping[str, Sequence[str]]
 """Training prompts by task."""
@@ -59,6 +62,7 @@ class Peer:
     choose: Choose
     names: Sequence[str]
     needs: str
+    num_foreign: int | None = None  # prompts that belong to no task; None for all
 
 
 class MissingError(DLPLoRAError):
@@ -69,8 +73,8 @@ def peers(setting: Setting) -> dict[str, Any]:
     """The measured router and other ways: accuracy, foreign texts, milliseconds a prompt, and what each needs."""
     encoder = _encoder(setting)
     found: dict[str, Any] = {}
-    for name, make in PEERS.items():
-        setting.on_step(f"peers: {name}", 0, 1)
+    for i, (name, make) in enumerate(PEERS.items()):
+        setting.on_progress(Progress("peers", i, len(PEERS), name))
         try:
             found[name] = _measured(make(setting, encoder), setting)
         except MissingError as error:
@@ -86,16 +90,18 @@ def _measured(peer: Peer, setting: Setting) -> dict[str, Any]:
     inside = peer.choose(_prompts(asked))
     right = inside.chosen == np.array([index[q.task] for q in asked])
     found: dict[str, Any] = {**accuracy(right), "tasks": list(peer.names), "needs": peer.needs}
-    if setting.asked_outside:
-        outside = peer.choose(_prompts(setting.asked_outside))
+    if foreign := evenly(setting.asked_outside, peer.num_foreign):
+        outside = peer.choose(_prompts(foreign))
+        found["num_foreign"] = len(foreign)
         found["auroc"] = rounded(auroc(inside.scores, outside.scores))
         found["false_routes"] = rounded(false_route_rate(inside.scores, outside.scores))
     return {**found, "prompt_ms": _prompt_ms(peer.choose, asked)}
 
 
 def _prompt_ms(choose: Choose, asked: Sequence[Question]) -> float:
-    """The median of single prompts that it has not read, on one thread."""
-    fresh = [f"{q.example.prompt} " for q in random.Random("timed").sample(asked, min(NUM_TIMED, len(asked)))]
+    """The median of single prompts that it has not read, as their words are turned round; on one thread."""
+    timed = random.Random("timed").sample(asked, min(NUM_TIMED, len(asked)))
+    fresh = [" ".join(reversed(q.example.prompt.split())) for q in timed]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -135,7 +141,12 @@ def _ours(setting: Setting, _: "Encoder | None", *, among: Sequence[str] = ()) -
         return Choice(rows.argmax(axis=1), rows.sum(axis=1) if among else reading.scores)
 
     parameters = f"{setting.main.num_parameters or 0:,} parameters"
-    return Peer(choose=choose, names=names, needs=f"{parameters}, trained on the tasks' prompts")
+    return Peer(
+        choose=choose,
+        names=names,
+        needs=f"{parameters}, trained on the tasks' prompts",
+        num_foreign=NUM_FOREIGN if among else None,
+    )
 
 
 def _tf_idf(setting: Setting, _: "Encoder | None") -> Peer:
@@ -217,13 +228,13 @@ def _semantic_router(setting: Setting, encoder: "Encoder | None") -> Peer:
 
 def _arrow(setting: Setting, _: "Encoder | None") -> Peer:
     """PEFT chooses for each token and layer; a text goes to the adapter with the highest mean weight over them."""
-    if setting.args.adapters is None or setting.args.model is None:
-        raise MissingError("needs adapters of the tasks; give --adapters, and their --model")
+    if setting.args.adapters is None:
+        raise MissingError("needs adapters of the tasks; give --adapters")
     folder = Path(setting.args.adapters)
     names = [task.name for task in setting.tasks if (folder / task.name / "adapter_config.json").is_file()]
     if len(names) < 2:
         raise MissingError(f"{folder} has adapters of fewer than two of the tasks")
-    base, tokenizer = load_base(setting.args.model)
+    base, tokenizer = load_base(setting.args.model or default_model())
     config = ArrowConfig(top_k=min(3, len(names)))  # PEFT's default, of as many as there are
     try:
         model: Any = create_arrow_model(base, [str(folder / name) for name in names], config).eval()
@@ -253,7 +264,8 @@ def _arrow(setting: Setting, _: "Encoder | None") -> Peer:
         rows = torch.stack([mean_weights(text) for text in asked])
         return Choice(rows.argmax(dim=1).numpy(), rows.amax(dim=1).double().numpy())
 
-    return Peer(choose=choose, names=names, needs="the base model and the adapters, no prompts")
+    needs = "the base model and the adapters, no prompts"
+    return Peer(choose=choose, names=names, needs=needs, num_foreign=NUM_FOREIGN)
 
 
 PACKAGE = "semantic-router"

@@ -8,6 +8,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import TypeVar
 
 from tokenizers import Tokenizer
 
@@ -46,6 +47,8 @@ class Question:
     example: Example
 
 
+T = TypeVar("T")
+
 Walk = tuple[Sample, ...]
 """The sentences of one text, in order."""
 
@@ -70,10 +73,15 @@ def questions(tasks: Sequence[Task], *, limit: int | None = None, train: bool = 
     """
     found = []
     for task in tasks:
-        whole = whole_examples(task.train if train else task.test)
-        step = max(1.0, len(whole) / limit) if limit else 1.0
-        found += [Question(task.name, whole[int(i * step)]) for i in range(int(len(whole) / step + 1e-9))]
+        examples = evenly(whole_examples(task.train if train else task.test), limit)
+        found += [Question(task.name, example) for example in examples]
     return found
+
+
+def evenly(items: Sequence[T], limit: int | None) -> list[T]:
+    """At most `limit` of the items, evenly spaced."""
+    step = max(1.0, len(items) / limit) if limit else 1.0
+    return [items[int(i * step)] for i in range(int(len(items) / step + 1e-9))]
 
 
 def whole(asked: Sequence[Question]) -> list[Sample]:

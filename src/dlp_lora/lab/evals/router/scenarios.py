@@ -51,6 +51,7 @@ SWITCHINGS = {
     "16 tokens": Switching(min_tokens=16, margin=0.0),
 }
 INSTRUCTED = ("instructions around", "German around", "Spanish around", "Chinese around")  # disguises
+NUM_FOREIGN = 1000  # prompts that are put among instructions
 NUM_TIMED = 200  # prompts
 
 
@@ -195,12 +196,13 @@ def instructions(setting: Setting) -> dict[str, Any]:
     around: dict[str, Callable[[Sequence[Question]], list[Sample]]] = {"none": samples.whole}
     around |= {name: partial(among_instructions, language=name, seed=setting.args.seed) for name in BEFORE}
     around |= {name: partial(disguised, disguise=DISGUISES[name], seed=setting.args.seed) for name in INSTRUCTED}
+    foreign = samples.evenly(setting.asked_outside, NUM_FOREIGN)
     found: dict[str, Any] = {}
     for name, put in around.items():
         reading = setting.decide(put(setting.asked))
         found[name] = summary(reading)
-        if setting.asked_outside:
-            outside = setting.decide(put(setting.asked_outside))
+        if foreign:
+            outside = setting.decide(put(foreign))
             own_threshold = _as_it_abstains(reading, outside)
             found[name]["outside"] = {**_parted(reading.scores, outside.scores), "own_threshold": own_threshold}
     return found

@@ -46,7 +46,7 @@ class RouterBenchArgs:
     draws: int = 5  # of these tasks
     encoder: str | None = None  # of routers without training; None is the installed default
     adapters: str | None = None  # folder of the tasks' adapters, for routers that read these
-    model: str | None = None  # their base model
+    model: str | None = None  # their base model; None is the default one
     training: RouterTrainingArgs = field(default_factory=RouterTrainingArgs)
     seed: int = 0
 
@@ -182,8 +182,7 @@ class Setting:
         for i, sample in enumerate(samples):
             found = route(partial(read_held, router), sample.context)
             rows.append([found[name] for name in router.names])
-            if (i + 1) % BATCH == 0:
-                self.on_step("decide", i + 1, len(samples))
+            self.on_progress(Progress("decide", i + 1, len(samples)))
         probabilities = np.array(rows)
         fits = probabilities.sum(axis=1)
         return Reading(

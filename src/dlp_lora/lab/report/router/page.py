@@ -34,6 +34,8 @@ def router_sections(record: Found, pictures: Sequence[Picture]) -> tuple[Section
         of("Out of domain: extra tasks", "outside", drawn.get("false-routes"), *tables.outside(record, "outside")),
         of("Out of domain: tasks left out", "left_out", *tables.outside(record, "left_out")),
         of("Robustness", "robustness", tables.robustness(record)),
+        of("Among instructions", "instructions", tables.instructions(record)),
+        of("Other ways to choose", "peers", tables.peers(record)),
         of("Scale", "scale", tables.scale(record, "scale"), tables.scale(record, "synthetic")),
         of("New tasks", "extension", tables.added(record), tables.removed(record)),
         of("Mixture skew", "skew", tables.skew(record)),

@@ -161,7 +161,7 @@ def outside(record: Found, scenario: str) -> Iterator[Table]:
     if "auroc" not in found:
         return
     splits = found.get("splits") or {"all": found}
-    columns = ("", "AUROC", "False routes at 95 % coverage, %", "Coverage at own threshold, %", "False routes there, %")
+    columns = ("", *_OUTSIDE)
     rows = [(name, *_outside_cells(own)) for name, own in splits.items()]
     if len(rows) > 1:
         rows.append(("mean", plain(found["auroc"], digits=3), _cell(found["false_routes"]), None, None))
@@ -196,6 +196,39 @@ def robustness(record: Found) -> Table:
     return _table("Whole prompts in disguise", columns, rows, notes=(_ROUTED,))
 
 
+def instructions(record: Found) -> Table:
+    """What an engine makes of prompts among instructions, and of foreign ones among the same."""
+    rows = [
+        (
+            name,
+            _accuracy(own),
+            _cell(own["routed"]),
+            _cell(own["right_and_routed"]),
+            *(_outside_cells(own["outside"]) if "outside" in own else (None,) * 4),
+        )
+        for name, own in parts_of(record, "instructions")
+    ]
+    columns = ("Instructions", "Accuracy, %", "Routed, %", "Right and routed, %", *_OUTSIDE)
+    return _table("Whole prompts among instructions, as decided", columns, rows, notes=(_ROUTED,))
+
+
+def peers(record: Found) -> Table:
+    """Other ways to choose an adapter, on the same prompts."""
+    rows = [
+        (
+            name,
+            own.get("skipped") or own["needs"],
+            None if "skipped" in own else _accuracy(own),
+            plain(own.get("auroc"), digits=3),
+            _cell(own.get("false_routes")),
+            plain(own.get("prompt_ms"), digits=2),
+        )
+        for name, own in parts_of(record, "peers")
+    ]
+    columns = ("", "Needs", "Accuracy, %", *_OUTSIDE[:2], "A prompt, ms")
+    return _table("Whole prompts to their tasks", columns, rows, num_labels=2)
+
+
 def scale(record: Found, scenario: str) -> Table:
     """Accuracy and cost with more and more tasks."""
     rows = [
@@ -220,6 +253,7 @@ def added(record: Found) -> Table:
             str(row["added"]),
             "all" if row["examples"] is None else str(row["examples"]),
             _accuracy(row["new"]),
+            _cell(row.get("new_fit")),
             _accuracy(row["old"]),
             _cell(row["lost"], digits=2),
             *(_cell(share) for share in row.get("false_routes") or (None, None)),
@@ -227,7 +261,15 @@ def added(record: Found) -> Table:
         )
         for row in scenario_of(record, "extension").get("add", ())
     ]
-    scores = ("New, %", "Old, %", "Lost on the old, points", "False routes before, %", "After, %", "Seconds")
+    scores = (
+        "New, %",
+        "New that fit, %",
+        "Old, %",
+        "Lost on the old, points",
+        "False routes before, %",
+        "After, %",
+        "Seconds",
+    )
     columns = ("Router", "Tasks added", "Examples of each", *scores)
     note = (
         "Router: trained without some of the data's tasks, which are added; or on all of them, and extra ones are. "
@@ -345,6 +387,7 @@ def _table(
     )
 
 
+_OUTSIDE = ("AUROC", "False routes at 95 % coverage, %", "Coverage at own threshold, %", "False routes there, %")
 _INTERVALS = "In brackets: 95 % bootstrap intervals; those of serial prompts draw whole prompts."
 _ROUTED = "Routed: the router says that some adapter fits; the others go to the base model."
 _DELAY = "Delay: sentences of the new task before the first that is routed to it, on average; 0 is at once."
