@@ -81,7 +81,7 @@ class TestAdding:
         found = add_tasks(router, [task("codes", 32)])
         assert found.calibration == router.calibration
         own, other = ([Context(example.prompt) for example in task(name).test] for name in ("codes", "units"))
-        assert (found.probabilities(own).sum(dim=1) > 0.5).float().mean() >= 0.9
+        assert (found.probabilities(own).sum(dim=1) > 0.5).all()
         before, after = (own.probabilities(other).sum(dim=1).mean().item() for own in (router, found))
         assert after < before + 0.1
 
@@ -158,7 +158,7 @@ class TestRemoving:
         found = remove_tasks(add_tasks(router, [task("codes", 32)]), ["sums", "tales"])
         assert found.names == ("codes",)
         own, other = ([Context(example.prompt) for example in task(name).test] for name in ("codes", "units"))
-        assert (found.probabilities(own).sum(dim=1) > 0.5).float().mean() >= 0.9
+        assert (found.probabilities(own).sum(dim=1) > 0.5).all()
         assert (found.scores(own) > found.scores(other).max()).all()
 
     def test_an_unknown_name_is_refused(self, router: MiniMLP) -> None:
@@ -193,9 +193,7 @@ class TestBundles:
 
     def test_an_adapter_that_joined_answers_its_task(self, bundle: Path, lively_adapters: Path) -> None:
         done = add_to_bundle(bundle, replace(task("units", 32), name="units"), lively_adapters / "units")
-        assert (done.names, done.num_examples) == (("math", "poems", "units"), 32)
-        assert done.accuracy is not None
-        assert done.accuracy >= 0.8
+        assert (done.names, done.num_examples, done.accuracy) == (("math", "poems", "units"), 32, 1.0)
         engine = dlp_lora.load(bundle)
         assert engine.bank.names == ("math", "poems", "units")
         asked = [example.prompt for example in task("units").test]

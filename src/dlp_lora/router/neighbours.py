@@ -82,7 +82,7 @@ class Neighbours(nn.Module):
     The score is how far the mean likeness to the five nearest examples exceeds what is typical, in deviations. Typical
     of an adapter is half way between its examples, each left out in turn, and the tasks that the router was trained on:
     an adapter of manifold texts reaches further, but not so far that it takes all. The deviation is that of those
-    tasks, and one threshold for all that joined keeps 94 % of their examples, each left out.
+    tasks, and one threshold for all that joined keeps at least 94 % of their examples, each left out.
     """
 
     whiten: Float[Tensor, "bags bags"]
@@ -177,7 +177,10 @@ class Neighbours(nn.Module):
             scores.append((found - middle) / usual.deviation)
         usual = self._usual_of(min(map(len, self._examples), default=SIZES[-1]))
         joined = torch.cat(scores) if scores else torch.zeros(0)
-        least = float(joined.quantile(LOST)) if len(joined) >= MIN_EXAMPLES else usual.least
+        # Examples that are all but the same put no bound on prompts to come: it is never above what is usual.
+        least = usual.least
+        if len(joined) >= MIN_EXAMPLES:
+            least = min(least, float(joined.quantile(LOST)))
         return typical, least, math.log(SURE / (1 - SURE)) / usual.room
 
     def _usual_of(self, num_examples: int) -> Usual:

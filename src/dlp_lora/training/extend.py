@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dlp_lora.bank.adapter_folder import check_adapter_name
+from dlp_lora.bank.adapter_files import check_adapter_name
 from dlp_lora.engine.bundle import Bundle, read_bundle, write_bundle
 from dlp_lora.engine.loading import load_router
 from dlp_lora.errors import BundleError, RouterError, TrainingError
