@@ -174,6 +174,7 @@ class TestProbabilities:
         assert after >= alone
 
     @given(st.lists(st.sampled_from([*CONTEXTS, *map(Context, ODD.values())]), min_size=1, max_size=8))
+    @settings(deadline=None, max_examples=50)
     def test_a_context_scores_alone_as_in_a_batch(self, contexts: list[Context]) -> None:
         mlp = router()
         mlp.near = Nearness.of(torch.randn(len(NAMES), 5, 24))
