@@ -1,7 +1,7 @@
 """Fusion policies: router probabilities in, a Mixture of adapters out (section 3.2, Eqs. 4 and 5)."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
@@ -22,18 +22,21 @@ class Mixture(Mapping[str, float]):
     An empty mixture is the base model alone. Weights may be any finite numbers; the policies here
     return weights that sum to 1. Immutable and hashable.
 
+    `left_out` are adapters that were chosen, too, and for which there was no room; mixtures are equal whatever was.
+
     >>> Mixture({"units": 0.4, "math": 0.6})
     Mixture(math=0.6, units=0.4)
     """
 
-    __slots__ = ("_weights",)
+    __slots__ = ("_weights", "left_out")
 
-    def __init__(self, weights: Mapping[str, float] | None = None) -> None:
+    def __init__(self, weights: Mapping[str, float] | None = None, *, left_out: Sequence[str] = ()) -> None:
         weights = dict(weights or {})
         for name, weight in weights.items():
             if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
                 raise ValueError(f"the weight of adapter {name!r} must be a finite number, got {weight!r}")
         self._weights = {n: float(w) for n, w in sorted(weights.items(), key=lambda nw: -nw[1])}
+        self.left_out = tuple(left_out)
 
     def __getitem__(self, name: str) -> float:
         return self._weights[name]
@@ -249,6 +252,20 @@ def choose(policy: FusionPolicy, row: Mapping[str, float], unsure: Unsure = "bas
     sums_to_1 = fits <= 0 or abs(fits - 1) < TOLERANCE
     probabilities = dict(row) if sums_to_1 else {name: p / fits for name, p in row.items()}
     return probabilities, policy(probabilities) if fits > (0 if unsure == "likeliest" else 0.5) else Mixture()
+
+
+def mixture_of(text: str) -> Mixture:
+    """Reads "math=0.6,units=0.4"; a name alone has weight 1, and nothing at all is the base model."""
+    mixture: dict[str, float] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, weight = part.partition("=")
+        if name.strip() in mixture:
+            raise ValueError(f"{name.strip()!r} stands in the mixture twice; give each adapter one weight")
+        try:
+            mixture[name.strip()] = float(weight or 1)
+        except ValueError as error:
+            raise ValueError(f'{part!r} is not NAME=WEIGHT; write for example "math=0.6,units=0.4"') from error
+    return Mixture(mixture)
 
 
 def with_p(policy: FusionPolicy, p: float) -> TopP:

@@ -1,6 +1,7 @@
 """Export: a fixed mixture written as one ordinary PEFT adapter."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ def export_mixture(bank: AdapterBank, mixture: Mapping[str, float], path: str | 
     for name in mixture:
         bank.store.check_files(name)
     parts = [(bank.adapters[name].with_weights(), weight) for name, weight in mixture.items()]
-    modules = {module: _concatenated(parts, module) for adapter, _ in parts for module in adapter.modules}
+    modules = concatenated(parts, dtype=torch.float32)
     bases = {adapter.base_model for adapter, _ in parts}
     with replace_folder(path, own=FILES) as folder:
         write_adapter(
@@ -46,10 +47,23 @@ def export_mixture(bank: AdapterBank, mixture: Mapping[str, float], path: str | 
         )
 
 
-def _concatenated(parts: list[tuple[Adapter, float]], module: str) -> LoraWeights:
+def concatenated(parts: Sequence[tuple[Adapter, float]], *, dtype: torch.dtype | None = None) -> dict[str, LoraWeights]:
+    """Gives a mixture of adapters, each with its weight, as one LoRA a module, whose rank is the sum of theirs.
+
+    Scaling and weights are folded into B in float32. By default the result has the widest type of its parts.
+    """
+    modules = dict.fromkeys(module for adapter, _ in parts for module in adapter.modules)
+    return {module: _concatenated(parts, module, dtype) for module in modules}
+
+
+def _concatenated(parts: Sequence[tuple[Adapter, float]], module: str, dtype: torch.dtype | None) -> LoraWeights:
     here = [(adapter.modules[module], weight) for adapter, weight in parts if module in adapter.modules]
+    if dtype is None:
+        dtypes = [tensor.dtype for lora, _ in here for tensor in (lora.a, lora.b)]
+        # Types of 8 bits are for storage alone.
+        dtype = reduce(torch.promote_types, [torch.float32 if d.itemsize == 1 else d for d in dtypes])
     return LoraWeights(
-        a=torch.cat([lora.a.float() for lora, _ in here], dim=0),
-        b=torch.cat([lora.b.float() * (lora.scaling * weight) for lora, weight in here], dim=1),
+        a=torch.cat([lora.a.to(dtype) for lora, _ in here], dim=0),
+        b=torch.cat([(lora.b.float() * (lora.scaling * weight)).to(dtype) for lora, weight in here], dim=1),
         scaling=1.0,
     )

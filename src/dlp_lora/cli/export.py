@@ -6,8 +6,9 @@ from typing import Annotated
 import typer
 
 from dlp_lora.cli.common import AdaptersOption, BundleOption, EngineOptions, HubOptions, ModelOption, open_engine, say
-from dlp_lora.cli.options import mixture_of, with_options
+from dlp_lora.cli.options import with_options
 from dlp_lora.files import check_replaceable
+from dlp_lora.policy import mixture_of
 
 
 @with_options

@@ -12,8 +12,9 @@ from rich.table import Table
 from dlp_lora.chat import Chat, Message
 from dlp_lora.cli.common import EngineOptions, HubOptions, JsonOption, TemplateOption, console, open_engine, say, stderr
 from dlp_lora.cli.json_lines import print_json, prompt_of, questions
-from dlp_lora.cli.options import json_object, mixture_of, with_options
+from dlp_lora.cli.options import json_object, with_options
 from dlp_lora.errors import DLPLoRAError, PromptError
+from dlp_lora.policy import mixture_of
 
 if TYPE_CHECKING:
     from dlp_lora import Engine, Sentence, Stream

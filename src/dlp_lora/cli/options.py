@@ -54,20 +54,6 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(","))
 
 
-def mixture_of(text: str) -> dict[str, float]:
-    """Reads "math=0.6,units=0.4"; a name alone has weight 1, and nothing at all is the base model."""
-    mixture: dict[str, float] = {}
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        name, _, weight = part.partition("=")
-        if name.strip() in mixture:
-            raise ValueError(f"{name.strip()!r} stands in the mixture twice; give each adapter one weight")
-        try:
-            mixture[name.strip()] = float(weight or 1)
-        except ValueError as error:
-            raise ValueError(f'{part!r} is not NAME=WEIGHT; write for example "math=0.6,units=0.4"') from error
-    return mixture
-
-
 def json_object(option: str, text: str | None) -> dict[str, Any]:
     """Reads an option whose value is a JSON object; nothing is an empty one."""
     if text is None:

@@ -16,6 +16,32 @@ Origin = Literal["hub", "embedded", "folder", "memory"]
 _IN_CACHE = re.compile(r"models--(.+)/snapshots/[^/]+/?$")
 
 
+PROBE_TEXT = (
+    "Sam has 12 apples, buys 30 more and gives 7 to Ana. The train from Paris to Lyon takes 2 hours; how many minutes "
+    "is that? Water boils at 100 degrees. def add(a, b): return a + b. Der Himmel ist blau, et la mer aussi."
+)
+PROBE_TOKENS = 64  # of it, at most
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """What a base model makes of the beginning of PROBE_TEXT: its tokens, and the log-probability of each but the
+    first given those before it. Another process that runs the same model gives the same, up to its precision.
+    """
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Probe":
+        """Reads what `to_dict` gave."""
+        return cls(tokens=tuple(map(int, data["tokens"])), logprobs=tuple(map(float, data["logprobs"])))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Gives it as JSON data."""
+        return {"tokens": list(self.tokens), "logprobs": [round(logprob, 5) for logprob in self.logprobs]}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Base:
     """Which model a bundle was made for.
@@ -28,6 +54,7 @@ class Base:
     origin: Origin
     path: str | None = None
     fingerprint: Fingerprint | None = None
+    probe: Probe | None = None
 
     @classmethod
     def of(cls, source: str, *, bundle: Path | None = None, commit: str | None = None) -> "Base":
@@ -59,7 +86,14 @@ class Base:
         name, origin, path, marks = data["name"], data["origin"], data["path"], data["fingerprint"]
         if not isinstance(name, str) or not isinstance(path, str | None) or origin not in get_args(Origin):
             raise TypeError(f"{dict(data)!r} names no base model")
-        return cls(name=name, origin=origin, path=path, fingerprint=marks and Fingerprint.from_dict(marks))
+        probe = data.get("probe")  # bundles that were made without the model have none
+        return cls(
+            name=name,
+            origin=origin,
+            path=path,
+            fingerprint=marks and Fingerprint.from_dict(marks),
+            probe=probe and Probe.from_dict(probe),
+        )
 
     @classmethod
     def from_source(cls, source: str) -> "Base":
@@ -81,7 +115,8 @@ class Base:
     def to_dict(self) -> dict[str, Any]:
         """Gives it as JSON data."""
         marks = self.fingerprint and self.fingerprint.to_dict()
-        return {"name": self.name, "origin": self.origin, "path": self.path, "fingerprint": marks}
+        data = {"name": self.name, "origin": self.origin, "path": self.path, "fingerprint": marks}
+        return data if self.probe is None else {**data, "probe": self.probe.to_dict()}
 
     def find(self, bundle: Path) -> str:
         """Gives the path or hub id of the model on this machine.

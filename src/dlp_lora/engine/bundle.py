@@ -1,6 +1,6 @@
 """A bundle: one folder with all that an engine needs beside the base model, which it names.
 
-bundle.json            base model, routing settings, hashes of the adapters and the router
+bundle.json            base model, routing settings, hashes of the adapters and the router, and a number that grows
 README.md              a model card, unless there is one of the owner's
 adapters/<name>/       ordinary PEFT adapter folders
 router/                the router, if there is one
@@ -59,6 +59,14 @@ def is_bundle(path: str | Path) -> bool:
     """True if the folder is a bundle."""
     recover_folder(path)
     return (Path(path) / BUNDLE_FILE).is_file()
+
+
+def generation_of(path: str | Path) -> int:
+    """How often a bundle folder has been written, or -1 while it cannot be read: cheap to look at again and again."""
+    try:
+        return int(json.loads((Path(path) / BUNDLE_FILE).read_text(encoding="utf-8")).get("generation", 0))
+    except (OSError, ValueError, AttributeError, TypeError):
+        return -1
 
 
 def read_bundle(path: str | Path) -> Bundle:
@@ -146,6 +154,7 @@ def write_bundle(
             router.save_pretrained(folder / "router")
         data = {
             "format": FORMAT,
+            "generation": max(generation_of(path), 0) + 1,
             "dlp_lora": version("dlp-lora"),
             "base_model": base.to_dict(),
             "adapters": hashes,

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import replace
 from functools import cache as cached
 from functools import partial, wraps
 from types import MethodType
@@ -62,8 +61,8 @@ from dlp_lora.engine.passes import (
     other_inputs,
 )
 from dlp_lora.engine.prompts import check_embedded
-from dlp_lora.engine.routing import Among, Prompt, Routing, RowRouter, push_tokens, start_rows
-from dlp_lora.engine.text import Detokenizer, Passage, PromptReader
+from dlp_lora.engine.routing import Prompt, Routing, RowRouter, push_tokens
+from dlp_lora.engine.starting import RowStarter
 from dlp_lora.errors import ModelError, PromptError
 from dlp_lora.policy import Mixture
 
@@ -90,7 +89,7 @@ class Controller:
         self._passes: WeakKeyDictionary[Mark, tuple[RowRouter, ...]] = WeakKeyDictionary()
         self._fused: tuple[Sequence[Mixture], Tensor | None, Reads | None] = [], None, None  # by the pass that runs
         self._compiled: Callable[..., Any] | None = None  # runs decoding steps over a static cache
-        self.read_prompt = PromptReader(tokenizer)
+        self.starter = RowStarter(tokenizer, bank.adapters.keys())
 
     @property
     def call(self) -> Call:
@@ -111,7 +110,7 @@ class Controller:
 
     def routing(self, call: Call) -> Routing:
         """How a call decides among the adapters that the bank holds."""
-        return Routing(call=call, held=self.bank.adapters.keys())
+        return self.starter.routing(call)
 
     def install(self, model: nn.Module) -> None:
         """Puts the controller around a model's `forward`."""
@@ -212,11 +211,8 @@ class Controller:
         self, tokens: Sequence[int], call: Call, *, prompt: Prompt | None = None, among: Collection[str] | None = None
     ) -> RowRouter:
         """Routes a prompt; `prompt` is what the router reads, and `among` are the adapters that it may choose."""
-        routing = self.routing(call)
-        if among is not None:
-            routing = replace(routing, held=Among(frozenset(among), routing.held))
         prompt = self._prompt(tokens, call) if prompt is None else prompt
-        (row,) = start_rows([prompt], routing, lambda: Detokenizer(self.tokenizer), fixed=call.mixtures_of(1))
+        (row,) = self.starter.start([prompt], call, among=among)
         return row
 
     def replay(self, inputs: Mapping[str, Tensor], answers: Sequence[Sequence[int]]) -> list[RowRouter]:
@@ -330,18 +326,11 @@ class Controller:
 
     def _start_rows(self, ids: Tensor, kept: Bool[Tensor, "batch seq"], call: Call) -> list[RowRouter]:
         prompts = [self._prompt(row[columns].tolist(), call) for row, columns in zip(ids, kept, strict=True)]
-        return start_rows(
-            prompts, self.routing(call), lambda: Detokenizer(self.tokenizer), fixed=call.mixtures_of(len(prompts))
-        )
+        return self.starter.start(prompts, call)
 
     def _prompt(self, tokens: Sequence[int], call: Call) -> Prompt:
         check_embedded(self._model, self.tokenizer, tokens)
-        context = call.contexts.get(tuple(tokens)) or self.read_prompt.context(tokens)
-        passages: list[Passage] = []
-        if call.settings.prompt_routing == "sentences":
-            min_tokens = call.settings.switching.min_tokens
-            passages = self.read_prompt.sentences(tokens, call.segmenter, min_tokens=min_tokens)
-        return Prompt.of(context, passages)
+        return self.starter.prompt(tokens, call)
 
     def _encode_again(self, rows: CachedRows, switched: Sequence[int], given: PassArguments) -> float:
         """Encodes what the KV cache holds of some rows under their mixtures of now, in place; gives milliseconds.

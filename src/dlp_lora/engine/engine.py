@@ -23,7 +23,7 @@ from dlp_lora.bank.paths import Paths, Setting
 from dlp_lora.bank.peft_format import check_base_name, read_adapter
 from dlp_lora.chat import Chat, Message
 from dlp_lora.engine.apart import joined, prompts_apart
-from dlp_lora.engine.base import Base
+from dlp_lora.engine.base import PROBE_TEXT, PROBE_TOKENS, Base, Probe
 from dlp_lora.engine.bundle import check_names, upload_bundle, write_bundle
 from dlp_lora.engine.calls import Call, Endings, call_setting, check_call, seeded
 from dlp_lora.engine.controller import Controller
@@ -391,7 +391,7 @@ class Engine:
     def _context(self, prompt: str | Chat) -> Context:
         """What the router reads of a prompt."""
         encoded = encode_prompt(self.tokenizer, prompt)
-        return encoded.context or self._controller.read_prompt.context(encoded.tokens)
+        return encoded.context or self._controller.starter.read_prompt.context(encoded.tokens)
 
     def _generations(
         self,
@@ -638,14 +638,26 @@ class Engine:
             self.bank.store.check_files(name)
         config = self.model.config
         commit = getattr(config, "_commit_hash", None)
+        base = Base.of(config._name_or_path, bundle=None if repo_id else path, commit=commit)
         write_bundle(
             path,
-            base=Base.of(config._name_or_path, bundle=None if repo_id else path, commit=commit),
+            base=replace(base, probe=self.probe()),
             adapters={name: adapter.path for name, adapter in self.bank.adapters.items()},
             router=self.router,
             settings=self.settings,
             repo_id=repo_id,
         )
+
+    @torch.no_grad()
+    def probe(self) -> Probe | None:
+        """What the base model makes of the probe's text; None where it cannot be asked."""
+        if not self._is_attached or self.bank.is_merged:
+            return None
+        tokens = self.tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"][:PROBE_TOKENS]
+        ids = torch.tensor([tokens], device=self.device)
+        with self.under([Mixture()]) as forward:
+            scores = forward(input_ids=ids).logits[0, :-1].float().log_softmax(dim=-1)
+        return Probe(tokens=tuple(tokens), logprobs=tuple(scores.gather(1, ids[0, 1:, None])[:, 0].tolist()))
 
     def detach(self) -> PreTrainedModel:
         """Takes the adapters off and gives the base model back, bit for bit as it was."""

@@ -119,7 +119,7 @@ def load(
     changes = {name: kwargs.pop(name) for name in RoutingSettings.names() if name in kwargs}
     changes = {name: value for name, value in changes.items() if value is not None}
     hub = Hub(token=token, cache_dir=cache_dir, local_files_only=local_files_only)
-    bundle_path = _bundle_path(model, adapters, hub, revision=revision, subfolder=subfolder)
+    bundle_path = bundle_folder(model, adapters, hub, revision=revision, subfolder=subfolder)
     bundle = None if bundle_path is None else read_bundle(bundle_path)
     if bundle is not None:
         adapters = bundle.adapters if adapters is None else adapters
@@ -150,7 +150,7 @@ def load(
         )
     _check_base(bundle, model, subfolder=subfolder, cache_dir=cache_dir)
     base = linear_layers(model)
-    folders = _adapter_folders(adapters, hub, revision=adapter_revision, subfolder=adapter_subfolder)
+    folders = adapter_folders(adapters, hub, revision=adapter_revision, subfolder=adapter_subfolder)
     bank = AdapterBank(
         base,
         _read_adapters(folders, base, weights=budget_mb is None, strict=strict),
@@ -307,9 +307,10 @@ def _has_file(source: str, name: str, of_both: Mapping[str, Any]) -> bool:
         return False
 
 
-def _bundle_path(
-    model: Any, adapters: Adapters | None, hub: Hub, *, revision: str | None, subfolder: str | None
+def bundle_folder(
+    model: Any, adapters: Adapters | None, hub: Hub, *, revision: str | None = None, subfolder: str | None = None
 ) -> Path | None:
+    """Gives the folder of a bundle, fetched from the hub if it is there; None where `model` is none."""
     if not isinstance(model, str | Path):
         return None
     if is_bundle(Path(model, subfolder or "")):
@@ -357,7 +358,9 @@ def _tell_kept_policy(bundle: Bundle) -> None:
         )
 
 
-def _adapter_folders(adapters: Adapters, hub: Hub, *, revision: ByName, subfolder: ByName) -> dict[str, Path]:
+def adapter_folders(
+    adapters: Adapters, hub: Hub, *, revision: ByName = None, subfolder: ByName = None
+) -> dict[str, Path]:
     """The adapters' folders by name."""
     if not isinstance(adapters, Mapping):
         if isinstance(revision, Mapping) or isinstance(subfolder, Mapping):

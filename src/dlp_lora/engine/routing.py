@@ -237,10 +237,12 @@ class RowRouter:
         self.text += piece
         return [max(offset - len(self.prompt.answer), 0) for offset in self.segmenter.push(piece)]
 
-    def charge(self, *, fuse_ms: float, encode_ms: float = 0.0) -> None:
+    def charge(self, *, fuse_ms: float, encode_ms: float = 0.0, kept_tokens: int | None = None) -> None:
         """Writes down what the decision in force cost, the first time that it is fused."""
         if self.decisions[-1].fuse_ms is None:
-            self.decisions[-1] = replace(self.decisions[-1], fuse_ms=fuse_ms, encode_ms=encode_ms)
+            self.decisions[-1] = replace(
+                self.decisions[-1], fuse_ms=fuse_ms, encode_ms=encode_ms, kept_tokens=kept_tokens
+            )
 
     def _opens_sentence(self, token: int) -> int | None:
         """Adds a token; gives the offset of the sentence that it opens, None if it opens none or is no part of it."""

@@ -15,6 +15,8 @@ class Sentence:
     differs from the sentence before; `abstained` where the policy chose no adapter: the base model alone went on,
     or with `Switching(unsure="keep")` the mixture in use.
     Times are in milliseconds; `encode_ms` is that of encoding the context again, which "recompute" does at a switch.
+    `kept_tokens` is how many tokens of the context a switch under "keep" has left as they were encoded, where a backend
+    keeps whole blocks of them alone.
     """
 
     text: str
@@ -27,10 +29,14 @@ class Sentence:
     route_ms: float = 0.0
     fuse_ms: float = 0.0
     encode_ms: float = 0.0
+    kept_tokens: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Gives the sentence as JSON data."""
-        return {**self.__dict__, "mixture": dict(self.mixture)}
+        data = {**self.__dict__, "mixture": dict(self.mixture)}
+        if self.kept_tokens is None:
+            del data["kept_tokens"]
+        return {**data, "left_out": list(self.mixture.left_out)} if self.mixture.left_out else data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +83,7 @@ class Decision:
     route_ms: float = 0.0
     fuse_ms: float | None = None
     encode_ms: float = 0.0
+    kept_tokens: int | None = None
 
     def sentence(self, text: str, start: int, end: int) -> Sentence:
         """Gives the sentence that was decided so."""
@@ -91,4 +98,5 @@ class Decision:
             route_ms=self.route_ms,
             fuse_ms=self.fuse_ms or 0.0,
             encode_ms=self.encode_ms,
+            kept_tokens=self.kept_tokens,
         )

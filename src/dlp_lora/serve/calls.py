@@ -1,14 +1,16 @@
 """Calls of tools: the text of an answer in, deltas of a message out."""
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 from uuid import uuid4
 
 from transformers import PreTrainedTokenizerBase
 
-from dlp_lora.serve.grammar import call_prefix
 from dlp_lora.serve.schema import AssistantMessage, CalledTool, FinishReason
+
+CALL_HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*')
 
 Delta = dict[str, Any]
 """What a chunk adds to a message: `content`, or parts of `tool_calls`."""
@@ -58,10 +60,9 @@ class ArgumentsWriter:
 
 
 class CallWriter:
-    """A call of one of several functions, as `Grammars.of_calls` has it written."""
+    """A call of one of several functions, as `Grammars.of_calls` has it written, however it is spaced."""
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self._prefixes = {call_prefix(name): name for name in names}
+    def __init__(self) -> None:
         self._text = ""
         self._begun = ""  # the name
         self._num_sent = 0
@@ -71,10 +72,9 @@ class CallWriter:
         self._text += text
         deltas: list[Delta] = []
         if not self._begun:
-            prefix = next((prefix for prefix in self._prefixes if self._text.startswith(prefix)), None)
-            if prefix is None:
+            if (head := CALL_HEAD.match(self._text)) is None:
                 return []
-            self._begun, self._num_sent = self._prefixes[prefix], len(prefix)
+            self._begun, self._num_sent = json.loads(head[1]), head.end()
             deltas.append(_begun(self._begun))
         end = len(self._text) - 1  # the last bracket is the call's
         if end > self._num_sent:

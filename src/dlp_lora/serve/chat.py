@@ -94,8 +94,7 @@ class ChatAnswer:
 
     def _writer(self) -> MessageWriter:
         if called := called_tools(self._body):
-            names = [tool.function.name for tool in called]
-            return CallWriter(names) if self._body.tool_choice == "required" else ArgumentsWriter(names[0])
+            return CallWriter() if self._body.tool_choice == "required" else ArgumentsWriter(called[0].function.name)
         if offered(self._body):
             return TemplateWriter(self._tokenizer, self._asked.prompts[0].tokens)
         return TextWriter()

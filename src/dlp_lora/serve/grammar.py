@@ -37,7 +37,7 @@ class Grammars:
         if kind == "text":
             return None
         if kind == "json_object":
-            return self._made(_json_grammar({"type": "object"}), "response_format")
+            return self._of_schema({"type": "object"}, "response_format")
         if kind == "json_schema":
             holder = response_format.get("json_schema")
             schema = holder.get("schema") if isinstance(holder, Mapping) else None
@@ -45,30 +45,35 @@ class Grammars:
                 raise invalid(
                     'response_format: "json_schema" must hold an object "schema"', "response_format.json_schema"
                 )
-            return self._made(_json_grammar(schema), "response_format.json_schema")
+            return self._of_schema(schema, "response_format.json_schema")
         raise unsupported(
             "response_format", f"response_format: type {kind!r} is not one of text, json_object and json_schema"
         )
 
     def of_call(self, function: FunctionDefinition) -> "AnswerGrammar":
         """Gives the grammar of the arguments of one function."""
-        return self._made(_json_grammar(_arguments(function)), "tools")
+        return self._of_schema(_arguments(function), "tools")
 
     def of_calls(self, functions: Sequence[FunctionDefinition]) -> "AnswerGrammar":
-        """Gives the grammar of a call of one of several functions, as `call_prefix` begins it and "}" ends it."""
+        """Gives the grammar of a call of one of several functions, as `_call_prefix` begins it and "}" ends it."""
         rules = [f"start: {' | '.join(f'call_{i}' for i in range(len(functions)))}"]
         for i, function in enumerate(functions):
-            rules.append(f'call_{i}: {json.dumps(call_prefix(function.name))} args_{i} "}}"')
+            rules.append(f'call_{i}: {json.dumps(_call_prefix(function.name))} args_{i} "}}"')
             rules.append(f"args_{i}: %json {json.dumps(_compact(_arguments(function)))}")
-        return self._made(llguidance.LLMatcher.grammar_from_lark("\n".join(rules)), "tools")
+        schema = {"anyOf": [_call(function) for function in functions]}
+        return self._made(llguidance.LLMatcher.grammar_from_lark("\n".join(rules)), schema, "tools")
 
-    def _made(self, grammar: str, param: str) -> "AnswerGrammar":
+    def _of_schema(self, schema: Mapping[str, Any], param: str) -> "AnswerGrammar":
+        grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(_compact(schema)))
+        return self._made(grammar, schema, param)
+
+    def _made(self, grammar: str, schema: Mapping[str, Any], param: str) -> "AnswerGrammar":
         guide = self._loaded(param)
         matcher = llguidance.LLMatcher(guide, grammar, log_level=0)
         if matcher.is_error():
             reason = " ".join(matcher.get_error().split())[:300]
             raise invalid(f"{param}: the schema cannot be followed: {reason}", param)
-        return AnswerGrammar(matcher)
+        return AnswerGrammar(matcher, schema)
 
     def _loaded(self, param: str) -> llguidance.LLTokenizer:
         with self._lock:  # it takes a second, once
@@ -82,9 +87,10 @@ class Grammars:
 
 
 class AnswerGrammar:
-    """Where one answer stands in its grammar."""
+    """Where one answer stands in its grammar; `schema` is the JSON schema that it follows."""
 
-    def __init__(self, matcher: llguidance.LLMatcher) -> None:
+    def __init__(self, matcher: llguidance.LLMatcher, schema: Mapping[str, Any]) -> None:
+        self.schema = schema
         self._matcher = matcher
 
     def mask(self, scores: Float[Tensor, " vocab"]) -> None:
@@ -105,10 +111,10 @@ class AnswerGrammar:
 
     def copy(self) -> "AnswerGrammar":
         """Gives the grammar of another answer to the same request."""
-        return AnswerGrammar(self._matcher.deep_copy())
+        return AnswerGrammar(self._matcher.deep_copy(), self.schema)
 
 
-def call_prefix(name: str) -> str:
+def _call_prefix(name: str) -> str:
     """What stands before the arguments in the call of a function."""
     return f'{{"name": {json.dumps(name)}, "arguments": '
 
@@ -117,8 +123,10 @@ def _arguments(function: FunctionDefinition) -> Mapping[str, Any]:
     return function.parameters or {"type": "object", "properties": {}, "additionalProperties": False}
 
 
-def _json_grammar(schema: Mapping[str, Any]) -> str:
-    return llguidance.LLMatcher.grammar_from_json_schema(json.dumps(_compact(schema)))
+def _call(function: FunctionDefinition) -> dict[str, Any]:
+    """The schema of a call of a function."""
+    properties = {"name": {"const": function.name}, "arguments": _arguments(function)}
+    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
 
 
 def _compact(schema: Mapping[str, Any]) -> dict[str, Any]:

@@ -321,6 +321,8 @@ class SentenceTrace(TypedDict):
     """One sentence of an answer and how it was routed; `start` and `end` count its tokens, `offset` characters.
 
     What is measured only later (`end`, `text`, `fuse_ms`, `encode_ms`) is missing while an answer streams.
+    `left_out` are adapters for which a mixture had no room; `kept_tokens` how many tokens a switch under "keep" has
+    left as they were, where the backend keeps whole blocks alone.
     """
 
     sentence: int
@@ -335,6 +337,8 @@ class SentenceTrace(TypedDict):
     text: NotRequired[str]
     fuse_ms: NotRequired[float]
     encode_ms: NotRequired[float]
+    left_out: NotRequired[list[str]]
+    kept_tokens: NotRequired[int]
 
 
 class DLPTrace(TypedDict, total=False):

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dlp_lora.engine.trace import Sentence
+from dlp_lora.policy import Mixture
 from dlp_lora.serve.backend import SentenceStart
 from dlp_lora.serve.schema import SentenceTrace
 
@@ -37,7 +38,7 @@ class SentenceCutter:
 
 def start_of(start: SentenceStart) -> SentenceTrace:
     """Says what is known of a sentence as it begins."""
-    return {
+    told: SentenceTrace = {
         "sentence": start.number,
         "start": start.position,
         "offset": start.offset,
@@ -47,6 +48,7 @@ def start_of(start: SentenceStart) -> SentenceTrace:
         "abstained": start.abstained,
         "route_ms": round(start.route_ms, 3),
     }
+    return _with_left_out(told, start.mixture)
 
 
 def sentences_of(trace: Sequence[Sentence], num_characters: int | None = None) -> list[SentenceTrace]:
@@ -56,24 +58,29 @@ def sentences_of(trace: Sequence[Sentence], num_characters: int | None = None) -
     for number, sentence in enumerate(trace):
         end = offset + len(sentence.text)
         seen = end if num_characters is None else min(end, num_characters)
-        told.append(
-            {
-                "sentence": number,
-                "start": sentence.start,
-                "offset": offset,
-                "mixture": dict(sentence.mixture),
-                "probabilities": _rounded(sentence.probabilities),
-                "switched": sentence.switched,
-                "abstained": sentence.abstained,
-                "route_ms": round(sentence.route_ms, 3),
-                "end": sentence.end,
-                "text": sentence.text[: max(0, seen - offset)],
-                "fuse_ms": round(sentence.fuse_ms, 3),
-                "encode_ms": round(sentence.encode_ms, 3),
-            }
-        )
+        entry: SentenceTrace = {
+            "sentence": number,
+            "start": sentence.start,
+            "offset": offset,
+            "mixture": dict(sentence.mixture),
+            "probabilities": _rounded(sentence.probabilities),
+            "switched": sentence.switched,
+            "abstained": sentence.abstained,
+            "route_ms": round(sentence.route_ms, 3),
+            "end": sentence.end,
+            "text": sentence.text[: max(0, seen - offset)],
+            "fuse_ms": round(sentence.fuse_ms, 3),
+            "encode_ms": round(sentence.encode_ms, 3),
+        }
+        if sentence.kept_tokens is not None:
+            entry["kept_tokens"] = sentence.kept_tokens
+        told.append(_with_left_out(entry, sentence.mixture))
         offset = end
     return told
+
+
+def _with_left_out(told: SentenceTrace, mixture: Mixture) -> SentenceTrace:
+    return {**told, "left_out": list(mixture.left_out)} if mixture.left_out else told
 
 
 def _rounded(probabilities: Mapping[str, float]) -> dict[str, float]:

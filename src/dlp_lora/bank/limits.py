@@ -1,0 +1,75 @@
+"""Limits: any mixture in, one that an engine with slots of fixed rank can hold out."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from dlp_lora.policy import FusionPolicy, Mixture
+
+PARTS = 64  # of which weights are whole numbers: so mixtures that are nearly equal are one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a mixture may be: weights of whole 64ths, and ranks that sum to `max_rank` at most."""
+
+    max_rank: int
+    rank_of: Callable[[str], int]
+
+    def fit(self, mixture: Mixture) -> Mixture:
+        """Gives the nearest mixture that may be. The lightest adapters are left out until the others fit, which then
+        share their weight.
+        """
+        names = list(mixture)  # heaviest first
+        while len(names) > 1 and sum(map(self.rank_of, names)) > self.max_rank:
+            names.pop()
+        kept = {name: mixture[name] for name in names}
+        if len(kept) == len(mixture):
+            return rounded(mixture)
+        share = math.fsum(mixture.values()) / math.fsum(kept.values())
+        left_out = [name for name in mixture if name not in kept]
+        return Mixture(rounded({name: weight * share for name, weight in kept.items()}), left_out=left_out)
+
+    def check(self, mixture: Mixture) -> Mixture:
+        """Rounds a mixture that a caller fixed.
+
+        Raises:
+            ValueError: if its rank is too large.
+        """
+        if (rank := sum(map(self.rank_of, mixture))) > self.max_rank:
+            raise ValueError(
+                f"the adapters of {dict(mixture)} have a rank of {rank} together, and this server takes "
+                f"{self.max_rank}; ask for fewer, or start it with --max-rank {rank}"
+            )
+        return rounded(mixture)
+
+
+@dataclass(frozen=True)
+class Within:
+    """A policy whose mixtures are fitted into limits."""
+
+    policy: FusionPolicy
+    limits: Limits
+
+    def __call__(self, probabilities: Mapping[str, float]) -> Mixture:
+        return self.limits.fit(self.policy(probabilities))
+
+
+def rounded(weights: Mapping[str, float]) -> Mixture:
+    """Rounds weights to whole 64ths, by the largest remainder, so that their sum stays and none becomes zero."""
+    return Mixture({name: units / PARTS for name, units in parts(weights).items()})
+
+
+def parts(weights: Mapping[str, float]) -> dict[str, int]:
+    """Gives weights as whole numbers of 64ths."""
+    exact = {name: weight * PARTS for name, weight in weights.items() if weight}
+    if not all(share > 0 for share in exact.values()):
+        return {name: round(share) or (1 if share > 0 else -1) for name, share in exact.items()}
+    units = {name: max(1, math.floor(share)) for name, share in exact.items()}
+    total = max(round(math.fsum(exact.values())), len(exact))
+    while (missing := total - sum(units.values())) != 0:
+        # The one that is furthest from its share, of those that may give; the first of equal ones.
+        step = 1 if missing > 0 else -1
+        name = max((n for n in units if units[n] + step >= 1), key=lambda n: step * (exact[n] - units[n]))
+        units[name] += step
+    return units

@@ -1,0 +1,264 @@
+"""Mixtures as PEFT adapters in a folder that another engine reads: named by what they are made of, the oldest deleted.
+
+A mixture of adapters is one LoRA whose rank is the sum of theirs. Its folder is written aside and renamed, so that it
+is there whole or not at all, and what has its name is the same to the last bit. Several processes may share the folder:
+each holds a shared lock on what it uses, and deletes nothing that is locked.
+"""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from dlp_lora.bank.base_layers import BaseLayers
+from dlp_lora.bank.export import concatenated
+from dlp_lora.bank.limits import parts
+from dlp_lora.bank.peft_format import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    Adapter,
+    LoraWeights,
+    content_hash,
+    files_stamp,
+    read_adapter,
+    write_adapter,
+)
+from dlp_lora.errors import AdapterError
+from dlp_lora.files import replace_folder
+from dlp_lora.policy import Mixture
+
+PREFIX = "dlp-"
+FORMAT = "1"  # of what is written, which a name stands for, too
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """An adapter that mixtures are made of: its shapes, a hash of its folder, and when its files were written."""
+
+    adapter: Adapter
+    content: str
+    stamp: tuple[tuple[int, int], ...]
+
+    @cached_property
+    def rank(self) -> int:
+        """Its largest rank."""
+        return max(lora.rank for lora in self.adapter.modules.values())
+
+    @property
+    def targets(self) -> frozenset[str]:
+        """The ends of the names of the layers that it changes."""
+        return frozenset(module.rsplit(".", 1)[-1] for module in self.adapter.modules)
+
+
+Sources = Mapping[str, Source]
+"""Adapters by name."""
+
+
+def read_source(folder: str | Path, name: str, layout: BaseLayers) -> Source:
+    """Reads what an adapter's folder holds, without its weights.
+
+    Raises:
+        AdapterError: if it cannot be read.
+    """
+    stamp = files_stamp(folder)
+    adapter = read_adapter(folder, name, weights=False, layout=layout, stacklevel=2)
+    return Source(adapter=adapter, content=content_hash(folder), stamp=stamp)
+
+
+@dataclass(eq=False)
+class Entry:
+    """One mixture in the folder. `contents` are the hashes of its adapters; it is not deleted while it has users."""
+
+    name: str
+    path: Path
+    nbytes: int
+    contents: frozenset[str] = frozenset()
+    num_users: int = 0
+    lock: int | None = None  # a file descriptor
+
+
+class MixtureFolder:
+    """The mixtures that are written, up to `budget_mb` megabytes, beside those in use. It is used by one thread, but
+    `write` takes time and may run in any.
+
+    Args:
+        path: the folder; None makes one in memory (tmpfs) where there is such a disk, and deletes it at the end.
+        base: what tells the base model from others.
+        layout: of the base model.
+        budget_mb: what may be there.
+    """
+
+    def __init__(self, path: str | Path | None, *, base: str, layout: BaseLayers, budget_mb: float) -> None:
+        if budget_mb < 0:
+            raise ValueError(f"adapter_cache_mb must not be negative, got {budget_mb}")
+        self._is_own = path is None
+        self.path = Path(tempfile.mkdtemp(prefix="dlp-lora-", dir=_memory())) if path is None else Path(path).absolute()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.path.chmod(0o755)  # the reader may be another user
+        self._base = base
+        self._layout = layout
+        self._budget = budget_mb * 2**20
+        self._entries: OrderedDict[str, Entry] = OrderedDict()  # the least recently used first
+        there = [folder for folder in self.path.glob(f"{PREFIX}*") if folder.is_dir()]
+        for folder in sorted(there, key=lambda folder: folder.stat().st_mtime):
+            self._entries[folder.name] = Entry(folder.name, folder, _size(folder))
+
+    def name_of(self, mixture: Mixture, sources: Sources) -> str:
+        """Names a mixture by its content."""
+        lines = [FORMAT, self._base]
+        lines += sorted(f"{sources[name].content} {units}" for name, units in parts(mixture).items())
+        return PREFIX + hashlib.sha256("\n".join(lines).encode()).hexdigest()[:24]
+
+    def claim(self, mixture: Mixture, sources: Sources) -> Entry:
+        """Gives the entry of a mixture, which is in use until it is released; `write` puts its files there."""
+        name = self.name_of(mixture, sources)
+        entry = self._entries.get(name)
+        if entry is None:
+            entry = self._entries[name] = Entry(name, self.path / name, 0)
+        entry.contents = frozenset(sources[each].content for each in mixture)
+        entry.num_users += 1
+        self._entries.move_to_end(name)
+        return entry
+
+    def release(self, entry: Entry) -> None:
+        """Says that an entry is used no more by one of its users."""
+        entry.num_users -= 1
+
+    def write(self, entry: Entry, mixture: Mixture, sources: Sources) -> None:
+        """Has the files of an entry be there, and no other process delete them.
+
+        Raises:
+            AdapterError: if an adapter's folder cannot be read any more, or not be written.
+        """
+        while entry.lock is None:
+            if not (entry.path / CONFIG_FILE).is_file():
+                with _as_adapter_error(entry.path), replace_folder(entry.path) as aside:
+                    write_mixture(aside, mixture, sources)
+            with suppress(FileNotFoundError):  # it was deleted meanwhile
+                entry.lock = _locked(entry.path / CONFIG_FILE, fcntl.LOCK_SH)
+        if not entry.nbytes:
+            entry.nbytes = _size(entry.path)
+
+    def surplus(self) -> list[Entry]:
+        """Gives the entries that must go, as too much is there: the least recently used, none in use."""
+        excess = sum(entry.nbytes for entry in self._entries.values()) - self._budget
+        going: list[Entry] = []
+        for entry in self._entries.values():
+            if excess <= 0:
+                break
+            if not entry.num_users:
+                going.append(entry)
+                excess -= entry.nbytes
+        return going
+
+    def holding(self, content: str) -> list[Entry]:
+        """Gives the entries that an adapter is part of, and nobody uses."""
+        return [entry for entry in self._entries.values() if content in entry.contents and not entry.num_users]
+
+    def delete(self, entry: Entry) -> None:
+        """Forgets an entry, and deletes its files unless another process uses them."""
+        self._entries.pop(entry.name, None)
+        if entry.lock is not None:
+            os.close(entry.lock)
+            entry.lock = None
+        with suppress(FileNotFoundError, BlockingIOError):
+            lock = _locked(entry.path / CONFIG_FILE, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Under another name, nobody finds half of it.
+            gone = entry.path.with_name(f".{entry.name}.{os.getpid()}.gone")
+            entry.path.rename(gone)
+            os.close(lock)
+            shutil.rmtree(gone, ignore_errors=True)
+
+    def close(self) -> None:
+        """Lets go of all entries, and deletes the folder if it was made here."""
+        for entry in self._entries.values():
+            if entry.lock is not None:
+                os.close(entry.lock)
+        self._entries.clear()
+        if self._is_own:
+            shutil.rmtree(self.path, ignore_errors=True)
+
+
+def write_mixture(folder: Path, mixture: Mixture, sources: Sources) -> None:
+    """Writes a mixture as a PEFT adapter; an empty one as an adapter that changes nothing.
+
+    The weights have the widest type of those of its adapters.
+
+    Raises:
+        AdapterError: if an adapter's folder no longer holds what it held.
+    """
+    if not mixture:
+        module, lora = next(iter(next(iter(sources.values())).adapter.modules.items()))
+        write_zeros(folder, module, d_in=lora.a.shape[1], d_out=lora.b.shape[0], rank=1)
+        return
+    for name in mixture:
+        if files_stamp(sources[name].adapter.path) != sources[name].stamp:
+            raise AdapterError(
+                f"{sources[name].adapter.path} was written again since it was added as {name!r}; remove that and add "
+                "it again"
+            )
+    loaded = [(sources[name].adapter.with_weights(), weight) for name, weight in mixture.items()]
+    modules = concatenated(loaded)
+    bases = {adapter.base_model for adapter, _ in loaded}
+    write_adapter(
+        folder,
+        modules,
+        base_model=next(iter(bases)) if len(bases) == 1 else None,
+        rank=max(lora.rank for lora in modules.values()),
+    )
+
+
+def write_zeros(folder: Path, module: str, *, d_in: int, d_out: int, rank: int) -> None:
+    """Writes a PEFT adapter that changes nothing."""
+    lora = LoraWeights(a=torch.zeros(rank, d_in), b=torch.zeros(d_out, rank), scaling=1.0)
+    write_adapter(folder, {module: lora}, rank=rank)
+    for file in folder.iterdir():
+        file.chmod(0o644)
+
+
+def rewrite_mixture(path: Path, mixture: Mixture, sources: Sources) -> None:
+    """Writes a mixture where another one may be, file by file, so that each is there whole at any time."""
+    path.mkdir(exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        write_mixture(aside, mixture, sources)
+        for name in (WEIGHTS_FILE, CONFIG_FILE):
+            (aside / name).chmod(0o644)
+            os.replace(aside / name, path / name)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _memory() -> str | None:
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
+def _locked(file: Path, how: int) -> int:
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, how)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+@contextmanager
+def _as_adapter_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise AdapterError(f"the mixture {path} cannot be written: {error}") from error

@@ -1,0 +1,136 @@
+"""Outlines: a bundle or its parts in, all of it but the base model's weights out, for answers that another process
+computes.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from dlp_lora.bank.base_layers import BaseLayers
+from dlp_lora.bank.check import check_adapters, model_layout
+from dlp_lora.engine.arrow import ArrowRouter
+from dlp_lora.engine.base import Base
+from dlp_lora.engine.bundle import read_bundle
+from dlp_lora.engine.calls import Call, Endings
+from dlp_lora.engine.engine import Engine
+from dlp_lora.engine.loading import adapter_folders, bundle_folder, load_router
+from dlp_lora.errors import AdapterError, ModelError, RouterError
+from dlp_lora.hub import Hub
+from dlp_lora.policy import RoutingSettings
+from dlp_lora.sentences import Segmenter, SentenceSegmenter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outline:
+    """What is known of a model with adapters and a router, whoever holds the weights.
+
+    `source` is the base model's path or hub id, `max_context` how many tokens it reads, `vocab_size` how many it knows;
+    `call` is how answers are routed unless they are asked for otherwise.
+    """
+
+    source: str
+    base: Base
+    tokenizer: PreTrainedTokenizerBase
+    generation_config: GenerationConfig
+    max_context: int | None
+    vocab_size: int
+    layout: BaseLayers
+    adapters: Mapping[str, Path]
+    call: Call
+
+    @classmethod
+    def of(cls, engine: Engine) -> "Outline":
+        """Describes what an engine holds."""
+        config: Any = engine.model.config
+        embeddings: Any = engine.model.get_input_embeddings()
+        return cls(
+            source=config._name_or_path,
+            base=Base.of(config._name_or_path),
+            tokenizer=engine.tokenizer,
+            generation_config=engine.model.generation_config,
+            max_context=_context(config),
+            vocab_size=embeddings.num_embeddings,
+            layout=engine.bank.base,
+            adapters={name: adapter.path for name, adapter in engine.bank.adapters.items()},
+            call=engine.call,
+        )
+
+
+def read_outline(
+    bundle: str | Path | None = None,
+    *,
+    base_model: str | None = None,
+    adapters: str | Path | None = None,
+    router: str | Path | None = None,
+    segmenter: Callable[[], Segmenter] = SentenceSegmenter,
+    **changes: Any,
+) -> Outline:
+    """Reads the outline of a bundle, or of a base model with adapters and a router; all of them paths or hub ids.
+
+    Args:
+        bundle: the bundle.
+        base_model: takes the place of the bundle's, or comes with `adapters` and `router`.
+        adapters: a folder of PEFT adapter folders.
+        router: the router.
+        segmenter: makes what finds the sentences of an answer.
+        changes: routing settings; None leaves one as it is.
+
+    Raises:
+        DLPLoRAError: of the kind that says which part cannot be used, and why.
+    """
+    changes = {name: value for name, value in changes.items() if value is not None}
+    folders: Mapping[str, Path]
+    hub = Hub()
+    if bundle is not None:
+        folder = bundle_folder(str(bundle), None, hub)
+        read = read_bundle(bundle if folder is None else folder)
+        source, base, folders, settings = base_model or read.base_model, read.base, read.adapters, read.settings
+        router = read.router
+    elif base_model is None or adapters is None:
+        raise ValueError("give a bundle, or a base model and a folder of adapters")
+    else:
+        source, base, folders, settings = (
+            base_model,
+            Base.of(base_model),
+            adapter_folders(adapters, hub),
+            RoutingSettings(),
+        )
+    try:
+        config = AutoConfig.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"the base model {source!r} cannot be read: {str(error).splitlines()[0]}") from error
+    try:
+        generation_config = GenerationConfig.from_pretrained(source)
+    except OSError:  # it has none of its own
+        generation_config = GenerationConfig.from_model_config(config)
+    layout = model_layout(source)
+    if refused := [check for check in check_adapters(layout, folders) if not check.fits]:
+        raise AdapterError(refused[0].reason)
+    loaded = None if router is None else load_router(router, hub=hub)
+    if isinstance(loaded, ArrowRouter):
+        raise RouterError(f"{router} runs the base model to route, whose weights are in another process here")
+    call = Call(
+        settings=replace(settings, **changes),
+        router=loaded,
+        segmenter=segmenter,
+        endings=Endings.of_model(generation_config, tokenizer),
+    )
+    return Outline(
+        source=source,
+        base=base,
+        tokenizer=tokenizer,
+        generation_config=generation_config,
+        max_context=_context(config),
+        vocab_size=config.get_text_config().vocab_size,
+        layout=layout,
+        adapters=folders,
+        call=call,
+    )
+
+
+def _context(config: Any) -> int | None:
+    return getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -1,0 +1,40 @@
+"""Starting rows: prompts of token ids in, RowRouters out; it takes a tokenizer and adapters' names, and no model."""
+
+from collections.abc import Collection, Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from dlp_lora.engine.calls import Call
+from dlp_lora.engine.routing import Among, Prompt, Routing, RowRouter, start_rows
+from dlp_lora.engine.text import Detokenizer, Passage, PromptReader
+
+
+class RowStarter:
+    """Routes prompts; `held` are the names of the adapters there are, as a view that follows them."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, held: Collection[str]) -> None:
+        self.read_prompt = PromptReader(tokenizer)
+        self._tokenizer = tokenizer
+        self._held = held
+
+    def routing(self, call: Call, among: Collection[str] | None = None) -> Routing:
+        """How a call decides; `among` are the adapters that it may choose."""
+        return Routing(call=call, held=self._held if among is None else Among(frozenset(among), self._held))
+
+    def prompt(self, tokens: Sequence[int], call: Call) -> Prompt:
+        """Gives what the router reads of a prompt."""
+        context = call.contexts.get(tuple(tokens)) or self.read_prompt.context(tokens)
+        passages: list[Passage] = []
+        if call.settings.prompt_routing == "sentences":
+            min_tokens = call.settings.switching.min_tokens
+            passages = self.read_prompt.sentences(tokens, call.segmenter, min_tokens=min_tokens)
+        return Prompt.of(context, passages)
+
+    def start(self, prompts: Sequence[Prompt], call: Call, *, among: Collection[str] | None = None) -> list[RowRouter]:
+        """Routes prompts, all in one call of the router.
+
+        Raises:
+            RouterError: if there is no router.
+        """
+        fixed = call.mixtures_of(len(prompts))
+        return start_rows(prompts, self.routing(call, among), lambda: Detokenizer(self._tokenizer), fixed=fixed)
