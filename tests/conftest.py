@@ -76,7 +76,7 @@ CI = (
     ),
     *("serve/test_api.py", "serve/test_life.py", "serve/test_refusals.py"),
     *("engine/test_threads.py", "engine/test_prompt_routing.py"),
-    *("serve/test_local.py", "serve/test_scheduler.py"),
+    *("serve/test_local.py", "serve/test_scheduler.py", "serve/test_vllm.py", "serve/test_vllm_front.py"),
 )
 OTHER_TIERS = {"models", "engines", "clients"}
 

@@ -103,7 +103,7 @@ def main(arguments: dict[str, Any]) -> None:
     _hook.__exit__(None, None, None)
     from dlp_lora.serve.keys import Keys
     from dlp_lora.serve.logs import log_as_json
-    from dlp_lora.serve.server import serve
+    from dlp_lora.serve.server import local_service, serve
     from dlp_lora.serve.settings import ServerSettings
     from serving import double_engine
 
@@ -114,9 +114,8 @@ def main(arguments: dict[str, Any]) -> None:
         engine.model.get_input_embeddings().register_forward_pre_hook(lambda *_: time.sleep(slow_s))
     log_as_json()
     name = arguments.pop("name", "tiny")
-    serve(
-        engine, ServerSettings(**arguments), keys, name=name, on_ready=lambda at: print(at, file=sys.stderr, flush=True)
-    )
+    service = local_service(engine, ServerSettings(**arguments), keys, name=name)
+    serve(service, engine.bank.base, on_ready=lambda at: print(at, file=sys.stderr, flush=True))
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ from dlp_lora.serve.answers import Answers
 from dlp_lora.serve.app import AnswerStream
 from dlp_lora.serve.keys import Access, Keys
 from dlp_lora.serve.schema import CompletionRequest
-from dlp_lora.serve.server import make_service
+from dlp_lora.serve.server import local_service
 from dlp_lora.serve.settings import ServerSettings
 from serving import double_engine
 
 
 def test_a_client_that_leaves_before_the_first_byte_leaves_no_row_behind(lively_adapters: Path) -> None:
-    service = make_service(double_engine(lively_adapters), ServerSettings(), Keys({}), name="tiny")
+    service = local_service(double_engine(lively_adapters), ServerSettings(), Keys({}), name="tiny")
     body = CompletionRequest(prompt="Tell me a tale", max_tokens=400, ignore_eos=True)
 
     async def chunks() -> AsyncIterator[bytes]:

@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from shutil import which
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,8 +14,9 @@ from dlp_lora.hub import Hub
 from dlp_lora.policy import KVPolicy, PromptRouting
 
 if TYPE_CHECKING:
-    from dlp_lora import Engine
+    from dlp_lora import Engine, RoutingLog
     from dlp_lora.engine.bundle import Bundle
+    from dlp_lora.engine.outline import Outline
 
 
 console = Console(emoji=False)  # ":a:" in an answer is no emoji
@@ -143,32 +144,68 @@ class EngineOptions:
 
 def open_engine(options: EngineOptions, hub: HubOptions, *, need_router: bool = True) -> "Engine":
     """Loads the engine that the options describe."""
-    from dlp_lora import RoutingLog, load
+    from dlp_lora import load
     from dlp_lora.policy import with_p
 
-    if options.log_text and options.log_routing is None:
-        raise ValueError("--log-text writes into the file of --log-routing; give one")
-    log = None if options.log_routing is None else RoutingLog(options.log_routing, with_text=options.log_text)
     settings: dict[str, Any] = {
         "prompt_routing": options.prompt_routing,
         "kv_policy": options.kv_policy,
         "device": options.device,
         "prepack": options.prepack,
         "budget_mb": options.budget_mb,
-        "routing_log": log,
+        "routing_log": _routing_log(options),
         **hub.given(),
     }
+    _check_parts(options, need_router=need_router)
     if options.bundle is not None:
-        if options.adapters is not None or options.router is not None:
-            raise ValueError("--bundle holds adapters and router; leave --adapters and --router out")
         engine = load(options.bundle, base_model=options.model, **settings)
-    elif options.adapters is None or (options.router is None and need_router):
-        raise ValueError("give --bundle, or --adapters and --router")
     else:
         engine = load(base_model(options.model), adapters=options.adapters, router=options.router, **settings)
     if options.p is not None:
         engine.policy = with_p(engine.policy, options.p)
     return engine
+
+
+def open_outline(options: EngineOptions, hub: HubOptions) -> "Outline":
+    """Reads what the options describe, without the base model's weights."""
+    from dlp_lora.engine.outline import read_outline
+    from dlp_lora.policy import with_p
+
+    for name in ("device", "prepack", "budget_mb"):
+        if getattr(options, name) != getattr(EngineOptions, name):
+            raise ValueError(f"--{name.replace('_', '-')} is for the model in this process; leave it out")
+    of_bundle = {"revision": hub.revision, "subfolder": hub.subfolder} if options.bundle is not None else {}
+    if others := [name for name in hub.given() if name not in of_bundle]:
+        raise ValueError(
+            f"--{others[0].replace('_', '-')} is for the model in this process; leave it out: another process reads "
+            "the base model, and HF_TOKEN, HF_HOME and HF_HUB_OFFLINE hold for both"
+        )
+    _check_parts(options, need_router=False)
+    if options.bundle is not None:
+        parts: dict[str, Any] = {"bundle": options.bundle, "base_model": options.model, **of_bundle}
+    else:
+        parts = {"base_model": base_model(options.model), "adapters": options.adapters, "router": options.router}
+    outline = read_outline(**parts, prompt_routing=options.prompt_routing, kv_policy=options.kv_policy)
+    call = replace(outline.call, routing_log=_routing_log(options))
+    if options.p is not None:
+        call = call.changed({"policy": with_p(call.settings.policy, options.p)})
+    return replace(outline, call=call)
+
+
+def _check_parts(options: EngineOptions, *, need_router: bool) -> None:
+    if options.bundle is not None:
+        if options.adapters is not None or options.router is not None:
+            raise ValueError("--bundle holds adapters and router; leave --adapters and --router out")
+    elif options.adapters is None or (options.router is None and need_router):
+        raise ValueError("give --bundle, or --adapters and --router")
+
+
+def _routing_log(options: EngineOptions) -> "RoutingLog | None":
+    from dlp_lora import RoutingLog
+
+    if options.log_text and options.log_routing is None:
+        raise ValueError("--log-text writes into the file of --log-routing; give one")
+    return None if options.log_routing is None else RoutingLog(options.log_routing, with_text=options.log_text)
 
 
 def base_model(model: str | None) -> str:

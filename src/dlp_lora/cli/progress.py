@@ -1,11 +1,12 @@
 """Progress: how far the stages of a command are in, bars on a terminal out, or lines in a log file."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
@@ -13,6 +14,7 @@ from dlp_lora.cli.common import say, stderr
 from dlp_lora.progress import OnProgress, Progress
 
 SILENCE_S = 60.0  # after which a log file gets a line
+LINE_WIDTH = 100  # of a line of another program that is shown
 
 
 @contextmanager
@@ -45,6 +47,17 @@ def working(text: str) -> AbstractContextManager[Any]:
         return stderr.status(text)
     say(text)
     return nullcontext()
+
+
+@contextmanager
+def starting(text: str) -> Iterator[Callable[[str], None]]:
+    """Shows that another program starts, with the latest line that it has written."""
+    if not stderr.is_terminal:
+        say(text)
+        yield lambda _: None
+        return
+    with stderr.status(escape(text)) as status:
+        yield lambda line: status.update(f"{escape(text)}  [dim]{escape(line[-LINE_WIDTH:])}[/]")
 
 
 class Lines:

@@ -1,19 +1,26 @@
 """The serve command."""
 
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from dlp_lora.cli.common import EngineOptions, HubOptions, open_engine, say
+from dlp_lora.cli.common import EngineOptions, HubOptions, open_engine, open_outline, say
 from dlp_lora.cli.options import with_options
+from dlp_lora.cli.progress import starting
 from dlp_lora.files import name_of
 from dlp_lora.serve.settings import ServerSettings
 
 if TYPE_CHECKING:
+    from dlp_lora.bank.base_layers import BaseLayers
     from dlp_lora.serve.keys import Keys
+    from dlp_lora.serve.service import Service
+
+BackendName = Literal["local", "vllm"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,16 +39,49 @@ class KeyOptions:
     ] = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class BackendOptions:
+    """What computes the answers."""
+
+    backend: Annotated[
+        BackendName, typer.Option(help="What computes the tokens: the model in this process, or vLLM servers.")
+    ] = "local"
+    backend_url: Annotated[
+        tuple[str, ...],
+        typer.Option(help="Addresses of vLLM servers of the base model. [default: one is started and ended here]"),
+    ] = ()
+    adapter_cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder for mixtures that this server and vLLM see under one path. [default: in memory]"),
+    ] = None
+    adapter_cache_mb: Annotated[float, "Megabytes of mixtures that are kept there."] = 2048.0
+    max_rank: Annotated[
+        int | None, typer.Option(help="Largest rank of a mixture in vLLM. [default: the three largest together]")
+    ] = None
+    backend_timeout_s: Annotated[float, "How long a vLLM server may say nothing to a request."] = 120.0
+    vllm_python: Annotated[
+        str | None, typer.Option(help="Python of an environment that has vLLM, to start one. [default: this one]")
+    ] = None
+    vllm_max_loras: Annotated[int, "Mixtures that a vLLM server started here computes at once."] = 16
+    vllm_args: Annotated[str, "More arguments for a vLLM server started here: '--tensor-parallel-size 2'."] = ""
+
+
 @with_options
 def serve(
-    engine_options: EngineOptions, hub_options: HubOptions, key_options: KeyOptions, settings: ServerSettings
+    engine_options: EngineOptions,
+    hub_options: HubOptions,
+    backend_options: BackendOptions,
+    key_options: KeyOptions,
+    settings: ServerSettings,
 ) -> None:
     """Answer over HTTP as OpenAI's API does, with a playground at /; needs the extra `serve`.
 
-    Example: `dlp-lora serve --bundle demo/bundle`
+    Examples: `dlp-lora serve --bundle demo/bundle`, or on vLLM
+    `dlp-lora serve --bundle demo/bundle --backend vllm --backend-url http://localhost:8001`
     """
     try:
         import fastapi  # noqa: F401
+        import httpx  # noqa: F401
     except ImportError as error:
         raise ValueError('the server needs more packages: pip install "dlp-lora[serve]"') from error
     from dlp_lora.serve.logs import log_as_json
@@ -50,18 +90,80 @@ def serve(
 
     keys = keys_of(key_options)
     listener = listen(settings)
-    engine = open_engine(engine_options, hub_options, need_router=False)
     bundle = engine_options.bundle
-    log_as_json()
-    run(
-        engine,
-        settings,
-        keys,
-        name=name_of(bundle or engine_options.adapters or "dlp-lora"),
-        bundle=Path(bundle) if bundle is not None and Path(bundle).is_dir() else None,
-        listener=listener,
-        on_ready=lambda address: say(f"the playground is at {address}/, the API at {address}/v1"),
-    )
+    name = name_of(bundle or engine_options.adapters or "dlp-lora")
+    with _service(engine_options, hub_options, backend_options, settings, keys, name) as (service, layout):
+        log_as_json()
+        run(
+            service,
+            layout,
+            bundle=Path(bundle) if bundle is not None and Path(bundle).is_dir() else None,
+            listener=listener,
+            on_ready=lambda address: say(f"the playground is at {address}/, the API at {address}/v1"),
+        )
+
+
+@contextmanager
+def _service(
+    engine_options: EngineOptions,
+    hub_options: HubOptions,
+    options: BackendOptions,
+    settings: ServerSettings,
+    keys: "Keys",
+    name: str,
+) -> "Iterator[tuple[Service, BaseLayers]]":
+    """Makes what answers; what it starts for that ends with the block."""
+    from dlp_lora.serve.keys import BACKEND_KEY
+    from dlp_lora.serve.server import VLLM_BATCH, local_service, make_service
+
+    if options.backend == "local":
+        default = BackendOptions()
+        if changed := [f.name for f in fields(default) if getattr(options, f.name) != getattr(default, f.name)]:
+            raise ValueError(f"--{changed[0].replace('_', '-')} is for --backend vllm")
+        engine = open_engine(engine_options, hub_options, need_router=False)
+        yield local_service(engine, settings, keys, name=name), engine.bank.base
+        return
+    from dlp_lora.serve.vllm.backend import Needs, VLLMBackend, VLLMSettings
+    from dlp_lora.serve.vllm.process import VLLMFlags, slot_bytes, slot_rank, vllm_server
+
+    outline = open_outline(engine_options, hub_options)
+    needs = Needs.of(outline, options.max_rank)
+    key = os.environ.get(BACKEND_KEY)
+    with ExitStack() as stack:
+        urls = options.backend_url
+        if not urls:
+            flags = VLLMFlags(
+                python=options.vllm_python,
+                max_loras=options.vllm_max_loras,
+                max_context=settings.max_context,
+                arguments=options.vllm_args,
+            )
+            rank = slot_rank(needs.max_rank)
+            size = slot_bytes(outline.layout, needs.targets, rank=rank, num_slots=flags.max_loras) / 2**30
+            say(f"vLLM's {flags.max_loras} slots of rank {rank} take {size:.2f} GB in 16 bits")
+            with starting("starting vLLM") as on_line:
+                server = stack.enter_context(
+                    vllm_server(outline, flags, targets=needs.targets, max_rank=needs.max_rank, on_line=on_line)
+                )
+            urls, key = (server.url,), server.key
+        backend = VLLMBackend(
+            outline,
+            urls,
+            settings=VLLMSettings(
+                adapter_cache=options.adapter_cache,
+                adapter_cache_mb=options.adapter_cache_mb,
+                max_rank=needs.max_rank,
+                timeout_s=options.backend_timeout_s,
+                targets=None if options.backend_url else needs.targets,
+                key=key,
+            ),
+            max_running=settings.max_batch or VLLM_BATCH * len(urls),
+            max_queue=settings.max_queue,
+        )
+        stack.callback(backend.close)
+        for note in backend.notes:
+            say(f"warning: {note}")
+        yield make_service(outline, backend, backend.start_row, settings, keys, name=name), outline.layout
 
 
 def keys_of(options: KeyOptions) -> "Keys":

@@ -65,6 +65,8 @@ def read_outline(
     base_model: str | None = None,
     adapters: str | Path | None = None,
     router: str | Path | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
     segmenter: Callable[[], Segmenter] = SentenceSegmenter,
     **changes: Any,
 ) -> Outline:
@@ -75,6 +77,8 @@ def read_outline(
         base_model: takes the place of the bundle's, or comes with `adapters` and `router`.
         adapters: a folder of PEFT adapter folders.
         router: the router.
+        revision: the branch, tag or commit of the bundle's repository.
+        subfolder: the folder of the bundle inside its repository or path.
         segmenter: makes what finds the sentences of an answer.
         changes: routing settings; None leaves one as it is.
 
@@ -85,7 +89,7 @@ def read_outline(
     folders: Mapping[str, Path]
     hub = Hub()
     if bundle is not None:
-        folder = bundle_folder(str(bundle), None, hub)
+        folder = bundle_folder(bundle, None, hub, revision=revision, subfolder=subfolder)
         read = read_bundle(bundle if folder is None else folder)
         source, base, folders, settings = base_model or read.base_model, read.base, read.adapters, read.settings
         router = read.router

@@ -54,6 +54,11 @@ class AnswerBuilder:
         return len(self.tokens) - self.num_prompt
 
     @property
+    def is_read(self) -> bool:
+        """Whether its prompt is being read, or has been."""
+        return self._read_s is not None
+
+    @property
     def routed(self) -> RowRouter:
         """Its routing, which has begun."""
         assert self.router is not None
@@ -99,7 +104,7 @@ class AnswerBuilder:
         self.stream.put(replace(event, text=self._settled()))
         return switched
 
-    def finish(self, reason: Literal["length", "abort"]) -> None:
+    def finish(self, reason: Literal["stop", "length", "abort"]) -> None:
         """Ends the answer where it is: as long as it may be, or as its reader asked."""
         self._finish(_End(reason=reason), None)
 

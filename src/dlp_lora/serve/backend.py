@@ -8,7 +8,7 @@ stream, from whichever event on.
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -32,9 +32,20 @@ class ClosedError(BackendError):
     """The backend is closing or closed: it takes no request, and cuts those that outlast the time to drain."""
 
 
+class UnavailableError(BackendError):
+    """What computes the answers is not there now; try again in a moment."""
+
+
 @runtime_checkable
 class Grammar(Protocol):
-    """Where one answer stands in a grammar; only the backend calls it, from one thread."""
+    """Where one answer stands in a grammar; only the backend calls it, from one thread. A backend with grammars of
+    its own follows the schema instead.
+    """
+
+    @property
+    def schema(self) -> Mapping[str, Any]:
+        """The JSON schema that the answer follows."""
+        ...
 
     def mask(self, scores: Float[Tensor, " vocab"]) -> None:
         """Sets the scores of the tokens that may not come next to minus infinity, in place."""
@@ -247,6 +258,11 @@ class Backend(Protocol):
     @property
     def adapters(self) -> tuple[str, ...]:
         """The names of the adapters that there are."""
+        ...
+
+    @property
+    def max_context(self) -> int:
+        """How many tokens a prompt and its answer may have."""
         ...
 
     @property

@@ -7,7 +7,7 @@ from starlette.exceptions import HTTPException
 from typing_extensions import TypedDict
 
 from dlp_lora.errors import DLPLoRAError
-from dlp_lora.serve.backend import BackendError, ClosedError, QueueFullError
+from dlp_lora.serve.backend import BackendError, ClosedError, QueueFullError, UnavailableError
 from dlp_lora.serve.logs import LOGGER
 
 RETRY_AFTER_S = 1
@@ -88,6 +88,8 @@ def of_exception(error: BaseException, request_id: str) -> APIError:
         return unavailable(str(error), "queue_full")
     if isinstance(error, ClosedError):
         return unavailable(str(error), "shutting_down")
+    if isinstance(error, UnavailableError):
+        return unavailable(str(error), "backend_unavailable")
     if isinstance(error, BackendError):
         LOGGER.error("the backend failed", exc_info=error, extra={"request_id": request_id})
         return APIError(500, str(error), type="server_error", code="backend_error")

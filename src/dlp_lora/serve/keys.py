@@ -10,6 +10,7 @@ from pathlib import Path
 from dlp_lora.files import parse_json
 
 API_KEY, ADMIN_KEY = "DLP_LORA_API_KEY", "DLP_LORA_ADMIN_KEY"
+BACKEND_KEY = "DLP_LORA_BACKEND_KEY"  # that vLLM servers ask for
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The server: an engine and settings in, a process that answers until it is told to end."""
+"""The server: a backend and settings in, a process that answers until it is told to end."""
 
 import asyncio
 import contextlib
@@ -6,13 +6,14 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import cast
 
 import uvicorn
 from starlette.types import ASGIApp
-from torch import nn
 
+from dlp_lora.bank.base_layers import BaseLayers
 from dlp_lora.engine.engine import Engine
+from dlp_lora.engine.outline import Outline
+from dlp_lora.engine.routing import RowRouter
 from dlp_lora.serve.adapters import AdapterManager
 from dlp_lora.serve.app import make_app
 from dlp_lora.serve.backend import Backend
@@ -25,45 +26,63 @@ from dlp_lora.serve.prompts import PromptEncoder
 from dlp_lora.serve.sampling import defaults_of
 from dlp_lora.serve.service import Service
 from dlp_lora.serve.settings import ServerSettings
+from dlp_lora.serve.watch import watch
 
+LOCAL_BATCH = 16  # requests that are answered at once
+VLLM_BATCH = 64  # that each vLLM server gets at once
 FLUSH_S = 5  # for answers that were cut to reach their clients
 POLL_S = 0.02
 
 
-def make_service(engine: Engine, settings: ServerSettings, keys: Keys, *, name: str) -> Service:
-    """Makes the service of an engine, with the local backend; `name` is what clients call it."""
+def local_service(engine: Engine, settings: ServerSettings, keys: Keys, *, name: str) -> Service:
+    """Makes the service of an engine of this process; `name` is what clients call it."""
     backend = LocalBackend(
         engine,
-        max_batch=settings.max_batch,
+        max_batch=settings.max_batch or LOCAL_BATCH,
         max_queue=settings.max_queue,
         max_context=settings.max_context,
         chunk_tokens=settings.chunk_tokens,
         cache_mb=settings.cache_mb,
     )
-    vocab_size = cast(nn.Embedding, engine.model.get_input_embeddings()).num_embeddings
+    return make_service(Outline.of(engine), backend, engine.start_row, settings, keys, name=name)
+
+
+def make_service(
+    outline: Outline,
+    backend: Backend,
+    start_row: Callable[..., RowRouter],
+    settings: ServerSettings,
+    keys: Keys,
+    *,
+    name: str,
+) -> Service:
+    """Makes the service of a backend that answers for a model; `start_row` routes its prompts.
+
+    Raises:
+        APIError: if an adapter's name is the served one.
+    """
+    vocab_size = outline.vocab_size
     service = Service(
         backend=backend,
-        call=engine.call,
-        encoder=PromptEncoder(engine.tokenizer, max_context=backend.max_context, vocab_size=vocab_size),
-        grammars=Grammars(engine.tokenizer, vocab_size, sorted(engine.eos_ids)),
+        call=outline.call,
+        encoder=PromptEncoder(outline.tokenizer, max_context=backend.max_context, vocab_size=vocab_size),
+        grammars=Grammars(outline.tokenizer, vocab_size, sorted(outline.call.endings.eos_ids)),
         names=ModelNames(settings.served_model_name or name),
         settings=settings,
         keys=keys,
-        start_row=engine.start_row,
-        sampling_defaults=defaults_of(engine.model.generation_config),
-        root=engine.model.config._name_or_path,
+        start_row=start_row,
+        sampling_defaults=defaults_of(outline.generation_config),
+        root=outline.source,
     )
-    for adapter in engine.bank.names:
+    for adapter in backend.adapters:
         service.names.check_free(adapter)
     return service
 
 
 def serve(
-    engine: Engine,
-    settings: ServerSettings,
-    keys: Keys,
+    service: Service,
+    layout: BaseLayers,
     *,
-    name: str,
     bundle: Path | None = None,
     listener: socket.socket | None = None,
     on_ready: Callable[[str], None] = lambda _: None,
@@ -71,17 +90,20 @@ def serve(
     """Answers requests until SIGTERM or SIGINT; those that run then may end. A second signal ends the process at once.
 
     Args:
-        name: what clients call the routed model, unless the settings say.
-        bundle: the folder that the engine is of, if it is one, so that it can be read again.
+        service: what answers.
+        layout: of the base model, which adapters must fit that are loaded meanwhile.
+        bundle: the folder that it is of, if it is one, so that it can be read again.
         listener: from `listen`; made here by default.
         on_ready: told the address.
     """
+    settings, keys = service.settings, service.keys
     listener = listener or listen(settings)
-    service = make_service(engine, settings, keys, name=name)
-    manager = AdapterManager(service, engine.bank.base, folders=settings.adapter_dir, bundle=bundle)
+    manager = AdapterManager(service, layout, folders=settings.adapter_dir, bundle=bundle)
     if not keys.has_users and not listener.getsockname()[0].startswith("127."):
         LOGGER.warning("everybody who reaches this address may ask: there is no key")
     app = make_app(service, manager)
+    if bundle is not None and settings.watch_s is not None:
+        watch(manager, bundle, settings.watch_s)
     with contextlib.suppress(KeyboardInterrupt):
         _Server(app, service, lambda: on_ready(address_of(listener))).run(sockets=[listener])
 

@@ -21,7 +21,10 @@ class ServerSettings:
     ] = None
     host: Annotated[str, "Address to listen on; 0.0.0.0 for all."] = "127.0.0.1"
     port: Annotated[int, "Port to listen on; 0 takes any free one."] = 8000
-    max_batch: Annotated[int, "Requests that are answered at the same time."] = 16
+    max_batch: Annotated[
+        int | None,
+        typer.Option(help="Requests that are answered at the same time. [default: 16, with vLLM 64 a server]"),
+    ] = None
     max_queue: Annotated[int, "Requests that may wait; more are refused with 503."] = 256
     max_context: Annotated[
         int | None, typer.Option(help="Tokens of a prompt and its answer. [default: the model's context]")
@@ -31,6 +34,10 @@ class ServerSettings:
     max_body_mb: Annotated[float, "Largest body of a request."] = 16.0
     deadline_s: Annotated[float, "Longest time that a request may take, waiting included."] = 600.0
     shutdown_s: Annotated[float, "How long running requests may continue after SIGTERM."] = 30.0
+    watch_s: Annotated[
+        float | None,
+        typer.Option(help="Look at the bundle so often, and read it again once it was written. [default: never]"),
+    ] = None
     adapter_dir: Annotated[
         tuple[str, ...], typer.Option(help="Folders that adapters may be loaded from while the server runs.")
     ] = ()
@@ -44,7 +51,7 @@ class ServerSettings:
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "chunk_tokens"):
-            if getattr(self, name) < 1:
+            if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("max_queue", "cache_mb", "shutdown_s"):
             if not getattr(self, name) >= 0:
@@ -52,6 +59,8 @@ class ServerSettings:
         for name in ("max_body_mb", "deadline_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.watch_s is not None and not self.watch_s > 0:
+            raise ValueError(f"watch_s must be positive, got {self.watch_s}")
         if self.max_context is not None and self.max_context < 2:
             raise ValueError(f"max_context must be at least 2, got {self.max_context}")
         if not 0 <= self.port <= 65535:

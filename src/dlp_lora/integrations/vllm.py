@@ -1,0 +1,119 @@
+"""vLLM: a plug-in by which any plain vLLM server answers under mixtures, as `model="dlp:math=0.6,units=0.4"`.
+
+vLLM finds it by the entry point `vllm.general_plugins` where dlp-lora is installed beside it. It reads from the
+environment which adapters there are:
+
+    DLP_LORA_BUNDLE=bundle/ VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve MODEL --enable-lora --max-lora-rank 64
+
+A mixture is written as one PEFT adapter, whose path has a hash of what it is made of: vLLM knows blocks of its prefix
+cache by name and path. There is no routing here: the client names the mixture, and it holds for the whole answer.
+"""
+
+import asyncio
+import hashlib
+import logging
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+from dlp_lora.bank.adapter_folder import find_adapters
+from dlp_lora.bank.base_layers import BaseLayers
+from dlp_lora.bank.check import model_layout
+from dlp_lora.bank.limits import rounded
+from dlp_lora.bank.mixture_folder import MixtureFolder, Source, read_source
+from dlp_lora.engine.bundle import is_bundle, read_bundle
+from dlp_lora.errors import AdapterError, DLPLoRAError
+from dlp_lora.policy import Mixture, mixture_of
+
+logger = logging.getLogger("vllm.dlp_lora")  # below vLLM's own, which is shown
+
+PREFIX = "dlp:"
+BUNDLE = "DLP_LORA_BUNDLE"  # a bundle, or a folder of PEFT adapter folders
+CACHE = "DLP_LORA_ADAPTER_CACHE"
+CACHE_MB = "DLP_LORA_ADAPTER_CACHE_MB"
+DEFAULT_CACHE_MB = 2048.0
+
+
+def register() -> None:
+    """Has vLLM ask here for models of such names; vLLM calls it as it starts, in each of its processes."""
+    if BUNDLE not in os.environ:
+        return
+    from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
+
+    mixtures = ServedMixtures(
+        Path(os.environ[BUNDLE]),
+        cache=Path(os.environ[CACHE]) if CACHE in os.environ else None,
+        cache_mb=float(os.environ.get(CACHE_MB, DEFAULT_CACHE_MB)),
+    )
+
+    class Resolver(LoRAResolver):  # type: ignore[misc]  # vLLM is not there where types are checked
+        async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
+            if not lora_name.startswith(PREFIX):
+                return None
+            try:
+                path = await asyncio.to_thread(mixtures.path, base_model_name, lora_name.removeprefix(PREFIX))
+            except (DLPLoRAError, ValueError) as error:
+                logger.error("%s: %s", lora_name, error)  # the client is told that there is no such model
+                return None
+            from vllm.lora.request import LoRARequest
+
+            number = int.from_bytes(hashlib.sha256(lora_name.encode()).digest()[:4]) >> 1
+            return LoRARequest(lora_name=lora_name, lora_int_id=number + 1, lora_path=str(path))
+
+    LoRAResolverRegistry.register_resolver("dlp-lora", Resolver())
+
+
+class ServedMixtures:
+    """Mixtures of the adapters of a bundle, written when they are first asked for.
+
+    vLLM reads a mixture again whenever it has dropped it from memory, and never says that it needs it no more. So none
+    is deleted: where the folder is full, further ones are refused.
+    """
+
+    def __init__(self, bundle: Path, *, cache: Path | None, cache_mb: float) -> None:
+        self._bundle = bundle
+        self._cache = cache
+        self._cache_mb = cache_mb
+        self._folder: MixtureFolder | None = None
+        self._sources: dict[str, Source] = {}
+        self._nbytes: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def path(self, base_model: str, text: str) -> Path:
+        """Gives the folder of a mixture that is written as "math=0.6,units=0.4".
+
+        Raises:
+            ValueError: if it is no mixture.
+            AdapterError: if there is no such adapter, it does not fit the base model, or there is no more room.
+        """
+        mixture = rounded(mixture_of(text))
+        with self._lock:
+            folder = self._opened(base_model)
+            if unknown := sorted(mixture.keys() - self._sources.keys()):
+                raise AdapterError(f"no adapter {unknown[0]!r}; there are {', '.join(sorted(self._sources))}")
+            if not mixture:
+                raise ValueError("the mixture is empty; ask for the base model by its own name")
+            if folder.name_of(mixture, self._sources) not in self._nbytes:
+                self._check_room(mixture)
+            entry = folder.claim(mixture, self._sources)
+            folder.write(entry, mixture, self._sources)
+            self._nbytes[entry.name] = entry.nbytes
+            return entry.path
+
+    def _check_room(self, mixture: Mixture) -> None:
+        size = sum((self._sources[name].adapter.path / "adapter_model.safetensors").stat().st_size for name in mixture)
+        if (total := sum(self._nbytes.values()) + size) > self._cache_mb * 2**20:
+            raise AdapterError(
+                f"{len(self._nbytes)} mixtures are written, and {total / 2**20:.0f} MB are more than the "
+                f"{self._cache_mb:g} of {CACHE_MB}; raise it"
+            )
+
+    def _opened(self, base_model: str) -> MixtureFolder:
+        if self._folder is None:
+            layout: BaseLayers = model_layout(base_model)
+            bundle = self._bundle
+            adapters = read_bundle(bundle).adapters if is_bundle(bundle) else find_adapters(bundle)
+            self._sources = {name: read_source(path, name, layout) for name, path in adapters.items()}
+            self._folder = MixtureFolder(self._cache, base=base_model, layout=layout, budget_mb=self._cache_mb)
+        return self._folder

@@ -1,0 +1,93 @@
+"""Ray Serve: replicas of the server, which follow the bundle.
+
+    serve run dlp_lora.serve.ray:build_app bundle=bundle/ num_replicas=2
+
+Each replica has an engine of its own, or is a front of vLLM servers; nothing is kept between requests. Adapters come
+with the bundle: replicas look at its number, and read it again once it has grown.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from starlette.types import ASGIApp
+
+from dlp_lora.engine.outline import read_outline
+from dlp_lora.files import name_of
+from dlp_lora.serve.adapters import AdapterManager
+from dlp_lora.serve.app import make_app
+from dlp_lora.serve.keys import ADMIN_KEY, API_KEY, BACKEND_KEY, Keys
+from dlp_lora.serve.server import VLLM_BATCH, local_service, make_service
+from dlp_lora.serve.settings import ServerSettings
+from dlp_lora.serve.watch import watch
+
+
+class RayArgs(BaseModel):
+    """What `serve run` is told, as NAME=VALUE: a bundle folder that all hosts see, and how many replicas of it.
+
+    With `backend_url`, the addresses of vLLM servers with commas between them, replicas hold no model. Keys are read
+    from the environment of the replicas.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    bundle: str
+    backend_url: str = ""
+    adapter_cache: str | None = None
+    served_model_name: str | None = None
+    num_replicas: int = 1
+    num_cpus: float = 1.0
+    num_gpus: float = 0.0
+    max_ongoing_requests: int = 256
+    watch_s: float = 1.0
+
+
+def build_app(args: RayArgs) -> Any:
+    """Makes the application that `serve run` and `serve.run` take."""
+    from ray import serve
+
+    deployment = serve.deployment(
+        serve.ingress(_app_of(args))(),
+        name="dlp-lora",
+        num_replicas=args.num_replicas,
+        max_ongoing_requests=args.max_ongoing_requests,
+        ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
+        health_check_period_s=5,
+    )
+    return deployment.bind()
+
+
+def _app_of(args: RayArgs) -> Callable[[], ASGIApp]:
+    """Gives what makes the application in a replica."""
+
+    def build() -> ASGIApp:
+        settings = ServerSettings(served_model_name=args.served_model_name, watch_s=args.watch_s, host="0.0.0.0")
+        api_key = os.environ.get(API_KEY)
+        keys = Keys({api_key: None} if api_key else {}, admin=os.environ.get(ADMIN_KEY))
+        name = name_of(args.bundle)
+        if args.backend_url:
+            from dlp_lora.serve.vllm.backend import VLLMBackend, VLLMSettings
+
+            outline = read_outline(args.bundle)
+            urls = args.backend_url.split(",")
+            cache = None if args.adapter_cache is None else Path(args.adapter_cache)
+            backend = VLLMBackend(
+                outline,
+                urls,
+                settings=VLLMSettings(adapter_cache=cache, key=os.environ.get(BACKEND_KEY)),
+                max_running=VLLM_BATCH * len(urls),
+            )
+            service = make_service(outline, backend, backend.start_row, settings, keys, name=name)
+            layout = outline.layout
+        else:
+            import dlp_lora
+
+            engine = dlp_lora.load(args.bundle)
+            service, layout = local_service(engine, settings, keys, name=name), engine.bank.base
+        manager = AdapterManager(service, layout, bundle=Path(args.bundle))
+        watch(manager, Path(args.bundle), args.watch_s)
+        return make_app(service, manager)
+
+    return build

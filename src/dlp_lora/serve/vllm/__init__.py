@@ -1,0 +1,1 @@
+"""The vLLM backend: the same front, and stock vLLM servers that compute the tokens."""

@@ -1,0 +1,465 @@
+"""The vLLM backend: requests answered by stock vLLM servers, of which one or several run the base model.
+
+Routing, sentences and stop strings stay in this process; a thread with an event loop reads the streams of all answers.
+"""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+from uuid import uuid4
+
+from dlp_lora.bank.limits import Limits, Within
+from dlp_lora.bank.mixture_folder import MixtureFolder, Source, read_source, write_zeros
+from dlp_lora.engine.calls import Call
+from dlp_lora.engine.outline import Outline
+from dlp_lora.engine.routing import Prompt, RowRouter
+from dlp_lora.engine.starting import RowStarter
+from dlp_lora.errors import AdapterError, DLPLoRAError, PromptError
+from dlp_lora.policy import Mixture
+from dlp_lora.serve.answer_builder import AnswerBuilder, OneSentence, resolved
+from dlp_lora.serve.backend import BackendError, ClosedError, Health, QueueFullError, Request, Stats
+from dlp_lora.serve.stream import EventStream
+from dlp_lora.serve.vllm.adapters import AnswerAdapters, ContentAdapters, KeptAdapter, SharedAdapters
+from dlp_lora.serve.vllm.answering import Answering, Counts
+from dlp_lora.serve.vllm.check import ProbeAdapter, check
+from dlp_lora.serve.vllm.client import VLLMClient
+from dlp_lora.serve.vllm.replicas import Replica, Replicas
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VLLMSettings:
+    """How vLLM servers are used.
+
+    Args:
+        adapter_cache: a folder that both sides see; by default one in memory, for servers on this machine.
+        adapter_cache_mb: megabytes of mixtures that are kept there, beside those in use.
+        max_rank: of a mixture; by default the three largest ranks together.
+        timeout_s: how long a server may say nothing to a request.
+        targets: the ends of the names of the layers that the servers have slots for; None for all.
+        poll_s: how often servers are looked after.
+        key: what they ask for.
+    """
+
+    adapter_cache: Path | None = None
+    adapter_cache_mb: float = 2048.0
+    max_rank: int | None = None
+    timeout_s: float = 120.0
+    targets: frozenset[str] | None = None
+    poll_s: float = 2.0
+    key: str | None = None
+
+
+class VLLMBackend:
+    """A Backend over vLLM servers that serve the base model of an outline.
+
+    Args:
+        outline: of the model, its adapters and their router.
+        urls: of the servers.
+        max_running: how many requests are with the servers at once.
+        max_queue: how many more may wait.
+
+    Raises:
+        AdapterError: if an adapter cannot be read, or has a larger rank than mixtures may have.
+        ModelError: if a server cannot answer for this bundle.
+        UnavailableError: if none of the servers can be reached.
+    """
+
+    def __init__(
+        self,
+        outline: Outline,
+        urls: Sequence[str],
+        *,
+        settings: VLLMSettings = VLLMSettings(),  # frozen
+        max_running: int = 64,
+        max_queue: int = 256,
+    ) -> None:
+        if not urls:
+            raise ValueError("give the address of at least one vLLM server")
+        self.outline = outline
+        self._sources = _read_sources(outline)
+        self.limits = Limits(max_rank=_max_rank(self._sources, settings.max_rank), rank_of=self._rank_of)
+        self._starter = RowStarter(outline.tokenizer, self._sources.keys())
+        self._folder = MixtureFolder(
+            settings.adapter_cache,
+            base=_identity(outline),
+            layout=outline.layout,
+            budget_mb=settings.adapter_cache_mb,
+        )
+        self._targets = settings.targets
+        self._max_running = max_running
+        self._max_open = max_running + max_queue
+        self._lock = threading.Lock()  # of what other threads ask, and of the router
+        self._open: dict[AnswerBuilder, asyncio.Task[None]] = {}
+        self._num_open = 0
+        self._is_closing = False
+        self._counts = Counts()
+        probe = self._write_probe()
+        self._replicas = Replicas(
+            [
+                Replica(
+                    VLLMClient(url, key=settings.key, timeout_s=settings.timeout_s),
+                    partial(check, outline=outline, probe=probe, num_running=-(-max_running // len(urls))),
+                    probe,
+                )
+                for url in urls
+            ],
+            poll_s=settings.poll_s,
+        )
+        self._shared = SharedAdapters(self._folder, self._replicas)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="dlp-lora-vllm", daemon=True)
+        self._thread.start()
+        try:
+            self._wait_for(self._start())
+        except BaseException:
+            self.close()
+            raise
+        contexts = [outline.max_context, *(replica.found.max_context for replica in self._replicas.up)]
+        self.max_context = min(context for context in contexts if context is not None)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters that there are."""
+        return tuple(self._sources)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was found of the servers that their owner should know."""
+        return tuple(f"{replica.url}: {note}" for replica in self._replicas.up for note in replica.found.notes)
+
+    @property
+    def health(self) -> Health:
+        """Whether it can answer."""
+        if self._is_closing:
+            return Health(is_alive=False, reason="the server is closing")
+        if not self._replicas.up:
+            return Health(is_alive=False, reason=f"no backend can answer: {self._replicas.reason}")
+        return Health(is_alive=True)
+
+    def stats(self) -> Stats:
+        """What it does now, and has done. Steps are what came at once of one answer."""
+        counts = self._counts
+        running = [answer for answer in list(self._open) if answer.is_read]
+        num_decoding = sum(answer.num_tokens > 0 for answer in running)
+        return Stats(
+            waiting=max(0, self._num_open - len(running)),
+            reading=len(running) - num_decoding,
+            decoding=num_decoding,
+            kept_bytes=0,
+            num_steps=counts.chunks,
+            num_step_tokens=counts.tokens,
+            num_read_tokens=counts.read_tokens,
+            num_cached_tokens=counts.cached_tokens,
+            num_switches=counts.switches,
+            route_s=counts.route_s,
+            fuse_s=counts.fuse_s,
+        )
+
+    def start_row(
+        self,
+        tokens: Sequence[int],
+        *,
+        call: Call | None = None,
+        prompt: Prompt | None = None,
+        among: Collection[str] | None = None,
+    ) -> RowRouter:
+        """Routes a prompt, as `Engine.start_row` does."""
+        call = self._limited(call or self.outline.call)
+        with self._lock:
+            return self._start_row(tokens, call, prompt, among)
+
+    def open(self, request: Request) -> EventStream:
+        """Takes a request.
+
+        Raises:
+            PromptError: if the prompt is empty or does not fit into the model's context with `max_tokens`.
+            ValueError: if it asks for what these servers do not do.
+            QueueFullError, ClosedError: if it takes none now.
+        """
+        max_tokens = self._checked(request)
+        request = resolved(request)
+        changes: dict[str, Any] = {}
+        if request.sampling.presence_penalty:
+            changes["segmenter"] = OneSentence  # vLLM forgets which tokens it saw
+        request = replace(request, call=self._limited(request.call).changed(changes))
+        if (grammar := request.sampling.grammar) is not None:
+            request = replace(request, sampling=replace(request.sampling, grammar=_Followed(grammar.schema)))
+        with self._lock:
+            if self._is_closing:
+                raise ClosedError("the server is closing")
+            if self._num_open >= self._max_open:
+                raise QueueFullError(f"{self._max_open} requests run or wait already; try again later")
+            self._num_open += 1
+        stream = EventStream(lambda: self._call(self._cancel, answer))
+        answer = AnswerBuilder(request, stream, max_tokens)
+        self._call(self._begin, answer)
+        return stream
+
+    def add_adapter(self, path: str | Path, name: str) -> None:
+        """Adds an adapter, and has every server load it.
+
+        Raises:
+            AdapterError: if it cannot be read or loaded, or its name is taken.
+        """
+        source = read_source(path, name, self.outline.layout)
+        if source.rank > self.limits.max_rank:
+            raise AdapterError(
+                f"{path} has rank {source.rank}, and this server takes {self.limits.max_rank}; start it with "
+                f"--max-rank {source.rank}"
+            )
+        if self._targets is not None and (others := source.targets - self._targets):
+            raise AdapterError(
+                f"{path} changes {', '.join(sorted(others))}, for which vLLM was started without slots; put the "
+                "adapter into the bundle and start the server again"
+            )
+        self._wait_for(self._add(name, source))
+
+    def remove_adapter(self, name: str) -> None:
+        """Removes an adapter; requests that run with it keep it.
+
+        Raises:
+            AdapterError: if there is none of this name.
+        """
+        self._wait_for(self._remove(name))
+
+    def close(self, *, drain_s: float = 0.0) -> None:
+        """Takes no more requests, waits so long for those that run, and ends the others with a ClosedError."""
+        with self._lock:
+            self._is_closing = True
+        deadline = time.monotonic() + drain_s
+        while self._num_open and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if not self._thread.is_alive():
+            return
+        self._wait_for(self._end())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        self._folder.close()
+
+    async def _start(self) -> None:
+        self._places = asyncio.Semaphore(self._max_running)
+        self._adding = asyncio.Lock()
+        await self._replicas.start()
+        self._watch = asyncio.create_task(self._replicas.watch())
+
+    async def _end(self) -> None:
+        tasks = list(self._open.values())
+        for answer in list(self._open):
+            if not answer.has_ended:
+                answer.fail(ClosedError("the server is closing"))
+        for task in tasks:
+            task.cancel()
+        if (watch := getattr(self, "_watch", None)) is not None:
+            watch.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(replica.close() for replica in self._replicas))
+        with suppress(RuntimeError):
+            await self._loop.shutdown_default_executor()
+
+    async def _add(self, name: str, source: Source) -> None:
+        async with self._adding:
+            if name in self._sources:
+                raise AdapterError(f"two adapters are named {name!r} (the second: {source.adapter.path}); rename one")
+            sources = {**self._sources, name: source}
+            entry = await self._shared.have(Mixture({name: 1.0}), sources)
+            try:
+                able = self._replicas.up
+                done = await asyncio.gather(
+                    *(replica.have(entry.name, str(entry.path)) for replica in able), return_exceptions=True
+                )
+                if failed := [error for error in done if isinstance(error, BaseException)]:
+                    raise AdapterError(f"{name}: not every backend could load it: {failed[0]}") from failed[0]
+            finally:
+                self._shared.release(entry)
+            self._sources[name] = source
+
+    async def _remove(self, name: str) -> None:
+        async with self._adding:
+            if name not in self._sources:
+                raise AdapterError(f"no adapter {name!r}; there are {', '.join(sorted(self._sources)) or 'none'}")
+            source = self._sources.pop(name)
+            if source.content not in {other.content for other in self._sources.values()}:
+                await self._shared.forget(source.content)
+
+    def _begin(self, answer: AnswerBuilder) -> None:
+        self._open[answer] = self._loop.create_task(self._answer(answer))
+
+    def _cancel(self, answer: AnswerBuilder) -> None:
+        if (task := self._open.get(answer)) is not None:
+            task.cancel()
+
+    async def _answer(self, answer: AnswerBuilder) -> None:
+        try:
+            async with self._places:
+                request = answer.request
+                sources = dict(self._sources)  # an answer keeps the adapters that it begins with
+                started = time.perf_counter()
+                with self._lock:
+                    router = self._start_row(request.tokens, request.call, request.prompt, request.adapters)
+                self._counts.route_s += time.perf_counter() - started
+                answer.begin(router)
+                await Answering(answer, self._adapters_of(answer, sources), self._replicas, self._counts).run()
+        except asyncio.CancelledError:
+            if not answer.has_ended:
+                answer.finish("abort")
+        except Exception as error:
+            if not answer.has_ended:
+                answer.fail(_as_backend_error(error))
+        finally:
+            self._open.pop(answer, None)
+            with self._lock:
+                self._num_open -= 1
+
+    def _adapters_of(self, answer: AnswerBuilder, sources: dict[str, Source]) -> AnswerAdapters:
+        request = answer.request
+        # Of one mixture, both policies are the same.
+        may_switch = request.call.mixtures is None and request.call.segmenter is not OneSentence
+        if request.call.settings.kv_policy == "keep" and may_switch and sources:
+            return KeptAdapter(self._folder.path, f"keep-{uuid4().hex}", sources, self._replicas)
+        return ContentAdapters(self._shared, sources)
+
+    def _start_row(
+        self, tokens: Sequence[int], call: Call, prompt: Prompt | None, among: Collection[str] | None
+    ) -> RowRouter:
+        prompt = self._starter.prompt(tokens, call) if prompt is None else prompt
+        (row,) = self._starter.start([prompt], call, among=among)
+        return row
+
+    def _limited(self, call: Call) -> Call:
+        """A call whose mixtures the servers can hold.
+
+        Raises:
+            ValueError: if it fixes one of too large a rank.
+        """
+        if call.mixtures is not None:
+            self._check_known(call.mixtures)
+            return call.changed({"mixtures": tuple(map(self.limits.check, call.mixtures))})
+        policy = call.settings.policy
+        return call if isinstance(policy, Within) else call.changed({"policy": Within(policy, self.limits)})
+
+    def _check_known(self, mixtures: Iterable[Mixture]) -> None:
+        if unknown := sorted({name for mixture in mixtures for name in mixture} - self._sources.keys()):
+            raise AdapterError(f"no adapter {unknown[0]!r}; there are {', '.join(sorted(self._sources)) or 'none'}")
+
+    def _checked(self, request: Request) -> int:
+        """Checks a request; gives how many tokens its answer may have."""
+        settings, num_prompt, max_tokens = request.call.settings, len(request.tokens), request.sampling.max_tokens
+        if not num_prompt:
+            raise PromptError("the prompt is empty; give at least one token of text")
+        if settings.prompt_routing == "sentences":
+            raise ValueError(
+                "prompt_routing: vLLM encodes a prompt under one mixture, so 'sentences' cannot be followed; use "
+                "'questions' or 'whole'"
+            )
+        if settings.kv_policy == "keep" and (unable := [r for r in self._replicas.up if not r.found.tells_cached]):
+            raise ValueError(
+                f"kv_policy: {unable[0].url} does not say how much it keeps (--enable-prefix-caching, "
+                "--enable-prompt-tokens-details); use 'recompute'"
+            )
+        for what, ids in (("prompt", request.tokens), ("logit_bias", request.sampling.logit_bias)):
+            if (token := next((t for t in ids if not 0 <= t < self.outline.vocab_size), None)) is not None:
+                raise ValueError(f"{what}: the model knows token ids up to {self.outline.vocab_size - 1}, got {token}")
+        room, num_new = self.max_context - num_prompt, 1 if max_tokens is None else max_tokens
+        if room < num_new:
+            raise PromptError(
+                f"the prompt has {num_prompt} tokens, and {num_new} new ones do not fit: this model's maximum context "
+                f"length is {self.max_context}; shorten the prompt or lower max_tokens"
+            )
+        return room if max_tokens is None else max_tokens
+
+    def _rank_of(self, name: str) -> int:
+        source = self._sources.get(name)
+        return 0 if source is None else source.rank  # removed a moment ago
+
+    def _write_probe(self) -> ProbeAdapter:
+        """Writes the adapter that servers are checked with."""
+        name = f"probe-{uuid4().hex}"
+        module, (d_in, d_out) = self._a_module()
+        write_zeros(self._folder.path / name, module, d_in=d_in, d_out=d_out, rank=self.limits.max_rank)
+        return ProbeAdapter(name=name, path=str(self._folder.path / name), max_rank=self.limits.max_rank)
+
+    def _a_module(self) -> tuple[str, tuple[int, int]]:
+        """A module that adapters change, as not every one can be changed in vLLM."""
+        for source in self._sources.values():
+            for module, lora in source.adapter.modules.items():
+                return module, (lora.a.shape[1], lora.b.shape[0])
+        return next(iter(self.outline.layout.items()))
+
+    def _call(self, function: Callable[..., None], *args: Any) -> None:
+        with suppress(RuntimeError):  # the loop is closed, and with it all answers
+            self._loop.call_soon_threadsafe(function, *args)
+
+    def _wait_for(self, work: Coroutine[Any, Any, Result]) -> Result:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What the adapters of an outline need of a server: the largest rank of a mixture, and the ends of the names of the
+    layers that they change.
+    """
+
+    max_rank: int
+    targets: frozenset[str]
+
+    @classmethod
+    def of(cls, outline: Outline, max_rank: int | None = None) -> "Needs":
+        """Those of an outline; without `max_rank`, a mixture may have the three largest ranks together.
+
+        Raises:
+            ValueError: if an adapter alone has a larger one.
+        """
+        sources = _read_sources(outline)
+        targets = frozenset[str]().union(*(source.targets for source in sources.values()))
+        return cls(max_rank=_max_rank(sources, max_rank), targets=targets)
+
+
+def _max_rank(sources: Mapping[str, Source], max_rank: int | None) -> int:
+    ranks = sorted((source.rank for source in sources.values()), reverse=True)
+    if max_rank is None:
+        return sum(ranks[:3]) or 1
+    if ranks and max_rank < ranks[0]:
+        name = max(sources, key=lambda name: sources[name].rank)
+        raise ValueError(f"max_rank is {max_rank}, and the adapter {name!r} alone has rank {ranks[0]}")
+    return max_rank
+
+
+def _read_sources(outline: Outline) -> dict[str, Source]:
+    return {name: read_source(folder, name, outline.layout) for name, folder in outline.adapters.items()}
+
+
+@dataclass(frozen=True)
+class _Followed:
+    """A grammar that the servers follow."""
+
+    schema: Any
+
+    def mask(self, scores: Any) -> None:
+        """Nothing: the scores are elsewhere."""
+
+    def accept(self, token: int) -> bool:
+        """The server ends the answer."""
+        return False
+
+
+def _identity(outline: Outline) -> str:
+    """What tells the base model from others."""
+    marks = outline.base.fingerprint
+    return outline.source if marks is None else f"{marks.tensors} {marks.values}"
+
+
+def _as_backend_error(error: Exception) -> Exception:
+    if isinstance(error, DLPLoRAError | ValueError):
+        return error
+    failure = BackendError(f"the request failed: {type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure

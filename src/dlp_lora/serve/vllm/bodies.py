@@ -1,0 +1,70 @@
+"""Bodies: a request and its answer so far in, what vLLM is asked next out.
+
+An answer may take several requests, one a mixture. Each goes on where the one before was cut, so what vLLM counts by
+request is told it: how many tokens are left, and how often those that came are to be punished.
+"""
+
+import hashlib
+from collections import Counter
+from typing import Any
+
+from dlp_lora.serve.answer_builder import AnswerBuilder
+from dlp_lora.serve.backend import BackendError, Sampling
+
+MAX_BIAS = 100.0  # beyond, vLLM cuts
+
+
+def body_of(answer: AnswerBuilder, model: str) -> dict[str, Any]:
+    """Gives the body of the next request for an answer, to a model or adapter."""
+    sampling, num_tokens = answer.request.sampling, answer.num_tokens
+    body: dict[str, Any] = {
+        "model": model,
+        "prompt": answer.tokens,
+        "max_tokens": answer.max_tokens - num_tokens,
+        "min_tokens": max(0, sampling.min_tokens - num_tokens),
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "repetition_penalty": sampling.repetition_penalty,
+        "presence_penalty": sampling.presence_penalty,
+        "frequency_penalty": sampling.frequency_penalty,
+        # The end of sequence is one of the tokens that end it, so that `min_tokens` holds it back, too.
+        "ignore_eos": True,
+        "stop_token_ids": sorted(answer.end_ids),
+        "add_special_tokens": False,
+        "return_token_ids": True,
+    }
+    if biases := _biases(answer):
+        body["logit_bias"] = {str(token): bias for token, bias in biases.items()}
+    if sampling.seed is not None:
+        body["seed"] = _seed(sampling.seed, num_tokens)
+    if sampling.num_logprobs is not None:
+        body |= {"logprobs": sampling.num_logprobs, "return_tokens_as_token_ids": True}
+    if sampling.grammar is not None:
+        body["structured_outputs"] = {"json": _schema(sampling)}
+    return body
+
+
+def _biases(answer: AnswerBuilder) -> dict[int, float]:
+    """The caller's biases, and what the frequency penalty takes from tokens of earlier requests."""
+    sampling = answer.request.sampling
+    biases = Counter(sampling.logit_bias)
+    if sampling.frequency_penalty:
+        for token, count in Counter(answer.tokens[answer.num_prompt :]).items():
+            biases[token] -= sampling.frequency_penalty * count  # type: ignore[assignment]
+    return {token: max(-MAX_BIAS, min(MAX_BIAS, bias)) for token, bias in biases.items()}
+
+
+def _seed(seed: int, num_tokens: int) -> int:
+    """The seed of a request: each draws other numbers, and the same ones whenever it begins at the same token."""
+    if num_tokens:
+        seed = int.from_bytes(hashlib.sha256(f"{seed} {num_tokens}".encode()).digest()[:8])
+    return seed % 2**63  # vLLM's are signed
+
+
+def _schema(sampling: Sampling) -> Any:
+    schema = sampling.grammar and sampling.grammar.schema
+    if schema is None:
+        raise BackendError("vLLM follows JSON schemas alone, and this request has another grammar")
+    return schema

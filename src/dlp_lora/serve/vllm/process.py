@@ -1,0 +1,182 @@
+"""A vLLM server of this server's own: started with the flags that a bundle needs, and ended with it."""
+
+import contextlib
+import importlib.util
+import os
+import secrets
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import httpx
+
+from dlp_lora.engine.outline import Outline
+from dlp_lora.errors import ModelError
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has slots of
+TOGETHER = (frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"gate_proj", "up_proj"}))
+STOP_S = 20.0
+POLL_S = 0.2
+NOT_THERE = (
+    "vLLM is not installed beside this Python: pip install vllm, give --vllm-python the Python of an environment that "
+    "has it, or --backend-url the address of a server"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VLLMFlags:
+    """How a vLLM server is started. `python` is that of its environment; `arguments` are any others of its own."""
+
+    python: str | None = None
+    max_loras: int = 16
+    max_context: int | None = None
+    arguments: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """A vLLM server that runs."""
+
+    url: str
+    key: str
+
+
+def slot_rank(max_rank: int) -> int:
+    """The rank of vLLM's slots that holds mixtures of `max_rank`.
+
+    Raises:
+        ValueError: if it has none so large.
+    """
+    for rank in RANKS:
+        if rank >= max_rank:
+            return rank
+    raise ValueError(f"vLLM has slots of rank {RANKS[-1]} at most, and mixtures may have {max_rank}; lower --max-rank")
+
+
+def slot_bytes(
+    layout: Mapping[str, tuple[int, int]],
+    targets: Collection[str],
+    *,
+    rank: int,
+    num_slots: int,
+    bytes_each: int = 2,
+) -> int:
+    """How much memory vLLM's slots take: A and B of each layer whose name ends in a target, and of those beside it that
+    vLLM computes together.
+    """
+    together = {name for group in TOGETHER if group & set(targets) for name in group} | set(targets)
+    width = sum(d_in + d_out for name, (d_in, d_out) in layout.items() if name.rsplit(".", 1)[-1] in together)
+    return width * rank * num_slots * bytes_each
+
+
+def command(outline: Outline, flags: VLLMFlags, *, targets: Collection[str], max_rank: int, port: int) -> list[str]:
+    """Gives the command that starts a server for a bundle, whose adapters change the layers that end in `targets`.
+
+    Raises:
+        ModelError: if vLLM is not there.
+    """
+    python = flags.python or sys.executable
+    if flags.python is None and importlib.util.find_spec("vllm") is None:
+        raise ModelError(NOT_THERE)
+    return [
+        *(python, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", outline.source, "--host", "127.0.0.1", "--port", str(port)),
+        *("--enable-lora", "--max-lora-rank", str(slot_rank(max_rank)), "--max-loras", str(flags.max_loras)),
+        *("--max-cpu-loras", str(4 * flags.max_loras), "--enable-prompt-tokens-details"),
+        *(("--lora-target-modules", *sorted(targets)) if targets else ()),
+        *(() if flags.max_context is None else ("--max-model-len", str(flags.max_context))),
+        *shlex.split(flags.arguments),
+    ]
+
+
+@contextmanager
+def vllm_server(
+    outline: Outline,
+    flags: VLLMFlags,
+    *,
+    targets: Collection[str],
+    max_rank: int,
+    on_line: Callable[[str], None] = lambda _: None,
+) -> Iterator[Running]:
+    """Runs a vLLM server while the block lasts; it asks for a key that nobody else knows.
+
+    Args:
+        outline: of the model.
+        flags: how it is started.
+        targets: the ends of the names of the layers that adapters may change; it has slots for these alone.
+        max_rank: of mixtures.
+        on_line: told each line that it writes.
+
+    Raises:
+        ModelError: if it is not there, or ends before it can answer.
+    """
+    port, key = _free_port(), secrets.token_urlsafe(24)
+    arguments = command(outline, flags, targets=targets, max_rank=max_rank, port=port)
+    env = {**os.environ, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_API_KEY": key, "PYTHONUNBUFFERED": "1"}
+    try:
+        process = subprocess.Popen(
+            arguments, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+    except OSError as error:
+        raise ModelError(f"vLLM cannot be started: {error}") from error
+    lines: deque[str] = deque(maxlen=50)
+    reader = threading.Thread(target=_read, args=(process, lines, on_line), daemon=True)
+    reader.start()
+    try:
+        url = f"http://127.0.0.1:{port}"
+        while not _is_up(url):
+            if process.poll() is not None:
+                reader.join(1)
+                raise ModelError(f"vLLM ended with {process.returncode} before it could answer: {_reason(lines)}")
+            time.sleep(POLL_S)
+        yield Running(url=url, key=key)
+    finally:
+        _end(process)
+
+
+def _read(process: "subprocess.Popen[str]", lines: deque[str], on_line: Callable[[str], None]) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line := line.rstrip():
+            lines.append(line)
+            on_line(line)
+
+
+def _is_up(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=2, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def _reason(lines: Sequence[str]) -> str:
+    """The last error that it wrote."""
+    errors = [line for line in lines if "Error" in line]
+    return (errors or list(lines) or ["it wrote nothing"])[-1].strip()
+
+
+def _end(process: "subprocess.Popen[str]") -> None:
+    """Ends it with the processes that it has started."""
+    for how, seconds in ((signal.SIGTERM, STOP_S), (signal.SIGKILL, STOP_S)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, how)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+            break
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port

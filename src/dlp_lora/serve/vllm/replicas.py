@@ -1,0 +1,173 @@
+"""Replicas: several vLLM servers of one model, of which each request gets one that can answer."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Collection, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from dlp_lora.errors import DLPLoRAError, ModelError
+from dlp_lora.serve.vllm.check import Checked, ProbeAdapter
+from dlp_lora.serve.vllm.client import LostError, UpstreamError, VLLMClient
+
+logger = logging.getLogger(__name__)
+
+Check = Callable[[VLLMClient], Awaitable[Checked]]
+
+
+@dataclass(eq=False)
+class Replica:
+    """One server: what it was found to be, and which adapters it has. `reason` says why it gets no requests."""
+
+    client: VLLMClient
+    check: Check
+    mark: ProbeAdapter  # which it has while it is the process that was checked
+    checked: Checked | None = None
+    reason: str = "not checked yet"
+    num_running: int = 0
+    loaded: dict[str, str] = field(default_factory=dict)  # paths by name
+    _locks: dict[str, asyncio.Lock] = field(default_factory=dict)
+    _checking: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def url(self) -> str:
+        """Its address."""
+        return self.client.url
+
+    @property
+    def is_up(self) -> bool:
+        """Whether it gets requests."""
+        return not self.reason
+
+    @property
+    def found(self) -> Checked:
+        """What it was found to be."""
+        assert self.checked is not None
+        return self.checked
+
+    async def verify(self) -> None:
+        """Checks it, from the beginning: it may be another process, or another model.
+
+        Raises:
+            LostError, ModelError: if it cannot answer; it then gets no requests.
+        """
+        async with self._checking:
+            self.loaded.clear()
+            try:
+                self.checked = await self.check(self.client)
+            except DLPLoRAError as error:
+                self.reason = str(error)
+                raise
+            self.loaded[self.mark.name] = self.mark.path
+            self.reason = ""
+            logger.info("the backend %s is ready: vLLM %s", self.url, self.checked.version)
+
+    def lose(self, error: BaseException) -> None:
+        """Notes that it failed; it gets no requests until it was checked again."""
+        if self.is_up:
+            logger.warning("the backend %s is not used: %s", self.url, error)
+        self.reason = str(error)
+
+    async def have(self, name: str, path: str) -> None:
+        """Has it load an adapter, unless it has it.
+
+        Raises:
+            UpstreamError: if it does not.
+        """
+        if self.loaded.get(name) == path:
+            return
+        async with self._locks.setdefault(name, asyncio.Lock()):
+            if self.loaded.get(name) != path:
+                await self.client.load(name, path)
+                self.loaded[name] = path
+
+    async def reload(self, name: str, path: str) -> None:
+        """Has it read an adapter again, whose files were replaced."""
+        if self.loaded.pop(name, None) is not None:
+            await self.client.unload(name)
+        await self.have(name, path)
+
+    async def drop(self, name: str) -> None:
+        """Has it unload an adapter, if it can be reached."""
+        self._locks.pop(name, None)
+        if self.loaded.pop(name, None) is not None:
+            with suppress(UpstreamError):
+                await self.client.unload(name)
+
+    async def close(self) -> None:
+        """Unloads what was loaded, if it can be reached."""
+        if self.is_up:
+            for name in [*self.loaded]:
+                await self.drop(name)
+        await self.client.close()
+
+
+class Replicas:
+    """All servers, in turn; every `poll_s` seconds they are looked after."""
+
+    def __init__(self, replicas: Collection[Replica], *, poll_s: float) -> None:
+        self._replicas = list(replicas)
+        self._poll_s = poll_s
+        self._turn = 0
+
+    def __iter__(self) -> Iterator[Replica]:
+        return iter(self._replicas)
+
+    @property
+    def up(self) -> list[Replica]:
+        """Those that get requests."""
+        return [replica for replica in self._replicas if replica.is_up]
+
+    @property
+    def reason(self) -> str:
+        """Why none gets requests."""
+        return "; ".join(replica.reason for replica in self._replicas if not replica.is_up)
+
+    def next(self, *, but: Collection[Replica] = ()) -> Replica:
+        """Gives the next one that can answer, in turn; one of `but` only if there is no other.
+
+        Raises:
+            LostError: if there is none.
+        """
+        able = self.up
+        if not able:
+            raise LostError(f"no backend can answer: {self.reason}")
+        preferred = [replica for replica in able if replica not in but] or able
+        self._turn += 1
+        return preferred[self._turn % len(preferred)]
+
+    async def start(self) -> None:
+        """Checks all of them.
+
+        Raises:
+            ModelError: if one cannot answer for this bundle.
+            LostError: if none can be reached.
+        """
+        found = await asyncio.gather(*(replica.verify() for replica in self), return_exceptions=True)
+        for error in found:
+            if isinstance(error, BaseException) and not isinstance(error, LostError):
+                raise error
+        if not self.up:
+            raise LostError(self.reason)
+        for replica in self:
+            if not replica.is_up:
+                logger.warning("the backend %s is not there yet: %s", replica.url, replica.reason)
+
+    async def watch(self) -> None:
+        """Looks after them, for good: one that went away, or is another process now, is checked again."""
+        while True:
+            await asyncio.sleep(self._poll_s)
+            await asyncio.gather(*map(self._look_after, self))
+
+    async def _look_after(self, replica: Replica) -> None:
+        try:
+            if replica.is_up and await self._is_same(replica):
+                return
+            if await replica.client.is_healthy():
+                await replica.verify()
+        except (UpstreamError, ModelError) as error:
+            replica.lose(error)
+
+    async def _is_same(self, replica: Replica) -> bool:
+        """Whether it is the process that was checked: another one does not have the adapter of the check."""
+        return replica.mark.name in {model.name for model in await replica.client.models()}

@@ -1,0 +1,36 @@
+"""Watching a bundle folder: servers that have it read it again once it was written."""
+
+import threading
+from pathlib import Path
+
+from dlp_lora.engine.bundle import generation_of
+from dlp_lora.serve.adapters import AdapterManager
+from dlp_lora.serve.errors import APIError
+from dlp_lora.serve.logs import LOGGER
+
+
+def watch(manager: AdapterManager, bundle: Path, every_s: float) -> threading.Event:
+    """Reads a bundle again whenever its number has grown, in a thread that ends with the process, or once the event
+    that this gives is set.
+    """
+    ended = threading.Event()
+    arguments = (manager, bundle, every_s, ended)
+    threading.Thread(target=_watch, args=arguments, name="dlp-lora-watch", daemon=True).start()
+    return ended
+
+
+def _watch(manager: AdapterManager, bundle: Path, every_s: float, ended: threading.Event) -> None:
+    known = generation_of(bundle)
+    refused = known
+    while not ended.wait(every_s):
+        found = generation_of(bundle)
+        if found < 0 or found == known:
+            continue
+        try:
+            manager.reload()
+        except APIError as error:  # the next look may find it whole
+            if found != refused:
+                LOGGER.error("the bundle was written, and cannot be used: %s", error)
+            refused = found
+        else:
+            known = found
