@@ -36,7 +36,20 @@ BLOCKS = [block for page in PAGES for block in doc_blocks.blocks(page)]
 FROM_NOTHING = ("docs/tutorial.md",)  # the other pages find a bundle and what belongs to it
 NAMES = ("math", "poems", "units")
 # What a block may do beside the program itself. They are read, never run.
-OTHER_COMMANDS = ("pip", "make", "python", "curl", "source", "export", "cd", "git", "docker", "apt-get", "vllm")
+OTHER_COMMANDS = (
+    "pip",
+    "make",
+    "python",
+    "curl",
+    "source",
+    "export",
+    "cd",
+    "git",
+    "docker",
+    "apt-get",
+    "vllm",
+    "serve",
+)
 
 
 @pytest.fixture(scope="module")

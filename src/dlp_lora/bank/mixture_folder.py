@@ -19,19 +19,11 @@ from pathlib import Path
 
 import torch
 
+from dlp_lora.bank.adapter_files import CONFIG_FILE, WEIGHTS_FILE, content_hash, files_stamp
 from dlp_lora.bank.base_layers import BaseLayers
 from dlp_lora.bank.export import concatenated
 from dlp_lora.bank.limits import parts
-from dlp_lora.bank.peft_format import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    Adapter,
-    LoraWeights,
-    content_hash,
-    files_stamp,
-    read_adapter,
-    write_adapter,
-)
+from dlp_lora.bank.peft_format import Adapter, LoraWeights, read_adapter, write_adapter
 from dlp_lora.errors import AdapterError
 from dlp_lora.files import replace_folder
 from dlp_lora.policy import Mixture

@@ -17,7 +17,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from dlp_lora.bank.adapter_folder import find_adapters
+from dlp_lora.bank.adapter_files import find_adapters
 from dlp_lora.bank.base_layers import BaseLayers
 from dlp_lora.bank.check import model_layout
 from dlp_lora.bank.limits import rounded
