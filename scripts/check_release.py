@@ -270,6 +270,30 @@ def use_lm_eval(newcomer: Newcomer, env: Path) -> None:
     newcomer.run(env, "python", "-m", "dlp_lora", "lm-eval", "--model", "dlp_lora", *options, "--tasks", "sums")
 
 
+RAY = """
+import json, socket, urllib.request
+import ray
+from ray import serve
+from dlp_lora.serve.ray import RayArgs, build_app
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+ray.init(num_cpus=1, include_dashboard=False)
+serve.start(http_options={"port": port, "host": "127.0.0.1"})
+serve.run(build_app(RayArgs(bundle="demo/bundle", num_cpus=0.5)))
+body = {"messages": [{"role": "user", "content": "Convert 3 kilometres to metres."}], "max_tokens": 8}
+headers = {"Content-Type": "application/json"}
+request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body).encode(), headers)
+print(json.load(urllib.request.urlopen(request))["choices"][0]["dlp"]["trace"])
+serve.shutdown()
+"""
+
+
+def use_ray(newcomer: Newcomer, env: Path) -> None:
+    """Asks a replica behind Ray Serve a question."""
+    newcomer.run(env, "python", "-c", RAY)
+
+
 EXTRAS: Mapping[str, Callable[[Newcomer, Path], None]] = {
     "demo": use_demo,
     "serve": use_serve,
@@ -277,6 +301,7 @@ EXTRAS: Mapping[str, Callable[[Newcomer, Path], None]] = {
     "eval": use_eval,
     "hub": use_hub,
     "lm-eval": use_lm_eval,
+    "ray": use_ray,
 }
 
 

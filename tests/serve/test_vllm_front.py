@@ -16,8 +16,10 @@ import httpx
 import pytest
 
 import dlp_lora
+from commands import run
 from conftest import byte_tokenizer, lively_model
-from dlp_lora import Engine
+from dlp_lora import Engine, TopP
+from dlp_lora.cli.common import EngineOptions, HubOptions, open_outline
 from dlp_lora.engine.outline import Outline, read_outline
 from dlp_lora.errors import ModelError
 from dlp_lora.serve.adapters import AdapterManager
@@ -30,6 +32,8 @@ from dlp_lora.serve.vllm.backend import VLLMBackend, VLLMSettings
 from dlp_lora.serve.vllm.process import RANKS, VLLMFlags, command, slot_bytes, slot_rank, vllm_server
 from serving import double_engine, extra_adapters
 from vllm_stand_in import Fault, StandIn, standing_in
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*changes nothing")  # the adapter that servers are checked with
 
 TESTS = Path(__file__).parents[1]
 CHAT = {"messages": [{"role": "user", "content": "Tell me a tale"}], "max_tokens": 24, "temperature": 0}
@@ -101,7 +105,8 @@ def test_an_adapter_is_added_and_removed_over_http(service: Service, engine: Eng
     assert loaded.status_code == 200, loaded.text
     prompt = {"prompt": "x", "model": "extra", "max_tokens": 4}
     assert ask(service, engine, "/v1/completions", prompt).status_code == 200
-    assert ask(service, engine, "/v1/unload_lora_adapter", body, folders=[tmp_path], key="A").status_code == 200
+    unloaded = ask(service, engine, "/v1/unload_lora_adapter", {"lora_name": "extra"}, key="A")
+    assert unloaded.status_code == 200, unloaded.text
     assert ask(service, engine, "/v1/completions", prompt).status_code == 404
 
 
@@ -122,10 +127,6 @@ def test_a_prompt_is_routed_without_an_answer(service: Service, engine: Engine) 
 FAKE = """
 import argparse, os, sys
 from pathlib import Path
-from conftest import _hook, byte_tokenizer, lively_model
-import dlp_lora
-from vllm_stand_in import StandIn
-_hook.__exit__(None, None, None)
 parser = argparse.ArgumentParser()
 for name in ("model", "host", "port", "max-lora-rank", "max-loras", "max-cpu-loras", "max-model-len"):
     parser.add_argument(f"--{name}")
@@ -133,16 +134,28 @@ parser.add_argument("--lora-target-modules", nargs="+")
 parser.add_argument("--enable-lora", action="store_true")
 parser.add_argument("--enable-prompt-tokens-details", action="store_true")
 parser.add_argument("--fails", action="store_true")
+parser.add_argument("--bare", action="store_true")
 options = parser.parse_args()
 assert os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
 if options.fails:
     print("Loading weights")
     sys.exit("RuntimeError: there is no such GPU")
+Path(os.environ["PID_FILE"]).write_text(str(os.getpid()))
+if options.bare:
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+    class Healthy(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+    HTTPServer((options.host, int(options.port)), Healthy).serve_forever()
+from conftest import _hook, byte_tokenizer, lively_model
+import dlp_lora
+from vllm_stand_in import StandIn
+_hook.__exit__(None, None, None)
 adapters = {"unused": os.environ["UNUSED_ADAPTER"]}
 engine = dlp_lora.load(lively_model(), tokenizer=byte_tokenizer(), adapters=adapters)
 server = StandIn(engine, max_rank=int(options.max_lora_rank))
 print("Application startup complete", flush=True)
-Path(os.environ["PID_FILE"]).write_text(str(os.getpid()))
 server.start(port=int(options.port))
 server._thread.join()
 """
@@ -177,6 +190,7 @@ def is_alive(pid: int) -> bool:
     return Path(f"/proc/{pid}/status").read_text().splitlines()[2].split()[1] != "Z"
 
 
+@pytest.mark.engines
 def test_one_command_starts_vllm_and_ends_it(model: Path, lively_adapters: Path, fake: Path, tmp_path: Path) -> None:
     arguments = [
         *("serve", "--model", model, "--adapters", lively_adapters, "--port", "0", "--backend", "vllm"),
@@ -204,6 +218,16 @@ def test_one_command_starts_vllm_and_ends_it(model: Path, lively_adapters: Path,
             process.kill()
 
 
+def test_a_vllm_runs_while_it_is_used(model: Path, lively_adapters: Path, fake: Path) -> None:
+    outline = read_outline(base_model=str(model), adapters=lively_adapters)
+    flags = VLLMFlags(python=sys.executable, arguments="--bare")
+    with vllm_server(outline, flags, targets=["q_proj"], max_rank=4) as server:
+        pid = int(fake.read_text())
+        assert is_alive(pid)
+        assert httpx.get(f"{server.url}/health").status_code == 200
+    assert not is_alive(pid)
+
+
 def test_a_vllm_that_does_not_start_is_told_with_its_own_words(model: Path, lively_adapters: Path, fake: Path) -> None:
     outline = read_outline(base_model=str(model), adapters=lively_adapters)
     flags = VLLMFlags(python=sys.executable, arguments="--fails")
@@ -228,6 +252,21 @@ def test_the_command_has_the_flags_that_a_bundle_needs(model: Path, lively_adapt
         assert part in text
     with pytest.raises(ModelError, match="vLLM is not installed beside this Python"):
         command(outline, replace(flags, python=None), targets=[], max_rank=14, port=8001)
+
+
+@pytest.mark.parametrize("option", ["--cache-dir=folder", "--trust-remote-code", "--revision=v1", "--budget-mb=3"])
+def test_options_of_the_model_in_this_process_are_refused(model: Path, lively_adapters: Path, option: str) -> None:
+    parts = ("--model", model, "--adapters", lively_adapters, "--port", "0")
+    result = run("serve", *parts, "--backend", "vllm", option)
+    assert result.exit_code == 1
+    assert f"{option.partition('=')[0]} is for the model in this process; leave it out" in result.stderr
+
+
+def test_decisions_are_logged_where_the_command_says(model: Path, lively_adapters: Path, tmp_path: Path) -> None:
+    options = EngineOptions(model=str(model), adapters=str(lively_adapters), log_routing=tmp_path / "log.jsonl", p=0.4)
+    outline = open_outline(options, HubOptions())
+    assert outline.call.routing_log is not None
+    assert outline.call.settings.policy == TopP(0.4)
 
 
 def test_slots_have_ranks_of_vllms_and_take_memory() -> None:

@@ -63,7 +63,12 @@ class BackendOptions:
         str | None, typer.Option(help="Python of an environment that has vLLM, to start one. [default: this one]")
     ] = None
     vllm_max_loras: Annotated[int, "Mixtures that a vLLM server started here computes at once."] = 16
-    vllm_args: Annotated[str, "More arguments for a vLLM server started here: '--tensor-parallel-size 2'."] = ""
+    vllm_args: Annotated[
+        str,
+        typer.Option(
+            help="More arguments for a vLLM server started here: '--tensor-parallel-size 2'.", show_default=False
+        ),
+    ] = ""
 
 
 @with_options

@@ -2,7 +2,6 @@
 
 import threading
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
 
@@ -10,10 +9,10 @@ from torch import nn
 
 from dlp_lora.engine.engine import Engine
 from dlp_lora.engine.prompts import context_of
-from dlp_lora.errors import PromptError
 from dlp_lora.serve.answer_builder import AnswerBuilder, resolved
 from dlp_lora.serve.backend import ClosedError, Health, QueueFullError, Request, Stats
 from dlp_lora.serve.cache import check_layers
+from dlp_lora.serve.room import room_for
 from dlp_lora.serve.row import Row
 from dlp_lora.serve.scheduler import Scheduler
 from dlp_lora.serve.stream import EventStream
@@ -80,7 +79,7 @@ class LocalBackend:
             ValueError: if the logit bias names a token that there is not.
             QueueFullError, ClosedError: if it takes none now.
         """
-        max_tokens = self._checked(request)
+        max_tokens = room_for(request, max_context=self.max_context, vocab_size=self._vocab_size)
         with self._lock:
             if not (health := self.health).is_alive:
                 raise ClosedError(health.reason)
@@ -108,23 +107,3 @@ class LocalBackend:
             time.sleep(0.01)
         self._scheduler.stop(ClosedError("the server is closing"))
         self._thread.join()
-
-    def _checked(self, request: Request) -> int:
-        """Checks a request; gives how many tokens its answer may have."""
-        num_prompt, max_tokens = len(request.tokens), request.sampling.max_tokens
-        if not num_prompt:
-            raise PromptError("the prompt is empty; give at least one token of text")
-        self._check_ids("the prompt", request.tokens, PromptError)
-        self._check_ids("logit_bias", request.sampling.logit_bias, ValueError)
-        room, num_new = self.max_context - num_prompt, 1 if max_tokens is None else max_tokens
-        if room < num_new:
-            raise PromptError(
-                f"the prompt has {num_prompt} tokens, and {num_new} new ones do not fit: this model's maximum context "
-                f"length is {self.max_context}; shorten the prompt or lower max_tokens"
-            )
-        return room if max_tokens is None else max_tokens
-
-    def _check_ids(self, what: str, ids: Iterable[int], error: type[Exception]) -> None:
-        for token in ids:
-            if not 0 <= token < self._vocab_size:
-                raise error(f"{what} has the token id {token}, and the model knows 0 to {self._vocab_size - 1}")

@@ -20,10 +20,11 @@ from dlp_lora.engine.calls import Call
 from dlp_lora.engine.outline import Outline
 from dlp_lora.engine.routing import Prompt, RowRouter
 from dlp_lora.engine.starting import RowStarter
-from dlp_lora.errors import AdapterError, DLPLoRAError, PromptError
-from dlp_lora.policy import Mixture
+from dlp_lora.errors import AdapterError, DLPLoRAError
+from dlp_lora.policy import Mixture, RoutingSettings
 from dlp_lora.serve.answer_builder import AnswerBuilder, OneSentence, resolved
 from dlp_lora.serve.backend import BackendError, ClosedError, Health, QueueFullError, Request, Stats
+from dlp_lora.serve.room import room_for
 from dlp_lora.serve.stream import EventStream
 from dlp_lora.serve.vllm.adapters import AnswerAdapters, ContentAdapters, KeptAdapter, SharedAdapters
 from dlp_lora.serve.vllm.answering import Answering, Counts
@@ -184,7 +185,8 @@ class VLLMBackend:
             ValueError: if it asks for what these servers do not do.
             QueueFullError, ClosedError: if it takes none now.
         """
-        max_tokens = self._checked(request)
+        max_tokens = room_for(request, max_context=self.max_context, vocab_size=self.outline.vocab_size)
+        self._check_followed(request.call.settings)
         request = resolved(request)
         changes: dict[str, Any] = {}
         if request.sampling.presence_penalty:
@@ -350,11 +352,12 @@ class VLLMBackend:
         if unknown := sorted({name for mixture in mixtures for name in mixture} - self._sources.keys()):
             raise AdapterError(f"no adapter {unknown[0]!r}; there are {', '.join(sorted(self._sources)) or 'none'}")
 
-    def _checked(self, request: Request) -> int:
-        """Checks a request; gives how many tokens its answer may have."""
-        settings, num_prompt, max_tokens = request.call.settings, len(request.tokens), request.sampling.max_tokens
-        if not num_prompt:
-            raise PromptError("the prompt is empty; give at least one token of text")
+    def _check_followed(self, settings: RoutingSettings) -> None:
+        """Checks that the servers can follow routing settings.
+
+        Raises:
+            ValueError: if they cannot.
+        """
         if settings.prompt_routing == "sentences":
             raise ValueError(
                 "prompt_routing: vLLM encodes a prompt under one mixture, so 'sentences' cannot be followed; use "
@@ -365,16 +368,6 @@ class VLLMBackend:
                 f"kv_policy: {unable[0].url} does not say how much it keeps (--enable-prefix-caching, "
                 "--enable-prompt-tokens-details); use 'recompute'"
             )
-        for what, ids in (("prompt", request.tokens), ("logit_bias", request.sampling.logit_bias)):
-            if (token := next((t for t in ids if not 0 <= t < self.outline.vocab_size), None)) is not None:
-                raise ValueError(f"{what}: the model knows token ids up to {self.outline.vocab_size - 1}, got {token}")
-        room, num_new = self.max_context - num_prompt, 1 if max_tokens is None else max_tokens
-        if room < num_new:
-            raise PromptError(
-                f"the prompt has {num_prompt} tokens, and {num_new} new ones do not fit: this model's maximum context "
-                f"length is {self.max_context}; shorten the prompt or lower max_tokens"
-            )
-        return room if max_tokens is None else max_tokens
 
     def _rank_of(self, name: str) -> int:
         source = self._sources.get(name)

@@ -136,6 +136,7 @@ async def _score(client: VLLMClient, base: Model, probe: Probe, place: int) -> f
         "max_tokens": 1,
         "temperature": 0.0,
         "logprobs": 0,
+        "return_tokens_as_token_ids": True,
         "allowed_token_ids": [probe.tokens[place + 1]],
         "add_special_tokens": False,
         "return_token_ids": True,

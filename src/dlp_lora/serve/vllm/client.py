@@ -73,10 +73,14 @@ class VLLMClient:
         self._http = httpx.AsyncClient(
             base_url=self.url,
             headers={"Authorization": f"Bearer {self.key}"} if self.key else {},
-            timeout=httpx.Timeout(self.timeout_s, connect=CONNECT_S, pool=None),
+            timeout=self._timeout,
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
             trust_env=False,  # a proxy of this machine is not on the way to its own backends
         )
+
+    @property
+    def _timeout(self) -> httpx.Timeout:
+        return httpx.Timeout(self.timeout_s, connect=CONNECT_S, pool=None)
 
     async def close(self) -> None:
         """Closes its connections."""
@@ -145,7 +149,9 @@ class VLLMClient:
         has_finished = False
         try:
             with self._named("/v1/completions"):
-                async with self._http.stream("POST", "/v1/completions", json={**body, "stream": True}) as response:
+                async with self._http.stream(
+                    "POST", "/v1/completions", json={**body, "stream": True}, timeout=self._timeout
+                ) as response:
                     if response.status_code != 200:
                         await response.aread()
                         self._checked(response)
@@ -176,12 +182,12 @@ class VLLMClient:
 
     async def _get(self, route: str) -> Any:
         with self._named(route):
-            response = await self._http.get(route)
+            response = await self._http.get(route, timeout=self._timeout)
         return self._json(self._checked(response))
 
     async def _post(self, route: str, body: Body) -> Any:
         with self._named(route):
-            response = await self._http.post(route, json=body)
+            response = await self._http.post(route, json=body, timeout=self._timeout)
         self._checked(response)
         return self._json(response) if "json" in response.headers.get("content-type", "") else response.text
 
