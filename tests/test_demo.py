@@ -19,7 +19,6 @@ from dlp_lora.training.base import load_base
 
 SMALL = DemoArgs(
     tasks=("code_word", "sequence"),
-    example=("code_word", "sequence"),
     num_train=4,
     num_serial=2,
     num_test=2,

@@ -47,14 +47,13 @@ WAYS: Mapping[str, dict[str, Any]] = {
 class DemoArgs:
     """How large the demo is."""
 
-    tasks: tuple[str, ...] = ("unit_conversion", "letter_order", "sequence", "code_word")
+    tasks: tuple[str, ...] = ("unit_conversion", "sequence", "letter_order", "code_word")
     num_train: int = 1120  # examples of one question a task
     num_serial: int = 320  # examples of one half of a two-question prompt a task
     num_test: int = 16
     batch_size: int = 16  # of evaluation
     max_new_tokens: int = 32
-    num_pairs: int = 2  # two-question prompts of each ordered pair of tasks
-    example: tuple[str, str] = ("unit_conversion", "sequence")  # whose first test prompts are shown as one prompt
+    num_pairs: int = 2  # two-question prompts of each ordered pair of tasks; the first prompt is shown
     router_epochs: int = 7
     seed: int = 0  # of the training: weights, order and draws
     data_seed: int = 0  # of the questions, and of which are held out
@@ -214,8 +213,8 @@ def _answers(engine: Engine, method: Method, batch: Sequence[tuple[str, Example]
 
 
 def _two_questions(engine: Engine, tasks: Sequence[Task], args: DemoArgs) -> TwoQuestions:
-    first = {task.name: task.test[0] for task in tasks}
-    prompt = compose([first[name] for name in args.example]).prompt
+    _, _, one, two = _asked(tasks, args)[0]
+    prompt = compose([one, two]).prompt
     options: dict[str, Any] = {"max_new_tokens": 2 * args.max_new_tokens, "do_sample": False}
     answer = engine.generate(prompt, **options)
     with engine.disabled():
@@ -224,16 +223,21 @@ def _two_questions(engine: Engine, tasks: Sequence[Task], args: DemoArgs) -> Two
     return TwoQuestions(prompt=prompt, base=base.text.strip(), dlp=answer.text.strip(), trace=trace)
 
 
+def _asked(tasks: Sequence[Task], args: DemoArgs) -> list[tuple[Task, Task, Example, Example]]:
+    """Two tasks and a test question of each, for every prompt of two questions."""
+    return [
+        (first, second, first.test[i % args.num_test], second.test[(i + 1) % args.num_test])
+        for i in range(args.num_pairs)
+        for first, second in permutations(tasks, 2)
+    ]
+
+
 def _pairs(
     engine: Engine, tasks: Sequence[Task], file: Path, args: DemoArgs, on_progress: OnProgress
 ) -> dict[str, dict[str, float]]:
     kept = Kept(file, _identity(engine, args))
     found: dict[str, dict[str, float]] = kept.values.get("shares", {})
-    asked = [
-        (first, second, first.test[i % args.num_test], second.test[(i + 1) % args.num_test])
-        for i in range(args.num_pairs)
-        for first, second in permutations(tasks, 2)
-    ]
+    asked = _asked(tasks, args)
     prompts = [compose([q1, q2]).prompt for _, _, q1, q2 in asked]
     on_progress(Progress("two questions", len(found), len(WAYS)))
     for way in list(WAYS)[len(found) :]:

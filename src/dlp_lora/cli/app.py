@@ -143,7 +143,7 @@ def _benchmarks() -> typer.Typer:
     group = typer.Typer()
     for command in (
         *(bench.decode, bench.paths, bench.prefill, bench.switch, bench.bank, bench.routers, bench.peers),
-        *(bench.train, bench_router.router, bench.suite),
+        *(bench.train, bench.serve, bench.soak, bench_router.router, bench.suite),
     ):
         group.command()(command)
     return group

@@ -24,6 +24,8 @@ from dlp_lora.lab.bench.peers import PeersArgs, bench_peers
 from dlp_lora.lab.bench.plot import check_plot, plot
 from dlp_lora.lab.bench.prefill import PrefillArgs, bench_prefill
 from dlp_lora.lab.bench.routers import RoutersArgs, bench_routers
+from dlp_lora.lab.bench.serve import ServeArgs, bench_serve
+from dlp_lora.lab.bench.soak import SoakArgs, bench_soak
 from dlp_lora.lab.bench.suite import PRESETS
 from dlp_lora.lab.bench.suite import suite as all_benchmarks
 from dlp_lora.lab.bench.switch import SwitchArgs, bench_switch
@@ -90,6 +92,45 @@ COLUMNS = {
         "router, ms a sentence": "route_ms",
     },
     "peers": {**_DECODING, "first token, ms": "ttft_ms", **_MEMORY},
+    "serve": {
+        **_VARIANT,
+        "streams": "streams",
+        "tokens/s": "tokens_per_s",
+        "over one stream": "speedup",
+        "ms/token": "ms_per_token",
+        "over engine.stream": "over_engine",
+        "over base": "over_base",
+        "first token, p50": "first_ms_p50",
+        "first token, p95": "first_ms_p95",
+        "first token, p99": "first_ms_p99",
+        "between tokens, p50": "gap_ms_p50",
+        "between tokens, p95": "gap_ms_p95",
+        "between tokens, p99": "gap_ms_p99",
+        "metrics agree": "metrics_agree",
+        "start, s": "start_s",
+        "resident, MB": "resident_mb",
+        "longest wait, ms": "longest_ms",
+        "over chunk and step": "over_chunk",
+        "MB a request": "mb_per_request",
+        "first token from disk, ms": "first_from_disk_ms",
+        "again, ms": "first_again_ms",
+    },
+    "soak": {
+        **_VARIANT,
+        "minutes": "minutes",
+        "answers": "answers",
+        "clients that left": "left",
+        "adapters changed": "changes",
+        "wrong": "wrong",
+        "other text than alone": "other_text",
+        "first, MB": "first_mb",
+        "last, MB": "last_mb",
+        "growth": "growth",
+        "rows after": "rows_after",
+        "threads after": "threads_after",
+        "sockets after": "sockets_after",
+        "restart, s": "restart_s",
+    },
     "train": {
         "variant": "name",
         "task": "task",
@@ -175,6 +216,24 @@ def peers(args: PeersArgs, output: Output, model: ModelOption = None) -> None:
     Example: `dlp-lora bench peers --methods "peft arrow,meteora (ours)"`
     """
     _run(partial(bench_peers, base_model(model), args), args.device, output)
+
+
+@with_options
+def serve(args: ServeArgs, output: Output, model: ModelOption = None) -> None:
+    """`dlp-lora serve` under load: tokens a second, latency, waiting, memory, 1,000 adapters; beside other servers.
+
+    Example: `dlp-lora bench serve --bundle runs/demo/bundle --threads 1`
+    """
+    _run(partial(bench_serve, base_model(model), args), args.device, output)
+
+
+@with_options
+def soak(args: SoakArgs, output: Output, model: ModelOption = None) -> None:
+    """A server under many clients for long; some leave, adapters come and go; then kill -9 and a restart.
+
+    Example: `dlp-lora bench soak --bundle runs/demo/bundle --minutes 30`
+    """
+    _run(partial(bench_soak, base_model(model), args), args.device, output)
 
 
 @with_options

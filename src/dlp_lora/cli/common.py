@@ -5,7 +5,7 @@ import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from shutil import which
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -66,6 +66,10 @@ DeviceOption = Annotated[
     typer.Option(
         "--device", help="cpu, cuda, cuda:1, mps, ...; auto takes the first of cuda, mps and cpu that exists."
     ),
+]
+DtypeOption = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option("--dtype", help="Precision of the base model; auto as it was saved."),
 ]
 PrepackOption = Annotated[
     bool, typer.Option("--prepack", help="Decode faster on a CPU; needs a second copy of the linear layers' weights.")
@@ -136,6 +140,7 @@ class EngineOptions:
     prompt_routing: PromptRoutingOption = None
     kv_policy: KVPolicyOption = None
     device: DeviceOption = "auto"
+    dtype: DtypeOption = "auto"
     prepack: PrepackOption = False
     budget_mb: BudgetOption = None
     log_routing: LogOption = None
@@ -151,6 +156,7 @@ def open_engine(options: EngineOptions, hub: HubOptions, *, need_router: bool = 
         "prompt_routing": options.prompt_routing,
         "kv_policy": options.kv_policy,
         "device": options.device,
+        "dtype": options.dtype,
         "prepack": options.prepack,
         "budget_mb": options.budget_mb,
         "routing_log": _routing_log(options),

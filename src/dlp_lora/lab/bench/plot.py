@@ -11,6 +11,8 @@ QUANTITIES = {
     "switch": ("switch_ms", "milliseconds a switch"),
     "switch_context": ("pass_ms", "milliseconds a decoding step"),
     "train": ("speedup", "samples a second over the Trainer's"),
+    "serve": ("tokens_per_s", "tokens a second of all streams"),
+    "soak": ("resident_mb", "megabytes of the server after the warm-up"),
 }
 RATIO = ("ratio", "time over the base's")  # of the other benchmarks
 OURS, OTHERS = "#de6420", "#2f8fc8"
@@ -39,6 +41,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
     rows = [row for row in record["rows"] if quantity in row]
     several = {key for key in ("dtype", "task") if len({row.get(key) for row in rows}) > 1}
     names = [", ".join([row["name"], *(row[key] for key in sorted(several))]) for row in rows]
+    names = [f"{name}, {row['streams']}" if "streams" in row else name for name, row in zip(names, rows, strict=True)]
     values = [row[quantity] for row in rows]
     whiskers = [
         [value - row[f"{quantity}_min"] for value, row in zip(values, rows, strict=True)],
@@ -48,7 +51,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
     axes = figure.add_subplot()
     colours = [OURS if row["name"].startswith("dlp-lora") else OTHERS for row in rows]
     axes.barh(range(len(rows)), values, xerr=whiskers, color=colours, ecolor="#1d2126", capsize=2)
-    if not quantity.endswith("_ms"):
+    if quantity.endswith(("ratio", "speedup")):
         axes.axvline(1, color="#8d939c", linewidth=1)
     axes.set_yticks(range(len(rows)), names)
     axes.invert_yaxis()

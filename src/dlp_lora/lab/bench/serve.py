@@ -1,0 +1,388 @@
+"""The serve benchmark: `dlp-lora serve` under load, beside the engine and the plain base in this process, and beside
+other servers.
+
+A server is a process of its own, and this process is its client. All of them take turns, round by round.
+"""
+
+import json
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.generation.streamers import BaseStreamer
+
+from dlp_lora.bank.adapter_files import CONFIG_FILE
+from dlp_lora.engine.bundle import Bundle, read_bundle
+from dlp_lora.engine.loading import load
+from dlp_lora.engine.prompts import as_batch, encode_prompt
+from dlp_lora.lab.bench.case import PROMPTS, BenchArgs, Dtypes, NewTokens, NumAdapters, Row, begin, record
+from dlp_lora.lab.bench.load import Answer, Body, Target, ask, ask_beside, latency, ms_per_token, tokens_per_s
+from dlp_lora.lab.bench.memory import bandwidth_gb_s
+from dlp_lora.lab.bench.models import mini_mlp
+from dlp_lora.lab.bench.random_adapters import write_random_adapters
+from dlp_lora.lab.bench.server import Server, agree, serving
+from dlp_lora.lab.bench.timing import Run, interleave
+from dlp_lora.policy import Mixture
+from dlp_lora.progress import OnProgress, unseen
+from dlp_lora.tasks import PROCEDURAL, procedural_task
+
+MODEL = "bench"  # what clients call the routed model
+ENGINE, BASE = "engine.stream", "base, generate"
+LOADS = ("fixed", "keep", "recompute")
+PARTS = ("load", "chunk", "memory", "disk")
+WEIGHTS = ((0.6, 0.4), (0.7, 0.3))
+NUM_QUESTIONS = 16  # of each task
+WARM_UP_TOKENS = 8
+CHUNK_TOKENS = 256  # of a prompt that the server reads at once
+LONG_TOKENS = 1000  # of a prompt that is read while another answer runs
+LONG_ANSWER = 160  # tokens of the answer that runs meanwhile
+MEMORY_TOKENS = 400  # of each prompt while memory is measured
+ON_DISK = 1000
+BUDGET_MB = 64
+ASKED_ON_DISK = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeArgs(BenchArgs):
+    """What is measured."""
+
+    rounds: Annotated[int, "Rounds after the warm-up."] = 3
+    bundle: Annotated[str, "Bundle whose adapters and router are served."] = "runs/demo/bundle"
+    num_adapters: NumAdapters = 26
+    streams: Annotated[tuple[int, ...], "Clients at once; each asks again after an answer."] = (1, 8, 16)
+    requests: Annotated[int, "Requests of each client in a round."] = 2
+    new_tokens: NewTokens = 48
+    dtypes: Dtypes = ("bfloat16",)
+    loads: Annotated[tuple[str, ...], "Eight mixtures by name, or questions routed under either KV policy."] = LOADS
+    parts: Annotated[tuple[str, ...], "load, chunk (waiting while a long prompt is read), memory, disk."] = PARTS
+    peers: Annotated[
+        tuple[str, ...], "Other servers that run and are asked the same: name|http://host:port/v1|model."
+    ] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, known in (("loads", LOADS), ("parts", PARTS)):
+            if unknown := set(getattr(self, name)) - set(known):
+                raise ValueError(f"no {name} {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+        for text in self.peers:
+            _peer(text)
+
+
+def bench_serve(
+    model: str | Path, args: ServeArgs | None = None, *, on_progress: OnProgress = unseen
+) -> dict[str, Any]:
+    """Measures a server; gives the record as JSON data.
+
+    Raises:
+        BundleError: if there is no bundle.
+        DLPLoRAError: if a server does not start, or refuses a request.
+    """
+    args = args or ServeArgs()
+    device = begin(args)
+    bundle = read_bundle(args.bundle)
+    rows: list[Row] = []
+    for dtype in args.dtypes:
+        case = _Case(model=str(model), args=args, dtype=dtype, bundle=bundle, on_progress=on_progress)
+        rows += [{"name": row["name"], "dtype": dtype, **row} for row in case.rows()]
+    return record(
+        "serve",
+        model,
+        args,
+        rows,
+        bandwidth=bandwidth_gb_s(device),
+        does_not_measure="how good answers are, networks, several GPUs",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Case:
+    """One precision: the servers that are started, and what they are asked."""
+
+    model: str
+    args: ServeArgs
+    dtype: str
+    bundle: Bundle
+    on_progress: OnProgress
+
+    def rows(self) -> list[Row]:
+        args = self.args
+        rows: list[Row] = []
+        if set(args.parts) - {"disk"}:
+            with (
+                self.random_adapters(args.num_adapters - len(self.bundle.adapters)) as more,
+                self.server(more) as server,
+            ):
+                rows.append(_start(server, len(self.bundle.adapters)))
+                for name in more:
+                    server.load_adapter(name)
+                for name in args.loads if "load" in args.parts else ():
+                    rows += self.load(name, server)
+                if "chunk" in args.parts:
+                    rows.append(self.chunk(server))
+                if "memory" in args.parts:
+                    rows.append(self.memory(server))
+        if "disk" in args.parts:
+            with self.random_adapters(ON_DISK) as adapters, self.server_on_disk(adapters) as server:
+                rows += [_start(server, ON_DISK), self.disk(server, tuple(adapters))]
+        return rows
+
+    @contextmanager
+    def random_adapters(self, number: int) -> Iterator[dict[str, Path]]:
+        """Random adapters of the shapes of the bundle's first one, in a folder."""
+        config = json.loads((next(iter(self.bundle.adapters.values())) / CONFIG_FILE).read_text())
+        targets = config["target_modules"]
+        targets = [targets] if isinstance(targets, str) else sorted(targets)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "adapters"
+            path.mkdir()
+            yield write_random_adapters(self.model, path, max(0, number), r=config["r"], target_modules=targets)
+
+    @contextmanager
+    def server(self, more: Mapping[str, Path]) -> Iterator[Server]:
+        """A server of the bundle, which may load more adapters; it keeps no KV, as questions come again."""
+        options = ["--bundle", str(self.args.bundle), *self.options()]
+        options += [
+            option for path in {path.parent for path in more.values()} for option in ("--adapter-dir", str(path))
+        ]
+        with serving(options, model=MODEL, threads=self.args.threads) as server:
+            yield server
+
+    @contextmanager
+    def server_on_disk(self, adapters: Mapping[str, Path]) -> Iterator[Server]:
+        """A server of adapters on disk, with a router of random weights that knows their names."""
+        folder = next(iter(adapters.values())).parent
+        mini_mlp(tuple(adapters), AutoTokenizer.from_pretrained(self.model).backend_tokenizer).save_pretrained(
+            folder.parent / "router"
+        )
+        options = ["--adapters", str(folder), "--router", str(folder.parent / "router"), *self.options()]
+        with serving([*options, "--budget-mb", str(BUDGET_MB)], model=MODEL, threads=self.args.threads) as server:
+            yield server
+
+    def options(self) -> list[str]:
+        return ["--model", self.model, "--dtype", self.dtype, "--device", self.args.device, "--cache-mb", "0"]
+
+    def load(self, name: str, server: Server) -> list[Row]:
+        """Tokens a second and latency by the number of streams; one stream beside the engine and the base."""
+        args, bodies = self.args, self.bodies(name)
+        targets: list[tuple[Target, Server | None]] = [(server.target, server)]
+        if name == "fixed":
+            targets += [(_peer(text), None) for text in args.peers]
+        streams: dict[tuple[str, int], _Streams] = {}
+        for target, ours in targets:
+            for number in args.streams:
+                some = [bodies[i % len(bodies)] for i in range(number * args.requests)]
+                if ours is None:  # one that knows no mixtures
+                    some = [{key: value for key, value in body.items() if key != "model"} for body in some]
+                streams[target.name, number] = _Streams(target, some, number, ours)
+        runs: dict[str, Run] = {_key(*key): run for key, run in streams.items()}
+        if 1 in args.streams:
+            runs |= self.alone(name, bodies[: args.requests])
+        scenario = f"serve, {name}, {self.dtype}"
+        times = interleave(runs, rounds=args.rounds, scenario=scenario, on_progress=self.on_progress)
+        rows: list[Row] = []
+        for (label, number), run in streams.items():
+            key = _key(label, number)
+            row: Row = {"name": f"{label}, {name}", "streams": number}
+            row |= {**times.spread(key, "tokens_per_s"), **times.spread(key, "ms_per_token"), **latency(run.answers)}
+            if run.metrics_agree is not None:
+                row["metrics_agree"] = run.metrics_agree
+            if 1 in args.streams:
+                row |= _called("speedup", times.ratio(key, "tokens_per_s", over=_key(label, 1)))
+            if number == 1:
+                row |= _called("over_engine", times.ratio(key, "ms_per_token", over=ENGINE))
+                row |= _called("over_base", times.ratio(key, "ms_per_token", over=BASE))
+            rows.append(row)
+        alone = (ENGINE, BASE) if 1 in args.streams else ()
+        return rows + [{"name": f"{key}, {name}", "streams": 1, **times.spread(key, "ms_per_token")} for key in alone]
+
+    def bodies(self, name: str) -> list[dict[str, Any]]:
+        """What is asked: chats with mixtures of the bundle's adapters by name, or questions of their tasks in pairs."""
+        names = list(self.bundle.adapters)
+        same = {"max_tokens": self.args.new_tokens, "temperature": 0, "ignore_eos": True}
+        if name == "fixed":
+            pairs = [(names[i], names[(i + 1) % len(names)]) for i in range(len(names))]
+            mixtures = [f"{a}={x},{b}={y}" for x, y in WEIGHTS for a, b in pairs if a != b] or names
+            return [
+                {"model": mixtures[i % len(mixtures)], "messages": [{"role": "user", "content": text}], **same}
+                for i, text in enumerate(PROMPTS)
+            ]
+        tasks = [procedural_task(n, num_train=1, num_test=NUM_QUESTIONS) for n in names if n in PROCEDURAL]
+        questions = [task.test[i].prompt for i in range(NUM_QUESTIONS) for task in tasks] or list(PROMPTS)
+        return [
+            {"prompt": f"{a}\n{b}", "dlp": {"kv_policy": name}, **same}
+            for a, b in zip(questions, [*questions[1:], questions[0]], strict=True)
+        ]
+
+    def alone(self, name: str, bodies: Sequence[Body]) -> dict[str, Run]:
+        """The engine and the plain base, in this process, which answer the same."""
+        where: dict[str, Any] = {"dtype": getattr(torch, self.dtype), "device": self.args.device}
+        routing: dict[str, Any] = {} if name == "fixed" else {"kv_policy": name}
+        engine = load(self.args.bundle, base_model=self.model, **where, **routing)
+        base: Any = AutoModelForCausalLM.from_pretrained(self.model, dtype=where["dtype"])
+        base = base.to(self.args.device).eval()
+
+        def by_engine(body: Body, num_tokens: int) -> Answer:
+            answer = Answer(num_tokens=num_tokens)
+            stream = engine.stream(
+                body.get("messages") or body["prompt"],
+                mixture=_mixture(body.get("model")),
+                max_new_tokens=num_tokens,
+                min_new_tokens=num_tokens,
+                do_sample=False,
+            )
+            answer.times_s = [time.perf_counter() for _ in stream]
+            return answer
+
+        def by_base(body: Body, num_tokens: int) -> Answer:
+            prompts, _ = as_batch(body.get("messages") or body["prompt"])
+            tokens = [encode_prompt(engine.tokenizer, prompt).tokens for prompt in prompts]
+            ids, clock = torch.tensor(tokens, device=self.args.device), _Clock(num_tokens)
+            length = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens}
+            base.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, streamer=clock, **length)
+            return clock.answer
+
+        def run(answer: Callable[[Body, int], Answer]) -> Run:
+            def measure(i: int) -> dict[str, float]:
+                num_tokens = self.args.new_tokens if i else WARM_UP_TOKENS
+                return {"ms_per_token": ms_per_token([answer(body, num_tokens) for body in bodies])}
+
+            return measure
+
+        return {ENGINE: run(by_engine), BASE: run(by_base)}
+
+    def chunk(self, server: Server) -> Row:
+        """The longest wait between two tokens of an answer while the server reads a long prompt."""
+        first = dict(self.bodies("fixed")[0], max_tokens=LONG_ANSWER)
+        mixture = first["model"]
+
+        def read(length: int) -> dict[str, Any]:
+            return {"model": mixture, "prompt": self.text_ids(length), "max_tokens": 1, "temperature": 0}
+
+        def measure(i: int) -> dict[str, float]:
+            (alone,) = ask(server.target, [read(CHUNK_TOKENS)], streams=1)
+            running, other = ask_beside(server.target, first, read(LONG_TOKENS), after=LONG_ANSWER // 4)
+            step_ms = ms_per_token([running])
+            end_s = other.times_s[-1]
+            waits = [b - a for a, b in zip(running.times_s, running.times_s[1:], strict=False) if a < end_s]
+            longest_ms = max(waits) * 1e3
+            return {"longest_ms": longest_ms, "over_chunk": longest_ms / (alone.first_ms + step_ms)}
+
+        runs: dict[str, Run] = {"chunk": measure}
+        times = interleave(runs, rounds=self.args.rounds, scenario="serve, chunk", on_progress=self.on_progress)
+        name = f"waiting while {LONG_TOKENS} tokens are read"
+        return {"name": name, **times.spread("chunk", "longest_ms"), **times.spread("chunk", "over_chunk")}
+
+    def memory(self, server: Server) -> Row:
+        """Memory of the process by request, with as many at once as the most streams."""
+        number = max(self.args.streams)
+        before_mb = server.resident_mb
+        body = {"prompt": self.text_ids(MEMORY_TOKENS), "max_tokens": self.args.new_tokens, "temperature": 0}
+        with server.peak() as peak:
+            ask(server.target, [body] * number, streams=number)
+        by_request = (peak.resident_mb - before_mb) / number
+        return {"name": f"memory, {number} prompts of {MEMORY_TOKENS} tokens", "mb_per_request": round(by_request, 2)}
+
+    def disk(self, server: Server, names: Sequence[str]) -> Row:
+        """Time to the first token of an adapter that lies on disk, and of the same one again."""
+        chosen = iter(random.Random(0).sample(names, (self.args.rounds + 1) * ASKED_ON_DISK))
+        messages = [{"role": "user", "content": PROMPTS[0]}]
+
+        def measure(i: int) -> dict[str, float]:
+            firsts: list[tuple[float, float]] = []
+            for _ in range(ASKED_ON_DISK):
+                body = {"model": next(chosen), "messages": messages, "max_tokens": 1, "temperature": 0}
+                from_disk, again = (ask(server.target, [body], streams=1)[0].first_ms for _ in range(2))
+                firsts.append((from_disk, again))
+            means = [sum(times) / len(times) for times in zip(*firsts, strict=True)]
+            return {"first_from_disk_ms": means[0], "first_again_ms": means[1]}
+
+        times = interleave(
+            {"disk": measure}, rounds=self.args.rounds, scenario="serve, disk", on_progress=self.on_progress
+        )
+        spreads = {**times.spread("disk", "first_from_disk_ms"), **times.spread("disk", "first_again_ms")}
+        return {"name": f"one of {ON_DISK} adapters, budget {BUDGET_MB} MB", **spreads}
+
+    def text_ids(self, length: int) -> list[int]:
+        """So many tokens of a text."""
+        ids: list[int] = AutoTokenizer.from_pretrained(self.model)(" ".join(PROMPTS))["input_ids"]
+        return (ids * -(-length // len(ids)))[:length]
+
+
+class _Streams:
+    """A round of requests over several streams at once; keeps the answers of all rounds.
+
+    `metrics_agree` says whether the server's own percentiles were always those that the client saw, within one bucket
+    of their histogram; None for a server without our metrics.
+    """
+
+    def __init__(self, target: Target, bodies: Sequence[Body], streams: int, server: Server | None) -> None:
+        self.answers: list[Answer] = []
+        self.metrics_agree: bool | None = None if server is None else True
+        self._target, self._bodies, self._streams, self._server = target, bodies, streams, server
+
+    def __call__(self, i: int) -> Mapping[str, float]:
+        bodies = self._bodies
+        if i == 0:
+            bodies = [{**body, "max_tokens": WARM_UP_TOKENS} for body in bodies[: self._streams]]
+        before = None if self._server is None else self._server.histograms()
+        found = ask(self._target, bodies, streams=self._streams)
+        if i > 0:
+            self.answers += found
+            if self._server is not None and before is not None:
+                firsts, gaps = [a.first_ms / 1e3 for a in found], [gap / 1e3 for a in found for gap in a.gaps_ms]
+                pairs = zip(before, self._server.histograms(), (firsts, gaps), strict=True)
+                self.metrics_agree = bool(self.metrics_agree) and all(agree(*pair) for pair in pairs)
+        return {"tokens_per_s": tokens_per_s(found), "ms_per_token": ms_per_token(found)}
+
+
+class _Clock(BaseStreamer):
+    """Notes when `generate` gives a token; the first call brings the prompt."""
+
+    def __init__(self, num_tokens: int) -> None:
+        self.answer = Answer(num_tokens=num_tokens)
+        self._has_prompt = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._has_prompt:
+            self.answer.times_s.append(time.perf_counter())
+        self._has_prompt = True
+
+    def end(self) -> None:
+        pass
+
+
+def _start(server: Server, num_adapters: int) -> Row:
+    return {
+        "name": f"start with {num_adapters} adapters",
+        "start_s": round(server.start_s, 2),
+        "resident_mb": round(server.resident_mb),
+    }
+
+
+def _key(label: str, streams: int) -> str:
+    return f"{label}, {streams} streams"
+
+
+def _called(name: str, spread: Mapping[str, float]) -> dict[str, float]:
+    return {key.replace("ratio", name): value for key, value in spread.items()}
+
+
+def _mixture(name: str | None) -> Mixture | None:
+    if name is None:
+        return None
+    weights = [part.partition("=") for part in name.split(",")]
+    return Mixture({adapter: float(weight or 1) for adapter, _, weight in weights})
+
+
+def _peer(text: str) -> Target:
+    name, url, model = ([*text.split("|"), "", ""])[:3]
+    if not (name and model and url.startswith("http") and url.endswith("/v1")):
+        raise ValueError(f"peers are written name|http://host:port/v1|model, got {text!r}")
+    return Target(name=name, url=url, model=model)

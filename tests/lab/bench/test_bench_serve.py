@@ -1,0 +1,127 @@
+"""The server under load: what the client sees, beside the engine, and what stays behind."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dlp_lora
+from conftest import byte_tokenizer, lively_model
+from dlp_lora import DLPLoRAError, MiniMLP
+from dlp_lora.lab.bench import serve, soak
+from dlp_lora.lab.bench.load import Answer, latency, ms_per_token, percentile, tokens_per_s
+from dlp_lora.lab.bench.plot import plot
+from dlp_lora.lab.bench.serve import ServeArgs, bench_serve
+from dlp_lora.lab.bench.server import agree
+from dlp_lora.lab.bench.soak import SoakArgs, bench_soak
+from dlp_lora.router import MiniMLPConfig
+
+pytest.importorskip("fastapi", reason="needs the extra serve: pip install 'dlp-lora[serve]'")
+
+NAMES = ("math", "poems", "units")
+SMALL = ServeArgs(
+    rounds=1, num_adapters=4, streams=(1, 2), requests=1, new_tokens=4, dtypes=("float32",), loads=("fixed", "keep")
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bench") / "tiny"
+    lively_model().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bundle(model: Path, lively_adapters: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundle")
+    router = MiniMLP(NAMES, byte_tokenizer().backend_tokenizer, MiniMLPConfig(dim=8, hidden=8))
+    dlp_lora.load(model, adapters=lively_adapters, router=router).save_pretrained(folder / "bundle")
+    return folder / "bundle"
+
+
+def answer(start_s: float, *times_s: float) -> Answer:
+    return Answer(start_s=start_s, times_s=list(times_s), num_tokens=len(times_s))
+
+
+def test_answers_are_counted_from_the_first_request_to_the_last_token() -> None:
+    answers = [answer(0.0, 1.0, 1.5, 2.0), answer(1.0, 1.25, 2.25, 4.0)]
+    assert tokens_per_s(answers) == 6 / 4
+    assert [a.first_ms for a in answers] == [1000, 250]
+    assert ms_per_token(answers) == (500 + 1375) / 2
+    assert latency(answers)["gap_ms_p50"] == 1000
+    assert latency(answers)["first_ms_p99"] == 1000
+
+
+@pytest.mark.parametrize(("share", "expected"), [(50, 51), (95, 96), (99, 100), (100, 100)])
+def test_percentiles_of_a_hundred_numbers(share: float, expected: float) -> None:
+    assert percentile(list(range(1, 101)), share) == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([0.1] * 10, True), ([0.4] * 10, True), ([0.9] * 10, False)],
+    ids=["the same bucket", "the next one", "two further"],
+)
+def test_a_histogram_agrees_within_one_bucket(values: Sequence[float], expected: bool) -> None:
+    before = {0.25: 5.0, 0.5: 5.0, 1.0: 5.0, float("inf"): 5.0}
+    after = {0.25: 15.0, 0.5: 15.0, 1.0: 15.0, float("inf"): 15.0}
+    assert agree(before, after, values) is expected
+
+
+def test_a_peer_is_written_in_three_parts() -> None:
+    with pytest.raises(ValueError, match=r"peers are written name\|http://host:port/v1\|model, got 'vllm'"):
+        replace(SMALL, peers=("vllm",))
+    with pytest.raises(ValueError, match="no parts disc; there are load, chunk, memory, disk"):
+        replace(SMALL, parts=("disc",))
+
+
+def test_a_server_is_measured_beside_the_engine(
+    model: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name, value in {"LONG_TOKENS": 300, "LONG_ANSWER": 40, "MEMORY_TOKENS": 100, "CHUNK_TOKENS": 64}.items():
+        monkeypatch.setattr(serve, name, value)
+    for name, value in {"ON_DISK": 40, "ASKED_ON_DISK": 2}.items():
+        monkeypatch.setattr(serve, name, value)
+    record = bench_serve(model, replace(SMALL, bundle=str(bundle)))
+    assert json.loads(json.dumps(record, allow_nan=False))["rows"] == record["rows"]
+    rows = {(row["name"], row.get("streams")): row for row in record["rows"]}
+    for load in SMALL.loads:
+        one, two = (rows[f"dlp-lora serve, {load}", n] for n in (1, 2))
+        assert one["speedup"] == 1
+        assert two["speedup"] == pytest.approx(two["tokens_per_s"] / one["tokens_per_s"], abs=1e-3)
+        engine, base = (rows[f"{name}, {load}", 1]["ms_per_token"] for name in (serve.ENGINE, serve.BASE))
+        assert one["over_engine"] == pytest.approx(one["ms_per_token"] / engine, abs=1e-2)
+        assert one["over_base"] == pytest.approx(one["ms_per_token"] / base, abs=1e-2)
+        assert 0 < one["first_ms_p50"] <= one["first_ms_p95"] <= one["first_ms_p99"]
+    others: dict[str, Any] = {row["name"]: row for row in record["rows"]}
+    assert others["start with 3 adapters"]["resident_mb"] > 50
+    assert others["waiting while 300 tokens are read"]["over_chunk"] > 0
+    assert "mb_per_request" in others["memory, 2 prompts of 100 tokens"]
+    assert others["one of 40 adapters, budget 64 MB"]["first_from_disk_ms"] > 0
+    pytest.importorskip("matplotlib")
+    plot(record, tmp_path / "serve.svg")
+    assert "dlp-lora serve, keep, 2" in (tmp_path / "serve.svg").read_text()
+
+
+def test_a_soak_counts_what_was_answered_and_what_stays(
+    model: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(soak, "CHANGE_S", 0.2)
+    record = bench_soak(model, SoakArgs(bundle=str(bundle), minutes=0.05, clients=3, leaving=0.2))
+    (row,) = record["rows"]
+    assert row["answers"] > 5
+    assert min(row["left"], row["changes"], row["restart_s"]) > 0
+    assert (row["wrong"], row["rows_after"]) == (0, 0)
+    assert abs(row["growth"]) < 0.2
+
+
+def test_an_answer_that_belongs_to_another_request_ends_a_soak(
+    model: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(soak, "_read", lambda answer: object())
+    with pytest.raises(DLPLoRAError, match=r"\d+ answers are wrong; the first: \{'model'"):
+        bench_soak(model, SoakArgs(bundle=str(bundle), minutes=0.02, clients=1))
