@@ -108,7 +108,7 @@ def answer(theme: Theme) -> str:
         parts.append(_text(x + 14, 66, text, theme.text, size=15))
         parts.append(_text(x + 14, 94, f"{name} {weight:.0%}", colour, size=13, weight=600))
         x += width + 10
-    return _svg(max(x, 720), 108, parts, theme)
+    return _svg(max(x, 90 + 7.6 * len(example["prompt"]) + 12, 720), 108, parts, theme)
 
 
 PEERS: Mapping[str, str] = {
