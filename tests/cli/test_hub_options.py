@@ -5,11 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import dlp_lora
 from commands import json_lines, ok, run
 from conftest import byte_tokenizer, lively_model
 from dlp_lora import MiniMLP
+from dlp_lora.engine.bundle import read_bundle
 from dlp_lora.router import MiniMLPConfig
 from dlp_lora.tasks import Example, Task, write_task
 from hub import LocalHub, local_hub
@@ -126,3 +128,60 @@ def test_code_of_a_repository_runs_only_where_it_is_trusted(parts: Path, lively_
     (found,) = json_lines(ok(*ask, "--trust-remote-code"))
     (plain,) = json_lines(ok("generate", "Why?", "--bundle", parts / "bundle", "--fixed", "math", *QUICK))
     assert found["text"] == plain["text"]
+
+
+def test_adapters_are_checked_against_the_revision_that_was_named(
+    hub: LocalHub, parts: Path, lively_adapters: Path, tmp_path: Path
+) -> None:
+    wide = LlamaConfig(**{**lively_model().config.to_dict(), "hidden_size": 64})
+    LlamaForCausalLM(wide).save_pretrained(tmp_path / "wide")
+    hub.add("owner/sizes", tmp_path / "wide")
+    hub.add("owner/sizes", parts / "base", revision="v1", token=TOKEN)
+    check = ("check", lively_adapters, "--model", "owner/sizes", "--json")
+    at_v1 = ("--revision", "v1", "--token", TOKEN, "--cache-dir", tmp_path / "downloads")
+    assert all(check["fits"] for check in json.loads(ok(*check, *at_v1)))
+    assert not any("safetensors" in request for request in hub.requests)
+    assert any((tmp_path / "downloads").rglob("config.json"))
+    of_main = run(*check, "--token", TOKEN)
+    assert of_main.exit_code == 1
+    assert not any(check["fits"] for check in json.loads(of_main.stdout))
+    asked = len(hub.requests)
+    ok(*check, *at_v1, "--local-files-only")
+    assert len(hub.requests) == asked
+    ok("check", lively_adapters, "--model", parts, "--subfolder", "base")
+
+
+def test_a_bundle_is_made_for_the_revision_that_was_named(hub: LocalHub, parts: Path, tmp_path: Path) -> None:
+    make = ("bundle", "--adapters", parts / "bundle" / "adapters", "--router", parts / "router")
+    ok(*make, "--model", "owner/base", "--revision", "v1", "--out", tmp_path / "bundle")
+    written = json.loads((tmp_path / "bundle" / "bundle.json").read_text())["base_model"]
+    assert (written["name"], written["origin"], written["path"]) == ("owner/base", "hub", None)
+    ok(*make, "--model", parts, "--subfolder", "base", "--out", tmp_path / "other")
+    assert read_bundle(tmp_path / "other").base_model == str(parts / "base")
+
+
+def test_routers_are_made_with_the_revision_that_was_named(
+    hub: LocalHub, parts: Path, lively_adapters: Path, tmp_path: Path
+) -> None:
+    made = ("router-from-adapters", lively_adapters)
+    there = ("--model", "owner/base", "--revision", "v1")
+    ok(*made, *there, "--out", tmp_path / "there")
+    ok(*made, "--model", parts / "base", "--out", tmp_path / "here")
+    weights = [(tmp_path / name / "router.safetensors").read_bytes() for name in ("there", "here")]
+    assert weights[0] == weights[1]
+
+
+def test_a_router_is_trained_with_the_tokenizer_or_encoder_at_its_revision(
+    hub: LocalHub, parts: Path, tmp_path: Path
+) -> None:
+    for name in ("math", "poems"):
+        examples = tuple(Example(prompt=f"{name} {i}", answer="1") for i in range(8))
+        write_task(tmp_path / "data" / name, Task(name=name, train=examples, test=()))
+    hub.add("owner/tokenizer", parts / "base", revision="v5", token=TOKEN)
+    train = ("train-router", "--data", tmp_path / "data", "--epochs", "1", "--out", tmp_path / "router")
+    there = ("--revision", "v5", "--token", TOKEN)
+    refused = run(*train, "--tokenizer", "owner/tokenizer", *there[:-2])
+    assert "no tokenizer can be loaded from 'owner/tokenizer'" in refused.stderr
+    ok(*train, "--tokenizer", "owner/tokenizer", *there)
+    missing = run(*train, "--router-kind", "encoder", "--encoder", "owner/tokenizer", "--revision", "v6", *there[2:])
+    assert "owner/tokenizer at revision 'v6' is not a folder, and cannot be had from the hub" in missing.stderr

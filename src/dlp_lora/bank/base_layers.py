@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 # What this module says of them must not import torch.
@@ -23,6 +24,7 @@ class BaseLayers(dict[str, tuple[int, int]]):
         parameters: the shapes of all weights by name, where they are known without the model; it is then of a type of
             which nothing is renamed, and its text model is called "model".
         source: the model's name or path, "" where it has none.
+        folder: where its files are, None where they are not known to be on this machine.
     """
 
     def __init__(
@@ -33,12 +35,14 @@ class BaseLayers(dict[str, tuple[int, int]]):
         tensor: Callable[[str], Tensor | None] | None = None,
         parameters: Mapping[str, tuple[int, ...]] | None = None,
         source: str = "",
+        folder: Path | None = None,
     ) -> None:
         super().__init__(layers)
         self._build = build
         self._parameters = parameters
         self._tensor = tensor
         self.source = source
+        self.folder = folder
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, or one that is read again, is no way to the model."""

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from dlp_lora.bank.stored_layout import layout_of, stored_folder
 from dlp_lora.bank.tokens import BaseTokens, foreign_tokens
 from dlp_lora.errors import AdapterError, DLPLoRAError, ModelError
 from dlp_lora.files import name_of
+from dlp_lora.hub import Hub, is_repo_id
+
+FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
+"""The files of a base model that say how it is built and how it reads text: all but its weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,42 +41,56 @@ class Check:
         return {**self.__dict__, "path": str(self.path)}
 
 
-def model_layout(model: str | Path) -> BaseLayers:
+def model_layout(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    trust_remote_code: bool = False,
+    hub: Hub = Hub(),  # noqa: B008  # frozen
+) -> BaseLayers:
     """Maps the linear layers of a base model to their (d_in, d_out), without its weights.
 
     The headers of its files say them, or else the model is built without weights from its config; so it is, too, where
     an adapter asks for more. Weights are read only where an adapter's folder holds copies of them.
 
+    Args:
+        model: a path or hub id, of which the weights are not downloaded.
+        revision: the branch, tag or commit of a hub id.
+        subfolder: the folder inside the path or repository.
+        trust_remote_code: runs the code that the model brings, where the model is built.
+        hub: how repositories are reached.
+
     Raises:
         ModelError: if there is no such model.
     """
-    source = str(model)
-    if (stored := layout_of(model)) is not None:
-        return BaseLayers(
-            stored.layers,
-            parameters=stored.parameters,
-            build=lambda: _built(source),
-            tensor=_stored_weights(source, {"lm_head.weight": "model.embed_tokens.weight"}),
-            source=source,
-        )
+    source, place = str(model), str(model)  # ids without an owner are known to transformers alone
+    if is_repo_id(source) or revision is not None or subfolder is not None:
+        folder = hub.folder(source, files=FILES, error=ModelError, revision=revision, subfolder=subfolder)
+        place = str(folder)
+        source = place if Path(source).is_dir() else source
+    known: dict[str, Any] = {"source": source, "folder": Path(place) if Path(place).is_dir() else None}
+    build = partial(_built, place, source=source, trust_remote_code=trust_remote_code)
+    if (stored := layout_of(place)) is not None:
+        tensor = _stored_weights(place, {"lm_head.weight": "model.embed_tokens.weight"})
+        return BaseLayers(stored.layers, parameters=stored.parameters, build=build, tensor=tensor, **known)
     from dlp_lora.bank.attach import linear_layers
 
-    skeleton = _built(source)
+    skeleton = build()
     tied = getattr(skeleton, "all_tied_weights_keys", None) or {}
-    return BaseLayers(
-        linear_layers(skeleton), build=lambda: skeleton, tensor=_stored_weights(source, tied), source=source
-    )
+    tensor = _stored_weights(place, tied)
+    return BaseLayers(linear_layers(skeleton), build=lambda: skeleton, tensor=tensor, **known)
 
 
-def _built(source: str) -> Module:
+def _built(place: str, *, source: str, trust_remote_code: bool) -> Module:
     """Builds a model without weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(f"the base model {source!r} cannot be read: {str(error).splitlines()[0]}") from error
 
@@ -87,7 +106,7 @@ def check_adapters(
         single = (Path(adapters) / CONFIG_FILE).is_file()
         adapters = {name_of(adapters): Path(adapters)} if single else find_adapters(adapters)
     layout = layout if isinstance(layout, BaseLayers) or layout is None else BaseLayers(layout)
-    tokens = BaseTokens(layout.source if layout is not None else "")
+    tokens = BaseTokens(str(layout.folder or layout.source) if layout is not None else "")
     return [_check(layout, tokens, name, Path(path)) for name, path in adapters.items()]
 
 

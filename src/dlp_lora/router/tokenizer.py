@@ -1,7 +1,7 @@
 """How routers read text: through any `tokenizer.json`, without loading a model's tokenizer class."""
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from tokenizers import Tokenizer
 
@@ -10,8 +10,8 @@ from dlp_lora.errors import RouterError
 MAX_CHARS = 32_000  # longer texts keep their end
 
 
-def load_tokenizer(source: str | Path) -> Tokenizer:
-    """Loads the tokenizer of a folder or hub id, for a router to read text with.
+def load_tokenizer(source: str | Path, **kwargs: Any) -> Tokenizer:
+    """Loads the tokenizer of a folder or hub id, for a router to read text with; `from_pretrained` gets `kwargs`.
 
     Raises:
         RouterError: if there is none, or none of the fast kind.
@@ -19,7 +19,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     from transformers import AutoTokenizer  # seconds, and only who makes a router needs it
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(source))
+        tokenizer = AutoTokenizer.from_pretrained(str(source), **kwargs)
     except (OSError, ValueError) as error:
         raise RouterError(f"no tokenizer can be loaded from {str(source)!r}: {str(error).splitlines()[0]}") from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
