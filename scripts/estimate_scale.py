@@ -9,6 +9,7 @@ import argparse
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -109,11 +110,18 @@ def slot_rank(load: Load, model: Model) -> int:
     return next(rank for rank in (1, 8, 16, 32, 64, 128, 256, 320, 512) if rank >= load.num_fused * model.rank)
 
 
-def shares(load: Load) -> list[float]:
+@cache
+def shares(num_mixtures: int, zipf: float) -> tuple[float, ...]:
     """How often each mixture is asked for, by Zipf's law."""
-    weights = [1 / i**load.zipf for i in range(1, load.num_mixtures + 1)]
+    weights = [1 / i**zipf for i in range(1, num_mixtures + 1)]
     total = math.fsum(weights)
-    return [weight / total for weight in weights]
+    return tuple(weight / total for weight in weights)
+
+
+@cache
+def answers_in_slots(p: Sequence[float], num_slots: int, most: int) -> float:
+    """How many answers decode together, whose mixtures fill the slots."""
+    return solved(lambda batch: num_distinct(p, batch), num_slots, most)
 
 
 def num_distinct(p: Sequence[float], batch: float) -> float:
@@ -132,6 +140,7 @@ def solved(f: Callable[[float], float], goal: float, high: float) -> float:
     return low
 
 
+@cache
 def misses(p: Sequence[float], size: float) -> float:
     """How many requests find their mixture not among the `size` used last (Che's approximation)."""
     if size >= len(p):
@@ -150,10 +159,10 @@ def estimate(policy: Policy, load: Load, gpu: GPU, model: Model) -> Estimate:
     free = gpu.memory * gpu.usable - weights - held
     end = load.prompt + load.answer
     by_memory = max(0.0, free / (model.kv_bytes * end))
-    p = shares(load)
+    p = shares(load.num_mixtures, load.zipf)
     by_slots = float(load.max_batch)
     if policy in ("request", "recompute"):
-        by_slots = solved(lambda batch: num_distinct(p, batch), load.max_loras, load.max_batch)
+        by_slots = answers_in_slots(p, load.max_loras, load.max_batch)
     elif policy == "keep":
         by_slots = float(min(load.max_loras, load.max_batch))  # each answer has a name of its own
     batch = min(by_memory, by_slots, load.max_batch)
@@ -202,7 +211,7 @@ def answer_s(policy: Policy, load: Load, gpu: GPU, model: Model, requests_s: flo
     busy = requests_s * other  # of the GPU's time; the rest is left for decoding
     seconds = 0.0
     batch = 1.0
-    for _ in range(200):
+    for _ in range(50):
         step = replace(load, max_batch=max(1, round(batch)))
         step_s = estimate(policy, step, gpu, model).step_ms / 1e3
         seconds = load.answer * step_s / (1 - busy) + other / (1 - busy)
@@ -313,7 +322,7 @@ def draw(path: Path, load: Load, gpu: GPU, model: Model, *, dark: bool) -> None:
                     for costs in (HIGH, LOW)
                 ]
                 axes.fill_between(where, *ends, color=colour, alpha=0.15, linewidth=0)
-        left.set(xlabel="requests a second", ylabel="seconds an answer", yscale="log", title="where the knee is")
+        left.set(xlabel="requests a second", ylabel="seconds an answer", ylim=(0, 15), title="where the knee is")
         middle.set(xlabel="--max-loras", ylabel="requests a second", ylim=0, title="slots for mixtures")
         right.set(xlabel="sentences that switch", ylabel="requests a second", ylim=0, title="how often it switches")
         left.legend(frameon=False, labelcolor=text, fontsize=8)
