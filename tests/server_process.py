@@ -33,6 +33,15 @@ class ServerProcess:
     def log(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.log_path.read_text().splitlines() if line.startswith("{")]
 
+    def logged(self, request_id: str) -> dict[str, Any]:
+        """What the log says of a request, which is written after its answer was sent."""
+        deadline = time.monotonic() + 30
+        while not (found := [line for line in self.log if line.get("request_id") == request_id]):
+            assert time.monotonic() < deadline, f"the log has no request {request_id}"
+            time.sleep(0.01)
+        (line,) = found
+        return line
+
     def post(self, path: str, body: Any = None, *, key: str | None = None, **kwargs: Any) -> httpx.Response:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         return self.client.post(path, json=body, headers={**headers, **kwargs.pop("headers", {})}, **kwargs)

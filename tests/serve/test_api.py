@@ -294,7 +294,7 @@ def test_a_request_id_comes_back_and_stands_in_the_log(server: ServerProcess) ->
     assert len(response.headers["x-request-id"]) == 32
     response = server.post("/v1/completions", {"prompt": "x", "max_tokens": 2}, headers={"X-Request-Id": "mine-1"})
     assert response.headers["x-request-id"] == "mine-1"
-    (line,) = [line for line in server.log if line.get("request_id") == "mine-1"]
+    line = server.logged("mine-1")
     assert (line["path"], line["status"], line["completion_tokens"]) == ("/v1/completions", 200, 2)
 
 
