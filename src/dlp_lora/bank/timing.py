@@ -20,7 +20,7 @@ RANK = 24  # of the pairs that are timed: three adapters of rank 8
 NUM_TURNS = 16
 MIN_TURNS = 3
 LIMIT_S = 0.05  # for one kind of layers and number of rows, after which it is given MIN_TURNS at most
-SAMPLE_MB = 128  # of weights in each group
+SAMPLE_MB = 64  # of weights in each group
 CACHES_MB = 64
 HOPELESS = 1.5  # times as long as the fastest at first: not tried again
 
@@ -37,7 +37,7 @@ class Trial:
     def num_sampled(self) -> int:
         """How many of its layers are timed."""
         nbytes = _base_nbytes(self.group) // self.group.num_layers
-        return min(self.group.num_layers, max(len(get_args(Way)), SAMPLE_MB * 2**20 // max(1, nbytes)))
+        return min(self.group.num_layers, max(len(NUM_ROWS) * len(get_args(Way)), SAMPLE_MB * 2**20 // max(1, nbytes)))
 
 
 @torch.no_grad()
