@@ -197,50 +197,6 @@ def _targets() -> str:
     return _table(columns, [row for row in _record("router_bench")["targets"] if row["value"] is not None])
 
 
-def _router_peers() -> str:
-    """Ways to choose an adapter that were measured, on the same prompts."""
-    columns: dict[str, Cell] = {
-        "chosen by": lambda row: row["name"],
-        "needs": lambda row: row["needs"],
-        "tasks": lambda row: str(len(row["tasks"])),
-        "accuracy": _percent("accuracy", 1),
-        "AUROC": _number("auroc", 3),
-        "false routes": _percent("false_routes", 1),
-        "ms a prompt": _number("prompt_ms", 2),
-    }
-    found = _record("router_limits")["scenarios"]["peers"]
-    rows = [{"name": name, **own} for name, own in found.items() if isinstance(own, dict) and "needs" in own]
-    return _table(columns, rows, words=2)
-
-
-def _instructions() -> str:
-    """What an engine makes of prompts among instructions, and of foreign ones among the same."""
-    columns: dict[str, Cell] = {
-        "instructions": lambda row: row["name"],
-        "routed and right": _percent("right_and_routed", 1),
-        "right": _percent("accuracy", 1),
-        "AUROC": lambda row: _number("auroc", 3)(row["outside"]),
-        "foreign prompts routed": lambda row: _percent("false_routes", 1)(row["outside"]["own_threshold"]),
-    }
-    found = _record("router_limits")["scenarios"]["instructions"]
-    return _table(columns, [{"name": n, **own} for n, own in found.items() if n != "seconds"])
-
-
-def _joined() -> str:
-    """Tasks that joined a router from 32 examples each."""
-    columns: dict[str, Cell] = {
-        "router": lambda row: "all 26 tasks" if row["base"] == "extra" else "21 of them",
-        "tasks that joined": lambda row: str(row["added"]),
-        "their prompts that fit": _percent("new_fit", 1),
-        "of these tasks, right": lambda row: _percent("accuracy", 1)(row["new"]),
-        "old tasks lose, points": lambda row: f"{100 * row['lost']:.2f}",
-        "foreign prompts routed before": lambda row: _percent("share", 1)({"share": row["false_routes"][0]}),
-        "after": lambda row: _percent("share", 1)({"share": row["false_routes"][1]}),
-    }
-    rows = _record("router_limits")["scenarios"]["extension"]["add"]
-    return _table(columns, [row for row in rows if row["examples"] == 32], words=2)
-
-
 def _demo() -> str:
     methods = {
         "base model": "base",
@@ -502,9 +458,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablations": _ablations,
     "demo": _demo,
     "router-targets": _targets,
-    "router-peers": _router_peers,
-    "router-instructions": _instructions,
-    "router-joined": _joined,
     "untrained": _untrained,
     "decode": _decoding("decode"),
     "decode-short": _decoding("decode", names=("base", "base again", "dlp-lora, 3 of 26", "peft one adapter")),
