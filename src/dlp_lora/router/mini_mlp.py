@@ -55,7 +55,7 @@ class MiniMLP(nn.Module):
 
     The layers and the head know the adapters that they were trained on, and `near` tells texts of none of them. Where
     these leave a text over, `neighbours` says whether its prompt is one of an adapter that joined later (`add_tasks` of
-    `dlp_lora.training.extend`): what joins changes nothing for the others.
+    `dlp_lora.training.extend`): what joins changes little for the others.
     """
 
     def __init__(
