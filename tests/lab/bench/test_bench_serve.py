@@ -111,6 +111,7 @@ def test_a_soak_counts_what_was_answered_and_what_stays(
     model: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(soak, "CHANGE_S", 0.2)
+    monkeypatch.setattr(soak, "PROMPTS", soak.PROMPTS[:2])
     record = bench_soak(model, SoakArgs(bundle=str(bundle), minutes=0.05, clients=3, leaving=0.2))
     (row,) = record["rows"]
     assert row["answers"] > 5
@@ -123,5 +124,6 @@ def test_an_answer_that_belongs_to_another_request_ends_a_soak(
     model: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(soak, "_read", lambda answer: object())
+    monkeypatch.setattr(soak, "PROMPTS", soak.PROMPTS[:2])
     with pytest.raises(DLPLoRAError, match=r"\d+ answers are wrong; the first: \{'model'"):
         bench_soak(model, SoakArgs(bundle=str(bundle), minutes=0.02, clients=1))
