@@ -108,9 +108,6 @@ def main() -> None:
                 record = measure(engine, backend, options.tokens, QUESTIONS[: options.questions])
             finally:
                 backend.close()
-    for name, case in record["cases"].items():
-        print(f"{name:<22} {case['num_tokens']:>5} tokens, {case['num_switches']:>3} switches, "
-              f"max |d logprob| {case['max_difference']:.1e}, {case['num_not_greedy']} not greedy")  # fmt: skip
     write_text(options.json, json.dumps(record, indent=2) + "\n")
     print(f"wrote {options.json}")
 
@@ -141,7 +138,7 @@ def make_engine(folder: Path) -> Engine:
 
 
 def measure(engine: Engine, backend: VLLMBackend, num_tokens: int, questions: Sequence[str]) -> dict[str, Any]:
-    """Asks all cases; gives what to write down."""
+    """Asks all cases, one after the other; gives what to write down."""
 
     def request(question: str, *, before: str = "", **changes: Any) -> Request:
         messages = [{"role": "user", "content": before + question}]
@@ -168,6 +165,14 @@ def measure(engine: Engine, backend: VLLMBackend, num_tokens: int, questions: Se
             *(request(q, **fixed({"stabilised": 0.5, "wide": 0.5})) for q in questions[7:]),
         ],
     }
+    compared: dict[str, dict[str, Any]] = {}
+    for name, asked in cases.items():
+        case = compared[name] = compare(engine, list(answered(backend, asked, at_once="once" in name)))
+        print(
+            f"{name:<12} {case['num_tokens']:>5} tokens, {case['num_switches']:>3} switches, "
+            f"max |d logprob| {case['max_difference']:.1e}, {case['num_not_greedy']} not greedy",
+            flush=True,
+        )
     return {
         "script": "measure_vllm",
         "environment": environment(),
@@ -176,10 +181,7 @@ def measure(engine: Engine, backend: VLLMBackend, num_tokens: int, questions: Se
         "model": "SmolLM2-135M-Instruct",
         "adapters": {name: dict(config) for name, config in ADAPTERS.items()},
         "num_tokens": num_tokens,
-        "cases": {
-            name: compare(engine, list(answered(backend, asked, at_once="once" in name)))
-            for name, asked in cases.items()
-        },
+        "cases": compared,
     }
 
 
