@@ -1,6 +1,8 @@
 """Two replicas behind Ray Serve answer alike, also after an adapter was added to the bundle."""
 
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +16,7 @@ from conftest import byte_tokenizer, lively_model
 from dlp_lora.engine.bundle import generation_of
 from serving import extra_adapters
 
-ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'ray[serve]'")
+pytest.importorskip("ray", reason="Ray is not installed: pip install 'ray[serve]'")
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
 NUM_ASKED = 24
@@ -29,20 +31,36 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, lively_adapters: Path) -> P
     return root / "bundle"
 
 
+# In a process of its own: functions that the tests check cannot be sent to replicas.
+SERVER = """
+import sys
+import ray
+from ray import serve
+from dlp_lora.serve.ray import RayArgs, build_app
+bundle, port = sys.argv[1:]
+ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+serve.start(http_options={"port": int(port), "host": "127.0.0.1"})
+args = RayArgs(bundle=bundle, num_replicas=2, num_cpus=0.5, watch_s=0.2, served_model_name="tiny")
+serve.run(build_app(args), name="tiny")
+(deployment,) = serve.status().applications["tiny"].deployments.values()
+print(deployment.replica_states, flush=True)
+sys.stdin.read()
+serve.shutdown()
+"""
+
+
 @pytest.fixture(scope="module")
 def address(bundle: Path) -> Iterator[str]:
-    from ray import serve
-
-    from dlp_lora.serve.ray import RayArgs, build_app
-
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    port = free_port()
-    serve.start(http_options={"port": port, "host": "127.0.0.1"})
-    args = RayArgs(bundle=str(bundle), num_replicas=2, num_cpus=0.5, watch_s=0.2, served_model_name="tiny")
-    serve.run(build_app(args), name="tiny")
-    yield f"http://127.0.0.1:{port}"
-    serve.shutdown()
-    ray.shutdown()
+    port = str(free_port())
+    command = [sys.executable, "-c", SERVER, str(bundle), port]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        assert "{'RUNNING': 2}" in (line.strip() for line in process.stdout)
+        yield f"http://127.0.0.1:{port}"
+        process.stdin.close()
+        process.stdout.read()
+        assert process.wait(60) == 0
 
 
 def free_port() -> int:
@@ -65,10 +83,6 @@ def asked(address: str, model: str) -> list[tuple[int, str]]:
 
 
 def test_replicas_answer_alike_and_follow_the_bundle(address: str, bundle: Path, tmp_path: Path) -> None:
-    from ray import serve
-
-    (deployment,) = serve.status().applications["tiny"].deployments.values()
-    assert deployment.replica_states == {"RUNNING": 2}
     first = set(asked(address, "math"))
     assert len(first) == 1
     assert {status for status, _ in first} == {200}
