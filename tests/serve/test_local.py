@@ -164,6 +164,7 @@ class Letters:
 
     def __init__(self, num: int) -> None:
         self.num = num
+        self.schema = {"type": "string", "pattern": f"^[A-E]{{{num}}}$"}
 
     def mask(self, scores: Tensor) -> None:
         allowed = torch.zeros_like(scores, dtype=torch.bool)
