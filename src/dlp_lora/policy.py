@@ -22,7 +22,7 @@ class Mixture(Mapping[str, float]):
     An empty mixture is the base model alone. Weights may be any finite numbers; the policies here
     return weights that sum to 1. Immutable and hashable.
 
-    `left_out` are adapters that were chosen, too, and for which there was no room; mixtures are equal whatever was.
+    `left_out` names adapters that were chosen but had no room. Two mixtures may be equal and differ in it.
 
     >>> Mixture({"units": 0.4, "math": 0.6})
     Mixture(math=0.6, units=0.4)

@@ -14,6 +14,7 @@ import dlp_lora
 from conftest import CHAT_TEMPLATE, byte_tokenizer, lively_model, make_adapter
 from dlp_lora import AdapterError, Engine, MiniMLP, ModelError, RouterError
 from dlp_lora.router import MiniMLPConfig
+from hub import local_hub
 
 IDS = torch.tensor([[1, 2, 3]])
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
@@ -118,6 +119,16 @@ def test_adapters_and_routers_have_revisions_and_subfolders_of_their_own(cache: 
     assert engine.router.names == ("math", "units")
     with pytest.raises(ValueError, match="adapter_revision has maths; the adapters are math"):
         cache.load("owner/base", adapters={"math": "owner/loras"}, adapter_revision={"maths": "v1"})
+
+
+def test_a_base_that_is_here_is_loaded_without_a_question_to_the_hub(
+    cache: Cache, tmp_path: Path, lively_adapters: Path
+) -> None:
+    """transformers looks for an adapter beside the base, too, and would ask the hub for it."""
+    cache.add("owner/base", main=base())
+    with local_hub(tmp_path / "downloads") as hub:
+        cache.load("owner/base", adapters=lively_adapters)
+    assert not [request for request in hub.requests if "owner/base" in request]
 
 
 def test_an_adapter_of_the_hub_is_named_after_its_repository_or_subfolder(cache: Cache) -> None:

@@ -11,7 +11,7 @@ TINY = 1e-6  # where all texts of an adapter are one
 
 class Nearness(nn.Module):
     """Minus the log of the squared Mahalanobis distance from features to their adapter's mean (Lee et al. 2018, arXiv
-    1807.03888), over what it is for that adapter's own texts on average. So adapters of manifold texts reach further.
+    1807.03888), over what it is for that adapter's own texts on average. So adapters of varied texts reach further.
 
     One covariance for all, along its principal directions.
     """

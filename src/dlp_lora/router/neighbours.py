@@ -77,11 +77,11 @@ class Examples(nn.Module):
 
 
 class Neighbours(nn.Module):
-    """Scores prompts by their likeness to the examples of adapters that joined; higher is liker, 0 the threshold.
+    """Scores prompts by their likeness to the examples of adapters that joined; 0 is the threshold.
 
     The score is how far the mean likeness to the five nearest examples exceeds what is typical, in deviations. Typical
     of an adapter is half way between its examples, each left out in turn, and the tasks that the router was trained on:
-    an adapter of manifold texts reaches further, but not so far that it takes all. The deviation is that of those
+    an adapter of varied texts reaches further, but not so far that it takes all. The deviation is that of those
     tasks, and one threshold for all that joined keeps at least 94 % of their examples, each left out.
     """
 

@@ -307,7 +307,7 @@ def _calibrate(
     temperature = _fit_temperature(logits, torch.tensor([sample.label for sample in samples]))
     router.calibration = _abstaining(router, contexts, temperature, args.coverage)
     if isinstance(router, MiniMLP) and router.near is not None:
-        # Of all texts that are lost, most would be of the task with the most manifold ones: that reaches further. Then
+        # Of all texts that are lost, most would be of the task with the most varied ones: that reaches further. Then
         # more texts fit than are to, which raises the threshold.
         prompts = [Context(example.prompt) for own in tasks for example in own]
         owners = torch.tensor([label for label, own in enumerate(tasks) for _ in own])

@@ -203,7 +203,7 @@ class _Case:
         return rows + [{"name": f"{key}, {name}", "streams": 1, **times.spread(key, "ms_per_token")} for key in alone]
 
     def bodies(self, name: str) -> list[dict[str, Any]]:
-        """What is asked: chats with mixtures of the bundle's adapters by name, or questions of their tasks in pairs."""
+        """The requests: chats that name mixtures of the bundle's adapters, or pairs of questions of their tasks."""
         names = list(self.bundle.adapters)
         same = {"max_tokens": self.args.new_tokens, "temperature": 0, "ignore_eos": True}
         if name == "fixed":
