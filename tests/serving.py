@@ -1,16 +1,23 @@
 """What tests of the server share: an engine in float64, requests, and what the engine alone answers to them."""
 
-from collections.abc import Iterable, Mapping
+import asyncio
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 import dlp_lora
 from conftest import EveryK, HashRouter, byte_tokenizer, lively_model, make_adapter
 from dlp_lora import Engine, Switching
+from dlp_lora.bank.base_layers import BaseLayers
 from dlp_lora.engine.trace import Generation, Sentence
+from dlp_lora.serve.adapters import AdapterManager
+from dlp_lora.serve.app import make_app
 from dlp_lora.serve.backend import Done, Event, Request, Sampling, SentenceStart, Token
+from dlp_lora.serve.service import Service
 
 PROMPTS = ("Tell me a tale", "How far is it to the moon", "Why? " * 12, "x", "One. Two. Three, and four.")
 
@@ -64,6 +71,28 @@ def alone(engine: Engine, request: Request) -> Generation:
     generation = engine.generate(engine.tokenizer.decode(request.tokens), settings=call.settings, **kwargs)
     assert isinstance(generation, Generation)
     return generation
+
+
+def over_http(
+    service: Service,
+    layout: BaseLayers,
+    path: str,
+    body: Any = None,
+    *,
+    folders: Sequence[Path] = (),
+    bundle: Path | None = None,
+    key: str = "",
+) -> httpx.Response:
+    """Asks the application of a service, which has no process of its own here."""
+    app = make_app(service, AdapterManager(service, layout, folders=folders, bundle=bundle))
+
+    async def asked() -> httpx.Response:
+        transport = httpx.ASGITransport(app)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", headers=headers) as client:
+            return await (client.get(path) if body is None else client.post(path, json=body))
+
+    return asyncio.run(asked())
 
 
 def timeless(generation: Generation) -> Generation:

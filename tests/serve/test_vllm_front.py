@@ -1,6 +1,5 @@
 """The front on vLLM is the front: API, trace, adapters; and one command starts vLLM, and ends it."""
 
-import asyncio
 import os
 import re
 import signal
@@ -22,15 +21,13 @@ from dlp_lora import Engine, TopP
 from dlp_lora.cli.common import EngineOptions, HubOptions, open_outline
 from dlp_lora.engine.outline import Outline, read_outline
 from dlp_lora.errors import ModelError
-from dlp_lora.serve.adapters import AdapterManager
-from dlp_lora.serve.app import make_app
 from dlp_lora.serve.keys import Keys
 from dlp_lora.serve.server import local_service, make_service
 from dlp_lora.serve.service import Service
 from dlp_lora.serve.settings import ServerSettings
 from dlp_lora.serve.vllm.backend import VLLMBackend, VLLMSettings
 from dlp_lora.serve.vllm.process import RANKS, VLLMFlags, command, slot_bytes, slot_rank, vllm_server
-from serving import double_engine, extra_adapters
+from serving import double_engine, extra_adapters, over_http
 from vllm_stand_in import Fault, StandIn, standing_in
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*changes nothing")  # the adapter that servers are checked with
@@ -54,21 +51,13 @@ def stand_in(lively_adapters: Path) -> Iterator[StandIn]:
 def service(engine: Engine, stand_in: StandIn) -> Iterator[Service]:
     outline = Outline.of(engine)
     backend = VLLMBackend(outline, [stand_in.url], settings=VLLMSettings(poll_s=0.1))
-    yield make_service(outline, backend, backend.start_row, ServerSettings(), Keys({}, admin="A"), name="tiny")
+    yield make_service(outline, backend, backend, ServerSettings(), Keys({}, admin="A"), name="tiny")
     backend.close()
 
 
-def ask(service: Service, engine: Engine, path: str, body: Any = None, *, folders: Any = (), key: str = "") -> Any:
+def ask(service: Service, engine: Engine, path: str, body: Any = None, **more: Any) -> httpx.Response:
     """Asks the application of a service."""
-    app = make_app(service, AdapterManager(service, engine.bank.base, folders=folders))
-
-    async def asked() -> httpx.Response:
-        transport = httpx.ASGITransport(app)
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", headers=headers) as client:
-            return await (client.get(path) if body is None else client.post(path, json=body))
-
-    return asyncio.run(asked())
+    return over_http(service, engine.bank.base, path, body, **more)
 
 
 def test_a_chat_is_answered_with_the_trace_as_by_the_local_backend(service: Service, engine: Engine) -> None:

@@ -168,7 +168,7 @@ def _service(
         stack.callback(backend.close)
         for note in backend.notes:
             say(f"warning: {note}")
-        yield make_service(outline, backend, backend.start_row, settings, keys, name=name), outline.layout
+        yield make_service(outline, backend, backend, settings, keys, name=name), outline.layout
 
 
 def keys_of(options: KeyOptions) -> "Keys":

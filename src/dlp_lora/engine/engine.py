@@ -22,14 +22,14 @@ from dlp_lora.bank.device import computing_device
 from dlp_lora.bank.paths import Paths, Setting
 from dlp_lora.bank.peft_format import check_base_name, read_adapter
 from dlp_lora.chat import Chat, Message
-from dlp_lora.engine.apart import joined, prompts_apart
+from dlp_lora.engine.apart import joined
 from dlp_lora.engine.base import PROBE_TEXT, PROBE_TOKENS, Base, Probe
 from dlp_lora.engine.bundle import check_names, upload_bundle, write_bundle
 from dlp_lora.engine.calls import Call, Endings, call_setting, check_call, seeded
 from dlp_lora.engine.controller import Controller
 from dlp_lora.engine.overrides import Override, overriding
 from dlp_lora.engine.passes import check_keeps_cache
-from dlp_lora.engine.prompts import EncodedPrompt, as_batch, contexts_of, encode_prompt, encode_prompts, padded
+from dlp_lora.engine.prompts import EncodedPrompt, as_batch, contexts_of, encode_prompts, padded
 from dlp_lora.engine.routing import Prompt, RowRouter
 from dlp_lora.engine.routing_log import RoutingLog
 from dlp_lora.engine.streaming import Stream
@@ -305,8 +305,8 @@ class Engine:
             continue_final_message=continue_final_message,
         )
         with self._calling(mixture, settings, kwargs) as call:
-            apart = self._apart(chats, call, kwargs)
-            encoded = encode_prompts(self.tokenizer, [question for questions in apart for question in questions])
+            apart = self._apart(encode_prompts(self.tokenizer, chats), call, kwargs)
+            encoded = [question for questions in apart for question in questions]
             inputs = self._inputs(encoded, call, kwargs)
             with self._overriding({"contexts": contexts_of(encoded)}):
                 with seeded(seed, self.device), torch.no_grad():
@@ -351,8 +351,7 @@ class Engine:
         if not single:
             raise ValueError("engine.stream takes one prompt; use engine.generate for several")
         with self._calling(mixture, settings, kwargs) as call:
-            (questions,) = self._apart(chats, call, kwargs)
-            encoded = encode_prompts(self.tokenizer, questions)
+            (encoded,) = self._apart(encode_prompts(self.tokenizer, chats), call, kwargs)
             inputs = self._inputs(encoded, call, kwargs, is_stream=True)
 
             def run(**more: Any) -> None:
@@ -364,7 +363,7 @@ class Engine:
 
             stopping = kwargs.get("stopping_criteria") or ()
             with self._overriding({"contexts": contexts_of(encoded)}):
-                return Stream(run, finish, self._controller, call.endings, stopping, num_rows=len(questions))
+                return Stream(run, finish, self._controller, call.endings, stopping, num_rows=len(encoded))
 
     @contextmanager
     def _calling(
@@ -378,20 +377,13 @@ class Engine:
         ):
             yield self.call
 
-    def _apart(self, prompts: Sequence[str | Chat], call: Call, kwargs: Mapping[str, Any]) -> list[list[str | Chat]]:
+    def _apart(
+        self, prompts: Sequence[EncodedPrompt], call: Call, kwargs: Mapping[str, Any]
+    ) -> list[list[EncodedPrompt]]:
         """Gives for each prompt those that are answered in its place: its questions, if they are answered apart."""
         numbers = ("num_beams", "num_return_sequences")
         is_one_row = all((call_setting(name, kwargs, self.model.generation_config) or 1) == 1 for name in numbers)
-        if call.settings.prompt_routing != "apart" or call.mixtures is not None or not is_one_row:
-            return [[prompt] for prompt in prompts]
-        routing = self._controller.routing(call)
-        with self.bank.lock:  # a router may run the base model
-            return [prompts_apart(routing.read, prompt, self._context(prompt)) for prompt in prompts]
-
-    def _context(self, prompt: str | Chat) -> Context:
-        """What the router reads of a prompt."""
-        encoded = encode_prompt(self.tokenizer, prompt)
-        return encoded.context or self._controller.starter.read_prompt.context(encoded.tokens)
+        return [self.apart(prompt, call=call) if is_one_row else [prompt] for prompt in prompts]
 
     def _generations(
         self,
@@ -445,6 +437,15 @@ class Engine:
         context = Context(prompt) if isinstance(prompt, str) else prompt
         with self.bank.lock:  # a router may run the base model
             return self._controller.routing(self.call).route(context)
+
+    def apart(
+        self, prompt: EncodedPrompt, *, call: Call | None = None, among: Collection[str] | None = None
+    ) -> list[EncodedPrompt]:
+        """Gives the prompts that are answered in the place of one, as `start_row` has it: the questions of a prompt
+        that is answered in parts, or the prompt itself.
+        """
+        with self.bank.lock:  # a router may run the base model
+            return self._controller.starter.apart(prompt, call or self.call, among=among)
 
     def start_row(
         self,

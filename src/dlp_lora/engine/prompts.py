@@ -21,11 +21,13 @@ from dlp_lora.router import Context
 class EncodedPrompt:
     """A prompt as tokens, and what the router reads of it; None for a string, which is read from its tokens.
 
-    A string may be a conversation that the caller has put through the chat template already.
+    A string may be a conversation that the caller has put through the chat template already. `source` is what was
+    encoded; None for token ids.
     """
 
     tokens: tuple[int, ...]
     context: Context | None = None
+    source: str | Chat | None = None
 
     @property
     def prompt(self) -> Prompt | None:
@@ -101,7 +103,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Chat) -> Enc
         tokens = chat_tokens(tokenizer, prompt) if has_text else []
     if not tokens:
         raise PromptError("the prompt is empty; give at least one token of text")
-    return EncodedPrompt(tuple(tokens), context)
+    return EncodedPrompt(tuple(tokens), context, prompt)
 
 
 def encode_chat(

@@ -4,7 +4,9 @@ from collections.abc import Collection, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from dlp_lora.engine.apart import prompts_apart
 from dlp_lora.engine.calls import Call
+from dlp_lora.engine.prompts import EncodedPrompt, encode_prompt
 from dlp_lora.engine.routing import Among, Prompt, Routing, RowRouter, start_rows
 from dlp_lora.engine.text import Detokenizer, Passage, PromptReader
 
@@ -29,6 +31,17 @@ class RowStarter:
             min_tokens = call.settings.switching.min_tokens
             passages = self.read_prompt.sentences(tokens, call.segmenter, min_tokens=min_tokens)
         return Prompt.of(context, passages)
+
+    def apart(self, prompt: EncodedPrompt, call: Call, *, among: Collection[str] | None = None) -> list[EncodedPrompt]:
+        """Gives the prompts that are answered in the place of one: its questions, if the call answers them apart.
+
+        A prompt of token ids is not cut, nor is any under a fixed mixture.
+        """
+        if call.settings.prompt_routing != "apart" or call.mixtures is not None or prompt.source is None:
+            return [prompt]
+        context = prompt.context or self.read_prompt.context(prompt.tokens)
+        questions = prompts_apart(self.routing(call, among).read, prompt.source, context)
+        return [encode_prompt(self._tokenizer, each) for each in questions] if len(questions) > 1 else [prompt]
 
     def start(self, prompts: Sequence[Prompt], call: Call, *, among: Collection[str] | None = None) -> list[RowRouter]:
         """Routes prompts, all in one call of the router.

@@ -5,6 +5,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
+from dlp_lora.serve.apart import open_all
 from dlp_lora.serve.backend import Done, PromptScores, SentenceStart, Stream, Token
 from dlp_lora.serve.errors import APIError
 from dlp_lora.serve.metrics import Meter
@@ -49,8 +50,8 @@ class Answers:
     async def __aenter__(self) -> "Answers":
         self._service.num_running += 1
         try:
-            for request in self._asked.requests:
-                self._streams.append(self._service.backend.open(request))
+            for requests in self._asked.answers:
+                self._streams.append(open_all(self._service.backend, requests))
         except BaseException:
             await self.__aexit__()
             raise

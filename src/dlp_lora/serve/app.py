@@ -129,16 +129,16 @@ def _generation(service: Service) -> APIRouter:
     @router.post("/v1/route")
     async def route(body: schema.RouteRequest, sender: Sender) -> schema.RouteResponse:
         """Says which adapters would answer a prompt, without answering it."""
-        choice, prompt, row = await to_thread.run_sync(service.route, body, sender)
-        opening = row.decisions[0]
+        routed = await to_thread.run_sync(service.route, body, sender)
+        opening = routed.rows[0].decisions[0]
         return {
-            "model": choice.asked,
+            "model": routed.choice.asked,
             "mixture": dict(opening.mixture),
             "probabilities": dict(opening.probabilities),
             "abstained": opening.abstained,
-            "questions": list(row.questions),
+            "questions": list(routed.questions),
             "route_ms": round(opening.route_ms, 3),
-            "num_tokens": len(prompt.tokens),
+            "num_tokens": routed.num_tokens,
         }
 
     @router.post("/tokenize")

@@ -27,7 +27,7 @@ class ChatAnswer:
         self._tokenizer = service.encoder.tokenizer
         self._body = body
         self._asked = asked
-        self._writers = [self._writer() for _ in asked.requests]
+        self._writers = [self._writer() for _ in asked.answers]
 
     async def whole(self, answers: Answers) -> ChatResponse:
         """Gives all answers at their ends."""
@@ -56,7 +56,7 @@ class ChatAnswer:
 
     async def chunks(self, answers: Answers) -> AsyncIterator[Chunk | None]:
         """Gives the chunks of a stream, up to the last choice's; None where nothing came for a while."""
-        for index in range(len(self._asked.requests)):
+        for index in range(len(self._asked.answers)):
             yield self._chunk(index, {"role": "assistant", "content": ""})
         async for got in answers.items():
             if got is None:

@@ -19,7 +19,7 @@ class CompletionAnswer:
         self._tokenizer = service.encoder.tokenizer
         self._body = body
         self._asked = asked
-        self._scores = [CompletionScores(self._tokenizer) for _ in asked.requests]
+        self._scores = [CompletionScores(self._tokenizer) for _ in asked.answers]
 
     async def whole(self, answers: Answers) -> CompletionResponse:
         """Gives all answers at their ends."""
@@ -49,7 +49,7 @@ class CompletionAnswer:
         """Gives the chunks of a stream, up to the last choice's; None where nothing came for a while."""
         has_scores = self._body.logprobs is not None
         if self._body.echo and not has_scores:
-            for index in range(len(self._asked.requests)):
+            for index in range(len(self._asked.answers)):
                 yield self._chunk(index, self._echo(index))
         async for got in answers.items():
             if got is None:
@@ -70,7 +70,9 @@ class CompletionAnswer:
         if not self._body.echo:
             return ""
         prompt = self._asked.prompt_of(index)
-        return decode(self._tokenizer, prompt.tokens, skip_special_tokens=False) if prompt.text is None else prompt.text
+        if isinstance(prompt.source, str):
+            return prompt.source
+        return decode(self._tokenizer, prompt.tokens, skip_special_tokens=False)
 
     def _prompt_scores(self, index: int, scores: PromptScores) -> CompletionLogprobs:
         return self._scores[index].prompt(self._asked.prompt_of(index).tokens, scores)

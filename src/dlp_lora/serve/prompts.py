@@ -76,7 +76,7 @@ class PromptEncoder:
         """
         self._check_length(len(text))
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        return self._checked(self.tokenizer(text, **options)["input_ids"] if text.strip() else ())
+        return self._checked(self.tokenizer(text, **options)["input_ids"] if text.strip() else (), source=text)
 
     def ids(self, tokens: Sequence[int]) -> EncodedPrompt:
         """Takes token ids as they are.
@@ -103,11 +103,11 @@ class PromptEncoder:
             least = num_characters // self.longest_token
             raise too_long(f"more than {least} tokens", 1, self.max_context)
 
-    def _checked(self, tokens: Sequence[int]) -> EncodedPrompt:
+    def _checked(self, tokens: Sequence[int], *, source: str | None = None) -> EncodedPrompt:
         if not tokens:
             raise invalid("prompt: it is empty; give at least one token of text", "prompt")
         self.check_room(tokens, 0)
-        return EncodedPrompt(tuple(tokens))
+        return EncodedPrompt(tuple(tokens), source=source)
 
 
 def _plain(message: ChatMessage) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def _app_of(args: RayArgs) -> Callable[[], ASGIApp]:
                 settings=VLLMSettings(adapter_cache=cache, key=os.environ.get(BACKEND_KEY)),
                 max_running=VLLM_BATCH * len(urls),
             )
-            service = make_service(outline, backend, backend.start_row, settings, keys, name=name)
+            service = make_service(outline, backend, backend, settings, keys, name=name)
             layout = outline.layout
         else:
             import dlp_lora

@@ -342,10 +342,14 @@ class SentenceTrace(TypedDict):
 
 
 class DLPTrace(TypedDict, total=False):
-    """How an answer was routed, sentence by sentence; and its prompt, if its sentences were routed, too."""
+    """How an answer was routed, sentence by sentence; and its prompt, if its sentences were routed, too.
+
+    `parts` are the answers to the questions of a prompt, if they were answered apart.
+    """
 
     trace: list[SentenceTrace]
     prompt_trace: list[SentenceTrace]
+    parts: list[str]
     prompt_tokens: list[int]
 
 

@@ -13,7 +13,6 @@ from starlette.types import ASGIApp
 from dlp_lora.bank.base_layers import BaseLayers
 from dlp_lora.engine.engine import Engine
 from dlp_lora.engine.outline import Outline
-from dlp_lora.engine.routing import RowRouter
 from dlp_lora.serve.adapters import AdapterManager
 from dlp_lora.serve.app import make_app
 from dlp_lora.serve.backend import Backend
@@ -24,7 +23,7 @@ from dlp_lora.serve.logs import LOGGER
 from dlp_lora.serve.names import ModelNames
 from dlp_lora.serve.prompts import PromptEncoder
 from dlp_lora.serve.sampling import defaults_of
-from dlp_lora.serve.service import Service
+from dlp_lora.serve.service import PromptRouter, Service
 from dlp_lora.serve.settings import ServerSettings
 from dlp_lora.serve.watch import watch
 
@@ -44,19 +43,19 @@ def local_service(engine: Engine, settings: ServerSettings, keys: Keys, *, name:
         chunk_tokens=settings.chunk_tokens,
         cache_mb=settings.cache_mb,
     )
-    return make_service(Outline.of(engine), backend, engine.start_row, settings, keys, name=name)
+    return make_service(Outline.of(engine), backend, engine, settings, keys, name=name)
 
 
 def make_service(
     outline: Outline,
     backend: Backend,
-    start_row: Callable[..., RowRouter],
+    prompt_router: PromptRouter,
     settings: ServerSettings,
     keys: Keys,
     *,
     name: str,
 ) -> Service:
-    """Makes the service of a backend that answers for a model; `start_row` routes its prompts.
+    """Makes the service of a backend that answers for a model; `prompt_router` routes its prompts.
 
     Raises:
         APIError: if an adapter's name is the served one.
@@ -70,7 +69,7 @@ def make_service(
         names=ModelNames(settings.served_model_name or name),
         settings=settings,
         keys=keys,
-        start_row=start_row,
+        prompt_router=prompt_router,
         sampling_defaults=defaults_of(outline.generation_config),
         root=outline.source,
     )

@@ -2,14 +2,14 @@
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 from uuid import uuid4
 
 from dlp_lora.engine.calls import Call
 from dlp_lora.engine.prompts import EncodedPrompt
-from dlp_lora.engine.routing import RowRouter
+from dlp_lora.engine.routing import Prompt, RowRouter
 from dlp_lora.errors import DLPLoRAError
 from dlp_lora.policy import Mixture, Only, RoutingSettings, policy_from_dict
 from dlp_lora.serve.backend import Backend, Grammar, Request
@@ -34,42 +34,73 @@ from dlp_lora.serve.settings import ServerSettings
 DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as OpenAI has it
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prompt:
-    """A prompt as it was encoded, and its text if that was given."""
+@runtime_checkable
+class PromptRouter(Protocol):
+    """What routes prompts without answering them: an Engine, or a backend that has none."""
 
-    encoded: EncodedPrompt
-    text: str | None = None
+    def apart(
+        self, prompt: EncodedPrompt, *, call: Call | None = None, among: Collection[str] | None = None
+    ) -> list[EncodedPrompt]:
+        """Gives the prompts that are answered in the place of one, as `Engine.apart` does."""
+        ...
 
-    @property
-    def tokens(self) -> tuple[int, ...]:
-        """What the model reads."""
-        return self.encoded.tokens
+    def start_row(
+        self,
+        tokens: Sequence[int],
+        *,
+        call: Call | None = None,
+        prompt: Prompt | None = None,
+        among: Collection[str] | None = None,
+    ) -> RowRouter:
+        """Routes a prompt, as `Engine.start_row` does."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """A request that was checked: a backend's request for each answer, the answers to one prompt side by side."""
+    """A request that was checked. `answers` has a backend's requests for each answer: one, or one a question of a
+    prompt whose questions are answered apart. The answers to one prompt stand side by side.
+    """
 
     id: str
     created: int
     choice: Choice
     options: DLPOptions
-    prompts: tuple[Prompt, ...]
-    requests: tuple[Request, ...]
+    prompts: tuple[EncodedPrompt, ...]
+    answers: tuple[tuple[Request, ...], ...]
     deadline_s: float
 
-    def prompt_of(self, index: int) -> Prompt:
+    def prompt_of(self, index: int) -> EncodedPrompt:
         """The prompt of an answer."""
-        return self.prompts[index * len(self.prompts) // len(self.requests)]
+        return self.prompts[index * len(self.prompts) // len(self.answers)]
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """How many tokens the prompts have, of questions apart in all of their contexts."""
+        one_each = self.answers[:: len(self.answers) // len(self.prompts)]
+        return sum(len(request.tokens) for requests in one_each for request in requests)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutedPrompt:
+    """How a prompt would be answered: by one row, or by one a question, with so many tokens together."""
+
+    choice: Choice
+    rows: Sequence[RowRouter]
+    num_tokens: int
+
+    @property
+    def questions(self) -> tuple[str, ...]:
+        """Those of the prompt, if it asks several: answered apart, or in turn."""
+        return self.rows[0].questions if len(self.rows) == 1 else tuple(row.prompt.text for row in self.rows)
 
 
 @dataclass(kw_only=True)
 class Service:
     """A backend with all that turns requests of clients into its own.
 
-    `call` is how answers are routed unless their requests say otherwise, and `start_row` routes a prompt without
-    answering it. `num_running` counts the requests that are being answered.
+    `call` is how answers are routed unless their requests say otherwise. `num_running` counts the requests that are
+    being answered.
     """
 
     backend: Backend
@@ -79,7 +110,7 @@ class Service:
     names: ModelNames
     settings: ServerSettings
     keys: Keys
-    start_row: Callable[..., RowRouter]
+    prompt_router: PromptRouter
     sampling_defaults: Mapping[str, Any]
     root: str  # the base model
     is_draining: bool = False
@@ -104,7 +135,7 @@ class Service:
         """Checks a request of /v1/chat/completions, and encodes its messages. It takes time: not for an event loop."""
         tools = offered(body)
         grammar = self._grammar(body, tools)
-        prompt = Prompt(encoded=self.encoder.chat(body, tools))
+        prompt = self.encoder.chat(body, tools)
         if body.top_logprobs and not body.logprobs:
             raise invalid("top_logprobs needs logprobs: true", "top_logprobs")
         max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
@@ -116,6 +147,7 @@ class Service:
             max_tokens=max_tokens,
             num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             grammar=grammar,
+            is_text=not tools,
         )
 
     def completion(self, body: CompletionRequest, access: Access) -> Asked:
@@ -123,12 +155,7 @@ class Service:
         given: Sequence[Any] = (
             [body.prompt] if isinstance(body.prompt, str) or not _is_nested(body.prompt) else body.prompt
         )
-        prompts = [
-            Prompt(encoded=self.encoder.text(one), text=one)
-            if isinstance(one, str)
-            else Prompt(encoded=self.encoder.ids(one))
-            for one in given
-        ]
+        prompts = [self.encoder.text(one) if isinstance(one, str) else self.encoder.ids(one) for one in given]
         max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
         if max_tokens == 0 and not body.echo:
             raise invalid("max_tokens: must be at least 1, or 0 with echo", "max_tokens")
@@ -141,29 +168,31 @@ class Service:
             num_logprobs=body.logprobs,
             num_prompt_logprobs=body.logprobs if body.echo else None,
             grammar=self.grammars.of_format(body.response_format) if body.response_format else None,
+            is_text=not body.echo,
         )
 
-    def route(self, body: RouteRequest, access: Access) -> tuple[Choice, Prompt, RowRouter]:
+    def route(self, body: RouteRequest, access: Access) -> RoutedPrompt:
         """Says how a prompt would be routed, without answering it. It takes time: not for an event loop."""
         choice = self.names.choose(body.model, self.visible(access))
-        if body.prompt is not None:
-            prompt = Prompt(encoded=self.encoder.text(body.prompt))
-        else:
-            prompt = Prompt(encoded=self.encoder.chat(body, body.tools or ()))
+        tools = body.tools or ()
+        prompt = self.encoder.chat(body, tools) if body.prompt is None else self.encoder.text(body.prompt)
         call, among = self._routed(choice, body.dlp or DLPOptions(), access)
-        return choice, prompt, self.start_row(prompt.tokens, call=call, prompt=prompt.encoded.prompt, among=among)
+        prompts = [prompt] if tools else self.prompt_router.apart(prompt, call=call, among=among)
+        rows = [self.prompt_router.start_row(p.tokens, call=call, prompt=p.prompt, among=among) for p in prompts]
+        return RoutedPrompt(choice=choice, rows=rows, num_tokens=sum(len(each.tokens) for each in prompts))
 
     def _asked(
         self,
         body: SamplingFields,
         access: Access,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[EncodedPrompt],
         *,
         prefix: str,
         max_tokens: int | None,
         num_logprobs: int | None,
         num_prompt_logprobs: int | None = None,
         grammar: AnswerGrammar | None = None,
+        is_text: bool,
     ) -> Asked:
         choice = self.names.choose(body.model, self.visible(access))
         call, among = self._routed(choice, body.options, access)
@@ -179,14 +208,26 @@ class Service:
             raise invalid(f"min_tokens: {body.min_tokens} is more than max_tokens, {max_tokens}", "min_tokens")
         if body.stream_options is not None and not body.stream:
             raise invalid("stream_options needs stream: true", "stream_options")
-        for prompt in prompts:
+        # What is asked of one answer cannot be given of several that are joined.
+        may_be_parts = is_text and n == 1 and grammar is None and num_logprobs is None
+        parts = [
+            self.prompt_router.apart(prompt, call=call, among=among) if may_be_parts else [prompt] for prompt in prompts
+        ]
+        if (num_rows := sum(map(len, parts))) > MAX_CHOICES:
+            raise invalid(
+                f"dlp.prompt_routing: the prompt asks {num_rows} questions, and {MAX_CHOICES} are answered apart at "
+                'most; ask for fewer, or with dlp.prompt_routing "questions"',
+                "dlp.prompt_routing",
+            )
+        for prompt in (prompt for questions in parts for prompt in questions):
             self.encoder.check_room(prompt.tokens, 1 if max_tokens is None else max_tokens)
         id_ = f"{prefix}-{uuid4().hex}"
-        requests = [
-            Request(
+
+        def request_of(prompt: EncodedPrompt, number: int) -> Request:
+            return Request(
                 tokens=prompt.tokens,
                 call=call,
-                prompt=prompt.encoded.prompt,
+                prompt=prompt.prompt,
                 adapters=among,
                 id=f"{id_}-{number}",
                 sampling=sampling_of(
@@ -200,8 +241,11 @@ class Service:
                     grammar=None if grammar is None else _another(grammar),
                 ),
             )
-            for prompt in prompts
-            for number in range(n)
+
+        answers = [
+            tuple(request_of(question, first + number) for number, question in enumerate(questions))
+            for questions in parts
+            for first in range(n)
         ]
         return Asked(
             id=id_,
@@ -209,7 +253,7 @@ class Service:
             choice=choice,
             options=body.options,
             prompts=tuple(prompts),
-            requests=tuple(requests),
+            answers=tuple(answers),
             deadline_s=min(body.options.deadline_s or self.settings.deadline_s, self.settings.deadline_s),
         )
 

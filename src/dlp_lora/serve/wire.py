@@ -45,7 +45,7 @@ def envelope(asked: Asked) -> Envelope:
 
 def usage_of(answers: Answers, asked: Asked) -> Usage:
     """Counts the tokens of a request: those of a prompt once, however many answers it has."""
-    num_prompt = sum(len(prompt.tokens) for prompt in asked.prompts)
+    num_prompt = asked.num_prompt_tokens
     return {
         "prompt_tokens": num_prompt,
         "completion_tokens": answers.num_answer,
@@ -71,8 +71,10 @@ def trace_field(asked: Asked, index: int, ended: Ended) -> TraceField:
         told["trace"] = sentences_of(ended.done.generation.trace, ended.num_characters)
         if ended.done.generation.prompt_trace:
             told["prompt_trace"] = sentences_of(ended.done.generation.prompt_trace)
+        if ended.done.generation.parts:
+            told["parts"] = [part.text for part in ended.done.generation.parts]
     if asked.options.prompt_tokens:
-        told["prompt_tokens"] = list(asked.prompt_of(index).tokens)
+        told["prompt_tokens"] = [token for request in asked.answers[index] for token in request.tokens]
     return {"dlp": told} if told else {}
 
 

@@ -18,6 +18,7 @@ from dlp_lora.bank.limits import Limits, Within
 from dlp_lora.bank.mixture_folder import MixtureFolder, Source, read_source, write_zeros
 from dlp_lora.engine.calls import Call
 from dlp_lora.engine.outline import Outline
+from dlp_lora.engine.prompts import EncodedPrompt
 from dlp_lora.engine.routing import Prompt, RowRouter
 from dlp_lora.engine.starting import RowStarter
 from dlp_lora.errors import AdapterError, DLPLoRAError
@@ -163,6 +164,13 @@ class VLLMBackend:
             route_s=counts.route_s,
             fuse_s=counts.fuse_s,
         )
+
+    def apart(
+        self, prompt: EncodedPrompt, *, call: Call | None = None, among: Collection[str] | None = None
+    ) -> list[EncodedPrompt]:
+        """Gives the prompts that are answered in the place of one, as `Engine.apart` does."""
+        with self._lock:
+            return self._starter.apart(prompt, call or self.outline.call, among=among)
 
     def start_row(
         self,
