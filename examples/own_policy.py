@@ -1,4 +1,4 @@
-"""A fusion policy of one's own: any callable from probabilities to a Mixture.
+"""How to write a fusion policy: any callable from probabilities to a Mixture.
 
 python examples/own_policy.py --model BUNDLE "Convert 3 kilometres to metres."
 """
@@ -11,7 +11,7 @@ from dlp_lora import Mixture, TopP
 
 
 class Sharpened:
-    """Weighs adapters by their probability squared; the base model alone answers where none is likely."""
+    """Weighs adapters by their squared probability; if none is likely, the base model answers."""
 
     def __init__(self, floor: float) -> None:
         self.floor = floor

@@ -1,4 +1,4 @@
-"""Tasks of one's own, from questions and answers to a bundle: task folders, adapters, a router.
+"""From your questions and answers to a bundle: task folders, adapters and a router.
 
 python examples/own_tasks.py --model MODEL --out own/
 """

@@ -1,4 +1,4 @@
-"""Answer prompts with many adapters, and show which sentence used which of them.
+"""Answers prompts with many adapters, and shows which sentence used which adapters.
 
 python examples/quickstart.py --model BUNDLE
 python examples/quickstart.py --model MODEL --adapters adapters/ --router router/ "Your prompt"
@@ -19,7 +19,7 @@ args = parser.parse_args()
 engine = dlp_lora.load(args.model, adapters=args.adapters, router=args.router)
 options = {"max_new_tokens": args.max_new_tokens, "do_sample": False}
 
-# One batch; each row chooses its adapters, again at each sentence.
+# One batch: each row chooses its adapters at each sentence.
 for prompt, answer in zip(args.prompts, engine.generate(args.prompts, **options), strict=True):
     print(f"\n{prompt}")
     for sentence in answer.trace:

@@ -2,7 +2,7 @@
 
     python scripts/estimate_scale.py --plots docs/images        # prints the tables of docs/scale.md, draws its curves
 
-The formula stands in docs/scale.md; here it is in the same order.
+docs/scale.md explains the formula; the functions follow its order.
 """
 
 import argparse
@@ -53,7 +53,7 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """What is asked, and how it is answered."""
+    """The requests, the adapters and their costs."""
 
     prompt: int = 500  # tokens
     answer: int = 250
@@ -80,13 +80,13 @@ class Load:
 
     @property
     def context(self) -> float:
-        """Tokens that an answer has behind it on average."""
+        """Tokens before a step, on average."""
         return self.prompt + self.answer / 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What comes out."""
+    """The estimated rate and times."""
 
     requests_s: float
     batch: float
