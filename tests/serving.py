@@ -1,7 +1,7 @@
 """What tests of the server share: an engine in float64, requests, and what the engine alone answers to them."""
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,6 @@ import httpx
 import dlp_lora
 from conftest import EveryK, HashRouter, byte_tokenizer, lively_model, make_adapter
 from dlp_lora import Engine, Switching
-from dlp_lora.bank.base_layers import BaseLayers
 from dlp_lora.engine.trace import Generation, Sentence
 from dlp_lora.serve.adapters import AdapterManager
 from dlp_lora.serve.app import make_app
@@ -74,17 +73,10 @@ def alone(engine: Engine, request: Request) -> Generation:
 
 
 def over_http(
-    service: Service,
-    layout: BaseLayers,
-    path: str,
-    body: Any = None,
-    *,
-    folders: Sequence[Path] = (),
-    bundle: Path | None = None,
-    key: str = "",
+    service: Service, manager: AdapterManager, path: str, body: Any = None, *, key: str = ""
 ) -> httpx.Response:
     """Asks the application of a service, which has no process of its own here."""
-    app = make_app(service, AdapterManager(service, layout, folders=folders, bundle=bundle))
+    app = make_app(service, manager)
 
     async def asked() -> httpx.Response:
         transport = httpx.ASGITransport(app)

@@ -13,6 +13,7 @@ from conftest import WordRouter
 from dlp_lora import Engine, Generation, TopK
 from dlp_lora.engine.outline import Outline
 from dlp_lora.serve import service as serving_module
+from dlp_lora.serve.adapters import AdapterManager
 from dlp_lora.serve.answers import Answers
 from dlp_lora.serve.apart import open_all
 from dlp_lora.serve.backend import QueueFullError, Token
@@ -59,14 +60,16 @@ def service(request: pytest.FixtureRequest, engine: Engine, local: Service, live
 
 def post(service: Service, engine: Engine, **body: Any) -> Any:
     path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
-    response = over_http(service, engine.bank.base, path, {"max_tokens": NUM, **body})
+    response = over_http(service, AdapterManager(service, engine.bank.base), path, {"max_tokens": NUM, **body})
     assert response.status_code == 200, response.text
     return response.json()
 
 
 def events(service: Service, engine: Engine, **body: Any) -> list[Any]:
     path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
-    text = over_http(service, engine.bank.base, path, {"max_tokens": NUM, **body, "stream": True}).text
+    text = over_http(
+        service, AdapterManager(service, engine.bank.base), path, {"max_tokens": NUM, **body, "stream": True}
+    ).text
     lines = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
     assert lines.pop() == "[DONE]"
     return [json.loads(line) for line in lines]
@@ -184,7 +187,7 @@ def test_several_prompts_are_cut_each_for_itself(local: Service, engine: Engine)
 
 
 def test_the_questions_are_told_without_an_answer(service: Service, engine: Engine) -> None:
-    routed = over_http(service, engine.bank.base, "/v1/route", {"messages": MESSAGES}).json()
+    routed = over_http(service, AdapterManager(service, engine.bank.base), "/v1/route", {"messages": MESSAGES}).json()
     assert routed["questions"] == list(QUESTIONS)
     assert routed["mixture"] == {"math": 1.0}
     parts = engine.generate(MESSAGES, max_new_tokens=1).parts
@@ -195,7 +198,7 @@ def test_more_questions_than_a_request_may_have_answers_are_refused(
     local: Service, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(serving_module, "MAX_CHOICES", 2)
-    response = over_http(local, engine.bank.base, "/v1/completions", {"prompt": PROMPT})
+    response = over_http(local, AdapterManager(local, engine.bank.base), "/v1/completions", {"prompt": PROMPT})
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "dlp.prompt_routing"
     assert "the prompt asks 3 questions, and 2 are answered apart at most" in response.json()["error"]["message"]

@@ -21,6 +21,7 @@ from dlp_lora import Engine, TopP
 from dlp_lora.cli.common import EngineOptions, HubOptions, open_outline
 from dlp_lora.engine.outline import Outline, read_outline
 from dlp_lora.errors import ModelError
+from dlp_lora.serve.adapters import AdapterManager
 from dlp_lora.serve.keys import Keys
 from dlp_lora.serve.server import local_service, make_service
 from dlp_lora.serve.service import Service
@@ -55,9 +56,11 @@ def service(engine: Engine, stand_in: StandIn) -> Iterator[Service]:
     backend.close()
 
 
-def ask(service: Service, engine: Engine, path: str, body: Any = None, **more: Any) -> httpx.Response:
+def ask(
+    service: Service, engine: Engine, path: str, body: Any = None, *, folders: Any = (), key: str = ""
+) -> httpx.Response:
     """Asks the application of a service."""
-    return over_http(service, engine.bank.base, path, body, **more)
+    return over_http(service, AdapterManager(service, engine.bank.base, folders=folders), path, body, key=key)
 
 
 def test_a_chat_is_answered_with_the_trace_as_by_the_local_backend(service: Service, engine: Engine) -> None:

@@ -3,13 +3,14 @@
 import os
 import stat
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from dlp_lora.bank.adapter_files import CONFIG_FILE, WEIGHTS_FILE, check_adapter_name, content_hash
 from dlp_lora.bank.base_layers import BaseLayers
 from dlp_lora.bank.check import check_adapters
+from dlp_lora.engine.base import Base
 from dlp_lora.engine.bundle import Bundle, read_bundle
 from dlp_lora.engine.loading import load_router
 from dlp_lora.errors import AdapterError, BundleError, DLPLoRAError
@@ -41,8 +42,13 @@ class AdapterManager:
             if not folder.is_dir():
                 raise AdapterError(f"--adapter-dir {folder} is not a folder")
         self._bundle = bundle
-        self._hashes = {} if bundle is None else _hashes(read_bundle(bundle))
-        self._paths = {} if bundle is None else dict(read_bundle(bundle).adapters)
+        self._base: Base | None = None
+        self._hashes: dict[str, str] = {}
+        self._paths: dict[str, Path] = {}
+        if bundle is not None:
+            found = read_bundle(bundle)
+            self._base, self._hashes, self._paths = found.base, _hashes(found), dict(found.adapters)
+        self._tasks: dict[str, Task] = {}  # that the router was taught, by adapter
         self._lock = threading.Lock()
 
     def load(self, body: LoadAdapterRequest) -> AdapterResponse:
@@ -65,11 +71,15 @@ class AdapterManager:
             (check,) = check_adapters(self._layout, {name: folder})
             if not check.fits:
                 raise invalid(f"lora_path: {check.reason}", "lora_path", "adapter_refused")
-            taught = self._taught(body)
-            self._put(name, folder, is_there=is_there)
-            if taught is not None:
-                self._use(taught)
             router = self._service.call.router
+            if body.examples:
+                examples = tuple(Example(prompt=one.prompt, answer=one.answer) for one in body.examples)
+                task = Task(name=name, train=examples, test=())
+                router = _taught(router, task)
+            self._put(name, folder, is_there=is_there)
+            if body.examples:
+                self._tasks[name] = task
+                self._use(router)
             is_routed = router is not None and name in router.names
             LOGGER.info("adapter loaded", extra={"adapter": name, "is_routed": is_routed})
             unknown = "the router does not know it and never chooses it: give examples, or ask for it by name"
@@ -95,8 +105,10 @@ class AdapterManager:
                     param="lora_name",
                     code="adapter_not_found",
                 )
-            self._service.backend.remove_adapter(name)
-            self._service.metrics.forget(name)
+            self._remove(name)
+            router = self._service.call.router
+            if self._tasks.pop(name, None) is not None and isinstance(router, MiniMLP) and len(router.names) > 1:
+                self._use(remove_tasks(router, [name]))
             LOGGER.info("adapter unloaded", extra={"adapter": name})
         return {
             "message": f"Success: LoRA adapter {name!r} removed.",
@@ -107,15 +119,18 @@ class AdapterManager:
     def reload(self) -> ReloadResponse:
         """Reads the bundle again: its adapters, router and routing settings. Answers that run are not disturbed.
 
+        Adapters that were loaded meanwhile stay, and its router learns the examples that came with them.
+
         Raises:
-            APIError: if there is no bundle, it is damaged, or has another base model.
+            APIError: if there is no bundle, it is damaged, or has another base model. Then all is as it was.
         """
         with self._lock:
             if self._bundle is None:
                 raise invalid("the server was not started from a bundle folder, so there is nothing to read again")
             try:
                 bundle = read_bundle(self._bundle)
-                router = None if bundle.router is None else self._router(bundle)
+                self._check_base(bundle)
+                router = None if bundle.router is None else load_router(bundle.router)
             except DLPLoRAError as error:
                 raise invalid(str(error), code="bundle_refused") from error
             hashes = _hashes(bundle)
@@ -123,18 +138,28 @@ class AdapterManager:
             removed = sorted((self._hashes.keys() - hashes.keys()) & there)
             replaced = sorted(n for n in hashes.keys() & there if hashes[n] != self._hashes.get(n))
             added = sorted(hashes.keys() - there)
+            tasks = {name: task for name, task in self._tasks.items() if name not in {*hashes, *removed}}
             for check in check_adapters(self._layout, {name: bundle.adapters[name] for name in (*added, *replaced)}):
+                self._check_name(check.name, check.path)
                 if not check.fits:
                     raise invalid(check.reason, code="adapter_refused")
-            for name in removed:
-                self._service.backend.remove_adapter(name)
-                self._service.metrics.forget(name)
-            for name in (*replaced, *added):
-                self._check_name(name, bundle.adapters[name])
-                self._put(name, bundle.adapters[name], is_there=name in replaced)
+            for task in tasks.values():
+                try:
+                    router = _taught(router, task)
+                except APIError as error:
+                    raise invalid(
+                        f"{task.name!r} was loaded with examples, and the bundle's router cannot learn them; unload it "
+                        f"first ({error})",
+                        code="bundle_refused",
+                    ) from error
+            self._put_all({name: bundle.adapters[name] for name in added})
+            for name in replaced:
+                self._put(name, bundle.adapters[name], is_there=True)
             with self._service.lock:
                 self._service.call = replace(self._service.call, router=router, settings=bundle.settings)
-            self._hashes = hashes
+            for name in removed:
+                self._remove(name)
+            self._hashes, self._tasks = hashes, tasks
             LOGGER.info("bundle reloaded", extra={"added": added, "removed": removed, "replaced": replaced})
         return {
             "message": f"Success: read {self._bundle} again.",
@@ -142,6 +167,22 @@ class AdapterManager:
             "removed": removed,
             "replaced": replaced,
         }
+
+    def _put_all(self, folders: Mapping[str, Path]) -> None:
+        """Adds adapters, or none of them."""
+        done: list[str] = []
+        try:
+            for name, folder in folders.items():
+                self._put(name, folder, is_there=False)
+                done.append(name)
+        except DLPLoRAError:
+            for name in done:
+                self._remove(name)
+            raise
+
+    def _remove(self, name: str) -> None:
+        self._service.backend.remove_adapter(name)
+        self._service.metrics.forget(name)
 
     def _put(self, name: str, folder: Path, *, is_there: bool) -> None:
         """Adds an adapter, in the place of another of its name; that comes back if it fails."""
@@ -156,26 +197,7 @@ class AdapterManager:
             raise
         self._paths[name] = folder
 
-    def _taught(self, body: LoadAdapterRequest) -> MiniMLP | None:
-        """A router that knows the adapter, too; None without examples."""
-        if not body.examples:
-            return None
-        router = self._service.call.router
-        if not isinstance(router, MiniMLP):
-            kind = "no router" if router is None else f"a {type(router).__name__}"
-            raise invalid(f"examples: only a MiniMLP learns adapters later, and the server has {kind}", "examples")
-        name = body.lora_name
-        if name in router.names:
-            if len(router.names) == 1:
-                raise invalid("examples: the router knows this adapter alone; load it without examples", "examples")
-            router = remove_tasks(router, [name])
-        try:
-            examples = tuple(Example(prompt=one.prompt, answer=one.answer) for one in body.examples)
-            return add_tasks(router, [Task(name=name, train=examples, test=())])
-        except DLPLoRAError as error:
-            raise invalid(f"examples: {error}", "examples") from error
-
-    def _use(self, router: Router) -> None:
+    def _use(self, router: Router | None) -> None:
         with self._service.lock:
             self._service.call = replace(self._service.call, router=router)
 
@@ -216,14 +238,42 @@ class AdapterManager:
             "path_refused",
         )
 
-    def _router(self, bundle: Bundle) -> Router:
-        assert bundle.router is not None
-        if bundle.base_model != self._service.root:
+    def _check_base(self, bundle: Bundle) -> None:
+        """Checks that a bundle is for the base model that it was for when the server began.
+
+        Raises:
+            BundleError: if it is for another one.
+        """
+        then, now = self._base, bundle.base
+        assert then is not None
+        if then.fingerprint is None or now.fingerprint is None:
+            differences = [] if then.name == now.name else ["its name"]
+        else:
+            differences = then.fingerprint.differences(now.fingerprint)
+        if differences:
             raise BundleError(
-                f"{self._bundle} is for the base model {bundle.base_model}, and {self._service.root} runs; start "
-                "another server"
+                f"{self._bundle} is now for another base model, {now}, than the one that runs "
+                f"({', '.join(differences)}); start another server"
             )
-        return load_router(bundle.router)
+
+
+def _taught(router: Router | None, task: Task) -> MiniMLP:
+    """A router that knows the task of an adapter, too.
+
+    Raises:
+        APIError: if it cannot learn it.
+    """
+    if not isinstance(router, MiniMLP):
+        kind = "no router" if router is None else f"a {type(router).__name__}"
+        raise invalid(f"examples: only a MiniMLP learns adapters later, and the server has {kind}", "examples")
+    if task.name in router.names:
+        if len(router.names) == 1:
+            raise invalid("examples: the router knows this adapter alone; load it without examples", "examples")
+        router = remove_tasks(router, [task.name])
+    try:
+        return add_tasks(router, [task])
+    except DLPLoRAError as error:
+        raise invalid(f"examples: {error}", "examples") from error
 
 
 def _check_files(folder: Path) -> None:
