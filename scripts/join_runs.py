@@ -19,6 +19,7 @@ from dlp_lora.kept import differences
 from dlp_lora.lab.evals.answers import data_hash
 from dlp_lora.lab.evals.record import compared, teacher_forced_scores
 from dlp_lora.lab.evals.scores import tabulate
+from dlp_lora.lab.records.run import FORMAT, to_json
 from dlp_lora.tasks import Task
 from dlp_lora.tasks.hub import read_data
 
@@ -78,12 +79,13 @@ def joined(runs: list[Path], data: str | Path) -> dict[str, Any]:
     rows, num_left_out = _common(answers)
     tables = {method: tabulate(own, tasks, kinds) for method, own in rows.items()}
     return {
+        "format": FORMAT,
         "runs": [{key: record.get(key) for key in ABOUT} for record in records],
         "data": {"tasks": {name: known[name] for name in shared}},
         "num_questions": len(next(iter(rows.values()))),
         "num_left_out": num_left_out,
-        **compared(tables, kinds),
-        **teacher_forced_scores(_common(forced)[0], tasks, kinds),
+        **to_json(compared(tables, kinds)),
+        **to_json(teacher_forced_scores(_common(forced)[0], tasks, kinds)),
     }
 
 

@@ -22,9 +22,10 @@ import dlp_lora
 from commands import json_lines, ok, run, visible
 from conftest import CHAT_TEMPLATE, byte_tokenizer, lively_model, make_adapter
 from dlp_lora.cli.app import app
-from dlp_lora.cli.bench import COLUMNS, LABELS, cell, tables
+from dlp_lora.cli.bench import COLUMNS, LABELS, cell, table_of_record
 from dlp_lora.cli.common import console
 from dlp_lora.cli.generate import routing_table, say_answer
+from dlp_lora.cli.tables import show_table, tables
 from dlp_lora.tasks import Example, Task, write_task
 
 QUICK = ("--max-new-tokens", "8")
@@ -202,7 +203,7 @@ def test_paths_and_answers_are_printed_as_they_are(work: Path, tmp_path: Path) -
         text="fe80:a:b", start=0, end=1, probabilities={}, mixture=dlp_lora.Mixture(), switched=False, abstained=False
     )
     with console.capture() as shown:
-        console.print(routing_table((sentence,)))
+        show_table(routing_table((sentence,)))
     assert "fe80:a:b" in shown.get()
 
 
@@ -765,7 +766,7 @@ def benchmark_records(draw: st.DrawFn, name: str) -> dict[str, Any]:
 def test_no_number_of_a_benchmark_is_cut_at_80_columns(name: str, data: st.DataObject) -> None:
     record = data.draw(benchmark_records(name))
     shown = Console(width=80, file=io.StringIO())
-    shown.print(*tables(record, 80))
+    shown.print(*tables(table_of_record(record), 80))
     text = shown.file.getvalue()  # type: ignore[attr-defined]
     assert max(map(len, text.splitlines())) <= 80
     assert "…" not in text
@@ -776,7 +777,7 @@ def test_no_number_of_a_benchmark_is_cut_at_80_columns(name: str, data: st.DataO
 
 def test_all_columns_of_a_benchmark_are_in_one_table_where_there_is_room() -> None:
     rows = [dict.fromkeys(COLUMNS["decode"].values(), 1.5) | {"name": "base", "dtype": "float32"}]
-    (table,) = tables({"benchmark": "decode", "rows": rows}, 200)
+    (table,) = tables(table_of_record({"benchmark": "decode", "rows": rows}), 200)
     assert [column.header for column in table.columns] == list(COLUMNS["decode"])
 
 

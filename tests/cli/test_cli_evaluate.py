@@ -163,7 +163,7 @@ def test_a_bundle_is_evaluated_on_the_tasks_that_have_questions(
     cut = Counter(row["task"] for row in rows if row["method"] == "dlp" and not row.get("ended", True))
     assert found["cut_short"]["dlp"] == cut
     assert set(found["adapters"]) == {"colours", "sides", "story", "untested"}
-    assert {"format", "model_hash", "router", "dtype", "metrics", "timings", "without_choices"} <= found.keys()
+    assert {"format", "model_hash", "router_hash", "dtype", "metrics", "timings", "without_choices"} <= found.keys()
     assert found["settings"]["prompt_routing"] == "questions"
     assert {task: own["kind"] for task, own in found["data"]["tasks"].items()}["colours"] == "mcq"
     assert set(found["differences"]) == {"dlp - base"}

@@ -1,20 +1,18 @@
 """The bench commands."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.markup import escape
-from rich.table import Table
 
 from dlp_lora.bank.paths import Paths
 from dlp_lora.cli.common import DataOption, ModelOption, base_model, console, say
 from dlp_lora.cli.options import with_options, words
 from dlp_lora.cli.progress import progress
+from dlp_lora.cli.tables import show_table
 from dlp_lora.files import write_json
 from dlp_lora.lab.bench.bank import BankArgs, bench_bank
 from dlp_lora.lab.bench.contexts import bench_contexts
@@ -30,11 +28,10 @@ from dlp_lora.lab.bench.suite import PRESETS
 from dlp_lora.lab.bench.suite import suite as all_benchmarks
 from dlp_lora.lab.bench.switch import SwitchArgs, bench_switch
 from dlp_lora.lab.bench.train import TrainArgs, bench_train
+from dlp_lora.lab.records.table import Table, table_of
 from dlp_lora.tasks.hub import read_data
 
 LABELS = ("name", "dtype", "task")
-LABEL_WIDTH = 20  # longer ones are folded where the terminal is narrow
-GAP = 2  # between columns
 _VARIANT = {"variant": "name", "dtype": "dtype"}
 _DECODING = {**_VARIANT, "ms/token": "ms_per_token", "over base": "ratio", "tokens/s": "tokens_per_s"}
 _MEMORY = {"held, MB": "held_mb", "peak, MB": "peak_mb", "peak over base": "memory_ratio"}
@@ -301,34 +298,17 @@ def _show(record: dict[str, Any]) -> None:
     what = [f"{key} {settings[key]}" for key in ("batch", "length") if key in settings]
     title = ", ".join([record["benchmark"], record["model"], *what, f"{where} ({record['bandwidth_gb_s']} GB/s)"])
     console.print(title, style="italic", highlight=False, markup=False)
-    for table in tables(record, console.width):
-        console.print(table, "")
+    show_table(table_of_record(record))
     for row in record["rows"]:
         if "paths" in row:
             console.print(f"{row['name']}: {Paths.from_dict(row['paths'])}", style="dim", highlight=False, markup=False)
 
 
-def tables(record: dict[str, Any], width: int) -> Iterator[Table]:
-    """Gives a record's columns in as many tables as the width asks for: labels are folded, numbers never cut."""
+def table_of_record(record: dict[str, Any]) -> Table:
+    """A benchmark's rows, with the columns that it has."""
     columns = COLUMNS[record["benchmark"]]
-    cells = {column: [cell(row, key) for row in record["rows"]] for column, key in columns.items()}
-    widths = {column: max(map(len, (*column.split(), *own))) for column, own in cells.items()}
-    labels = [column for column, key in columns.items() if key in LABELS]
-    room = width - sum(min(widths[column], LABEL_WIDTH) + GAP for column in labels)
-    parts: list[list[str]] = [[]]
-    for column in (column for column in columns if column not in labels):
-        if parts[-1] and sum(widths[c] + GAP for c in (*parts[-1], column)) > room:
-            parts.append([])
-        parts[-1].append(column)
-    for part in parts:
-        table = Table(box=SIMPLE_HEAD, padding=(0, GAP - 1, 0, 0), show_edge=False, pad_edge=False)
-        for column in labels:
-            table.add_column(column, overflow="fold")
-        for column in part:
-            table.add_column(column, justify="right", width=widths[column], overflow="fold")
-        for row in zip(*(cells[column] for column in (*labels, *part)), strict=True):
-            table.add_row(*map(escape, row))
-        yield table
+    rows = [tuple(cell(row, key) for key in columns.values()) for row in record["rows"]]
+    return table_of("", columns, rows, num_labels=sum(key in LABELS for key in columns.values()))
 
 
 def cell(row: dict[str, Any], key: str) -> str:

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
-from dlp_lora.cli.common import DataOption, ModelOption, RouterOption, base_model, console, say
+from dlp_lora.cli.common import DataOption, ModelOption, RouterOption, base_model, say
 from dlp_lora.cli.options import words
 from dlp_lora.cli.progress import progress
+from dlp_lora.cli.tables import show_table
+from dlp_lora.lab.records.table import table_of
 
 
 def router(
@@ -88,22 +89,20 @@ def router(
 
 
 def _show_router(record: dict[str, Any]) -> None:
-    table = Table(title=f"router, {len(record['data']['tasks'])} tasks, {record['environment']['cpu']}")
-    for column in ("scenario", "of", "found"):
-        table.add_column(column)
-    for name, found in record["scenarios"].items():
-        for what, value in _findings(found):
-            table.add_row(name, what, value)
-    console.print(table)
-    targets = Table(title="targets")
-    for column in ("target", "bound", "found", ""):
-        targets.add_column(column, justify="right" if column in ("bound", "found") else "left")
-    for target in record["targets"]:
-        if target["value"] is not None:
-            sign = "≥" if target["at_least"] else "≤"
-            met = "met" if target["met"] else "[red]missed[/]"
-            targets.add_row(target["name"], f"{sign} {target['bound']:g}", f"{target['value']:g}", met)
-    console.print(targets)
+    title = f"router, {len(record['data']['tasks'])} tasks, {record['environment']['cpu']}"
+    rows = [(name, *finding) for name, found in record["scenarios"].items() for finding in _findings(found)]
+    show_table(table_of(title, ("scenario", "of", "found"), rows, num_labels=3))
+    targets = [
+        (
+            t["name"],
+            "met" if t["met"] else "missed",
+            f"{'≥' if t['at_least'] else '≤'} {t['bound']:g}",
+            f"{t['value']:g}",
+        )
+        for t in record["targets"]
+        if t["value"] is not None
+    ]
+    show_table(table_of("targets", ("target", "", "bound", "found"), targets, num_labels=2))
 
 
 def _findings(found: dict[str, Any], path: str = "") -> Iterator[tuple[str, str]]:

@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
-from dlp_lora.cli.common import JsonOption, ModelHubOptions, ModelOption, base_model, console, layers_of
+from dlp_lora.cli.common import JsonOption, ModelHubOptions, ModelOption, base_model, layers_of
 from dlp_lora.cli.json_lines import print_json
 from dlp_lora.cli.options import with_options
+from dlp_lora.cli.tables import show_table
+from dlp_lora.lab.records.table import table_of
 
 
 @with_options
@@ -29,13 +29,11 @@ def check(
     if as_json:
         print_json([check.to_dict() for check in checks])
     else:
-        table = Table()
-        for column in ("adapter", "", "rank", "targets", "reason"):
-            table.add_column(column, overflow="fold")
-        for c in checks:
-            mark = "[green]fits[/]" if c.fits else "[red]refused[/]"
-            rank = str(c.rank) if c.fits else ""
-            table.add_row(escape(c.name), mark, rank, ", ".join(c.targets), escape(c.reason))
-        console.print(table)
+        columns = ("adapter", "", "rank", "targets", "reason")
+        rows = [
+            (c.name, *(("fits", str(c.rank)) if c.fits else ("refused", "")), ", ".join(c.targets), c.reason)
+            for c in checks
+        ]
+        show_table(table_of("", columns, rows, num_labels=5))
     if not all(c.fits for c in checks):
         raise typer.Exit(1)

@@ -5,11 +5,12 @@ from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from dlp_lora.cli.common import JsonOption, ModelOption, base_model, console, say, to_try
 from dlp_lora.cli.json_lines import print_json
 from dlp_lora.cli.progress import progress
+from dlp_lora.cli.tables import show_table
+from dlp_lora.lab.records.table import Table, table_of
 
 LABELS = {
     "base": "base model",
@@ -43,8 +44,8 @@ def demo(
     for name in result.accuracy:
         _show_answer(next(answer for answer in result.answers if answer["task"] == name))
     _show_two_questions(result.serial)
-    console.print(_accuracy_table(result.accuracy))
-    console.print(_pairs_table(result.pairs))
+    show_table(_accuracy_table(result.accuracy))
+    show_table(_pairs_table(result.pairs))
     console.print(
         "Right means that the value asked for stands in the answer. The base model is asked both ways; nobody told "
         "DLP-LoRA which task a prompt belongs to.\n"
@@ -54,43 +55,34 @@ def demo(
 
 
 def _show_answer(answer: dict[str, Any]) -> None:
-    table = Table(title=escape(f"{answer['task']}: {answer['prompt']}"), title_justify="left", show_header=False)
-    for method, label in LABELS.items():
-        mark = "[green]✓[/]" if answer["right"][method] else "[red]✗[/]"
-        table.add_row(label, mark, escape(" ".join(answer["said"][method].split())))
-    console.print(table)
+    title = f"{answer['task']}: {answer['prompt']}"
+    rows = [
+        (label, "✓" if answer["right"][method] else "✗", " ".join(answer["said"][method].split()))
+        for method, label in LABELS.items()
+    ]
+    show_table(table_of(title, ("", "", "answer"), rows, num_labels=3))
 
 
 def _show_two_questions(serial: Any) -> None:
     console.print(f"\n[bold]Two tasks in one prompt:[/] {escape(serial.prompt)}")
-    table = Table(title="DLP-LoRA, sentence by sentence", title_justify="left")
-    for column in ("sentence", "adapters", "first choice of the router"):
-        table.add_column(column, overflow="fold")
+    rows = []
     for sentence in serial.trace:
         used = ", ".join(f"{name} {weight:.0%}" for name, weight in sentence["mixture"].items()) or "base model"
         best = max(sentence["probabilities"].items(), key=lambda np: np[1])
-        table.add_row(escape(sentence["text"].strip()), escape(used), f"{escape(best[0])} {best[1]:.1%}")
-    console.print(table)
+        rows.append((sentence["text"].strip(), used, f"{best[0]} {best[1]:.1%}"))
+    columns = ("sentence", "adapters", "first choice of the router")
+    show_table(table_of("DLP-LoRA, sentence by sentence", columns, rows, num_labels=3))
     console.print(f"The base model says: [dim]{escape(' '.join(serial.base.split()) or '(nothing)')}[/]\n")
 
 
 def _accuracy_table(accuracy: dict[str, dict[str, float]]) -> Table:
-    table = Table(title="accuracy on held-out prompts, all tasks pooled", title_justify="left")
-    table.add_column("task")
-    for label in LABELS.values():
-        table.add_column(label, justify="right")
-    for name, row in accuracy.items():
-        table.add_row(escape(name), *(f"{row[method]:.0%}" for method in LABELS))
     mean = {method: sum(row[method] for row in accuracy.values()) / len(accuracy) for method in LABELS}
-    table.add_row("[bold]mean[/]", *(f"[bold]{mean[method]:.0%}[/]" for method in LABELS))
-    return table
+    rows = [(name, *(f"{row[method]:.0%}" for method in LABELS)) for name, row in {**accuracy, "mean": mean}.items()]
+    return table_of("accuracy on held-out prompts, all tasks pooled", ("task", *LABELS.values()), rows)
 
 
 def _pairs_table(pairs: dict[str, dict[str, float]]) -> Table:
-    table = Table(title="prompts of two questions, DLP-LoRA, by how the context is encoded", title_justify="left")
-    for column in ("way", "1st to its adapter", "1st right", "2nd to its adapter", "2nd right"):
-        table.add_column(column, justify="left" if column == "way" else "right")
-    for way, row in pairs.items():
-        keys = ("first_routed", "first_right", "second_routed", "second_right")
-        table.add_row(way, *(f"{row[key]:.0%}" for key in keys))
-    return table
+    keys = ("first_routed", "first_right", "second_routed", "second_right")
+    columns = ("way", "1st to its adapter", "1st right", "2nd to its adapter", "2nd right")
+    rows = [(way, *(f"{row[key]:.0%}" for key in keys)) for way, row in pairs.items()]
+    return table_of("prompts of two questions, DLP-LoRA, by how the context is encoded", columns, rows)

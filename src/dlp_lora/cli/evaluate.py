@@ -1,14 +1,11 @@
 """Commands that evaluate: eval, reproduce."""
 
-import json
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from dlp_lora.cli.common import (
     DataOption,
@@ -19,7 +16,6 @@ from dlp_lora.cli.common import (
     ModelOption,
     TemplateOption,
     base_model,
-    console,
     open_engine,
     say,
     stderr,
@@ -28,11 +24,14 @@ from dlp_lora.cli.common import (
 from dlp_lora.cli.json_lines import print_json
 from dlp_lora.cli.options import json_object, whole_numbers, with_options, words
 from dlp_lora.cli.progress import SILENCE_S, bars, progress
+from dlp_lora.cli.tables import show_table
+from dlp_lora.lab.records.table import table_of
 from dlp_lora.progress import Progress
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
 
+    from dlp_lora.lab.records.run import RunRecord
     from dlp_lora.lab.reproduce import Estimate
 
 TasksOption = Annotated[str | None, typer.Option("--tasks", help="Task names or composite-n, comma-separated.")]
@@ -64,6 +63,7 @@ def reproduce(
     `dlp-lora reproduce --data data/ --out runs/first --limit 20 --tasks gsm8k,winowhy`
     """
     from dlp_lora.lab.evals.methods import METHODS
+    from dlp_lora.lab.records.run import read_run, to_json
     from dlp_lora.lab.reproduce import GROWING, Estimate, ReproduceArgs, added, grown, stages
     from dlp_lora.lab.reproduce import reproduce as run
     from dlp_lora.lab.reproduce.recipe import read_recipe, with_preset
@@ -94,20 +94,19 @@ def reproduce(
     with bars() as shown_bars:
         shown = _Shown(shown_bars, Estimate(stages(examples, args, larger=larger is not None)))
         record = run(base_model(model), examples, out, args, infos=infos, larger=larger, on_progress=shown.show)
-    result = json.loads(record.read_text())
-    _say_left_out(result["left_out"], result["scores"], list(result["data"]["tasks"]))
-    for step, count in result["serial_skipped"].items():
+    result = read_run(record)
+    _say_left_out(result)
+    for step, count in result.serial_skipped.items():
         say(f"{step} skipped: it asks questions of as many tasks of choice, and there are {count}")
-    if result["serial_left_out"]:
-        say(f"prompts of several questions left out, too long: {result['serial_left_out']}")
-    if result["without_choices"]:
-        say(f"questions without choices, not scored by likelihood: {result['without_choices']}")
+    if result.serial_left_out:
+        say(f"prompts of several questions left out, too long: {result.serial_left_out}")
+    if result.without_choices:
+        say(f"questions without choices, not scored by likelihood: {result.without_choices}")
     say(f"wrote {record}; {_report(out)}")
     if as_json:
-        print_json(result)
+        print_json(to_json(result))
         return
-    for name, own in result["composites"].items():
-        console.print(_table(name, own, result["composite_intervals"][name]))
+    _show_composites(result)
 
 
 @with_options
@@ -170,9 +169,8 @@ def evaluate(
             teacher_forced=teacher_forced,
             on_progress=show,
         )
-    for title, means in done.record["composites"].items():
-        console.print(_table(title, means, done.record["composite_intervals"][title]))
-    _say_left_out(done.record["left_out"], done.record["scores"], list(done.record["data"]["tasks"]))
+    _show_composites(done.record)
+    _say_left_out(done.record)
     if json_file is not None:
         say(f"wrote {json_file}, and every answer to {done.write(json_file)}")
 
@@ -216,10 +214,10 @@ def _names(tasks: str | None) -> list[str] | None:
     return list(expand_composites(tasks)) if tasks else None
 
 
-def _say_left_out(left_out: Mapping[str, int], scores: Mapping[str, Any], tasks: Sequence[str]) -> None:
-    if left_out:
-        say(f"questions left out, too long for the model or with an answer_prefix: {dict(left_out)}")
-    if unscored := [task for task in tasks if not any(task in own for own in scores.values())]:
+def _say_left_out(record: "RunRecord") -> None:
+    if record.left_out:
+        say(f"questions left out, too long for the model or with an answer_prefix: {dict(record.left_out)}")
+    if unscored := [task for task in record.data.tasks if not any(task in own for own in record.scores.values())]:
         say(f"not scored, for want of test questions: {', '.join(unscored)}")
 
 
@@ -234,19 +232,14 @@ def _report(out: Path) -> str:
     return f"the report is {write_report(out).html}"
 
 
-def _table(title: str, means: Mapping[str, Mapping[str, float]], spread: Mapping[str, Mapping[str, Any]]) -> Table:
-    table = Table(title=title)
-    table.add_column("method")
-    metrics = list(dict.fromkeys(metric for own in means.values() for metric in own))
-    for metric in metrics:
-        table.add_column(metric, justify="right")
-    for name, own in means.items():
-        cells = []
-        for metric in metrics:
-            if metric not in own:
-                cells.append("–")
-                continue
-            low, high = spread[name][metric]
-            cells.append(f"{own[metric]:.3f} ({low:.3f}-{high:.3f})")
-        table.add_row(name, *cells)
-    return table
+def _show_composites(record: "RunRecord") -> None:
+    for title, means in record.composites.items():
+        metrics = list(dict.fromkeys(metric for own in means.values() for metric in own))
+
+        def cell(method: str, metric: str, title: str = title) -> str | None:
+            value = record.composites[title][method].get(metric)
+            low, high = record.composite_intervals[title][method].get(metric, (0, 0))
+            return None if value is None else f"{value:.3f} ({low:.3f}-{high:.3f})"
+
+        rows = [(method, *(cell(method, metric) for metric in metrics)) for method in means]
+        show_table(table_of(title, ("method", *metrics), rows))

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from dlp_lora.chat import Chat, Message
 from dlp_lora.cli.common import EngineOptions, HubOptions, JsonOption, TemplateOption, console, open_engine, say, stderr
 from dlp_lora.cli.json_lines import print_json, prompt_of, questions
 from dlp_lora.cli.options import json_object, with_options
+from dlp_lora.cli.tables import show_table
 from dlp_lora.errors import DLPLoRAError, PromptError
+from dlp_lora.lab.records.table import Table, table_of
 from dlp_lora.policy import mixture_of
 
 if TYPE_CHECKING:
@@ -60,8 +61,8 @@ def generate(
                 continue
             if show_routing:
                 if answer.prompt_trace:
-                    console.print(routing_table(answer.prompt_trace, of="prompt's sentence"))
-                console.print(routing_table(answer.trace))
+                    show_table(routing_table(answer.prompt_trace, of="prompt's sentence"))
+                show_table(routing_table(answer.trace))
             else:
                 typer.echo(answer.text.strip())  # not the console, which turns tabs into spaces
 
@@ -136,17 +137,14 @@ def _fitting(engine: "Engine", chat: Chat, max_new_tokens: int) -> tuple[Chat, i
 
 def routing_table(trace: tuple["Sentence", ...], *, of: str = "sentence") -> Table:
     """A table of sentences with the adapters they used."""
-    table = Table(show_lines=False, pad_edge=False)
-    table.add_column(of, overflow="fold")
-    table.add_column("adapters", style="cyan")
-    table.add_column("route + fuse + encode", justify="right", style="dim")
+    rows = []
     for sentence in trace:
         used = ", ".join(f"{name} {weight:.0%}" for name, weight in sentence.mixture.items()) or "base model"
         if sentence.abstained:
             used += " (none fits)"
         cost = f"{sentence.route_ms + sentence.fuse_ms + sentence.encode_ms:.1f} ms"
-        table.add_row(escape(sentence.text.strip()), escape(used), cost)
-    return table
+        rows.append((sentence.text.strip(), used, cost))
+    return table_of("", (of, "adapters", "route + fuse + encode"), rows, num_labels=2)
 
 
 def _ask() -> str:

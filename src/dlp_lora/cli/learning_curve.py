@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from dlp_lora.cli.common import DataOption, JsonOption, ModelOption, base_model, console, say
+from dlp_lora.cli.common import DataOption, JsonOption, ModelOption, base_model, say
 from dlp_lora.cli.json_lines import print_json
 from dlp_lora.cli.options import whole_numbers, words
 from dlp_lora.cli.progress import progress
+from dlp_lora.cli.tables import show_table
+from dlp_lora.lab.records.table import table_of
 
 
 def learning_curve(
@@ -50,8 +51,8 @@ def learning_curve(
     if as_json:
         print_json(result)
         return
-    table = Table("adapters", "learning rate", "epochs", *result["kinds"], "mean")
+    rows = []
     for row in result["rows"]:
         own = [f"{100 * scores.get('accuracy', scores.get('rougeL')):.1f}" for scores in row["scores"].values()]
-        table.add_row(row["kind"], f"{row['learning_rate']:g}", str(row["epochs"]), *own, f"{100 * row['mean']:.1f}")
-    console.print(table)
+        rows.append((row["kind"], f"{row['learning_rate']:g}", str(row["epochs"]), *own, f"{100 * row['mean']:.1f}"))
+    show_table(table_of("", ("adapters", "learning rate", "epochs", *result["kinds"], "mean"), rows, num_labels=3))

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
 from dlp_lora.cli.common import JsonOption, console
 from dlp_lora.cli.json_lines import print_json
+from dlp_lora.cli.tables import show_table
+from dlp_lora.lab.records.table import table_of
 
 METRIC_NAMES = {"accuracy": "accuracy", "bleu": "BLEU", "rouge1": "ROUGE-1", "rougeL": "ROUGE-L"}
 
@@ -40,12 +40,12 @@ def _list_catalog(*, as_json: bool) -> None:
         catalog = [{**asdict(task), "metrics": task.metrics} for task in CATALOG.values()]
         print_json({"tasks": catalog, "composites": COMPOSITES})
         return
-    table = _table("task", "paper", "kind", "scored by", "source")
+    rows = []
     for task in CATALOG.values():
         # The configuration of a BIG-bench task is its name and "_zero_shot": said once, below.
         source = task.source.dataset if task.source.bigbench else str(task.source)
-        table.add_row(task.name, task.paper_name, task.kind, _metrics(task.metrics), source)
-    console.print(table)
+        rows.append((task.name, task.paper_name, task.kind, _metrics(task.metrics), source))
+    show_table(table_of("", ("task", "paper", "kind", "scored by", "source"), rows, num_labels=5))
     console.print("hails/bigbench has each BIG-bench task under its name and _zero_shot.")
     console.print("composite-9: all of kind qa; composite-17: all of kind mcq; composite-26: all.")
 
@@ -72,21 +72,15 @@ def _list_folders(data: Path, *, as_json: bool) -> None:
     if as_json:
         print_json({"tasks": rows})
         return
-    table = _table("task", "paper", "kind", "scored by", "train", "test", "chance", "majority")
-    for row in rows:
-        counts = (f"{row['num_train']:,}", f"{row['num_test']:,}", _share(row["chance"]), _share(row["majority"]))
-        table.add_row(
-            escape(row["name"]), escape(row["paper_name"] or ""), row["kind"], _metrics(row["metrics"]), *counts
+    columns = ("task", "paper", "kind", "scored by", "train", "test", "chance", "majority")
+    cells = [
+        (
+            *(row["name"], row["paper_name"] or "", row["kind"], _metrics(row["metrics"])),
+            *(f"{row['num_train']:,}", f"{row['num_test']:,}", _share(row["chance"]), _share(row["majority"])),
         )
-    console.print(table)
-
-
-def _table(*columns: str) -> Table:
-    table = Table()
-    for column in columns:
-        right = column in ("train", "test", "chance", "majority")
-        table.add_column(column, overflow="fold", justify="right" if right else "left")
-    return table
+        for row in rows
+    ]
+    show_table(table_of("", columns, cells, num_labels=4))
 
 
 def _metrics(metrics: tuple[str, ...]) -> str:

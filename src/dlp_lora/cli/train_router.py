@@ -5,7 +5,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from dlp_lora.cli.common import (
     DataOption,
@@ -21,7 +20,9 @@ from dlp_lora.cli.common import (
 from dlp_lora.cli.json_lines import print_json
 from dlp_lora.cli.options import with_options, words
 from dlp_lora.cli.progress import progress, working
+from dlp_lora.cli.tables import show_table
 from dlp_lora.files import check_replaceable
+from dlp_lora.lab.records.table import table_of
 
 TasksOption = Annotated[str | None, typer.Option("--tasks", help="Comma-separated task names. [default: all]")]
 
@@ -154,12 +155,15 @@ def _show_report(report: Any) -> None:
         f"held-out accuracy {report.accuracy:.2%} on {report.num_test:,} {prompts} of {len(report.names)} tasks\n"
         f"calibration error {report.ece:.2%} (before temperature {report.temperature:.2f}: {report.ece_before:.2%})"
     )
-    table = Table(title=f"confusion: {prompts} that went to another task")
-    for column in ("task", "accuracy", "went to"):
-        table.add_column(column)
-    for name, accuracy, mistakes in report.mistakes():
-        table.add_row(escape(name), f"{accuracy:.1%}", ", ".join(f"{other} {n}" for other, n in mistakes.items()))
-    console.print(table if table.row_count else "no prompt went to another task")
+    rows = [
+        (name, f"{accuracy:.1%}", ", ".join(f"{other} {n}" for other, n in mistakes.items()))
+        for name, accuracy, mistakes in report.mistakes()
+    ]
+    if rows:
+        title = f"confusion: {prompts} that went to another task"
+        show_table(table_of(title, ("task", "accuracy", "went to"), rows, num_labels=3))
+    else:
+        console.print("no prompt went to another task")
 
 
 def _show_made(names: tuple[str, ...], kind: str, temperature: float, out: Path, *, as_json: bool) -> None:

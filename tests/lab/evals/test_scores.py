@@ -6,6 +6,7 @@ import pytest
 from dlp_lora.lab.evals.metrics import bleu, rouge
 from dlp_lora.lab.evals.record import compared, composites_of, merged, without_choices
 from dlp_lora.lab.evals.scores import Table, Values, difference, intervals, pooled, scores, tabulate
+from dlp_lora.lab.records.run import Difference, Interval, RunRecord, Serial
 from dlp_lora.tasks import Example, Task
 
 REFERENCES = ["The cat sat on the mat today.", "A dog barked at the old postman.", "It rained all day in the north."]
@@ -69,7 +70,7 @@ def test_a_task_without_answers_is_left_out_of_its_pool() -> None:
     assert pooled(found, ["a", "missing", "b"]) == pooled(found, ["a", "b"])
     assert pooled(found, ["missing"]) == ({}, {})
     other = table(a=[0.0] * 2, b=[0.0] * 8)
-    assert difference(found, other, ["a", "missing", "b"])["accuracy"]["value"] == 0.5
+    assert difference(found, other, ["a", "missing", "b"])["accuracy"].value == 0.5
 
 
 def test_a_pool_of_choice_and_a_free_one_of_the_same_size_are_both_kept() -> None:
@@ -77,9 +78,9 @@ def test_a_pool_of_choice_and_a_free_one_of_the_same_size_are_both_kept() -> Non
     tables = {name: table(a=[score], b=[score], c=[0.5], d=[0.5]) for name, score in (("dlp", 1.0), ("oracle", 0.0))}
     found = compared(tables, kinds)
     for key in ("composites", "composite_intervals"):
-        assert set(found[key]) == {"composite-2-mcq", "composite-2-qa"}
-    assert found["composites"]["composite-2-mcq"] == {"dlp": {"accuracy": 1.0}, "oracle": {"accuracy": 0.0}}
-    assert {name: own["accuracy"]["value"] for name, own in found["differences"]["dlp - oracle"].items()} == {
+        assert set(getattr(found, key)) == {"composite-2-mcq", "composite-2-qa"}
+    assert found.composites["composite-2-mcq"] == {"dlp": {"accuracy": 1.0}, "oracle": {"accuracy": 0.0}}
+    assert {name: own["accuracy"].value for name, own in found.differences["dlp - oracle"].items()} == {
         "composite-2-mcq": 1.0,
         "composite-2-qa": 0.0,
     }
@@ -87,8 +88,8 @@ def test_a_pool_of_choice_and_a_free_one_of_the_same_size_are_both_kept() -> Non
 
 def test_dlp_is_set_against_the_main_methods_and_all_others_against_dlp() -> None:
     scores_of = {"base": 0.0, "dlp": 0.75, "oracle": 1.0, "top1": 0.5}
-    found = compared({name: table(a=[score]) for name, score in scores_of.items()}, {"a": "mcq"})["differences"]
-    assert {pair: own["composite-1"]["accuracy"]["value"] for pair, own in found.items()} == {
+    found = compared({name: table(a=[score]) for name, score in scores_of.items()}, {"a": "mcq"}).differences
+    assert {pair: own["composite-1"]["accuracy"].value for pair, own in found.items()} == {
         "dlp - oracle": -0.25,
         "dlp - base": 0.75,
         "top1 - dlp": -0.25,
@@ -96,13 +97,10 @@ def test_dlp_is_set_against_the_main_methods_and_all_others_against_dlp() -> Non
 
 
 def test_seeds_that_answered_no_serial_prompt_leave_the_mean_to_the_others() -> None:
-    forced = ("teacher_forced", "teacher_forced_intervals")
-    others = ("scores", "intervals", "composites", "composite_intervals", "differences", *forced)
-    records = [
-        {**{key: {} for key in others}, "serial": {"serial-2": own}} for own in ({"base": {"accuracy": 0.5}}, {})
-    ]
+    half = Serial(accuracy=0.5)
+    records = [RunRecord(serial={"serial-2": own}) for own in ({"base": half}, {})]
     for order in (records, records[::-1]):
-        assert merged(order, [0, 1])["serial"] == {"serial-2": {"base": {"accuracy": 0.5}}}
+        assert merged(order, [0, 1]).serial == {"serial-2": {"base": half}}
 
 
 def test_a_pool_is_called_after_its_size_where_that_says_which_it_is() -> None:
@@ -128,9 +126,10 @@ def test_a_difference_takes_out_what_both_methods_share() -> None:
     hard = rng.normal(size=200)
     ours, theirs = table(t=list(hard + 0.2 + 0.01 * rng.normal(size=200))), table(t=list(hard))
     found = difference(ours, theirs, ["t"])["accuracy"]
-    low, high = found["interval"]
-    assert found["value"] == pytest.approx(0.2, abs=0.01)
-    assert low < found["value"] < high
+    assert found.interval is not None
+    low, high = found.interval
+    assert found.value == pytest.approx(0.2, abs=0.01)
+    assert low < found.value < high
     assert high - low < 0.01
-    assert difference(ours, ours, ["t"])["accuracy"] == {"value": 0.0, "interval": (0.0, 0.0)}
+    assert difference(ours, ours, ["t"])["accuracy"] == Difference(value=0.0, interval=Interval(0.0, 0.0))
     assert difference(ours, table(t=[1.0, 2.0]), ["t"]) == {}

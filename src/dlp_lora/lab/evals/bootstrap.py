@@ -4,23 +4,14 @@ Whoever asks gets the same draws of as many examples: that pairs methods that an
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, Num
 
+from dlp_lora.lab.records.run import Interval
+
 NUM_RESAMPLES = 1000
-
-
-class Interval(NamedTuple):
-    """A 95 % bootstrap interval."""
-
-    low: float
-    high: float
-
-    def rounded(self) -> "Interval":
-        """The interval as records have it."""
-        return Interval(round(self.low, 5), round(self.high, 5))
 
 
 def bootstrap(

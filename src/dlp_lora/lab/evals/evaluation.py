@@ -20,6 +20,7 @@ from dlp_lora.lab.evals.forced import Known, answer_forced, known_texts
 from dlp_lora.lab.evals.methods import Method
 from dlp_lora.lab.evals.record import compared, teacher_forced_scores, without_choices
 from dlp_lora.lab.evals.scores import tabulate
+from dlp_lora.lab.records.run import Answered
 from dlp_lora.progress import OnProgress, staged, unseen
 from dlp_lora.tasks import Task
 
@@ -80,16 +81,17 @@ class Evaluation:
             )
             texts |= known_texts(rows)
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Answered:
         """The scores of all methods with intervals and differences, what was cut short, and the time it took."""
         by_name = {task.name: task for task in self.tasks}
-        return {
-            "cut_short": {name: cut_short(rows) for name, rows in self.free.items()},
-            "without_choices": without_choices(self.tasks, self.kinds),
-            **compared({name: tabulate(rows, by_name, self.kinds) for name, rows in self.free.items()}, self.kinds),
-            **(teacher_forced_scores(self.forced, by_name, self.kinds) if self.forced else {}),
-            "timings": {name: seconds_of(rows) for name, rows in self.free.items()},
-        }
+        tables = {name: tabulate(rows, by_name, self.kinds) for name, rows in self.free.items()}
+        return Answered(
+            **vars(compared(tables, self.kinds)),
+            **vars(teacher_forced_scores(self.forced, by_name, self.kinds)),
+            cut_short={name: cut_short(rows) for name, rows in self.free.items()},
+            without_choices=without_choices(self.tasks, self.kinds),
+            timings={name: seconds_of(rows) for name, rows in self.free.items()},
+        )
 
     def outputs(self) -> Iterator[dict[str, Any]]:
         """Every answer with its method and the part of the record that it is of."""

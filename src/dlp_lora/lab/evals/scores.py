@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from dlp_lora.lab.evals.bootstrap import Interval, draws, interval
+from dlp_lora.lab.evals.bootstrap import draws, interval
 from dlp_lora.lab.evals.metrics import bleu_letters_each, bleu_of, bleu_statistics, exact_match, rouge_each
+from dlp_lora.lab.records.run import Difference, Interval
 from dlp_lora.tasks.task import Task
 
 
@@ -76,15 +77,15 @@ def pooled(table: Table, names: Sequence[str]) -> tuple[dict[str, float], dict[s
     return means, {metric: interval(_resampled(own)).rounded() for metric, own in values.items()}
 
 
-def difference(ours: Table, theirs: Table, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+def difference(ours: Table, theirs: Table, names: Sequence[str]) -> dict[str, Difference]:
     """The pooled metrics of one method less another's, on the same questions."""
     names = [name for name in names if name in ours and name in theirs]
     a, b = _pools(ours, names), _pools(theirs, names)
     return {
-        metric: {
-            "value": round(float(np.mean([x.score - y.score for x, y in zip(a[metric], b[metric], strict=True)])), 5),
-            "interval": interval(_resampled(a[metric]) - _resampled(b[metric])).rounded(),
-        }
+        metric: Difference(
+            value=round(float(np.mean([x.score - y.score for x, y in zip(a[metric], b[metric], strict=True)])), 5),
+            interval=interval(_resampled(a[metric]) - _resampled(b[metric])).rounded(),
+        )
         for metric in a
         if metric in b and all(len(x.each) == len(y.each) for x, y in zip(a[metric], b[metric], strict=True))
     }

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from dlp_lora.files import write_text
 from dlp_lora.lab.report.charts import pictures
-from dlp_lora.lab.report.markup import Picture
-from dlp_lora.lab.report.page import Section, html_page, markdown_page, sections, title_of
+from dlp_lora.lab.report.markup import Picture, Section, html_page, markdown_page
+from dlp_lora.lab.report.page import sections, title_of
 from dlp_lora.lab.report.record import read_record
 from dlp_lora.lab.report.router import (
     is_router_record,

@@ -14,8 +14,9 @@ from typing import Any
 
 from dlp_lora.errors import DLPLoRAError
 from dlp_lora.lab.evals.methods import SINGLE, label
+from dlp_lora.lab.records.table import Measure
 from dlp_lora.lab.report.markup import Picture
-from dlp_lora.lab.report.record import METRICS, Measure, Record
+from dlp_lora.lab.report.record import METRICS, Record
 from dlp_lora.lab.report.tables import main_methods
 
 WIDTH = 5.2  # inches, 374 points: about a phone's width, so that text is as large there as it is drawn
@@ -263,8 +264,8 @@ def _score_pictures(record: Record, kind: str, metric: str, what: str) -> tuple[
 def _confusion_picture(record: Record) -> tuple[Picture, ...]:
     labels = {task.name: task.label for task in record.tasks}
     counts = {
-        labels.get(task, task): {labels.get(name, name): count or 0 for name, count in row.items()}
-        for task, row in (record.at("router", "confusion") or {}).items()
+        labels.get(task, task): {labels.get(name, name): count for name, count in row.items()}
+        for task, row in (record.run.router.confusion if record.run.router else {}).items()
         if row
     }
     if not counts:

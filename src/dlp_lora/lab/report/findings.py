@@ -4,9 +4,10 @@ from collections.abc import Iterable, Sequence
 from statistics import fmean
 
 from dlp_lora.lab.evals.methods import MAIN, SINGLE, about, label, main_first
+from dlp_lora.lab.records.run import RouterRecord, Serial
+from dlp_lora.lab.records.table import Cell, Column, Measure, Table, cell, number, plain, table_of
 from dlp_lora.lab.report import paper
-from dlp_lora.lab.report.markup import Cell, Column, Table, cell, number, plain
-from dlp_lora.lab.report.record import METRICS, Measure, Record, points
+from dlp_lora.lab.report.record import METRICS, Record, measure_of, metrics_of, points
 from dlp_lora.lab.report.tables import INTERVALS, relative
 
 PAIRS = tuple(f"dlp - {other}" for other in ("oracle", "base", SINGLE))
@@ -15,7 +16,7 @@ _SERIAL = {"accuracy": "Right", "accuracy_later": "Later", "routed": "Routed"}
 
 def difference_table(record: Record) -> Table:
     """Paired differences between methods on the composites: those to DLP-LoRA's rivals first."""
-    recorded = record.at("differences") or {}
+    recorded = record.run.differences
     rows = [
         (
             pair_label(pair),
@@ -27,15 +28,15 @@ def difference_table(record: Record) -> Table:
             verdict(measure) or None,
         )
         for pair in sorted(recorded, key=lambda p: PAIRS.index(p) if p in PAIRS else len(PAIRS))
-        for composite in recorded[pair] or ()
-        for metric in recorded[pair][composite] or ()
+        for composite in recorded[pair]
+        for metric in recorded[pair][composite]
         if (measure := record.difference(pair, composite, metric))
     ]
     names = ("Difference", "Tasks", "Metric", "Points", "Relative", "Paper: relative", "Finding")
-    return Table(
-        title="Differences between methods, in points of 100",
-        columns=tuple(Column(name=name) for name in names),
-        rows=tuple(rows),
+    return table_of(
+        "Differences between methods, in points of 100",
+        names,
+        rows,
         notes=(
             "Paired: both methods answer the same examples. In brackets: 95 % bootstrap intervals of the difference.",
             "The paper's are its averages over four other models (section 4.2).",
@@ -72,10 +73,10 @@ def ablation_table(record: Record) -> Table:
         for method in methods
     ]
     counted = ", ".join(f"{METRICS[metric]} over {len(common[metric])}" for metric in metrics)
-    return Table(
-        title="Ablations: means over the tasks that every method answered, of 100",
-        columns=(Column(name="Method"), Column(name="What chooses"), *(Column(name=METRICS[m]) for m in metrics)),
-        rows=tuple(rows) if others else (),
+    return table_of(
+        "Ablations: means over the tasks that every method answered, of 100",
+        ("Method", "What chooses", *(METRICS[m] for m in metrics)),
+        rows if others else (),
         notes=(f"Tasks: {counted}.", INTERVALS),
         num_labels=2,
     )
@@ -83,18 +84,18 @@ def ablation_table(record: Record) -> Table:
 
 def serial_table(record: Record) -> Table:
     """Several questions of different tasks in one prompt, answered in order."""
-    serials = [serial for serial, by_method in (record.at("serial") or {}).items() if by_method]
-    methods = main_first(method for serial in serials for method in record.at("serial", serial))
+    serials = [serial for serial, by_method in record.run.serial.items() if by_method]
+    methods = main_first(method for serial in serials for method in record.run.serial[serial])
     columns = [
         Column(name=name, group=f"{serial}, {_num_questions(record, serial)} questions")
         for serial in serials
         for name in _SERIAL.values()
     ]
     rows = [(label(m), *(_serial_cell(record, s, m, key) for s in serials for key in _SERIAL)) for m in methods]
-    return Table(
-        title="Serial-n: n questions of different tasks in one prompt, answered in order, %",
-        columns=(Column(name="Method"), *columns),
-        rows=tuple(rows),
+    return table_of(
+        "Serial-n: n questions of different tasks in one prompt, answered in order, %",
+        ("Method", *columns),
+        rows,
         notes=(
             "Right: questions answered right. Later: the same without the first of each prompt. Routed: answers under "
             "their own task's adapter. In brackets: 95 % bootstrap intervals.",
@@ -109,11 +110,10 @@ THEIRS = {"bleu": "", "bleu_letters": "bleu"}
 
 def teacher_forced_table(record: Record) -> Table:
     """The paper's own protocol: each token predicted from the right ones before it, beside the paper's numbers."""
-    recorded = record.at("teacher_forced") or {}
-    methods = main_first(recorded)
+    methods = main_first(record.run.teacher_forced)
     rows = []
     for task in record.tasks:
-        for metric in _metrics(record, "teacher_forced", task.name):
+        for metric in metrics_of(record.run.teacher_forced, task.name):
             measures = [record.teacher_forced(method, task.name, metric) for method in methods]
             theirs = paper.row(task.paper_name, THEIRS.get(metric, metric))
             rows.append(
@@ -129,10 +129,10 @@ def teacher_forced_table(record: Record) -> Table:
         *((f"Paper: {m}", method) for m, method in paper.COLUMNS),
     ]
     columns = [Column(name=f"{label(method)}, teacher-forced", group=group) for group, method in groups]
-    return Table(
-        title="Teacher-forced: what the paper's code measured, of 100",
-        columns=(Column(name="Task"), Column(name="Metric"), *columns),
-        rows=tuple(rows),
+    return table_of(
+        "Teacher-forced: what the paper's code measured, of 100",
+        ("Task", "Metric", *columns),
+        rows,
         notes=(
             "Each token is predicted from the right ones before it. "
             "That is easier than to answer, and says little about how often an answer is right.",
@@ -147,25 +147,24 @@ def teacher_forced_table(record: Record) -> Table:
 
 def router_table(record: Record) -> Table:
     """How well the router tells the tasks apart, and what it costs."""
-    router = record.at("router") or {}
-    accuracy, ece, parameters, seconds = (router.get(k) for k in ("accuracy", "ece", "num_parameters", "seconds"))
+    router = record.run.router or RouterRecord()
     rows = [
-        ("Accuracy, %", plain(_times(accuracy, 100), digits=2), plain(paper.ROUTER_ACCURACY, digits=2)),
-        ("Expected calibration error, %", plain(_times(ece, 100), digits=2), None),
-        ("Parameters, millions", plain(_times(parameters, 1e-6), digits=2), "5"),
-        ("Training, s", plain(seconds), "under 600"),
+        ("Accuracy, %", plain(_times(router.accuracy, 100), digits=2), plain(paper.ROUTER_ACCURACY, digits=2)),
+        ("Expected calibration error, %", plain(_times(router.ece, 100), digits=2), None),
+        ("Parameters, millions", plain(_times(router.num_parameters, 1e-6), digits=2), "5"),
+        ("Training, s", plain(router.seconds), "under 600"),
     ]
-    return Table(
-        title="The router",
-        columns=(Column(name="Router"), Column(name="Here"), Column(name="Paper")),
-        rows=tuple(rows) if router else (),
+    return table_of(
+        "The router",
+        ("Router", "Here", "Paper"),
+        rows if record.run.router else (),
         notes=("The paper's: section 4.1, on its own data for the 26 tasks.",),
     )
 
 
 def seed_table(record: Record) -> Table:
     """Means over tasks, seed by seed; without rows unless there are several seeds."""
-    seeds = tuple(record.at("by_seed") or ())
+    seeds = tuple(record.run.by_seed)
     rows = []
     for method in record.methods if len(seeds) > 1 else ():
         for metric, name in METRICS.items():
@@ -175,10 +174,10 @@ def seed_table(record: Record) -> Table:
             if known:
                 spread = Measure(value=fmean(known), interval=(min(known), max(known)))
                 rows.append((label(method), name, Cell(measure=spread), *map(plain, means)))
-    return Table(
-        title="Means over tasks, seed by seed, of 100",
-        columns=tuple(Column(name=name) for name in ("Method", "Metric", "Mean", *(f"Seed {seed}" for seed in seeds))),
-        rows=tuple(rows),
+    return table_of(
+        "Means over tasks, seed by seed, of 100",
+        ("Method", "Metric", "Mean", *(f"Seed {seed}" for seed in seeds)),
+        rows,
         notes=("In brackets: the lowest and the highest of the seeds.",),
         num_labels=2,
     )
@@ -189,12 +188,12 @@ def score_table(record: Record) -> Table:
     rows = [
         (task.name, METRICS.get(metric, metric), *(cell(record.measure(m, task.name, metric)) for m in record.methods))
         for task in record.tasks
-        for metric in _metrics(record, "scores", task.name)
+        for metric in metrics_of(record.run.scores, task.name)
     ]
-    return Table(
-        title="Every score, of 100",
-        columns=(Column(name="Task"), Column(name="Metric"), *(Column(name=method) for method in record.methods)),
-        rows=tuple(rows),
+    return table_of(
+        "Every score, of 100",
+        ("Task", "Metric", *record.methods),
+        rows,
         notes=(INTERVALS,),
         num_labels=2,
         folded=True,
@@ -218,22 +217,14 @@ def _common_tasks(record: Record, methods: Sequence[str], metric: str) -> list[s
     return [t.name for t in record.tasks if having and all(t.name in names for names in having)]
 
 
-def _metrics(record: Record, part: str, task: str) -> list[str]:
-    return list(dict.fromkeys(m for method in record.at(part) or () for m in record.at(part, method, task) or ()))
-
-
 def _num_questions(record: Record, serial: str) -> int:
-    rows = record.at("serial", serial).values()
-    return max(int((row or {}).get("num_questions") or 0) for row in rows)
+    return max(int(row.num_questions or 0) for row in record.run.serial[serial].values())
 
 
 def _serial_cell(record: Record, serial: str, method: str, key: str) -> Cell | None:
-    row = record.at("serial", serial, method) or {}
-    if row.get(key) is None:
-        return None
-    low_high = row.get({"accuracy": "interval", "accuracy_later": "interval_later"}.get(key, ""))
-    interval = (100 * low_high[0], 100 * low_high[1]) if low_high else None
-    return Cell(measure=Measure(value=100 * row[key], interval=interval))
+    row = record.run.serial[serial].get(method, Serial())
+    interval = {"accuracy": row.interval, "accuracy_later": row.interval_later}.get(key)
+    return cell(measure_of(getattr(row, key), interval, key))
 
 
 def _what_switching_adds(record: Record, serial: str) -> Iterable[str]:
@@ -242,7 +233,7 @@ def _what_switching_adds(record: Record, serial: str) -> Iterable[str]:
         "recompute": ("dlp", "encoding the context again at each switch (recompute) against keeping it"),
     }
     for method, (other, what) in against.items():
-        ours, theirs = (record.at("serial", serial, name, "accuracy") for name in (method, other))
+        ours, theirs = (record.run.serial[serial].get(name, Serial()).accuracy for name in (method, other))
         if ours is not None and theirs is not None:
             yield f"{serial}: {what}: {number(100 * (ours - theirs), signed=True)} points."
 

@@ -1,48 +1,22 @@
-"""Blocks of a page in, Markdown or HTML out: tables of plain data, pictures, paragraphs and lists.
+"""Blocks of a page in, Markdown through one template out, and HTML that is made from it.
 
-All text is escaped here, and only here: a block holds text as it is meant to be read.
+All text is escaped in the templates, and only there: a block holds text as it is meant to be read.
 """
 
 import base64
-import html
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from functools import cache
 
-from dlp_lora.lab.report.record import Measure
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from markdown_it import MarkdownIt
+from markupsafe import Markup
 
-MISSING = "–"
+from dlp_lora.lab.records.table import Table, escape_markdown, table_grid
+from dlp_lora.lab.report.routing import Routing
 
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """A number, how it is printed, what warns of it, and its relative change."""
-
-    measure: Measure
-    mark: str = ""
-    change: str = ""
-    digits: int = 1
-    signed: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Column:
-    """A column's heading, and one above it that neighbours share."""
-
-    name: str
-    group: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """A titled table; a cell that is None was not measured. The first `num_labels` cells of a row name it."""
-
-    title: str
-    columns: tuple[Column, ...]
-    rows: tuple[tuple[Cell | str | None, ...], ...]
-    notes: tuple[str, ...] = ()
-    num_labels: int = 1
-    folded: bool = False
+NOT_MEASURED = "Not measured in this run."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,150 +40,67 @@ class Bullets:
     items: tuple[str, ...]
 
 
+Block = Table | Picture | Bullets | Routing | str
+
+
 @dataclass(frozen=True, kw_only=True)
-class Markup:
-    """A block that comes as finished Markdown and HTML."""
+class Section:
+    """A heading and what stands under it."""
 
-    markdown: str
-    html: str
-
-
-Block = Table | Picture | Bullets | Markup | str
+    title: str
+    blocks: tuple[Block, ...]
 
 
-def cell(measure: Measure | None, *, mark: str = "", change: str = "", digits: int = 1) -> Cell | None:
-    """A cell for a measure that may be missing."""
-    return None if measure is None else Cell(measure=measure, mark=mark, change=change, digits=digits)
+def section(title: str, *blocks: Block | None) -> Section:
+    """A section of what there is; if there is nothing, it says so."""
+    there = tuple(b for b in blocks if b is not None and not (isinstance(b, Table) and not b.rows))
+    return Section(title=title, blocks=there or (NOT_MEASURED,))
 
 
-def plain(value: float | None, *, digits: int = 1) -> Cell | None:
-    """A cell for a number that has no interval and may be missing."""
-    return None if value is None else Cell(measure=Measure(value=value), digits=digits)
+def markdown_page(title: str, sections: Sequence[Section]) -> str:
+    """A report as GitHub's Markdown; the pictures lie beside it."""
+    return _templates().get_template("report.md.jinja").render(title=title, sections=sections)
+
+
+def html_page(title: str, sections: Sequence[Section]) -> str:
+    """A report as one HTML file that needs no other."""
+    return _templates().get_template("report.html.jinja").render(title=title, sections=sections)
 
 
 def to_markdown(block: Block) -> str:
     """Writes a block as GitHub's Markdown."""
-    match block:
-        case Table():
-            return _table_markdown(block)
-        case Picture():
-            return f"![{escape_markdown(block.caption)}]({block.file_name})"
-        case Bullets():
-            return "\n".join(f"- {escape_markdown(item)}" for item in block.items)
-        case Markup():
-            return block.markdown
-        case str():
-            return escape_markdown(block)
+    return str(_templates().get_template("report.md.jinja").make_module({"title": "", "sections": ()}).block(block))
 
 
 def to_html(block: Block) -> str:
-    """Writes a block as HTML that needs no other file."""
-    match block:
-        case Table():
-            return _table_html(block)
-        case Picture():
-            return _picture_html(block)
-        case Bullets():
-            return f"<ul>{''.join(f'<li>{html.escape(item)}</li>' for item in block.items)}</ul>"
-        case Markup():
-            return block.html
-        case str():
-            return f"<p>{html.escape(block)}</p>"
+    """Writes a block as HTML, by way of its Markdown."""
+    return str(_renderer().render(to_markdown(block)))
 
 
-def escape_markdown(text: str) -> str:
-    """Writes text so that Markdown shows it as it is, on one line."""
-    text = html.escape(" ".join(text.split()), quote=False)
-    # An underscore within a word is safe, and task names have many; so are brackets that no target follows.
-    return re.sub(r"([\\`*~|]|\](?=[(\[:])|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", text)
-
-
-def number(value: float, *, digits: int = 1, signed: bool = False) -> str:
-    """Prints a number with a true minus sign, and never as minus zero."""
-    rounded = round(value, digits) + 0.0
-    return f"{rounded:{'+' if signed and rounded else ''}.{digits}f}".replace("-", "−")
-
-
-def shown(cell: Cell | str | None) -> str:
-    """A cell as plain text."""
-    if cell is None:
-        return MISSING
-    if isinstance(cell, str):
-        return cell
-    parts = (
-        number(cell.measure.value, digits=cell.digits, signed=cell.signed),
-        _interval(cell),
-        cell.change,
-        cell.mark,
+@cache
+def _templates() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("dlp_lora.lab.report"),
+        autoescape=select_autoescape(["html.jinja"]),
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
     )
-    return " ".join(filter(None, parts))
+    kinds = {"table": Table, "picture": Picture, "bullets": Bullets, "routing": Routing}
+    environment.tests |= {name: lambda block, kind=kind: isinstance(block, kind) for name, kind in kinds.items()}
+    environment.filters |= {
+        "md": escape_markdown,
+        "grid": table_grid,
+        "html": lambda block: Markup(to_html(block)),
+        "base64": lambda text: base64.b64encode(text.encode()).decode(),
+        "line_start": lambda text: re.sub(r"^(\d*)([#=+.)-])", r"\1\\\2", text),
+    }
+    return environment
 
 
-def _interval(cell: Cell) -> str:
-    if cell.measure.interval is None:
-        return ""
-    low, high = (number(x, digits=cell.digits, signed=cell.signed) for x in cell.measure.interval)
-    return f"[{low}, {high}]"
-
-
-def _table_markdown(table: Table) -> str:
-    head = [escape_markdown(f"{c.group} {c.name}".strip()) for c in table.columns]
-    rule = ["---" if i < table.num_labels else "---:" for i in range(len(head))]
-    rows = [[escape_markdown(shown(cell)) for cell in row] for row in table.rows]
-    grid = "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
-    title = escape_markdown(table.title)
-    notes = "\n".join(f"- {escape_markdown(note)}" for note in table.notes)
-    if table.folded:
-        return "\n\n".join(filter(None, (f"<details><summary>{title}</summary>", grid, notes, "</details>")))
-    return "\n\n".join(filter(None, (f"**{title}**", grid, notes)))
-
-
-def _table_html(table: Table) -> str:
-    title, notes = html.escape(table.title), "".join(f"<li>{html.escape(note)}</li>" for note in table.notes)
-    body = "".join(f"<tr>{_row_html(row, table.num_labels)}</tr>" for row in table.rows)
+@cache
+def _renderer() -> MarkdownIt:
+    renderer = MarkdownIt("commonmark", {"html": True}).enable("table")
     # Focusable, so that the keyboard can scroll it sideways, too.
-    grid = f'<div class="wide" tabindex="0"><table>{_head_html(table)}<tbody>{body}</tbody></table></div>'
-    if notes:
-        grid += f'<ul class="notes">{notes}</ul>'
-    if table.folded:
-        return f"<details><summary>{title}</summary>{grid}</details>"
-    return f"<section><h3>{title}</h3>{grid}</section>"
-
-
-def _head_html(table: Table) -> str:
-    names = "".join(
-        f'<th scope="col"{" class=label" if i < table.num_labels else ""}>{html.escape(column.name)}</th>'
-        for i, column in enumerate(table.columns)
-    )
-    if not any(c.group for c in table.columns):
-        return f"<thead><tr>{names}</tr></thead>"
-    groups = [(group, len(list(columns))) for group, columns in groupby(table.columns, key=lambda c: c.group)]
-    spans = "".join(f'<th colspan="{width}" scope="colgroup">{html.escape(group)}</th>' for group, width in groups)
-    lines = "".join(f'<colgroup span="{width}"></colgroup>' for _, width in groups)
-    return f'{lines}<thead><tr class="groups">{spans}</tr><tr>{names}</tr></thead>'
-
-
-def _row_html(row: tuple[Cell | str | None, ...], num_labels: int) -> str:
-    return "".join(map(_label_html, row[:num_labels])) + "".join(f"<td>{_cell_html(c)}</td>" for c in row[num_labels:])
-
-
-def _label_html(label: Cell | str | None) -> str:
-    text = shown(label)
-    return f'<th scope="row"{" class=short" if len(text) <= 24 else ""}>{html.escape(text)}</th>'
-
-
-def _cell_html(cell: Cell | str | None) -> str:
-    if not isinstance(cell, Cell):
-        return html.escape(shown(cell))
-    text = number(cell.measure.value, digits=cell.digits, signed=cell.signed)
-    text += "".join(f" <small>{part}</small>" for part in (_interval(cell), cell.change) if part)
-    if cell.mark:
-        text += f' <small class="mark">{html.escape(cell.mark)}</small>'
-    return text
-
-
-def _picture_html(picture: Picture) -> str:
-    data = base64.b64encode(picture.svg.encode()).decode()
-    caption = html.escape(picture.caption)
-    image = f'<img src="data:image/svg+xml;base64,{data}" alt="{caption}">'
-    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+    renderer.add_render_rule("table_open", lambda *_: '<div class="wide" tabindex="0"><table>\n')
+    renderer.add_render_rule("table_close", lambda *_: "</table></div>\n")
+    return renderer

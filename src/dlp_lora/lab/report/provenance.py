@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dlp_lora.lab.evals.methods import SINGLE, label
-from dlp_lora.lab.report.markup import Column, Table, plain
+from dlp_lora.lab.records.table import Table, plain, table_of
 from dlp_lora.lab.report.record import Record
 
 _HARDWARE = ("cpu", "cores", "threads", "gpu")
@@ -14,59 +14,44 @@ _TRAINED = {"num_examples": 0, "num_left_out": 0, "seconds": 1, "final_loss": 3}
 
 def making_table(record: Record) -> Table:
     """What the numbers were made with, and from."""
-    environments = record.at("environments") or [record.at("environment") or {}]
-    timings = record.at("timings") or {}
-    memory = record.at("peak_memory_mb")
+    run = record.run
+    environments = run.environments or (run.environment,)
     facts = {
-        "Model": record.at("model"),
-        "Precision": record.at("dtype"),
+        "Model": run.model,
+        "Precision": run.dtype,
         "Tasks": _count_tasks(record),
         "Left out": _left_out(record),
-        "Answers cut off": _cut_short(record),
-        "Data hash": record.at("data", "hash"),
-        "Seeds": ", ".join(str(seed) for seed in record.seeds),
+        "Answers cut off": ", ".join(f"{label(m)} {sum(own.values()):,}" for m, own in run.cut_short.items()),
+        "Data hash": run.data.hash,
+        "Seeds": ", ".join(map(str, run.seeds)),
         "Hardware": _each(environments, _HARDWARE),
         "Versions": _each(environments, [key for key in environments[0] if key not in _HARDWARE]),
         "Training of the adapters": _training_time(record),
-        "Evaluation": ", ".join(f"{label(m)} {duration(s)}" for m, s in timings.items() if s is not None),
-        "Peak memory": None if memory is None else f"{memory:,.0f} MB",
-        "Outputs": record.at("outputs"),
+        "Evaluation": ", ".join(f"{label(method)} {duration(seconds)}" for method, seconds in run.timings.items()),
+        "Peak memory": None if run.peak_memory_mb is None else f"{run.peak_memory_mb:,.0f} MB",
+        "Outputs": run.outputs,
     }
-    return Table(
-        title="The run",
-        columns=(Column(name=""), Column(name=record.name)),
-        rows=tuple((name, str(fact) if fact else None) for name, fact in facts.items()),
-        num_labels=2,
-    )
+    return table_of("The run", ("", record.name), ((k, fact or None) for k, fact in facts.items()), num_labels=2)
 
 
 def settings_table(record: Record) -> Table:
     """The run's settings, each as JSON."""
-    settings = record.at("settings") or record.at("args") or {}
-    return Table(
-        title="Settings",
-        columns=(Column(name="Setting"), Column(name="Value")),
-        rows=tuple((name, json.dumps(value, ensure_ascii=False)) for name, value in settings.items()),
-        num_labels=2,
-        folded=True,
-    )
+    settings = record.run.settings or record.run.args
+    rows = [(name, json.dumps(value, ensure_ascii=False)) for name, value in settings.items()]
+    return table_of("Settings", ("Setting", "Value"), rows, num_labels=2, folded=True)
 
 
 def training_table(record: Record) -> Table:
     """What the training of each adapter took."""
-    trained: dict[str, Any] = dict(record.at("training", "adapters") or {})
-    if record.at("training", SINGLE):
-        trained[label(SINGLE)] = record.at("training", SINGLE)
+    trained = dict(record.run.training.adapters)
+    if record.run.training.single:
+        trained[label(SINGLE)] = record.run.training.single
     rows = [
-        (name, *(plain((row or {}).get(key), digits=digits) for key, digits in _TRAINED.items()))
+        (name, *(plain(getattr(row, key), digits=digits) for key, digits in _TRAINED.items()))
         for name, row in trained.items()
     ]
-    return Table(
-        title="Training, adapter by adapter",
-        columns=tuple(Column(name=name) for name in ("Adapter", "Examples", "Left out", "Seconds", "Final loss")),
-        rows=tuple(rows),
-        folded=True,
-    )
+    columns = ("Adapter", "Examples", "Left out", "Seconds", "Final loss")
+    return table_of("Training, adapter by adapter", columns, rows, folded=True)
 
 
 def duration(seconds: float) -> str:
@@ -91,33 +76,27 @@ def _entry(key: str, value: Any) -> str:
 
 
 def _count_tasks(record: Record) -> str:
-    described = (record.at("data", "tasks") or {}).values()
-    train, test = (sum((row or {}).get(key) or 0 for row in described) for key in ("num_train", "num_test"))
+    described = record.run.data.tasks.values()
+    train, test = sum(task.num_train or 0 for task in described), sum(task.num_test or 0 for task in described)
     return f"{len(record.tasks)}: {train:,} examples to learn from, {test:,} to be scored on"
 
 
 def _left_out(record: Record) -> str | None:
     """Counts the examples that were not asked or not learned from; None if nobody counted."""
-    adapters = record.at("training", "adapters") or {}
-    learned = [row["num_left_out"] for row in adapters.values() if row and row.get("num_left_out") is not None]
-    asked = record.at("left_out")
+    adapters, asked = record.run.training.adapters.values(), record.run.left_out
+    learned = [row.num_left_out for row in adapters if row.num_left_out is not None]
     if asked is None and not learned:
         return None
-    tasks = ", ".join(f"{task} {count}" for task, count in (asked or {}).items() if count)
-    return (
-        f"{sum(learned)} examples to learn from, {sum((asked or {}).values())} to be scored on ({tasks or 'no task'})"
-    )
-
-
-def _cut_short(record: Record) -> str | None:
-    """Counts the answers that were cut short, by method."""
-    found = record.at("cut_short") or {}
-    return ", ".join(f"{label(method)} {sum(own.values()):,}" for method, own in found.items()) or None
+    counts = {task: count for task, count in (asked or {}).items() if count}
+    tasks = ", ".join(f"{task} {count}" for task, count in counts.items()) or "no task"
+    return f"{sum(learned)} examples to learn from, {sum(counts.values())} to be scored on ({tasks})"
 
 
 def _training_time(record: Record) -> str:
-    adapters = (record.at("training", "adapters") or {}).values()
-    parts = {"own adapters": sum((row or {}).get("seconds") or 0 for row in adapters)}
-    parts[label(SINGLE)] = record.at("training", SINGLE, "seconds") or 0
-    parts["router"] = record.at("router", "seconds") or 0
+    run = record.run
+    parts = {
+        "own adapters": sum(row.seconds or 0 for row in run.training.adapters.values()),
+        label(SINGLE): run.training.single and run.training.single.seconds,
+        "router": run.router and run.router.seconds,
+    }
     return ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items() if seconds)

@@ -1,9 +1,5 @@
-"""The record of a run: record.json in, look-ups in the units that are shown out.
+"""The record of a run for a report: look-ups in points of 100. What was not measured is None."""
 
-Any method, task or metric may be missing from a record: a look-up then gives None. What is there must be well formed.
-"""
-
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,12 +8,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from dlp_lora.errors import RecordError
 from dlp_lora.lab.evals.methods import main_first
+from dlp_lora.lab.records.run import RECORD_FILE, ByTask, RunRecord, TaskRecord, read_run
+from dlp_lora.lab.records.table import Measure
 from dlp_lora.lab.report.paper import SPELLINGS
 
-FORMAT = 1
-RECORD_FILE = "record.json"
 METRICS = {
     "accuracy": "Accuracy",
     "accuracy_loglik": "Accuracy by likelihood",
@@ -27,71 +22,6 @@ METRICS = {
     "rougeL": "ROUGE-L",
 }
 QA_METRICS = ("bleu", "rouge1", "rougeL")
-
-_NUMBER, _PAIR, _TEXT, _EACH = "a finite number", "a list [low, high]", "a string", "*"
-_BY_TASK = {_EACH: {_EACH: _NUMBER}}
-_TRAINED = {"seconds": _NUMBER, "final_loss": _NUMBER, "num_examples": _NUMBER, "num_left_out": _NUMBER}
-_SERIAL = {
-    "accuracy": _NUMBER,
-    "interval": _PAIR,
-    "accuracy_later": _NUMBER,
-    "interval_later": _PAIR,
-    "routed": _NUMBER,
-    "num_questions": _NUMBER,
-}
-# What is looked up, by place; null stands for "missing" everywhere, and other keys may be there.
-_SHAPE: Mapping[str, Any] = {
-    "name": _TEXT,
-    "model": _TEXT,
-    "dtype": _TEXT,
-    "settings": {},
-    "environment": {},
-    "environments": [{}],
-    "data": {
-        "hash": _TEXT,
-        "tasks": {
-            _EACH: {"paper_name": _TEXT, "kind": _TEXT, "chance": _NUMBER, "majority": _NUMBER, "stand_in": _TEXT}
-        },
-    },
-    "scores": {_EACH: _BY_TASK},
-    "intervals": {_EACH: {_EACH: {_EACH: _PAIR}}},
-    "composites": {_EACH: _BY_TASK},
-    "composite_intervals": {_EACH: {_EACH: {_EACH: _PAIR}}},
-    "differences": {_EACH: {_EACH: {_EACH: {"value": _NUMBER, "interval": _PAIR}}}},
-    "teacher_forced": {_EACH: _BY_TASK},
-    "teacher_forced_intervals": {_EACH: {_EACH: {_EACH: _PAIR}}},
-    "teacher_forced_composites": {_EACH: _BY_TASK},
-    "teacher_forced_composite_intervals": {_EACH: {_EACH: {_EACH: _PAIR}}},
-    "serial": {_EACH: {_EACH: _SERIAL}},
-    "router": {
-        "accuracy": _NUMBER,
-        "ece": _NUMBER,
-        "num_parameters": _NUMBER,
-        "seconds": _NUMBER,
-        "confusion": _BY_TASK,
-    },
-    "training": {"adapters": {_EACH: _TRAINED}, "lora-r64": _TRAINED},
-    "left_out": {_EACH: _NUMBER},
-    "cut_short": {_EACH: {_EACH: _NUMBER}},
-    "timings": {_EACH: _NUMBER},
-    "peak_memory_mb": _NUMBER,
-    "conversation": {
-        "prompt": _TEXT,
-        "text": _TEXT,
-        "trace": [{"text": _TEXT, "probabilities": {_EACH: _NUMBER}, "mixture": {_EACH: _NUMBER}}],
-    },
-    "larger": {"model": _TEXT, "seconds": _NUMBER, "scores": _BY_TASK, "pooled_intervals": {_EACH: _PAIR}},
-    "seeds": [_NUMBER],
-    "by_seed": {_EACH: {_EACH: _BY_TASK}},
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measure:
-    """A number in points of 100, and the interval that it lies in."""
-
-    value: float
-    interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,36 +45,28 @@ class Record:
     """What a run found, and on what."""
 
     path: Path
-    data: Mapping[str, Any]
-
-    def at(self, *keys: str) -> Any:
-        """What stands under a path of keys, or None."""
-        found: Any = self.data
-        for key in keys:
-            found = (found or {}).get(key)
-        return found
+    run: RunRecord
 
     @property
     def name(self) -> str:
         """The run's name."""
-        return self.at("name") or self.path.parent.name
+        return self.run.name or self.path.parent.name
 
     @property
     def model(self) -> str:
         """The base model's name."""
-        return self.at("model") or "an unnamed model"
+        return self.run.model or "an unnamed model"
 
     @cached_property
     def tasks(self) -> tuple[RecordedTask, ...]:
         """All tasks that are described or scored."""
-        described: dict[str, Any] = self.at("data", "tasks") or {}
-        scored: dict[str, set[str]] = {}
-        for by_task in (self.at("scores") or {}).values():
-            for task, by_metric in (by_task or {}).items():
+        described, scored = self.run.data.tasks, dict[str, set[str]]()
+        for by_task in self.run.scores.values():
+            for task, by_metric in by_task.items():
                 if by_metric:
                     scored.setdefault(task, set()).update(by_metric)
         return tuple(
-            _recorded_task(name, described.get(name) or {}, scored.get(name, set()))
+            _recorded_task(name, described.get(name, TaskRecord()), scored.get(name, set()))
             for name in dict.fromkeys([*described, *scored])
         )
 
@@ -155,32 +77,21 @@ class Record:
     @property
     def methods(self) -> tuple[str, ...]:
         """The methods that have scores: the main ones first, the others as recorded."""
-        return main_first(self.at("scores") or ())
-
-    @property
-    def seeds(self) -> tuple[int, ...]:
-        """The seeds of the run."""
-        return tuple(int(seed) for seed in self.at("seeds") or ())
+        return main_first(self.run.scores)
 
     def scored(self, tasks: Iterable[RecordedTask]) -> tuple[RecordedTask, ...]:
         """Those of the tasks that some method has a score on: one without test questions has none."""
-        by_method = [by_task or {} for by_task in (self.at("scores") or {}).values()]
-        return tuple(task for task in tasks if any(by_task.get(task.name) for by_task in by_method))
+        return tuple(task for task in tasks if any(own.get(task.name) for own in self.run.scores.values()))
 
     def measure(self, method: str, task: str, metric: str) -> Measure | None:
         """A method's score on a task, in its bootstrap interval, widened to the extremes of the seeds."""
-        value = self.at("scores", method, task, metric)
-        if value is None:
-            return None
-        seeds = self.seed_means(method, [task], metric)
-        return _measure(value, _hull(self.at("intervals", method, task, metric), _extremes(seeds)), metric)
+        intervals = (at(self.run.intervals, method, task, metric), _extremes(self.seed_means(method, [task], metric)))
+        return measure_of(at(self.run.scores, method, task, metric), _hull(*intervals), metric)
 
     def teacher_forced(self, method: str, task: str, metric: str) -> Measure | None:
         """A method's teacher-forced score on a task, in its bootstrap interval."""
-        value = self.at("teacher_forced", method, task, metric)
-        if value is None:
-            return None
-        return _measure(value, self.at("teacher_forced_intervals", method, task, metric), metric)
+        interval = at(self.run.teacher_forced_intervals, method, task, metric)
+        return measure_of(at(self.run.teacher_forced, method, task, metric), interval, metric)
 
     def mean(self, method: str, tasks: Iterable[str], metric: str) -> Measure | None:
         """A method's mean score over tasks; None unless it has one on each of them."""
@@ -191,34 +102,28 @@ class Record:
             return None
         value = fmean(measure.value for measure in measures)
         # Where it is a composite's score, it has that composite's interval.
-        for name in self.at("composites") or ():
+        for name in self.run.composites:
             composite = self.composite(name, method, metric) if size_of(name) == len(names) else None
             if composite and composite.interval and math.isclose(composite.value, value, abs_tol=0.01):
                 return composite
-        if self.at("intervals", method):
+        if self.run.intervals.get(method):
             return mean(measures)
         spread = _extremes(self.seed_means(method, names, metric))
         return Measure(value=value, interval=_pair(spread, points(metric)) if spread else None)
 
     def composite(self, composite: str, method: str, metric: str) -> Measure | None:
         """A method's score on the pooled examples of several tasks."""
-        value = self.at("composites", composite, method, metric)
-        if value is None:
-            return None
-        return _measure(value, self.at("composite_intervals", composite, method, metric), metric)
+        interval = at(self.run.composite_intervals, composite, method, metric)
+        return measure_of(at(self.run.composites, composite, method, metric), interval, metric)
 
     def difference(self, pair: str, composite: str, metric: str) -> Measure | None:
         """A paired difference, such as "dlp - oracle"."""
-        found = self.at("differences", pair, composite, metric) or {}
-        if found.get("value") is None:
-            return None
-        return _measure(found["value"], found.get("interval"), metric)
+        found = at(self.run.differences, pair, composite, metric)
+        return found and measure_of(found.value, found.interval, metric)
 
     def seed_means(self, method: str, tasks: Sequence[str], metric: str) -> list[float | None]:
         """A method's mean score over tasks, as recorded, for each seed."""
-        by_seed = [
-            [self.at("by_seed", seed, method, task, metric) for task in tasks] for seed in self.at("by_seed") or ()
-        ]
+        by_seed = [[at(own, method, task, metric) for task in tasks] for own in self.run.by_seed.values()]
         return [fmean(values) if values and None not in values else None for values in by_seed]
 
 
@@ -229,19 +134,19 @@ def read_record(path: str | Path) -> Record:
         RecordError: if it is missing, damaged or of a later format.
     """
     path = Path(path)
-    file = path / RECORD_FILE if path.is_dir() else path
-    if not file.is_file():
-        raise RecordError(f"no record {file}; expected the JSON that `dlp-lora reproduce` writes; check the path")
-    try:
-        data = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise RecordError(f"{file} is not JSON in UTF-8 ({error}); expected a whole record; make it again") from error
-    if not isinstance(data, dict) or not isinstance(data.get("format"), int):
-        raise RecordError(f"{file} is no record: expected a JSON object with a 'format'; check the path")
-    if data["format"] != FORMAT:
-        raise RecordError(f"{file} has record format {data['format']}; this version reads {FORMAT}; upgrade dlp-lora")
-    _check(data, _SHAPE, place="", file=file)
-    return Record(path=file, data=data)
+    return Record(path=path / RECORD_FILE if path.is_dir() else path, run=read_run(path))
+
+
+def at(found: Any, *keys: str) -> Any:
+    """What stands under a path of keys, or None."""
+    for key in keys:
+        found = (found or {}).get(key)
+    return found
+
+
+def metrics_of(by_method: Mapping[str, ByTask], task: str) -> list[str]:
+    """The metrics that any method has on a task."""
+    return list(dict.fromkeys(metric for by_task in by_method.values() for metric in by_task.get(task, ())))
 
 
 def mean(measures: Sequence[Measure]) -> Measure:
@@ -269,9 +174,11 @@ def size_of(composite: str) -> int | None:
     return int(size) if size.isdecimal() else None
 
 
-def _measure(value: float, interval: Sequence[float] | None, metric: str) -> Measure:
-    scale = points(metric)
-    return Measure(value=value * scale, interval=_pair(interval, scale) if interval else None)
+def measure_of(value: float | None, interval: Sequence[float] | None, metric: str) -> Measure | None:
+    """A recorded number, which may be missing, in points of 100."""
+    if value is None:
+        return None
+    return Measure(value=value * points(metric), interval=_pair(interval, points(metric)) if interval else None)
 
 
 def _pair(interval: Sequence[float], scale: float) -> tuple[float, float]:
@@ -289,50 +196,11 @@ def _extremes(values: Iterable[float | None]) -> tuple[float, float] | None:
     return (min(known), max(known)) if len(known) > 1 else None
 
 
-def _recorded_task(name: str, described: Mapping[str, Any], metrics: set[str]) -> RecordedTask:
-    paper_name, chance, majority = (described.get(key) for key in ("paper_name", "chance", "majority"))
+def _recorded_task(name: str, task: TaskRecord, metrics: set[str]) -> RecordedTask:
     return RecordedTask(
         name=name,
-        kind=described.get("kind") or ("qa" if metrics & set(QA_METRICS) else "mcq"),
-        paper_name=SPELLINGS.get(paper_name or "", paper_name),
-        chance=None if chance is None else 100 * chance,
-        majority=None if majority is None else 100 * majority,
+        kind=task.kind or ("qa" if metrics & set(QA_METRICS) else "mcq"),
+        paper_name=SPELLINGS.get(task.paper_name or "", task.paper_name),
+        chance=None if task.chance is None else 100 * task.chance,
+        majority=None if task.majority is None else 100 * task.majority,
     )
-
-
-def _check(found: Any, shape: Any, *, place: str, file: Path) -> None:
-    if found is None:
-        return
-    if isinstance(shape, str):
-        if not _is(shape, found):
-            raise _damaged(file, place, found, shape)
-    elif isinstance(shape, list):
-        if not isinstance(found, list):
-            raise _damaged(file, place, found, "a list")
-        for i, item in enumerate(found):
-            _check(item, shape[0], place=f"{place}[{i}]", file=file)
-    else:
-        if not isinstance(found, dict):
-            raise _damaged(file, place, found, "an object")
-        for key, value in found.items():
-            if (expected := shape.get(key, shape.get(_EACH))) is not None:
-                _check(value, expected, place=f"{place}.{key}".lstrip("."), file=file)
-
-
-def _is(shape: str, found: Any) -> bool:
-    if shape == _NUMBER:
-        return isinstance(found, int | float) and not isinstance(found, bool) and math.isfinite(found)
-    if shape == _PAIR:
-        return (
-            isinstance(found, list)
-            and len(found) == 2
-            and all(_is(_NUMBER, x) for x in found)
-            and found == sorted(found)
-        )
-    return isinstance(found, str)
-
-
-def _damaged(file: Path, place: str, found: Any, expected: str) -> RecordError:
-    shown = json.dumps(found)
-    shown = shown if len(shown) <= 40 else shown[:40] + "..."
-    return RecordError(f"{file}: {place} is {shown}; expected {expected}; make the record again")

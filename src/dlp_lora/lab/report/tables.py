@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 
 from dlp_lora.lab.evals.methods import MAIN, SINGLE, about, label
+from dlp_lora.lab.records.table import Cell, Column, Measure, Row, Table, cell, number, plain, table_of
 from dlp_lora.lab.report import paper
-from dlp_lora.lab.report.markup import Cell, Column, Table, cell, number, plain
-from dlp_lora.lab.report.record import METRICS, QA_METRICS, Measure, Record, RecordedTask, points
+from dlp_lora.lab.report.record import METRICS, QA_METRICS, Record, RecordedTask, at, measure_of
 
 POOLED_METRICS = ("accuracy", *QA_METRICS)
 NO_LARGER = "no larger model was at hand"
@@ -49,17 +49,17 @@ def accuracy_table(record: Record, *, metric: str = "accuracy") -> Table:
     baselines = tuple(Column(name=name, group="No model") for name in ("Chance", "Majority"))
     own = _own_columns(record, methods)
     if not beside:
-        return Table(
-            title="Accuracy by likelihood: the option with the highest length-normalised likelihood, %",
-            columns=(Column(name="Task"), *baselines, *own),
-            rows=(*rows, average) if scored else (),
+        return table_of(
+            "Accuracy by likelihood: the option with the highest length-normalised likelihood, %",
+            ("Task", *baselines, *own),
+            (*rows, average) if scored else (),
             notes=("The average is over the tasks that have options. The paper has no such measure.", MARKS),
             folded=True,
         )
-    return Table(
-        title="Table 1. Accuracy on the multiple-choice tasks, %",
-        columns=(Column(name="Task"), *baselines, *own, *_paper_columns()),
-        rows=(*rows, average) if scored else (),
+    return table_of(
+        "Table 1. Accuracy on the multiple-choice tasks, %",
+        ("Task", *baselines, *own, *_paper_columns()),
+        (*rows, average) if scored else (),
         notes=(not_the_paper(record), INTERVALS, MARKS, _RELATIVE.format(label("oracle"))),
     )
 
@@ -87,10 +87,10 @@ def qa_table(record: Record) -> Table:
         )
         for metric in QA_METRICS
     ]
-    return Table(
-        title="Table 2. BLEU, ROUGE-1 and ROUGE-L on the question-answering tasks, of 100",
-        columns=(Column(name="Task"), Column(name="Metric"), *_own_columns(record, methods), *_paper_columns()),
-        rows=(*rows, *averages) if tasks else (),
+    return table_of(
+        "Table 2. BLEU, ROUGE-1 and ROUGE-L on the question-answering tasks, of 100",
+        ("Task", "Metric", *_own_columns(record, methods), *_paper_columns()),
+        (*rows, *averages) if tasks else (),
         notes=(
             not_the_paper(record),
             *_stand_ins(record),
@@ -104,8 +104,8 @@ def qa_table(record: Record) -> Table:
 
 def composite_table(record: Record) -> Table:
     """Table 3: the tasks pooled, with no label given."""
-    composites = tuple(record.at("composites") or ())
-    rows: list[tuple[Cell | str | None, ...]] = []
+    composites = tuple(record.run.composites)
+    rows: list[Row] = []
     for method in main_methods(record):
         # Trained on all tasks, the single LoRA has one row, as in the paper.
         groups = [composites] if method == SINGLE else [(composite,) for composite in composites]
@@ -120,10 +120,10 @@ def composite_table(record: Record) -> Table:
         for row in paper.TABLE_3
     ]
     names = ("Model", "Method", "Composite-n", *(METRICS[metric] for metric in POOLED_METRICS))
-    return Table(
-        title="Table 3. Composite-n: the tasks pooled, no label given, of 100",
-        columns=tuple(Column(name=name) for name in names),
-        rows=(*rows, *theirs) if composites else (),
+    return table_of(
+        "Table 3. Composite-n: the tasks pooled, no label given, of 100",
+        names,
+        (*rows, *theirs) if composites else (),
         notes=(
             not_the_paper(record),
             *_stand_ins(record),
@@ -137,26 +137,27 @@ def composite_table(record: Record) -> Table:
 
 def larger_table(record: Record) -> Table:
     """Table 5: the base with DLP-LoRA against a larger plain model, both over the same tasks."""
-    larger = record.at("larger") or {}
-    scores = larger.get("scores") or {}
-    tasks = [task for task in record.tasks if task.name in scores or not larger]
+    larger = record.run.larger
+    tasks = [task for task in record.tasks if larger is None or task.name in larger.scores]
+    is_whole = len(tasks) == len(record.tasks)
     large: dict[str, Measure | None] = {}
     small: dict[str, Measure | None] = {}
     for metric in POOLED_METRICS:
         names = [task.name for task in tasks if (task.kind == "qa") == (metric in QA_METRICS)]
-        mean = _mean_of([(scores.get(name) or {}).get(metric) for name in names])
-        low_high = (larger.get("pooled_intervals") or {}).get(metric) if len(tasks) == len(record.tasks) else None
-        interval = (low_high[0] * points(metric), low_high[1] * points(metric)) if low_high else None
-        large[metric] = None if mean is None else Measure(value=mean * points(metric), interval=interval)
+        if larger is not None:
+            value = _mean_of([at(larger.scores, name, metric) for name in names])
+            large[metric] = measure_of(value, larger.pooled_intervals.get(metric) if is_whole else None, metric)
         small[metric] = record.mean("dlp", names, metric)
-    if len(tasks) == len(record.tasks):  # a time over other tasks says nothing
-        large["seconds"], small["seconds"] = map(_exact, (larger.get("seconds"), record.at("timings", "dlp")))
+    if larger is not None and is_whole:  # a time over other tasks says nothing
+        large["seconds"] = _exact(larger.seconds)
+    if is_whole:
+        small["seconds"] = _exact(record.run.timings.get("dlp"))
     theirs, ours = ({name: _exact(getattr(row, name)) for name in _TABLE_5} for row in paper.TABLE_5)
-    return Table(
-        title="Table 5. A small model with DLP-LoRA against a larger plain one, of 100",
-        columns=tuple(Column(name=name) for name in ("Model", *_TABLE_5.values())),
-        rows=(
-            _larger_row((larger.get("model") or "a larger model") if larger else NO_LARGER, large),
+    return table_of(
+        "Table 5. A small model with DLP-LoRA against a larger plain one, of 100",
+        ("Model", *_TABLE_5.values()),
+        (
+            _larger_row((larger.model or "a larger model") if larger else NO_LARGER, large),
             _larger_row(f"{record.model} + DLP-LoRA", small, over=large),
             _larger_row(f"Paper: {paper.TABLE_5[0].model}", theirs, digits=2),
             _larger_row(f"Paper: {paper.TABLE_5[1].model}", ours, over=theirs, digits=2),
@@ -206,7 +207,6 @@ def relative(value: float, reference: float) -> str:
 
 _RELATIVE = "The per cent beside a number of DLP-LoRA is its relative change over {}."
 _TABLE_5 = {"seconds": "Inference time (s)", **{metric: METRICS[metric] for metric in POOLED_METRICS}}
-_NEWS = ("NewsDE", "NewsES", "NewsIT")
 
 
 def _in_order(tasks: Sequence[RecordedTask], rows: Iterable[str], *, kind: str) -> list[RecordedTask]:
@@ -235,7 +235,7 @@ def _average_cells(
     return tuple(_over(mean, means["oracle"] if method == "dlp" else None) for method, mean in means.items())
 
 
-def _composite_row(record: Record, method: str, composites: Sequence[str]) -> tuple[Cell | str | None, ...]:
+def _composite_row(record: Record, method: str, composites: Sequence[str]) -> Row:
     cells = []
     for metric in POOLED_METRICS:
         found = ((c, record.composite(c, method, metric)) for c in composites)
@@ -252,7 +252,7 @@ def _larger_row(
     *,
     over: Mapping[str, Measure | None] | None = None,
     digits: int = 1,
-) -> tuple[Cell | str | None, ...]:
+) -> Row:
     return (name, *(_over(numbers.get(column), (over or {}).get(column), digits=digits) for column in _TABLE_5))
 
 
@@ -273,12 +273,10 @@ def _mean_of(values: Sequence[float | None]) -> float | None:
 
 
 def _stand_ins(record: Record) -> tuple[str, ...]:
-    """Names the tasks whose data are not the paper's, as far as the record knows."""
-    described = record.at("data", "tasks") or {}
-    told = {t.label: described[t.name]["stand_in"] for t in record.tasks if "stand_in" in described.get(t.name, {})}
-    if told:
-        return tuple(f"{task} does not hold the paper's data ({what})." for task, what in told.items() if what)
-    news = [task.label for task in record.tasks if task.paper_name in _NEWS]
-    if not news:
-        return ()
-    return (f"{', '.join(news)}: WMT news tests stand in for News Commentary, unless the data came from the hub.",)
+    """Names the tasks whose data are not the paper's."""
+    described = record.run.data.tasks
+    return tuple(
+        f"{task.label} does not hold the paper's data ({described[task.name].stand_in})."
+        for task in record.tasks
+        if task.name in described and described[task.name].stand_in
+    )

@@ -20,8 +20,9 @@ from dlp_lora.lab.evals.answers import AnswerArgs, batches, data_hash
 from dlp_lora.lab.evals.evaluation import Evaluation
 from dlp_lora.lab.evals.methods import METHODS, SINGLE
 from dlp_lora.lab.evals.metrics import check_scoring
+from dlp_lora.lab.records.run import FORMAT
 from dlp_lora.lab.reproduce.environments import Environments
-from dlp_lora.lab.reproduce.settings import FORMAT, check_settings, keep_settings, kept_dtype
+from dlp_lora.lab.reproduce.settings import check_settings, keep_settings, kept_dtype
 from dlp_lora.progress import OnProgress, Progress, staged, unseen
 from dlp_lora.tasks import Task
 from dlp_lora.tasks.manifest import TaskInfo, kind_of
@@ -172,9 +173,9 @@ def _measure(
         **asdict(point),
         "seconds": {name: found.seconds for name, found in trained.items()},
         "losses": {name: found.final_loss for name, found in trained.items()},
-        "scores": record["scores"][method.name],
-        "intervals": record["intervals"][method.name],
-        "mean": round(float(np.mean([_main(own) for own in record["scores"][method.name].values()])), 5),
+        "scores": record.scores[method.name],
+        "intervals": record.intervals[method.name],
+        "mean": round(float(np.mean([_main(own) for own in record.scores[method.name].values()])), 5),
     }
 
 

@@ -34,7 +34,7 @@ class Environments:
         self.keep()
         return {
             "environment": self._now,
-            "environments": [own["environment"] for own in reversed(self._all())],
+            "environments": tuple(own["environment"] for own in reversed(self._all())),
             "peak_memory_mb": max(own["peak_memory_mb"] for own in self._all()),
         }
 

@@ -2,18 +2,18 @@
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dlp_lora.engine.engine import Engine
-from dlp_lora.files import write_json, write_lines
+from dlp_lora.files import write_lines
 from dlp_lora.lab.evals.answers import AnswerArgs, batches, data_hash, identity_of
 from dlp_lora.lab.evals.evaluation import Evaluation
 from dlp_lora.lab.evals.methods import METHODS, Method
 from dlp_lora.lab.evals.metrics import bleu_signature, check_scoring
 from dlp_lora.lab.records.environment import environment
-from dlp_lora.lab.reproduce.settings import FORMAT
+from dlp_lora.lab.records.run import Data, RunRecord, TaskRecord, write_run
 from dlp_lora.progress import OnProgress, unseen
 from dlp_lora.tasks import Task, TaskInfo, kind_of
 
@@ -22,14 +22,14 @@ from dlp_lora.tasks import Task, TaskInfo, kind_of
 class Evaluated:
     """The record of an evaluation, and every answer."""
 
-    record: dict[str, Any]
+    record: RunRecord
     outputs: Iterator[dict[str, Any]]
 
     def write(self, file: Path) -> Path:
         """Writes the record to a file, and the answers beside it; gives the file of the answers."""
         answers = file.with_name(f"{file.stem}.outputs.jsonl.gz")
         write_lines(answers, self.outputs)
-        write_json(file, {**self.record, "outputs": answers.name})
+        write_run(file, replace(self.record, outputs=answers.name))
         return answers
 
 
@@ -66,19 +66,18 @@ def evaluate_bundle(
     forced = [method.name for method in methods] if teacher_forced else []
     with tempfile.TemporaryDirectory() as scratch:
         evaluation.answer(engine, methods, folder or Path(scratch), forced=forced, on_progress=on_progress)
-    record: dict[str, Any] = {
-        "format": FORMAT,
-        "bundle": name,
+    record = RunRecord(
+        **vars(evaluation.record()),
+        bundle=name,
         **{key: identity[key] for key in ("model", "model_hash", "adapters")},
-        "router": identity.get("routing", {}).get("router"),
-        "dtype": str(engine.model.dtype).removeprefix("torch."),
-        "environment": environment(),
-        "metrics": {"bleu": bleu_signature()} if "qa" in kinds.values() else {},
-        "data": {"hash": data_hash(list(tasks)), "tasks": {task.name: {"kind": kinds[task.name]} for task in tasks}},
-        "settings": {**asdict(args), **engine.settings.to_dict()},
-        "left_out": left_out,
-        **evaluation.record(),
-    }
+        router_hash=identity.get("routing", {}).get("router"),
+        dtype=str(engine.model.dtype).removeprefix("torch."),
+        environment=environment(),
+        metrics={"bleu": bleu_signature()} if "qa" in kinds.values() else {},
+        data=Data(hash=data_hash(list(tasks)), tasks={task.name: TaskRecord(kind=kinds[task.name]) for task in tasks}),
+        settings={**asdict(args), **engine.settings.to_dict()},
+        left_out=left_out,
+    )
     return Evaluated(record=record, outputs=evaluation.outputs())
 
 

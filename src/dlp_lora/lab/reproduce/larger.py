@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -13,6 +12,7 @@ from dlp_lora.engine.engine import Engine
 from dlp_lora.lab.evals.answers import answer_all, batches, data_hash, seconds_of
 from dlp_lora.lab.evals.methods import METHODS
 from dlp_lora.lab.evals.scores import pooled, scores, tabulate
+from dlp_lora.lab.records.run import Larger
 from dlp_lora.lab.reproduce.args import LARGER, ReproduceArgs
 from dlp_lora.progress import OnProgress
 from dlp_lora.tasks import Task
@@ -27,7 +27,7 @@ def answer_plainly(
     folder: Path,
     args: ReproduceArgs,
     on_progress: OnProgress,
-) -> dict[str, Any]:
+) -> Larger:
     """What a model without adapters answers."""
     name = Path(str(model)).name
     base, tokenizer = load_base(model, dtype=dtype)
@@ -44,10 +44,10 @@ def answer_plainly(
     )
     table = tabulate(rows, {task.name: task for task in tasks}, kinds)
     pools = [pooled(table, [task for task in table if kinds[task] == kind])[1] for kind in ("mcq", "qa")]
-    return {
-        "model": name,
-        "seconds": seconds_of(rows),
-        "left_out": left_out,
-        "scores": scores(table),
-        "pooled_intervals": {metric: interval for pool in pools for metric, interval in pool.items()},
-    }
+    return Larger(
+        model=name,
+        seconds=seconds_of(rows),
+        left_out=left_out,
+        scores=scores(table),
+        pooled_intervals={metric: interval for pool in pools for metric, interval in pool.items()},
+    )

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from dlp_lora.errors import TaskError
-from dlp_lora.files import write_json, write_lines
-from dlp_lora.kept import read_kept, read_rows
+from dlp_lora.files import write_lines
+from dlp_lora.kept import read_rows
 from dlp_lora.lab.evals.answers import batches
 from dlp_lora.lab.evals.metrics import check_scoring
 from dlp_lora.lab.evals.record import merged
+from dlp_lora.lab.records.run import RECORD_FILE, Larger, read_run, write_run
 from dlp_lora.lab.reproduce.args import LARGER, ReproduceArgs
 from dlp_lora.lab.reproduce.environments import Environments
 from dlp_lora.lab.reproduce.larger import answer_plainly
@@ -28,7 +29,6 @@ from dlp_lora.tasks.task import same_prompt
 from dlp_lora.training.adapters import check_lengths
 from dlp_lora.training.base import load_base, model_hash
 
-RECORD_FILE = "record.json"
 OUTPUTS_FILE = "outputs.jsonl.gz"
 
 
@@ -77,8 +77,8 @@ def reproduce(
         environments.keep()
         on_progress(now)
 
-    if larger is None:
-        plain = _larger_before(out)
+    if larger is None:  # what one gave when the run was finished before is kept
+        plain = read_run(out).larger if (out / RECORD_FILE).is_file() else None
     else:
         plain = answer_plainly(larger, base.dtype, tasks, kinds, out / LARGER, args, tell)
     shared = Shared(
@@ -94,18 +94,18 @@ def reproduce(
     )
     runs = [Seed(shared, out / f"seed-{seed}", seed) for seed in args.seeds]
     records = [run.run() for run in runs]
-    record = {
-        **settings,
-        "name": out.name,
-        "seeds": list(args.seeds),
+    record = replace(
+        merged(records, args.seeds),
+        **{key: settings[key] for key in ("model", "model_hash", "dtype", "args")},
         **environments.summary(),
-        **merged(records, args.seeds),
-        "larger": plain,
-        "outputs": OUTPUTS_FILE,
-    }
+        name=out.name,
+        seeds=args.seeds,
+        larger=plain,
+        outputs=OUTPUTS_FILE,
+    )
     sources = (*(run.outputs() for run in runs), _outputs_of(plain, out / LARGER))
     write_lines(out / OUTPUTS_FILE, (row for source in sources for row in source))
-    write_json(out / RECORD_FILE, record)
+    write_run(out / RECORD_FILE, record)
     return out / RECORD_FILE
 
 
@@ -126,12 +126,7 @@ def check_apart(tasks: Sequence[Task]) -> None:
                 )
 
 
-def _larger_before(out: Path) -> dict[str, Any] | None:
-    """What a larger model gave when the run was finished before."""
-    return read_kept(out / RECORD_FILE).get(LARGER)
-
-
-def _outputs_of(plain: dict[str, Any] | None, folder: Path) -> Iterator[dict[str, Any]]:
+def _outputs_of(plain: Larger | None, folder: Path) -> Iterator[dict[str, Any]]:
     if plain is not None:
-        for row in read_rows(folder / f"{plain['model']}.jsonl"):
-            yield {"part": LARGER, "model": plain["model"], **row}
+        for row in read_rows(folder / f"{plain.model}.jsonl"):
+            yield {"part": LARGER, "model": plain.model, **row}

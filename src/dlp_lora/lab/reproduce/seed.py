@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,16 @@ from dlp_lora.lab.evals.methods import MAIN, METHODS, SINGLE, Method
 from dlp_lora.lab.evals.metrics import bleu_signature
 from dlp_lora.lab.evals.record import serial_scores
 from dlp_lora.lab.evals.serial import answer_serial, fitting, generate_serial, serial_methods, serial_prompts
+from dlp_lora.lab.records.run import (
+    Conversation,
+    Data,
+    RouterRecord,
+    RunRecord,
+    TaskRecord,
+    Trained,
+    Training,
+    from_json,
+)
 from dlp_lora.lab.reproduce.args import ReproduceArgs, methods_of, needs_adapters, stage_name
 from dlp_lora.policy import TopP
 from dlp_lora.progress import OnProgress, Progress
@@ -61,7 +71,7 @@ class Seed:
         self._serial_left_out: dict[str, int] = {}
         self._serial_skipped: dict[str, int] = {}  # by step, how many tasks of choice there are
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> RunRecord:
         """Does what is left to do and gives the seed's part of the record."""
         own = self.tasks if needs_adapters(self.args) else ()
         training = {task.name: self._adapter(task, self.args.training, self.folder / "adapters") for task in own}
@@ -78,21 +88,21 @@ class Seed:
         if single is not None:
             with self._engine(single=True) as engine:
                 self._answer(engine, [METHODS[SINGLE]])
-        return {
-            "metrics": {"bleu": bleu_signature()} if "qa" in self.kinds.values() else {},
-            "data": {"hash": data_hash(self.tasks), "tasks": {t.name: self._about(t) for t in self.tasks}},
-            "left_out": dict(self.shared.left_out),
-            **self.evaluation.record(),
-            "serial": {
+        return RunRecord(
+            **vars(self.evaluation.record()),
+            metrics={"bleu": bleu_signature()} if "qa" in self.kinds.values() else {},
+            data=Data(hash=data_hash(self.tasks), tasks={t.name: self._about(t) for t in self.tasks}),
+            left_out=dict(self.shared.left_out),
+            serial={
                 step: {name: serial_scores(rows, int(step.removeprefix("serial-"))) for name, rows in own.items()}
                 for step, own in self._serial.items()
             },
-            "serial_left_out": self._serial_left_out,
-            "serial_skipped": self._serial_skipped,
-            "router": router,
-            "training": {"adapters": training, SINGLE: single},
-            "conversation": conversation,
-        }
+            serial_left_out=self._serial_left_out,
+            serial_skipped=self._serial_skipped,
+            router=router,
+            training=Training(adapters=training, single=single),
+            conversation=conversation,
+        )
 
     def outputs(self) -> Iterator[dict[str, Any]]:
         """Every answer of the run's methods, with the part of the record that it is of, for audits without a model."""
@@ -106,26 +116,21 @@ class Seed:
     def _tell(self, now: Progress) -> None:
         self.shared.on_progress(replace(now, stage=stage_name(self.args, self.seed, now.stage)))
 
-    def _adapter(self, task: Task, args: AdapterTrainingArgs, folder: Path) -> dict[str, Any]:
+    def _adapter(self, task: Task, args: AdapterTrainingArgs, folder: Path) -> Trained:
         args = replace(args, seed=self.seed)
         trained = train_adapter(
             self.shared.base, self.shared.tokenizer, task, folder / task.name, args, on_progress=self._tell
         )
         self._tell(Progress(task.name, 1, 1, f"loss {trained.final_loss:.3f}"))
-        return {
-            "seconds": trained.seconds,
-            "final_loss": trained.final_loss,
-            "num_examples": trained.num_examples,
-            "num_left_out": trained.num_left_out,
-        }
+        return Trained(**{f.name: getattr(trained, f.name) for f in fields(Trained)})
 
-    def _single(self) -> dict[str, Any]:
+    def _single(self) -> Trained:
         """The one LoRA on all tasks."""
         pool = Task(name=SINGLE, train=tuple(e for task in self.tasks for e in task.train), test=())
         # The same lora_alpha: a step of Adam then changes the model about as much at any rank (LoRA, section 4.1).
         return self._adapter(pool, replace(self.args.training, r=self.args.single_r), self.folder)
 
-    def _router(self) -> dict[str, Any]:
+    def _router(self) -> RouterRecord:
         folder = self.folder / "router"
         file = folder / REPORT_FILE
         if not file.is_file():
@@ -138,7 +143,7 @@ class Seed:
             name: {other: n for other, n in zip(found["names"], row, strict=True) if n}
             for name, row in zip(found["names"], found["confusion"], strict=True)
         }
-        return {**{key: found[key] for key in ROUTER_KEYS}, "confusion": confusion}
+        return RouterRecord(**{key: found[key] for key in ROUTER_KEYS}, confusion=confusion)
 
     @contextmanager
     def _engine(self, *, single: bool = False) -> Iterator[Engine]:
@@ -196,7 +201,7 @@ class Seed:
             self._tell(Progress(step, 1, 1))
         self._serial[step] = {name: own["rows"] for name, own in found.items()}
 
-    def _conversation(self, engine: Engine) -> dict[str, Any] | None:
+    def _conversation(self, engine: Engine) -> Conversation | None:
         """Fig. 3: questions of several tasks, answered in one go; None where the prompt does not fit the context."""
         rng = random.Random(f"conversation {self.seed}")
         tested = [task for task in self.tasks if task.test]
@@ -212,16 +217,17 @@ class Seed:
             return None
         method = next(m for m in serial_methods(engine.bank.names, prompts) if m.name == "dlp")
         (answer,) = generate_serial(engine, method, prompts, **room)
-        return {"prompt": prompts[0].text, **as_json(answer.to_dict())}
+        found: Conversation = from_json(Conversation, {"prompt": prompts[0].text, **as_json(answer.to_dict())})
+        return found
 
-    def _about(self, task: Task) -> dict[str, Any]:
+    def _about(self, task: Task) -> TaskRecord:
         info = described(task, self.shared.infos.get(task.name, TaskInfo()), self.kinds[task.name])
-        return {
-            "paper_name": info.paper_name,
-            "kind": self.kinds[task.name],
-            "num_train": len(task.train),
-            "num_test": len(task.test),
-            "chance": info.chance,
-            "majority": info.majority,
-            "stand_in": info.stand_in,
-        }
+        return TaskRecord(
+            paper_name=info.paper_name,
+            kind=self.kinds[task.name],
+            num_train=len(task.train),
+            num_test=len(task.test),
+            chance=info.chance,
+            majority=info.majority,
+            stand_in=info.stand_in,
+        )

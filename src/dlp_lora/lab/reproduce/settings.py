@@ -11,10 +11,10 @@ from dlp_lora.errors import RecordError
 from dlp_lora.files import as_json, write_json
 from dlp_lora.kept import differences, read_kept
 from dlp_lora.lab.evals.answers import data_hash
+from dlp_lora.lab.records.run import FORMAT
 from dlp_lora.lab.reproduce.args import ReproduceArgs
 from dlp_lora.tasks import Task
 
-FORMAT = 1
 GROWING = ("methods", "seeds", "serial")
 
 

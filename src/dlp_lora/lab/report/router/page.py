@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 
-from dlp_lora.lab.report.markup import Block, Picture
-from dlp_lora.lab.report.page import Section, section
+from dlp_lora.lab.report.markup import Block, Picture, Section, section
 from dlp_lora.lab.report.router import tables
 from dlp_lora.lab.report.router.record import Found, at, scenario_of
 

@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Mapping
 from itertools import islice
 
+from dlp_lora.lab.records.table import Measure
 from dlp_lora.lab.report.charts import confusion, curves
 from dlp_lora.lab.report.markup import Picture
 from dlp_lora.lab.report.paper import SPELLINGS
-from dlp_lora.lab.report.record import Measure
 from dlp_lora.lab.report.router.record import Found, at, measure_of, parts_of, scenario_of
 
 NUM_CURVES = 4

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dlp_lora.errors import RecordError
-from dlp_lora.lab.report.record import Measure
+from dlp_lora.lab.records.table import Measure
 
 BENCHMARK, FORMAT = "router", 1
 PARTS = ("data", "scenarios", "targets", "router", "settings", "environment")

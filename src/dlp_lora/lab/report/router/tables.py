@@ -3,9 +3,9 @@
 import json
 from collections.abc import Iterator, Sequence
 
-from dlp_lora.lab.report.markup import Bullets, Cell, Column, Table, plain
+from dlp_lora.lab.records.table import Cell, Measure, Table, plain, table_of
+from dlp_lora.lab.report.markup import Bullets
 from dlp_lora.lab.report.provenance import duration
-from dlp_lora.lab.report.record import Measure
 from dlp_lora.lab.report.router.record import Found, at, measure_of, parts_of, scenario_of
 
 _SCALES = {"%": 100.0, "points": 100.0, "M": 1e-6}
@@ -33,7 +33,7 @@ def targets(record: Found) -> Table:
         rows.append(
             (target["name"], bound, _cell(target["value"], target["interval"], scale=scale, digits=digits), met)
         )
-    return _table("Targets", ("", "Target", "Found", ""), rows, num_labels=2, notes=(_INTERVALS,))
+    return table_of("Targets", ("", "Target", "Found", ""), rows, num_labels=2, notes=(_INTERVALS,))
 
 
 def prompts(record: Found) -> Table:
@@ -64,7 +64,7 @@ def accuracies(title: str, found: Found, *, what: str = "") -> Table:
         "Calibration error, %",
         "Samples",
     )
-    return _table(title, (what, *columns), rows, notes=(_ROUTED,))
+    return table_of(title, (what, *columns), rows, notes=(_ROUTED,))
 
 
 def by_task(record: Found) -> Table:
@@ -81,7 +81,7 @@ def by_task(record: Found) -> Table:
         for task in record["data"]["tasks"]
         if any(task in own for own in found.values())
     ]
-    return _table("Accuracy by task, %", ("Task", *found), rows, folded=True)
+    return table_of("Accuracy by task, %", ("Task", *found), rows, folded=True)
 
 
 def conversation_tables(record: Found) -> Iterator[Table]:
@@ -105,7 +105,7 @@ def serial(record: Found) -> Table:
         for n, own in parts_of(record, "serial")
     ]
     columns = ("Questions", "Sentences, %", "Mean over tasks, %", "First after a change, %", "Delay", "Sentences")
-    return _table("Every sentence to its own task", columns, rows, notes=(_DELAY,))
+    return table_of("Every sentence to its own task", columns, rows, notes=(_DELAY,))
 
 
 def hysteresis(record: Found) -> Table:
@@ -123,7 +123,7 @@ def hysteresis(record: Found) -> Table:
         for name, row in own["hysteresis"].items()
     ]
     columns = ("Questions", "Hysteresis", "Sentences, %", "First after a change, %", "Switches", "Changes of task")
-    return _table("Hysteresis: when a switch is held back", columns, rows, num_labels=2)
+    return table_of("Hysteresis: when a switch is held back", columns, rows, num_labels=2)
 
 
 def questions(record: Found) -> Table:
@@ -133,14 +133,14 @@ def questions(record: Found) -> Table:
         for n, own in parts_of(record, "questions")
     ]
     columns = ("Questions", "Routed as a whole, %", "Cut, %", "Into exactly its questions, %", "Prompts")
-    return _table("Prompts that are cut into several questions", columns, rows)
+    return table_of("Prompts that are cut into several questions", columns, rows)
 
 
 def junctions(record: Found) -> Table:
     """What deciding once a sentence loses where the task changes within it."""
     found = scenario_of(record, "junctions")
     if "word" not in found:
-        return _table("", ("",), ())
+        return table_of("", ("",), ())
     rows = [
         ("Words of a mixed sentence, decided once at its first word", _accuracy(found["sentence"])),
         ("The same, decided again at each word", _accuracy(found["word"])),
@@ -148,7 +148,7 @@ def junctions(record: Found) -> Table:
         *((f"The same, had the change come at a full stop: {i}", _accuracy(own)) for i, own in _each(found)),
     ]
     note = f"Deciding at each word names the second task after {found['delay_words']:.1f} of its words, on average."
-    return _table("A sentence that begins in one task and ends in another", ("", "Right, %"), rows, notes=(note,))
+    return table_of("A sentence that begins in one task and ends in another", ("", "Right, %"), rows, notes=(note,))
 
 
 def _each(found: Found) -> Iterator[tuple[int, Found]]:
@@ -165,9 +165,9 @@ def outside(record: Found, scenario: str) -> Iterator[Table]:
     rows = [(name, *_outside_cells(own)) for name, own in splits.items()]
     if len(rows) > 1:
         rows.append(("mean", plain(found["auroc"], digits=3), _cell(found["false_routes"]), None, None))
-    yield _table("Texts that belong to no task", columns, rows)
+    yield table_of("Texts that belong to no task", columns, rows)
     tasks = [(task, *_outside_cells(own)[:2]) for split in splits.values() for task, own in split["by_task"].items()]
-    yield _table("Task by task", columns[:3], tasks, folded=True)
+    yield table_of("Task by task", columns[:3], tasks, folded=True)
 
 
 def _outside_cells(own: Found) -> tuple[Cell | None, ...]:
@@ -193,7 +193,7 @@ def robustness(record: Found) -> Table:
         for name, own in parts_of(record, "robustness")
     ]
     columns = ("", "Accuracy, %", "Lost, points", "Routed, %", "Right and routed, %")
-    return _table("Whole prompts in disguise", columns, rows, notes=(_ROUTED,))
+    return table_of("Whole prompts in disguise", columns, rows, notes=(_ROUTED,))
 
 
 def instructions(record: Found) -> Table:
@@ -209,7 +209,7 @@ def instructions(record: Found) -> Table:
         for name, own in parts_of(record, "instructions")
     ]
     columns = ("Instructions", "Accuracy, %", "Routed, %", "Right and routed, %", *_OUTSIDE)
-    return _table("Whole prompts among instructions, as decided", columns, rows, notes=(_ROUTED,))
+    return table_of("Whole prompts among instructions, as decided", columns, rows, notes=(_ROUTED,))
 
 
 def peers(record: Found) -> Table:
@@ -226,7 +226,7 @@ def peers(record: Found) -> Table:
         for name, own in parts_of(record, "peers")
     ]
     columns = ("", "Needs", "Accuracy, %", *_OUTSIDE[:2], "A prompt, ms")
-    return _table("Whole prompts to their tasks", columns, rows, num_labels=2)
+    return table_of("Whole prompts to their tasks", columns, rows, num_labels=2)
 
 
 def scale(record: Found, scenario: str) -> Table:
@@ -242,7 +242,7 @@ def scale(record: Found, scenario: str) -> Table:
         for n, own in parts_of(record, scenario)
     ]
     title = "Synthetic tasks, each an action on a kind of text" if scenario == "synthetic" else "More tasks"
-    return _table(title, ("Tasks", "Whole prompt, %", "Training, s", "A sentence, ms", "Parameters, M"), rows)
+    return table_of(title, ("Tasks", "Whole prompt, %", "Training, s", "A sentence, ms", "Parameters, M"), rows)
 
 
 def added(record: Found) -> Table:
@@ -275,7 +275,7 @@ def added(record: Found) -> Table:
         "Router: trained without some of the data's tasks, which are added; or on all of them, and extra ones are. "
         "False routes: extra tasks that it knows neither before nor after, at its own threshold."
     )
-    return _table("Tasks added to a trained router", columns, rows, num_labels=3, notes=(note,))
+    return table_of("Tasks added to a trained router", columns, rows, num_labels=3, notes=(note,))
 
 
 def removed(record: Found) -> Table:
@@ -289,7 +289,7 @@ def removed(record: Found) -> Table:
         )
         for row in scenario_of(record, "extension").get("remove", ())
     ]
-    return _table("Tasks removed", ("Removed", "Others, %", "Lost on the others, points", "Seconds"), rows)
+    return table_of("Tasks removed", ("Removed", "Others, %", "Lost on the others, points", "Seconds"), rows)
 
 
 def skew(record: Found) -> Table:
@@ -300,7 +300,7 @@ def skew(record: Found) -> Table:
         for kind, row in own.items()
     ]
     columns = ("Share of their examples", "Read", "Generative tasks, %", "Multiple-choice tasks, %")
-    return _table("Few examples of the generative tasks, all of the others", columns, rows, num_labels=2)
+    return table_of("Few examples of the generative tasks, all of the others", columns, rows, num_labels=2)
 
 
 def ceilings(record: Found) -> Table:
@@ -320,7 +320,7 @@ def ceilings(record: Found) -> Table:
         "The large classifier (TF-IDF of words and letters, logistic regression) learned this kind of sample and no "
         "other. Text of two tasks: test samples that stand, letter for letter, under another task in training, too."
     )
-    return _table("Against a much larger classifier", columns, rows, notes=(note,))
+    return table_of("Against a much larger classifier", columns, rows, notes=(note,))
 
 
 def timing(record: Found) -> Table:
@@ -335,7 +335,7 @@ def timing(record: Found) -> Table:
         )
         if key in found
     ]
-    return _table("One thread, warm; the prompt stays and the answer grows", ("", "Milliseconds"), rows)
+    return table_of("One thread, warm; the prompt stays and the answer grows", ("", "Milliseconds"), rows)
 
 
 def making(record: Found) -> Table:
@@ -352,7 +352,7 @@ def making(record: Found) -> Table:
         "Hardware and versions": ", ".join(f"{k} {v}" for k, v in record["environment"].items() if v is not None),
         "Time": ", ".join(f"{name} {duration(own['seconds'])}" for name, own in record["scenarios"].items()),
     }
-    return _table("The run", ("", ""), [(k, str(v) if v else None) for k, v in facts.items()], num_labels=2)
+    return table_of("The run", ("", ""), [(k, str(v) if v else None) for k, v in facts.items()], num_labels=2)
 
 
 def _accuracy(own: Found) -> Cell:
@@ -366,25 +366,6 @@ def _cell(
         return None
     pair = (interval[0] * scale, interval[1] * scale) if interval else None
     return Cell(measure=Measure(value=value * scale, interval=pair), digits=digits)
-
-
-def _table(
-    title: str,
-    columns: Sequence[str],
-    rows: Sequence[tuple[Cell | str | None, ...]],
-    *,
-    num_labels: int = 1,
-    notes: tuple[str, ...] = (),
-    folded: bool = False,
-) -> Table:
-    return Table(
-        title=title,
-        columns=tuple(Column(name=name) for name in columns),
-        rows=tuple(rows),
-        notes=notes,
-        num_labels=num_labels,
-        folded=folded,
-    )
 
 
 _OUTSIDE = ("AUROC", "False routes at 95 % coverage, %", "Coverage at own threshold, %", "False routes there, %")
