@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from conftest import CHAT_TEMPLATE, EveryK, byte_tokenizer
 from dlp_lora import Context
 from dlp_lora.chat import Chat
-from dlp_lora.engine.text import Detokenizer, PromptReader, decode, decoder
+from dlp_lora.engine.text import Detokenizer, PromptReader, decode
 from dlp_lora.engine.turns import read_chat
 from dlp_lora.sentences import SentenceSegmenter
 
@@ -66,17 +66,17 @@ ADDED = added_tokenizer()
 @settings(deadline=None, max_examples=300)
 @given(st.lists(st.integers(0, 330), max_size=24))
 @example([259, 260, 261, 262, 263, 330, 256])
-def test_a_decoder_gives_what_the_tokenizer_gives(tokens: list[int]) -> None:
+def test_tokens_are_decoded_as_the_tokenizer_does(tokens: list[int]) -> None:
     for tokenizer in (*TOKENIZERS.values(), ADDED):
-        assert decoder(tokenizer)(tokens) == decode(tokenizer, tokens, skip_special_tokens=False)
+        assert decode(tokenizer, tokens, skip_special_tokens=False) == tokenizer.decode(tokens)
 
 
 @settings(deadline=None)
 @given(TEXTS)
-def test_a_decoder_gives_text_back_as_the_tokenizer_does(text: str) -> None:
+def test_text_comes_back_as_from_the_tokenizer(text: str) -> None:
     for tokenizer in (*TOKENIZERS.values(), ADDED):
         tokens = tokenizer(text + "  é你Ġa<|x y|>")["input_ids"]
-        assert decoder(tokenizer)(tokens) == decode(tokenizer, tokens, skip_special_tokens=False)
+        assert decode(tokenizer, tokens, skip_special_tokens=False) == tokenizer.decode(tokens)
 
 
 def pieces_of(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int]) -> list[str]:

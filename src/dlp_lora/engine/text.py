@@ -3,14 +3,13 @@
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
 from itertools import pairwise
 
-from tokenizers import decoders
 from transformers import PreTrainedTokenizerBase
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from dlp_lora.engine.template import ChatTemplate, Span
 from dlp_lora.engine.turns import ASSISTANT, Turn, read_turns
@@ -24,16 +23,12 @@ PATIENCE = 16  # tokens after which broken bytes are taken for broken
 class Detokenizer:
     """Decodes a growing list of tokens piece by piece, holding back characters whose bytes are still to come.
 
-    `read` decodes a few tokens; without it, the tokenizer does, and leaves special tokens out.
     The pieces concatenate to what decoding all tokens at once gives. Only the last few tokens are decoded again
     at each step, so a step costs the same however long the text is.
     """
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, read: Callable[[Sequence[int]], str] | None = None
-    ) -> None:
-        self._tokenizer = tokenizer
-        self._decode = read or partial(decode, tokenizer)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, skip_special_tokens: bool = True) -> None:
+        self._decode = partial(decode, tokenizer, skip_special_tokens=skip_special_tokens)
         self._window: list[int] = []  # the tokens since the last but one piece
         self._read = 0  # how many of them are in a piece already
 
@@ -57,8 +52,8 @@ class Detokenizer:
 
     def copy(self) -> "Detokenizer":
         """Returns an independent copy."""
-        other = Detokenizer(self._tokenizer, read=self._decode)
-        other._window, other._read = list(self._window), self._read
+        other = copy(self)
+        other._window = list(self._window)
         return other
 
     def _release(self) -> str:
@@ -92,7 +87,6 @@ class PromptReader:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._decode = decoder(tokenizer)
         self._day: date | None = None
         self._templates: list[ChatTemplate] = []
         specials = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
@@ -163,7 +157,7 @@ class PromptReader:
 
     def _aligned(self, tokens: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
         """The whole text, and where in it the characters of a token, or of a few tokens together, begin."""
-        detokenizer = Detokenizer(self._tokenizer, read=self._decode)
+        detokenizer = Detokenizer(self._tokenizer, skip_special_tokens=False)
         text, first, tiles = "", 0, []
         for i, token in enumerate(tokens):
             piece = detokenizer.push(token) or (detokenizer.flush() if i == len(tokens) - 1 else "")
@@ -193,31 +187,6 @@ class PromptReader:
             places += range(start, span.end)
             end = span.end
         return read, places, turns
-
-
-def decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[int]], str]:
-    """Makes what decodes tokens as they are, special ones included, a few at a time.
-
-    Where tokens are bytes, it joins those of each, which it keeps, in about half of the tokenizer's own time.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or not isinstance(backend.decoder, decoders.ByteLevel):
-        return partial(decode, tokenizer, skip_special_tokens=False)
-    values = {character: value for value, character in bytes_to_unicode().items()}
-    known: dict[int, bytes] = {}
-
-    def bytes_of(token: int) -> bytes:
-        text = str(backend.id_to_token(token) or "")
-        # A token that was added stands for its own text.
-        return bytes(values[c] for c in text) if all(c in values for c in text) else text.encode()
-
-    def read(tokens: Sequence[int]) -> str:
-        for token in tokens:
-            if token not in known:
-                known[token] = bytes_of(token)
-        return b"".join([known[token] for token in tokens]).decode("utf-8", "replace")
-
-    return read
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
