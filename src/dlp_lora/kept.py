@@ -12,6 +12,8 @@ from dlp_lora.errors import RecordError
 from dlp_lora.files import as_json, json_line, write_json, write_lines
 from dlp_lora.progress import OnProgress, Progress, unseen
 
+NOT_RECORDED = ("model_hash", "dtype", "cpu_tricks")  # by earlier versions
+
 Row = dict[str, Any]
 
 
@@ -117,10 +119,10 @@ def read_rows(file: Path) -> list[Row]:
 def differences(before: Any, now: Any, key: str = "") -> str:
     """Says in which settings two records of them differ.
 
-    A `model_hash` or `dtype` that was not recorded before, as by earlier versions, is no difference.
+    What earlier versions did not record is no difference.
     """
     if isinstance(before, dict) and isinstance(now, dict):
-        keys = [k for k in {**before, **now} if k in before or k not in ("model_hash", "dtype")]
+        keys = [k for k in {**before, **now} if k in before or k not in NOT_RECORDED]
         found = (differences(before.get(k), now.get(k), f"{key}.{k}".lstrip(".")) for k in keys)
         return "; ".join(filter(None, found))
     return "" if before == now else f"{key} was {before!r} and is {now!r}"

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import LlamaConfig, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 import dlp_lora
-import dlp_lora.training.base as base_module
 import dlp_lora.training.batches as batches_module
+import dlp_lora.training.cpu as cpu_module
 import dlp_lora.training.loop as loop_module
 from conftest import ARCHITECTURES, USUAL_TARGETS, byte_tokenizer, lively_model, tiny_model
 from dlp_lora import AdapterError, ModelError, TaskError, TrainingError
@@ -35,8 +35,9 @@ from dlp_lora.training.adapters import (
     train_adapters,
 )
 from dlp_lora.training.args import PAPER, AdapterTrainingArgs
-from dlp_lora.training.base import load_base, model_hash, training_dtype
+from dlp_lora.training.base import load_base, model_hash
 from dlp_lora.training.batches import MIN_SHARED, answer_loss, micro_batches, shared_prefix
+from dlp_lora.training.cpu import training_dtype
 from dlp_lora.training.loop import Run
 
 TOKENIZER = byte_tokenizer()
@@ -555,7 +556,7 @@ def test_a_base_is_trained_in_the_dtype_whose_products_are_faster(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     seconds = {torch.bfloat16: 1.0, torch.float32: 1.0, slower: 2.0}
-    monkeypatch.setattr(base_module, "_seconds_of_products", lambda *dtypes: [seconds[dtype] for dtype in dtypes])
+    monkeypatch.setattr(cpu_module, "_seconds_of_products", lambda *dtypes: [seconds[dtype] for dtype in dtypes])
     found = training_dtype.__wrapped__("cpu")
     assert found == (torch.float32 if slower == torch.bfloat16 else torch.bfloat16)
 
@@ -568,7 +569,7 @@ def test_a_base_is_trained_in_float32_where_the_cpu_has_no_other_products(monkey
 
 def test_products_are_timed_in_both_dtypes() -> None:
     num_threads = torch.get_num_threads()
-    assert all(seconds > 0 for seconds in base_module._seconds_of_products(torch.float32, torch.bfloat16))
+    assert all(seconds > 0 for seconds in cpu_module._seconds_of_products(torch.float32, torch.bfloat16))
     assert torch.get_num_threads() == num_threads
 
 

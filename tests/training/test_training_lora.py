@@ -13,16 +13,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import dlp_lora.training.adapters as adapters_module
+import dlp_lora.training.cpu as cpu_module
 import dlp_lora.training.loop as loop_module
-import dlp_lora.training.passes as passes_module
 from conftest import ARCHITECTURES, byte_tokenizer, lively_model
 from dlp_lora.bank.adapter_files import WEIGHTS_FILE
 from dlp_lora.tasks import Example, Task
 from dlp_lora.training.adapters import lora_config, lora_on, train_adapter
 from dlp_lora.training.args import AdapterTrainingArgs
 from dlp_lora.training.batches import has_dropout
+from dlp_lora.training.cpu import NAME, lean_passes
 from dlp_lora.training.loop import backward
-from dlp_lora.training.passes import NAME, lean_passes
 
 SIBLINGS = ("q_proj", "k_proj", "v_proj", "o_proj")
 # Of four lengths, and one beginning.
@@ -98,7 +98,7 @@ def test_gradients_of_long_texts_are_those_of_peft(architecture: str, monkeypatc
         num_calls += 1
         return fused(*args, **kwargs)
 
-    monkeypatch.setattr(passes_module, "LONG", 25)  # keys; the longest of the batch has 43 tokens
+    monkeypatch.setattr(cpu_module, "LONG", 25)  # keys; the longest of the batch has 43 tokens
     monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
     args = replace(QUICK, target_modules="all-linear")
     assert_gradients_are_pefts(eager_model(architecture), eager_model(architecture), args)
@@ -201,6 +201,15 @@ def test_adapters_are_trained_with_attention_of_our_own_on_a_cpu() -> None:
     with lora_on(model, QUICK):
         assert model.config._attn_implementation == NAME
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_without_the_tricks_all_passes_are_those_of_transformers_and_peft() -> None:
+    model = eager_model()
+    model.set_attn_implementation("sdpa")
+    with lora_on(model, replace(QUICK, cpu_tricks=False)) as peft_model:
+        assert model.config._attn_implementation == "sdpa"
+        assert not any("forward" in vars(module) for module in peft_model.modules())
+    assert replace(QUICK, cpu_tricks=False).identity() == {**QUICK.identity(), "cpu_tricks": False}
 
 
 def test_attention_with_dropout_is_that_of_transformers() -> None:

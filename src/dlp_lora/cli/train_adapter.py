@@ -48,6 +48,9 @@ class AdapterOptions:
     ] = None
     chat_template_kwargs: TemplateOption = None
     seed: Annotated[int | None, f"Seed of initialisation, order and dropout. [default: {DEFAULT.seed}]"] = None
+    cpu_tricks: Annotated[bool | None, "Precision, passes and memory that are fast on CPUs. [default: cpu-tricks]"] = (
+        None
+    )
 
     def training_args(self) -> AdapterTrainingArgs:
         """The preset, with the options that were given in the place of its values."""
@@ -118,7 +121,7 @@ def _train_adapters(
     from dlp_lora.training.base import load_base
 
     tasks = read_data(data, names=names)
-    base, tokenizer = load_base(base_model(model), **hub_options.given())
+    base, tokenizer = load_base(base_model(model), cpu_tricks=args.cpu_tricks, **hub_options.given())
     with progress([task.name for task in tasks]) as show:
         for adapter in adapters.train_adapters(
             base, tokenizer, tasks, out, args, overwrite=overwrite, on_progress=show

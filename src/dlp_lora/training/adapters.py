@@ -3,7 +3,7 @@
 One plain loop (`loop.py`). What makes it fast on a small machine: the loss and the language-model head on answer tokens
 only, batches of like lengths, what all examples of a batch begin with encoded once, a bfloat16 base under float32 LoRA
 weights where the hardware is fast at it, passes through PEFT's layers, attention and norms that copy little (`lora.py`,
-`passes.py`), and freed memory that is kept for the next step (`memory.py`).
+`cpu.py`), and freed memory that is kept for the next step.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,9 +34,9 @@ from dlp_lora.tasks.formats import encode_example
 from dlp_lora.tasks.task import Task
 from dlp_lora.training.args import AdapterTrainingArgs
 from dlp_lora.training.base import model_hash
+from dlp_lora.training.cpu import fast_on_cpu
 from dlp_lora.training.loop import Run, fit
 from dlp_lora.training.lora import compute_together
-from dlp_lora.training.passes import lean_passes
 
 TRAINING_FILE = "training.json"
 LOSS_FILE = "loss.csv"
@@ -202,7 +202,7 @@ def lora_on(model: PreTrainedModel, args: AdapterTrainingArgs) -> Iterator[PeftM
     peft_model = None
     try:
         peft_model = _with_lora(model, args)
-        with _eager_attention(model), lean_passes(model):
+        with fast_on_cpu(model) if args.cpu_tricks else nullcontext():
             yield peft_model
     finally:
         if peft_model is not None:
@@ -210,20 +210,6 @@ def lora_on(model: PreTrainedModel, args: AdapterTrainingArgs) -> Iterator[PeftM
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(required[name])
         model.train(was_training)
-
-
-@contextmanager
-def _eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Trains without fused attention on CPUs, where its backward pass is slow (`passes.py` has the exception)."""
-    config: Any = model.config
-    if model.device.type != "cpu" or config._attn_implementation != "sdpa":
-        yield
-        return
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation("sdpa")
 
 
 def lora_config(args: AdapterTrainingArgs) -> LoraConfig:
@@ -251,7 +237,8 @@ def _with_lora(model: PreTrainedModel, args: AdapterTrainingArgs) -> PeftModel:
         peft_model = cast(PeftModel, get_peft_model(model, lora_config(args)))
     except ValueError as error:
         raise TrainingError(f"{type(model).__name__}: PEFT cannot train such a LoRA: {error}") from error
-    compute_together(model, together)
+    if args.cpu_tricks:
+        compute_together(model, together)
     return peft_model
 
 

@@ -32,6 +32,7 @@ class AdapterTrainingArgs:
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # as {"enable_thinking": False}
     seed: int = 0
     checkpoint_seconds: float = 300.0  # between two checkpoints; no setting of the result
+    cpu_tricks: bool = True  # precision, passes and memory that are fast on CPUs; else those of PyTorch and PEFT
 
     def __post_init__(self) -> None:
         for name in ("r", "lora_alpha", "learning_rate", "epochs", "batch_size", "max_length"):
@@ -50,6 +51,8 @@ class AdapterTrainingArgs:
         """What the trained weights depend on, as JSON data."""
         found: dict[str, Any] = as_json(asdict(self))
         del found["checkpoint_seconds"]
+        if self.cpu_tricks:  # as adapters of before have it
+            del found["cpu_tricks"]
         if not self.chat_template_kwargs:  # as adapters of before have it
             del found["chat_template_kwargs"]
         return found

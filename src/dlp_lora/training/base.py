@@ -1,8 +1,6 @@
 """The base model for training, in the precision that its hardware is fast at."""
 
 import hashlib
-import time
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,54 +8,26 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dlp_lora.engine.loading import load_model
+from dlp_lora.training.cpu import training_dtype
+
+NUM_SAMPLES = 64  # of each parameter
 
 
 def load_base(
-    model: str | Path, *, dtype: torch.dtype | None = None, **kwargs: Any
+    model: str | Path, *, dtype: torch.dtype | None = None, cpu_tricks: bool = True, **kwargs: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a base model for training, in the dtype of `training_dtype` unless one is given; `kwargs` are those of
     `load_model`.
+
+    Without `cpu_tricks`, it is float32 on a CPU.
 
     Raises:
         ModelError: if it cannot be loaded.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_model(model, dtype=dtype or training_dtype(device), device=device, **kwargs)
-
-
-@cache
-def training_dtype(device: str) -> torch.dtype:
-    """Gives the dtype to train a frozen base in: bfloat16 where the hardware multiplies it, and no slower than float32.
-
-    CPUs with instructions for bfloat16 but without AMX may take twice as long as in float32 (docs/log.md); a product
-    in each tells, timed once on one thread.
-    """
-    if device == "cuda":
-        return torch.bfloat16
-    if not torch.cpu._is_avx512_bf16_supported():
-        return torch.float32
-    narrow, wide = _seconds_of_products(torch.bfloat16, torch.float32)
-    return torch.float32 if narrow > 1.2 * wide else torch.bfloat16
-
-
-def _seconds_of_products(*dtypes: torch.dtype) -> list[float]:
-    """How long the tokens of a small batch times a layer's weight take on the CPU in each dtype, at best."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # several wait for each other where the machine is busy
-    try:
-        seconds: list[list[float]] = [[] for _ in dtypes]
-        for _ in range(16):  # in turns, so that a busy moment hits all
-            for dtype, own in zip(dtypes, seconds, strict=True):
-                x, weight = torch.ones(512, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
-                start = time.perf_counter()
-                torch.nn.functional.linear(x, weight)
-                own.append(time.perf_counter() - start)
-    finally:
-        torch.set_num_threads(num_threads)
-    return [min(own) for own in seconds]
-
-
-NUM_SAMPLES = 64  # of each parameter
+    if dtype is None:
+        dtype = training_dtype(device) if cpu_tricks or device != "cpu" else torch.float32
+    return load_model(model, dtype=dtype, device=device, **kwargs)
 
 
 def model_hash(model: PreTrainedModel) -> str:

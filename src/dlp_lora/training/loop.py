@@ -19,7 +19,7 @@ from dlp_lora.files import recover_folder, replace_folder, write_json
 from dlp_lora.progress import OnProgress, Progress
 from dlp_lora.training.args import AdapterTrainingArgs
 from dlp_lora.training.batches import answer_loss, bucketed, has_dropout, micro_batches
-from dlp_lora.training.memory import kept_memory
+from dlp_lora.training.cpu import kept_memory
 
 MAX_TOKENS = 2048  # of one pass; larger batches are summed up part by part
 
@@ -135,7 +135,7 @@ def fit(
     run.model.train()
     start = time.perf_counter() - run.seconds
     kept_at = time.monotonic()
-    with kept_memory() as give_back:
+    with kept_memory(is_on=run.args.cpu_tricks) as give_back:
         while run.step < run.num_steps:
             if run.step == run.num_stable:
                 on_stable()

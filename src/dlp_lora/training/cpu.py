@@ -1,12 +1,15 @@
-"""Plain eager attention and RMSNorm in training: passes that copy little, instead of those that autograd puts together.
+"""What makes training fast on CPUs, behind one switch (`AdapterTrainingArgs.cpu_tricks`): precision, passes, memory.
 
-They are for CPUs, where the backward pass of fused attention is slow: in bfloat16 always, in float32 for short texts.
+Plain eager attention and RMSNorm are computed by passes that copy little, instead of those that autograd puts together:
+the backward pass of fused attention is slow on CPUs, in bfloat16 always, in float32 for short texts.
 """
 
+import ctypes
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -19,6 +22,77 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attenti
 
 NAME = "dlp_lora_eager"
 LONG = 256  # keys; from there on fused attention is faster in float32 (docs/log.md)
+# mallopt(3)
+M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
+LARGEST_THRESHOLD = 32 << 20  # bytes; glibc takes no larger one, and comes to it by itself as large tensors are freed
+NEVER = -1
+
+
+@contextmanager
+def fast_on_cpu(model: PreTrainedModel) -> Iterator[None]:
+    """Computes a model on a CPU by the passes here for a while; one on another device computes as it does."""
+    config: Any = model.config
+    with ExitStack() as after:
+        if model.device.type == "cpu":
+            if config._attn_implementation == "sdpa":
+                model.set_attn_implementation("eager")
+                after.callback(model.set_attn_implementation, "sdpa")
+            after.enter_context(lean_passes(model))
+        yield
+
+
+@contextmanager
+def kept_memory(*, is_on: bool = True) -> Iterator[Callable[[], object]]:
+    """Keeps freed memory in this process for a while, instead of giving it back to the system at each free.
+
+    Where it is not `is_on`, or the C library is not glibc, it does nothing. A step frees gigabytes and asks for as many again, and faulting their pages in took a fifth of its time
+    (docs/log.md). The heap grows as it fragments: what is yielded gives back all that is free at that moment.
+    """
+    libc = ctypes.CDLL(None) if is_on and sys.platform == "linux" else None
+    if libc is None or not hasattr(libc, "gnu_get_libc_version"):
+        yield lambda: None
+        return
+    give_back = partial(libc.malloc_trim, 0)
+    libc.mallopt(M_MMAP_THRESHOLD, LARGEST_THRESHOLD)  # setting either one stops glibc from adapting both
+    libc.mallopt(M_TRIM_THRESHOLD, NEVER)
+    try:
+        yield give_back
+    finally:
+        libc.mallopt(M_TRIM_THRESHOLD, 2 * LARGEST_THRESHOLD)  # twice the other, as glibc has it
+        give_back()
+
+
+@cache
+def training_dtype(device: str) -> torch.dtype:
+    """Gives the dtype to train a frozen base in: bfloat16 where the hardware multiplies it, and no slower than float32.
+
+    CPUs with instructions for bfloat16 but without AMX may take twice as long as in float32 (docs/log.md); a product
+    in each tells, timed once on one thread.
+    """
+    if device == "cuda":
+        return torch.bfloat16
+    if not torch.cpu._is_avx512_bf16_supported():
+        return torch.float32
+    narrow, wide = _seconds_of_products(torch.bfloat16, torch.float32)
+    return torch.float32 if narrow > 1.2 * wide else torch.bfloat16
+
+
+def _seconds_of_products(*dtypes: torch.dtype) -> list[float]:
+    """How long the tokens of a small batch times a layer's weight take on the CPU in each dtype, at best."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several wait for each other where the machine is busy
+    try:
+        seconds: list[list[float]] = [[] for _ in dtypes]
+        for _ in range(16):  # in turns, so that a busy moment hits all
+            for dtype, own in zip(dtypes, seconds, strict=True):
+                x, weight = torch.ones(512, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
+                start = time.perf_counter()
+                torch.nn.functional.linear(x, weight)
+                own.append(time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(num_threads)
+    return [min(own) for own in seconds]
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from dlp_lora.training.memory import kept_memory
+from dlp_lora.training.cpu import kept_memory
 
 GLIBC = sys.platform == "linux" and hasattr(ctypes.CDLL(None), "gnu_get_libc_version")
 
