@@ -36,7 +36,7 @@ from dlp_lora.router.encoder import albert_config, default_encoder
 from dlp_lora.router.everyday import Threshold, everyday_prompts
 from dlp_lora.router.prototypes import _cluster, embed
 from dlp_lora.tasks import procedural_task, write_task
-from dlp_lora.training.router import RouterTrainingArgs, report_on, train_router
+from dlp_lora.training.router import RouterTrainingArgs, _report, train_router
 
 NAMES = ("math", "poems", "units")
 KINDS = ("mini-mlp", "encoder", "prototypes", "arrow")
@@ -422,7 +422,7 @@ class TestEncoderRouter:
         ]
         assert sum(right) / len(right) == pytest.approx(report.accuracy)
         router.save_pretrained(tmp_path / "router")
-        again = report_on(EncoderRouter.from_pretrained(tmp_path / "router"), tasks)
+        again = _report(EncoderRouter.from_pretrained(tmp_path / "router"), tasks, [], seconds=0.0, losses=[])
         assert again == replace(report, seconds=0.0, losses=[])
 
     @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from dlp_lora.cli.app import app
 from dlp_lora.engine.loading import load_router
 from dlp_lora.tasks import Example, Task, write_task
 from dlp_lora.training.extend import MAX_EXAMPLES, add_tasks, add_to_bundle, remove_from_bundle, remove_tasks
-from dlp_lora.training.router import RouterTrainingArgs, report_on, train_router
+from dlp_lora.training.router import RouterTrainingArgs, _report, train_router
 
 TOKENIZER = byte_tokenizer().backend_tokenizer
 ASKED = {
@@ -111,7 +111,7 @@ class TestAdding:
 
     def test_the_report_counts_what_joined(self, router: MiniMLP) -> None:
         found = add_tasks(router, [task("codes", 32)])
-        report = report_on(found, [task("sums"), task("codes")])
+        report = _report(found, [task("sums"), task("codes")], [], seconds=0.0, losses=[])
         assert report.accuracy_by_task["codes"] == right(found, "codes")
         assert report.ece <= 1
 

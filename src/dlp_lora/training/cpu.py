@@ -46,8 +46,9 @@ def fast_on_cpu(model: PreTrainedModel) -> Iterator[None]:
 def kept_memory(*, is_on: bool = True) -> Iterator[Callable[[], object]]:
     """Keeps freed memory in this process for a while, instead of giving it back to the system at each free.
 
-    Where it is not `is_on`, or the C library is not glibc, it does nothing. A step frees gigabytes and asks for as many again, and faulting their pages in took a fifth of its time
-    (docs/log.md). The heap grows as it fragments: what is yielded gives back all that is free at that moment.
+    Where it is not `is_on`, or the C library is not glibc, it does nothing. A step frees gigabytes and asks for as many
+    again, and faulting their pages in took a fifth of its time (docs/log.md). The heap grows as it fragments: what is
+    yielded gives back all that is free at that moment.
     """
     libc = ctypes.CDLL(None) if is_on and sys.platform == "linux" else None
     if libc is None or not hasattr(libc, "gnu_get_libc_version"):

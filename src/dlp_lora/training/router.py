@@ -195,20 +195,6 @@ def train_router_into(
     return report
 
 
-def report_on(router: TrainedRouter, tasks: Sequence[Task]) -> RouterReport:
-    """Measures a trained router on the test prompts of tasks that it knows.
-
-    Raises:
-        TrainingError: if it does not know a task, or no task has test examples.
-    """
-    unknown = [task.name for task in tasks if task.name not in router.names]
-    if unknown:
-        raise TrainingError(f"the router does not know {', '.join(unknown)}; it knows {', '.join(router.names)}")
-    if not any(task.test for task in tasks):
-        raise TrainingError("no task has test examples to measure the router on; add test.jsonl files")
-    return _report(router, tasks, [], seconds=0.0, losses=[])
-
-
 def _split(tasks: Sequence[Task], share: float, rng: random.Random) -> tuple[list[list[Example]], list[list[Example]]]:
     train, held_out = [], []
     for task in tasks:

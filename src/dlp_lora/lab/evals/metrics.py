@@ -18,14 +18,6 @@ INSTALL = 'BLEU and ROUGE need the packages sacrebleu and rouge-score; run `pip 
 
 
 @dataclass(frozen=True, kw_only=True)
-class BleuScore:
-    """Corpus BLEU with sacrebleu's signature, which names all that it depends on."""
-
-    score: float
-    signature: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class Rouge:
     """F-measures of ROUGE-1 and ROUGE-L."""
 
@@ -59,20 +51,11 @@ def text_after(answer: str, reference: str) -> str | None:
     return None if found is None else found.string[found.end() :]
 
 
-def bleu(answers: Sequence[str], references: Sequence[Sequence[str]]) -> BleuScore:
-    """Corpus BLEU of the answers, each against its own references, however many."""
-    _check_pairs(answers, references)
-    metric = _sacrebleu(effective_order=False)
-    # sacrebleu takes the first reference of every answer, then the second: None where there are fewer.
-    most = max(map(len, references))
-    streams = [[own[i] if i < len(own) else None for own in references] for i in range(most)]
-    score = float(metric.corpus_score(answers, streams).score)
-    return BleuScore(score=score, signature=str(metric.get_signature()))
-
-
 def bleu_signature() -> str:
     """sacrebleu's signature of `bleu_of`, for a record: each answer has references of its own number."""
-    return bleu(["a", "b"], [["a"], ["b", "c"]]).signature
+    metric = _sacrebleu(effective_order=False)
+    metric.corpus_score(["a", "b"], [["a", "b"], [None, "c"]])
+    return str(metric.get_signature())
 
 
 def check_scoring(kinds: Iterable[str]) -> None:
@@ -82,7 +65,7 @@ def check_scoring(kinds: Iterable[str]) -> None:
         DLPLoRAError: naming what to install.
     """
     if "qa" in kinds:
-        rouge([""], [[""]])
+        rouge_each([""], [[""]])
         bleu_signature()
 
 
@@ -126,15 +109,6 @@ def bleu_letters_each(answers: Sequence[str], references: Sequence[Sequence[str]
 def _spelled(text: str) -> str:
     """Each letter as a word, white space by its number."""
     return " ".join(f"U+{ord(letter):04X}" if letter.isspace() else letter for letter in text)
-
-
-def rouge(answers: Sequence[str], references: Sequence[Sequence[str]]) -> Rouge:
-    """The mean of `rouge_each`."""
-    each = rouge_each(answers, references)
-    return Rouge(
-        rouge1=float(np.mean([own.rouge1 for own in each])),
-        rougeL=float(np.mean([own.rougeL for own in each])),
-    )
 
 
 def rouge_each(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[Rouge]:
