@@ -2,20 +2,18 @@
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated
 
 from dlp_lora.engine.engine import Engine
 from dlp_lora.errors import DLPLoRAError
 from dlp_lora.lab.bench.agreement import Twin, check_paths
-from dlp_lora.lab.bench.case import Case, Row, run_cases
+from dlp_lora.lab.bench.case import Benchmark, Case, Row
 from dlp_lora.lab.bench.decoding import DecodingArgs, decoding_rows
 from dlp_lora.lab.bench.memory import MB, growth_mb
 from dlp_lora.lab.bench.models import AGAIN, PEFT_ONE, base_model, engine_with, peft_one
 from dlp_lora.lab.bench.timing import BASE, synchronise
 from dlp_lora.policy import Mixture
-from dlp_lora.progress import OnProgress, unseen
 
 NUM_RECENT = 4  # mixtures that are in memory still, fused again to time a hit
 NUM_HITS = 48
@@ -30,41 +28,33 @@ class BankArgs(DecodingArgs):
     budget_mb: Annotated[float, "Megabytes of them that are kept in memory."] = 64.0
 
 
-def bench_bank(model: str | Path, args: BankArgs | None = None, *, on_progress: OnProgress = unseen) -> dict[str, Any]:
-    """Measures banks of several sizes side by side; gives the record as JSON data.
+def _measure(case: Case, args: BankArgs) -> list[Row]:
+    banks: dict[str, tuple[int, float | None]] = {
+        f"dlp-lora, {size} on disk": (size, args.budget_mb) for size in args.on_disk
+    }
+    banks |= {f"dlp-lora, {size}": (size, None) for size in args.sizes}
+    base, one = base_model(case), peft_one(case)
+    num_parameters = sum(parameter.numel() for parameter in base.parameters())
+    engines: dict[str, Engine] = {}
+    about: dict[str, Row] = {BASE: {"num_adapters": 0}, AGAIN: {"num_adapters": 0}}
+    for name, (size, budget_mb) in banks.items():
+        engines[name], about[name] = _open(case, size, args.selected, budget_mb)
+        about[name]["share_of_parameters"] = round(engines[name].bank.num_parameters / num_parameters, 5)
+        check_paths(engines[name], base, case.prompts()[0], {PEFT_ONE: Twin(one, {case.names[0]: 1.0})})
+    variants = {BASE: base, AGAIN: base_model(case), **engines}
+    rows = decoding_rows(case, variants, case.prompts(), new_tokens=args.new_tokens, rounds=args.rounds)
+    order = sorted(rows, key=lambda name: about[name]["num_adapters"])
+    return [{**rows[name], **about[name]} for name in order]
 
-    Raises:
-        DLPLoRAError: if paths that must agree differ.
-    """
-    args = args or BankArgs()
 
-    def measure(case: Case) -> list[Row]:
-        banks: dict[str, tuple[int, float | None]] = {
-            f"dlp-lora, {size} on disk": (size, args.budget_mb) for size in args.on_disk
-        }
-        banks |= {f"dlp-lora, {size}": (size, None) for size in args.sizes}
-        base, one = base_model(case), peft_one(case)
-        num_parameters = sum(parameter.numel() for parameter in base.parameters())
-        engines: dict[str, Engine] = {}
-        about: dict[str, Row] = {BASE: {"num_adapters": 0}, AGAIN: {"num_adapters": 0}}
-        for name, (size, budget_mb) in banks.items():
-            engines[name], about[name] = _open(case, size, args.selected, budget_mb)
-            about[name]["share_of_parameters"] = round(engines[name].bank.num_parameters / num_parameters, 5)
-            check_paths(engines[name], base, case.prompts()[0], {PEFT_ONE: Twin(one, {case.names[0]: 1.0})})
-        variants = {BASE: base, AGAIN: base_model(case), **engines}
-        rows = decoding_rows(case, variants, case.prompts(), new_tokens=args.new_tokens, rounds=args.rounds)
-        order = sorted(rows, key=lambda name: about[name]["num_adapters"])
-        return [{**rows[name], **about[name]} for name in order]
-
-    return run_cases(
-        "bank",
-        model,
-        args,
-        measure,
-        num_adapters=max(args.sizes + args.on_disk),
-        on_progress=on_progress,
-        does_not_measure="trained adapters' answers, and disks: the files are in the system's cache",
-    )
+bench_bank = Benchmark(
+    name="bank",
+    args=BankArgs,
+    measure=_measure,
+    num_adapters=lambda args: max(args.sizes + args.on_disk),
+    does_not_measure="trained adapters' answers, and disks: the files are in the system's cache",
+)
+"""Measures banks of several sizes side by side."""
 
 
 def _open(case: Case, size: int, selected: int, budget_mb: float | None) -> tuple[Engine, Row]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from itertools import zip_longest
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -131,42 +131,53 @@ class Case:
         return {"input_ids": found, "attention_mask": torch.ones_like(found)}
 
 
-def run_cases(
-    benchmark: str,
-    model: str | Path,
-    args: AdapterBenchArgs,
-    measure: Callable[[Case], list[Row]],
-    *,
-    num_adapters: int,
-    on_progress: OnProgress,
-    does_not_measure: str,
-) -> dict[str, Any]:
-    """Makes random adapters and measures a case for each precision; gives the record as JSON data."""
-    device = begin(args)
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(model), padding_side="left")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    texts, bandwidth = read_prompts(args.prompts), bandwidth_gb_s(device)
-    rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as folder:
-        adapters = write_random_adapters(
-            model, Path(folder), num_adapters, r=args.r, target_modules=args.target_modules
-        )
-        for dtype in args.dtypes:
-            case = Case(
-                benchmark=benchmark,
-                model=model,
-                dtype=dtype,
-                device=device,
-                tokenizer=tokenizer,
-                adapters=adapters,
-                texts=texts,
-                bandwidth_gb_s=bandwidth,
-                on_progress=on_progress,
+Args = TypeVar("Args", bound=AdapterBenchArgs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark(Generic[Args]):
+    """A benchmark: its settings, the rows that it measures of a case with so many adapters, and what it leaves out."""
+
+    name: str
+    args: type[Args]
+    measure: Callable[[Case, Args], list[Row]]
+    num_adapters: Callable[[Args], int]
+    does_not_measure: str
+
+    def __call__(
+        self, model: str | Path, args: Args | None = None, *, on_progress: OnProgress = unseen
+    ) -> dict[str, Any]:
+        """Makes random adapters and measures a case for each precision; gives the record as JSON data.
+
+        Raises:
+            DLPLoRAError: if paths that must agree differ.
+        """
+        args = args or self.args()
+        device = begin(args)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(model), padding_side="left")
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        texts, bandwidth = read_prompts(args.prompts), bandwidth_gb_s(device)
+        rows: list[Row] = []
+        with tempfile.TemporaryDirectory() as folder:
+            adapters = write_random_adapters(
+                model, Path(folder), self.num_adapters(args), r=args.r, target_modules=args.target_modules
             )
-            rows += [{"name": row["name"], "dtype": dtype, **row} for row in measure(case)]
-    found = record(benchmark, model, args, rows, bandwidth=bandwidth, does_not_measure=does_not_measure)
-    return {**found, "num_prompts": len(texts)}
+            for dtype in args.dtypes:
+                case = Case(
+                    benchmark=self.name,
+                    model=model,
+                    dtype=dtype,
+                    device=device,
+                    tokenizer=tokenizer,
+                    adapters=adapters,
+                    texts=texts,
+                    bandwidth_gb_s=bandwidth,
+                    on_progress=on_progress,
+                )
+                rows += [{"name": row["name"], "dtype": dtype, **row} for row in self.measure(case, args)]
+        found = record(self.name, model, args, rows, bandwidth=bandwidth, does_not_measure=self.does_not_measure)
+        return {**found, "num_prompts": len(texts)}
 
 
 def begin(args: BenchArgs) -> torch.device:

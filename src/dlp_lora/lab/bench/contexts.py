@@ -1,7 +1,6 @@
 """The context benchmark: what a switch costs in the middle of a long text, under each KV policy, beside a sentence."""
 
 import time
-from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -9,64 +8,54 @@ import torch
 from dlp_lora.engine.cache import cache_argument, cache_of
 from dlp_lora.engine.engine import Engine
 from dlp_lora.lab.bench.agreement import check_paths
-from dlp_lora.lab.bench.case import Case, Row, run_cases
+from dlp_lora.lab.bench.case import Benchmark, Case, Row
 from dlp_lora.lab.bench.models import base_model, engine_with
 from dlp_lora.lab.bench.switch import SwitchArgs
 from dlp_lora.lab.bench.timing import Run, interleave, synchronise
 from dlp_lora.policy import KVPolicy, Mixture
-from dlp_lora.progress import OnProgress, unseen
 
 SENTENCE = 25  # tokens
 PASSES_A_ROUND = 4
 
 
-def bench_contexts(model: str | Path, args: SwitchArgs, *, on_progress: OnProgress = unseen) -> dict[str, Any]:
-    """Measures a decoding step after each number of tokens: without a switch, and with one under each KV policy.
+def _measure(case: Case, args: SwitchArgs) -> list[Row]:
+    engine = engine_with(case, num_adapters=2 * args.selected, selected=args.selected)
+    check_paths(engine, base_model(case), case.prompts()[0])
+    names = engine.bank.names
+    halves = [Mixture(dict.fromkeys(part, 1 / len(part))) for part in (names[::2], names[1::2])]
+    ways: dict[str, KVPolicy | None] = {"no switch": None, **{policy: policy for policy in get_args(KVPolicy)}}
+    runs: dict[str, Run] = {}
+    for length in args.context:
+        ids = case.long_prompts(1, length)["input_ids"]
+        for way, policy in ways.items():
+            runs[f"{length} tokens, {way}"] = _steps(engine, ids, halves, policy)
+    times = interleave(runs, rounds=args.rounds, scenario=case.scenario, on_progress=case.on_progress)
+    rows: list[Row] = []
+    for length in args.context:
+        token_ms = times.median(f"{length} tokens, no switch", "pass_ms")
+        for way in ways:
+            name = f"{length} tokens, {way}"
+            switch_ms = max(0.0, times.median(name, "pass_ms") - token_ms) if ways[way] else 0.0
+            rows.append(
+                {
+                    "name": name,
+                    "context": length,
+                    **times.spread(name, "pass_ms"),
+                    "extra_ms": round(switch_ms, 3),
+                    "over_sentence": round(switch_ms / (SENTENCE * token_ms), 3),
+                }
+            )
+    return rows
 
-    Gives the record as JSON data.
 
-    Raises:
-        DLPLoRAError: if the engine with its adapters disabled differs from the base model.
-    """
-
-    def measure(case: Case) -> list[Row]:
-        engine = engine_with(case, num_adapters=2 * args.selected, selected=args.selected)
-        check_paths(engine, base_model(case), case.prompts()[0])
-        names = engine.bank.names
-        halves = [Mixture(dict.fromkeys(part, 1 / len(part))) for part in (names[::2], names[1::2])]
-        ways: dict[str, KVPolicy | None] = {"no switch": None, **{policy: policy for policy in get_args(KVPolicy)}}
-        runs: dict[str, Run] = {}
-        for length in args.context:
-            ids = case.long_prompts(1, length)["input_ids"]
-            for way, policy in ways.items():
-                runs[f"{length} tokens, {way}"] = _steps(engine, ids, halves, policy)
-        times = interleave(runs, rounds=args.rounds, scenario=case.scenario, on_progress=case.on_progress)
-        rows: list[Row] = []
-        for length in args.context:
-            token_ms = times.median(f"{length} tokens, no switch", "pass_ms")
-            for way in ways:
-                name = f"{length} tokens, {way}"
-                switch_ms = max(0.0, times.median(name, "pass_ms") - token_ms) if ways[way] else 0.0
-                rows.append(
-                    {
-                        "name": name,
-                        "context": length,
-                        **times.spread(name, "pass_ms"),
-                        "extra_ms": round(switch_ms, 3),
-                        "over_sentence": round(switch_ms / (SENTENCE * token_ms), 3),
-                    }
-                )
-        return rows
-
-    return run_cases(
-        "switch_context",
-        model,
-        args,
-        measure,
-        num_adapters=2 * args.selected,
-        on_progress=on_progress,
-        does_not_measure="the router and the policy, which cost the same under each KV policy",
-    )
+bench_contexts = Benchmark(
+    name="switch_context",
+    args=SwitchArgs,
+    measure=_measure,
+    num_adapters=lambda args: 2 * args.selected,
+    does_not_measure="the router and the policy, which cost the same under each KV policy",
+)
+"""Measures a decoding step after each number of tokens: without a switch, and with one under each KV policy."""
 
 
 def _steps(engine: Engine, ids: torch.Tensor, mixtures: list[Mixture], policy: KVPolicy | None) -> Run:

@@ -6,11 +6,10 @@ seen.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from dlp_lora.lab.bench.agreement import Twin, check_paths
-from dlp_lora.lab.bench.case import Batch, Case, Dtypes, NewTokens, NumAdapters, Prepacked, Row, run_cases
+from dlp_lora.lab.bench.case import Batch, Benchmark, Case, Dtypes, NewTokens, NumAdapters, Prepacked, Row
 from dlp_lora.lab.bench.decoding import DecodingArgs, decoding_rows
 from dlp_lora.lab.bench.models import (
     AGAIN,
@@ -25,7 +24,6 @@ from dlp_lora.lab.bench.models import (
     stacked_base,
 )
 from dlp_lora.lab.bench.timing import BASE
-from dlp_lora.progress import OnProgress, unseen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,50 +37,40 @@ class DecodeArgs(DecodingArgs):
     prepacked: Prepacked = True
 
 
-def bench_decode(
-    model: str | Path, args: DecodeArgs | None = None, *, on_progress: OnProgress = unseen
-) -> dict[str, Any]:
-    """Measures decoding; gives the record as JSON data.
+def _measure(case: Case, args: DecodeArgs) -> list[Row]:
+    base, one, stacked = base_model(case), peft_one(case), stacked_base(case)
+    engine = engine_with(case, selected=args.selected)
+    prompts = case.prompts(args.batch)
+    twins = {STACKED: Twin(stacked, {}), PEFT_ONE: Twin(one, {case.names[0]: 1.0})}
+    given: dict[str, dict[str, Any]] = {}
+    if args.batch > 1:
+        num_rows = min(args.batch, len(case.names))
+        names = [case.names[i % num_rows] for i in range(args.batch)]
+        mixed, given[PEFT_MIXED] = peft_many(case, num_rows), {"adapter_names": names}
+        twins[PEFT_MIXED] = Twin(mixed, [{name: 1.0} for name in names], given[PEFT_MIXED])
+    check_paths(engine, base, prompts[0], twins)
+    variants = {
+        BASE: base,
+        AGAIN: base_model(case),
+        STACKED: stacked,
+        f"dlp-lora, {args.selected} of {args.num_adapters}": engine,
+        PEFT_ONE: one,
+        **({PEFT_MIXED: mixed} if given else {}),
+    }
+    if args.prepacked and case.device.type == "cpu":
+        ours = engine_with(case, selected=args.selected, prepack=True)
+        variants[PREPACKED] = stacked_base(case, prepack=True)
+        variants[f"dlp-lora, prepacked, {args.selected} of {args.num_adapters}"] = ours
+        check_paths(ours, base, prompts[0], {**twins, PREPACKED: Twin(variants[PREPACKED], {})})
+    rows = decoding_rows(case, variants, prompts, new_tokens=args.new_tokens, rounds=args.rounds, given=given)
+    return list(rows.values())
 
-    Raises:
-        DLPLoRAError: if paths that must agree differ.
-    """
-    args = args or DecodeArgs()
 
-    def measure(case: Case) -> list[Row]:
-        base, one, stacked = base_model(case), peft_one(case), stacked_base(case)
-        engine = engine_with(case, selected=args.selected)
-        prompts = case.prompts(args.batch)
-        twins = {STACKED: Twin(stacked, {}), PEFT_ONE: Twin(one, {case.names[0]: 1.0})}
-        given: dict[str, dict[str, Any]] = {}
-        if args.batch > 1:
-            num_rows = min(args.batch, len(case.names))
-            names = [case.names[i % num_rows] for i in range(args.batch)]
-            mixed, given[PEFT_MIXED] = peft_many(case, num_rows), {"adapter_names": names}
-            twins[PEFT_MIXED] = Twin(mixed, [{name: 1.0} for name in names], given[PEFT_MIXED])
-        check_paths(engine, base, prompts[0], twins)
-        variants = {
-            BASE: base,
-            AGAIN: base_model(case),
-            STACKED: stacked,
-            f"dlp-lora, {args.selected} of {args.num_adapters}": engine,
-            PEFT_ONE: one,
-            **({PEFT_MIXED: mixed} if given else {}),
-        }
-        if args.prepacked and case.device.type == "cpu":
-            ours = engine_with(case, selected=args.selected, prepack=True)
-            variants[PREPACKED] = stacked_base(case, prepack=True)
-            variants[f"dlp-lora, prepacked, {args.selected} of {args.num_adapters}"] = ours
-            check_paths(ours, base, prompts[0], {**twins, PREPACKED: Twin(variants[PREPACKED], {})})
-        rows = decoding_rows(case, variants, prompts, new_tokens=args.new_tokens, rounds=args.rounds, given=given)
-        return list(rows.values())
-
-    return run_cases(
-        "decode",
-        model,
-        args,
-        measure,
-        num_adapters=args.num_adapters,
-        on_progress=on_progress,
-        does_not_measure="prefill beyond the first token's time, trained adapters' answers",
-    )
+bench_decode = Benchmark(
+    name="decode",
+    args=DecodeArgs,
+    measure=_measure,
+    num_adapters=lambda args: args.num_adapters,
+    does_not_measure="prefill beyond the first token's time, trained adapters' answers",
+)
+"""Measures decoding."""

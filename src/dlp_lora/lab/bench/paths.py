@@ -7,14 +7,13 @@ Beside the compiled steps stands the base compiled in the same way, beside the p
 import os
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 from transformers import StaticCache
 
 from dlp_lora.errors import DLPLoRAError
 from dlp_lora.lab.bench.agreement import Twin, check_paths
-from dlp_lora.lab.bench.case import Case, NumAdapters, Prepacked, Row, run_cases
+from dlp_lora.lab.bench.case import Benchmark, Case, NumAdapters, Prepacked, Row
 from dlp_lora.lab.bench.decoding import DecodingArgs, decoding_rows, generation
 from dlp_lora.lab.bench.models import (
     AGAIN,
@@ -30,7 +29,6 @@ from dlp_lora.lab.bench.models import (
     stacked_base,
 )
 from dlp_lora.lab.bench.timing import BASE
-from dlp_lora.progress import OnProgress, unseen
 
 COMPILERS = ("g++", "clang++")
 
@@ -44,67 +42,57 @@ class PathsArgs(DecodingArgs):
     prepacked: Prepacked = True
 
 
-def bench_paths(
-    model: str | Path, args: PathsArgs | None = None, *, on_progress: OnProgress = unseen
-) -> dict[str, Any]:
-    """Measures decoding by every path; gives the record as JSON data.
-
-    Raises:
-        DLPLoRAError: if paths that must agree differ, or there is no compiler.
-    """
-    args = args or PathsArgs()
+def _measure(case: Case, args: PathsArgs) -> list[Row]:
     if args.compiled and args.device == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", ""), *COMPILERS))):
         raise DLPLoRAError(
             f"compiled steps need a C++ compiler, and there is none ({' or '.join(COMPILERS)}): "
             "install one or pass --no-compiled"
         )
+    prompts, base, one = case.prompts(), base_model(case), peft_one(case)
+    twins = {PEFT_ONE: Twin(one, {case.names[0]: 1.0})}
+    stacked, apart, merged = (engine_with(case, selected=args.selected) for _ in range(3))
+    concatenated(apart)
+    for engine in (stacked, apart):
+        check_paths(engine, base, prompts[0], twins)
+    check_paths(merged, base, prompts[0], twins, under=merged.merged)
+    variants: dict[str, Any] = {
+        BASE: base,
+        AGAIN: base_model(case),
+        STACKED: stacked_base(case),
+        "dlp-lora, stacked": stacked,
+        "dlp-lora, concatenated": apart,
+        "dlp-lora, merged": merged,
+        PEFT_ONE: one,
+    }
+    if args.prepacked and case.device.type == "cpu":
+        packed = engine_with(case, selected=args.selected, prepack=True)
+        check_paths(packed, base, prompts[0], twins)
+        variants[PREPACKED] = stacked_base(case, prepack=True)
+        variants["dlp-lora, prepacked"] = packed
+    given: dict[str, dict[str, Any]] = {}
+    if args.compiled:
+        length = max(prompt["input_ids"].shape[1] for prompt in prompts) + args.new_tokens
+        static = {"cache_implementation": "static", "max_cache_len": length, "disable_compile": True}
+        compiled = engine_with(case, selected=args.selected)
+        compiled.compile(max_rank=args.selected * args.r)
+        check_paths(
+            compiled, base, prompts[0], twins, make_cache=lambda: StaticCache(base.config, max_cache_len=length)
+        )
+        for name, variant in ((COMPILED, compiled_base(case)), ("dlp-lora, compiled", compiled)):
+            variants[name], given[name] = variant, static
+            # Once before memory is counted: what compiling takes is not the price of a token.
+            own = variant.model if variant is compiled else variant
+            generation(own, [{**prompts[0], **static}], 3)(0, lambda: None)
+    with merged.merged(dict.fromkeys(case.names[: args.selected], 1 / args.selected)):
+        rows = decoding_rows(case, variants, prompts, new_tokens=args.new_tokens, rounds=args.rounds, given=given)
+    return list(rows.values())
 
-    def measure(case: Case) -> list[Row]:
-        prompts, base, one = case.prompts(), base_model(case), peft_one(case)
-        twins = {PEFT_ONE: Twin(one, {case.names[0]: 1.0})}
-        stacked, apart, merged = (engine_with(case, selected=args.selected) for _ in range(3))
-        concatenated(apart)
-        for engine in (stacked, apart):
-            check_paths(engine, base, prompts[0], twins)
-        check_paths(merged, base, prompts[0], twins, under=merged.merged)
-        variants: dict[str, Any] = {
-            BASE: base,
-            AGAIN: base_model(case),
-            STACKED: stacked_base(case),
-            "dlp-lora, stacked": stacked,
-            "dlp-lora, concatenated": apart,
-            "dlp-lora, merged": merged,
-            PEFT_ONE: one,
-        }
-        if args.prepacked and case.device.type == "cpu":
-            packed = engine_with(case, selected=args.selected, prepack=True)
-            check_paths(packed, base, prompts[0], twins)
-            variants[PREPACKED] = stacked_base(case, prepack=True)
-            variants["dlp-lora, prepacked"] = packed
-        given: dict[str, dict[str, Any]] = {}
-        if args.compiled:
-            length = max(prompt["input_ids"].shape[1] for prompt in prompts) + args.new_tokens
-            static = {"cache_implementation": "static", "max_cache_len": length, "disable_compile": True}
-            compiled = engine_with(case, selected=args.selected)
-            compiled.compile(max_rank=args.selected * args.r)
-            check_paths(
-                compiled, base, prompts[0], twins, make_cache=lambda: StaticCache(base.config, max_cache_len=length)
-            )
-            for name, variant in ((COMPILED, compiled_base(case)), ("dlp-lora, compiled", compiled)):
-                variants[name], given[name] = variant, static
-                # Once before memory is counted: what compiling takes is not the price of a token.
-                own = variant.model if variant is compiled else variant
-                generation(own, [{**prompts[0], **static}], 3)(0, lambda: None)
-        with merged.merged(dict.fromkeys(case.names[: args.selected], 1 / args.selected)):
-            rows = decoding_rows(case, variants, prompts, new_tokens=args.new_tokens, rounds=args.rounds, given=given)
-        return list(rows.values())
 
-    return run_cases(
-        "paths",
-        model,
-        args,
-        measure,
-        num_adapters=args.num_adapters,
-        on_progress=on_progress,
-        does_not_measure="compiling itself; prompts, which run uncompiled",
-    )
+bench_paths = Benchmark(
+    name="paths",
+    args=PathsArgs,
+    measure=_measure,
+    num_adapters=lambda args: args.num_adapters,
+    does_not_measure="compiling itself; prompts, which run uncompiled",
+)
+"""Measures decoding by every path."""

@@ -5,7 +5,6 @@ PEFT's ways are PEFT's own code. Methods that exist as papers are this package's
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 from peft import ArrowConfig, XLoraConfig, create_arrow_model, get_peft_model
@@ -14,7 +13,7 @@ from dlp_lora.bank.peft_format import read_adapter
 from dlp_lora.errors import DLPLoRAError
 from dlp_lora.lab.bench.agreement import Twin, check_paths
 from dlp_lora.lab.bench.baselines import attach_lora_switch, attach_meteora, attach_mola, attach_moral, attach_pesc
-from dlp_lora.lab.bench.case import Case, NumAdapters, Row, run_cases
+from dlp_lora.lab.bench.case import Benchmark, Case, NumAdapters, Row
 from dlp_lora.lab.bench.decoding import DecodingArgs, decoding_rows
 from dlp_lora.lab.bench.models import (
     AGAIN,
@@ -28,7 +27,6 @@ from dlp_lora.lab.bench.models import (
     stacked_base,
 )
 from dlp_lora.lab.bench.timing import BASE
-from dlp_lora.progress import OnProgress, unseen
 
 OURS = "dlp-lora"
 PEFT_ACTIVE = "peft several active"
@@ -49,39 +47,29 @@ class PeersArgs(DecodingArgs):
             raise ValueError(f"no method {unknown[0]!r}; there are {', '.join(PEERS)}")
 
 
-def bench_peers(
-    model: str | Path, args: PeersArgs | None = None, *, on_progress: OnProgress = unseen
-) -> dict[str, Any]:
-    """Measures decoding by every method; gives the record as JSON data.
+def _measure(case: Case, args: PeersArgs) -> list[Row]:
+    engine, prompts, used = engine_with(case, selected=args.selected), case.prompts(), case.names[: args.selected]
+    variants = {BASE: base_model(case), AGAIN: base_model(case), STACKED: stacked_base(case), OURS: engine}
+    variants |= {name: PEERS[name](case, args) for name in args.methods or PEERS}
+    twins = {
+        STACKED: Twin(variants[STACKED], {}),
+        PEFT_ONE: Twin(variants.get(PEFT_ONE), {used[0]: 1.0}),
+        PEFT_ACTIVE: Twin(variants.get(PEFT_ACTIVE), dict.fromkeys(used, 1.0)),
+    }
+    measured = {name: twin for name, twin in twins.items() if name in variants}
+    check_paths(engine, variants[BASE], prompts[0], measured)
+    rows = decoding_rows(case, variants, prompts, new_tokens=args.new_tokens, rounds=args.rounds)
+    return list(rows.values())
 
-    Raises:
-        DLPLoRAError: if paths that must agree differ.
-    """
-    args = args or PeersArgs()
 
-    def measure(case: Case) -> list[Row]:
-        engine, prompts, used = engine_with(case, selected=args.selected), case.prompts(), case.names[: args.selected]
-        variants = {BASE: base_model(case), AGAIN: base_model(case), STACKED: stacked_base(case), OURS: engine}
-        variants |= {name: PEERS[name](case, args) for name in args.methods or PEERS}
-        twins = {
-            STACKED: Twin(variants[STACKED], {}),
-            PEFT_ONE: Twin(variants.get(PEFT_ONE), {used[0]: 1.0}),
-            PEFT_ACTIVE: Twin(variants.get(PEFT_ACTIVE), dict.fromkeys(used, 1.0)),
-        }
-        measured = {name: twin for name, twin in twins.items() if name in variants}
-        check_paths(engine, variants[BASE], prompts[0], measured)
-        rows = decoding_rows(case, variants, prompts, new_tokens=args.new_tokens, rounds=args.rounds)
-        return list(rows.values())
-
-    return run_cases(
-        "peers",
-        model,
-        args,
-        measure,
-        num_adapters=args.num_adapters,
-        on_progress=on_progress,
-        does_not_measure="answers",
-    )
+bench_peers = Benchmark(
+    name="peers",
+    args=PeersArgs,
+    measure=_measure,
+    num_adapters=lambda args: args.num_adapters,
+    does_not_measure="answers",
+)
+"""Measures decoding by every method."""
 
 
 def _arrow(case: Case, args: PeersArgs) -> Any:

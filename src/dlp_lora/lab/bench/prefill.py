@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, cast
 
 import torch
@@ -16,13 +15,13 @@ from dlp_lora.lab.bench.agreement import Twin, check_paths, check_sentences
 from dlp_lora.lab.bench.case import (
     AdapterBenchArgs,
     Batch,
+    Benchmark,
     Case,
     Dtypes,
     NumAdapters,
     Prepacked,
     Rounds,
     Row,
-    run_cases,
 )
 from dlp_lora.lab.bench.memory import Memory, counted
 from dlp_lora.lab.bench.models import (
@@ -36,7 +35,6 @@ from dlp_lora.lab.bench.models import (
     with_gradients,
 )
 from dlp_lora.lab.bench.timing import BASE, Run, interleave, synchronise
-from dlp_lora.progress import OnProgress, unseen
 from dlp_lora.router import MiniMLP
 
 CHECKED_LENGTH = 64  # tokens of the prompts on which paths are compared
@@ -54,86 +52,76 @@ class PrefillArgs(AdapterBenchArgs):
     prepacked: Prepacked = True
 
 
-def bench_prefill(
-    model: str | Path, args: PrefillArgs | None = None, *, on_progress: OnProgress = unseen
-) -> dict[str, Any]:
-    """Measures prefill; gives the record as JSON data.
-
-    Raises:
-        DLPLoRAError: if paths that must agree differ.
-    """
-    args = args or PrefillArgs()
-
-    def measure(case: Case) -> list[Row]:
-        inputs = case.long_prompts(args.batch, args.length)
-        names, k = case.names, args.selected
-        engine, base, one = engine_with(case, selected=k), base_model(case), with_gradients(peft_one(case))
-        num_rows = min(args.batch, len(names))
-        mixed: Any = with_gradients(peft_many(case, num_rows))
-        row_names = [names[i % num_rows] for i in range(args.batch)]
-        mixture = dict.fromkeys(names[:k], 1 / k)
-        mixtures = [{names[(i * k + j) % len(names)]: 1 / k for j in range(k)} for i in range(args.batch)]
-        twins = {
-            PEFT_ONE: Twin(one, {names[0]: 1.0}),
-            PEFT_MIXED: Twin(mixed, [{name: 1.0} for name in row_names], {"adapter_names": row_names}),
+def _measure(case: Case, args: PrefillArgs) -> list[Row]:
+    inputs = case.long_prompts(args.batch, args.length)
+    names, k = case.names, args.selected
+    engine, base, one = engine_with(case, selected=k), base_model(case), with_gradients(peft_one(case))
+    num_rows = min(args.batch, len(names))
+    mixed: Any = with_gradients(peft_many(case, num_rows))
+    row_names = [names[i % num_rows] for i in range(args.batch)]
+    mixture = dict.fromkeys(names[:k], 1 / k)
+    mixtures = [{names[(i * k + j) % len(names)]: 1 / k for j in range(k)} for i in range(args.batch)]
+    twins = {
+        PEFT_ONE: Twin(one, {names[0]: 1.0}),
+        PEFT_MIXED: Twin(mixed, [{name: 1.0} for name in row_names], {"adapter_names": row_names}),
+    }
+    checked = case.long_prompts(args.batch, min(args.length, CHECKED_LENGTH))
+    check_paths(engine, base, checked, twins)
+    check_sentences(engine, base, checked)
+    variants: dict[str, tuple[Any, Run]] = {
+        BASE: (base, _forward(base, inputs)),
+        AGAIN: (base, _forward(base_model(case), inputs)),
+        f"dlp-lora, routed, {k} of {args.num_adapters} a row": (
+            engine,
+            _forward(engine.model, inputs, under=partial(_routed, engine)),
+        ),
+        "dlp-lora, one mixture": (engine, _forward(engine.model, inputs, under=partial(engine.fixed, mixture))),
+        "dlp-lora, another mixture a row": (
+            engine,
+            _forward(engine.model, inputs, under=partial(engine.fixed, mixtures)),
+        ),
+        f"dlp-lora, routed, {k} of {args.num_adapters} a sentence": (
+            engine,
+            _forward(engine.model, inputs, under=partial(_routed, engine, prompt_routing="sentences")),
+        ),
+        PEFT_ONE: (one, _forward(one, inputs)),
+        PEFT_MIXED: (mixed, _forward(mixed, {**inputs, "adapter_names": row_names})),
+    }
+    if args.prepacked and case.device.type == "cpu":
+        ours = engine_with(case, selected=k, prepack=True)
+        check_paths(ours, base, checked, twins)
+        check_sentences(ours, base, checked)
+        for what, settings in (("row", {}), ("sentence", {"prompt_routing": "sentences"})):
+            under = partial(_routed, ours, **settings)
+            variants[f"dlp-lora, prepacked, {k} of {args.num_adapters} a {what}"] = (
+                ours,
+                _forward(ours.model, inputs, under=under),
+            )
+    errors = {} if case.dtype == "float32" else _logit_errors(case, args, variants, checked, mixture, mixtures)
+    memory: dict[str, Memory] = {}
+    runs = {name: counted(name, v, run, memory, case.device) for name, (v, run) in variants.items()}
+    times = interleave(runs, rounds=args.rounds, scenario=case.scenario, on_progress=case.on_progress)
+    return [
+        {
+            "name": name,
+            "ms": times.median(name, "ms"),
+            **times.ratio(name, "ms"),
+            "tokens_per_s": round(args.batch * args.length * 1e3 / times.median(name, "ms"), 1),
+            **memory[name].columns(memory[BASE]),
+            "logit_error": errors.get(name),
         }
-        checked = case.long_prompts(args.batch, min(args.length, CHECKED_LENGTH))
-        check_paths(engine, base, checked, twins)
-        check_sentences(engine, base, checked)
-        variants: dict[str, tuple[Any, Run]] = {
-            BASE: (base, _forward(base, inputs)),
-            AGAIN: (base, _forward(base_model(case), inputs)),
-            f"dlp-lora, routed, {k} of {args.num_adapters} a row": (
-                engine,
-                _forward(engine.model, inputs, under=partial(_routed, engine)),
-            ),
-            "dlp-lora, one mixture": (engine, _forward(engine.model, inputs, under=partial(engine.fixed, mixture))),
-            "dlp-lora, another mixture a row": (
-                engine,
-                _forward(engine.model, inputs, under=partial(engine.fixed, mixtures)),
-            ),
-            f"dlp-lora, routed, {k} of {args.num_adapters} a sentence": (
-                engine,
-                _forward(engine.model, inputs, under=partial(_routed, engine, prompt_routing="sentences")),
-            ),
-            PEFT_ONE: (one, _forward(one, inputs)),
-            PEFT_MIXED: (mixed, _forward(mixed, {**inputs, "adapter_names": row_names})),
-        }
-        if args.prepacked and case.device.type == "cpu":
-            ours = engine_with(case, selected=k, prepack=True)
-            check_paths(ours, base, checked, twins)
-            check_sentences(ours, base, checked)
-            for what, settings in (("row", {}), ("sentence", {"prompt_routing": "sentences"})):
-                under = partial(_routed, ours, **settings)
-                variants[f"dlp-lora, prepacked, {k} of {args.num_adapters} a {what}"] = (
-                    ours,
-                    _forward(ours.model, inputs, under=under),
-                )
-        errors = {} if case.dtype == "float32" else _logit_errors(case, args, variants, checked, mixture, mixtures)
-        memory: dict[str, Memory] = {}
-        runs = {name: counted(name, v, run, memory, case.device) for name, (v, run) in variants.items()}
-        times = interleave(runs, rounds=args.rounds, scenario=case.scenario, on_progress=case.on_progress)
-        return [
-            {
-                "name": name,
-                "ms": times.median(name, "ms"),
-                **times.ratio(name, "ms"),
-                "tokens_per_s": round(args.batch * args.length * 1e3 / times.median(name, "ms"), 1),
-                **memory[name].columns(memory[BASE]),
-                "logit_error": errors.get(name),
-            }
-            for name in runs
-        ]
+        for name in runs
+    ]
 
-    return run_cases(
-        "prefill",
-        model,
-        args,
-        measure,
-        num_adapters=args.num_adapters,
-        on_progress=on_progress,
-        does_not_measure="decoding; all weights ask for gradients, as frozen ones make the head slow on CPUs",
-    )
+
+bench_prefill = Benchmark(
+    name="prefill",
+    args=PrefillArgs,
+    measure=_measure,
+    num_adapters=lambda args: args.num_adapters,
+    does_not_measure="decoding; all weights ask for gradients, as frozen ones make the head slow on CPUs",
+)
+"""Measures prefill."""
 
 
 def _logit_errors(

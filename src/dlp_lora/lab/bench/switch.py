@@ -4,19 +4,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
 from statistics import mean
 from typing import Annotated, Any
 
 from dlp_lora.engine.engine import Engine
 from dlp_lora.errors import DLPLoRAError
 from dlp_lora.lab.bench.agreement import Twin, check_paths
-from dlp_lora.lab.bench.case import AdapterBenchArgs, Case, Row, run_cases
+from dlp_lora.lab.bench.case import AdapterBenchArgs, Benchmark, Case, Row
 from dlp_lora.lab.bench.memory import growth_mb
 from dlp_lora.lab.bench.models import base_model, engine_with, peft_many
 from dlp_lora.lab.bench.timing import Run, interleave, synchronise
 from dlp_lora.policy import Mixture, TopK
-from dlp_lora.progress import OnProgress, unseen
 from dlp_lora.router import Context
 
 PARTS = ("route_ms", "policy_ms", "fuse_ms", "switch_ms")
@@ -39,50 +37,40 @@ class SwitchArgs(AdapterBenchArgs):
             raise ValueError(f"a bank of {min(self.sizes)} has no other mixture of {self.selected}; give larger sizes")
 
 
-def bench_switch(
-    model: str | Path, args: SwitchArgs | None = None, *, on_progress: OnProgress = unseen
-) -> dict[str, Any]:
-    """Measures switches; gives the record as JSON data.
+def _measure(case: Case, args: SwitchArgs) -> list[Row]:
+    selected = range(1, args.selected + 1)
+    engines = {size: engine_with(case, num_adapters=size, selected=args.selected) for size in args.sizes}
+    peft = peft_many(case, args.selected + 1)
+    mixture = _peft_switch(peft, case.names[: args.selected])
+    base = base_model(case)
+    for engine in engines.values():
+        check_paths(engine, base, case.prompts()[0], {"PEFT's mixture": Twin(peft, mixture)})
+    counts = {size: _check_steady(engine, case, args) for size, engine in engines.items()}
+    ours = {f"dlp-lora, {k} of {size}": (engines[size], k) for size in args.sizes for k in selected}
+    theirs = {f"peft weighted, {k}": k for k in selected}
+    runs: dict[str, Run] = {name: _ours(engine, case, k) for name, (engine, k) in ours.items()}
+    runs |= {name: _theirs(peft, case.names[: args.selected + 1], k) for name, k in theirs.items()}
+    times = interleave(runs, rounds=args.rounds, scenario=case.scenario, on_progress=case.on_progress)
+    rows = []
+    for name, (engine, k) in ours.items():
+        size = len(engine.bank)
+        over = times.ratio(name, "switch_ms", over=f"peft weighted, {k}")["ratio"]
+        parts = {part: times.median(name, part) for part in PARTS}
+        row = {"name": name, "num_adapters": size, "selected": k, **parts, **times.spread(name, "switch_ms")}
+        rows.append({**row, "over_peft": over, **counts[size]})
+    for name, k in theirs.items():
+        rows.append({"name": name, "selected": k, **times.spread(name, "switch_ms"), "over_peft": 1.0})
+    return rows
 
-    Raises:
-        DLPLoRAError: if paths that must agree differ, or switches allocate, move or keep memory.
-    """
-    args = args or SwitchArgs()
 
-    def measure(case: Case) -> list[Row]:
-        selected = range(1, args.selected + 1)
-        engines = {size: engine_with(case, num_adapters=size, selected=args.selected) for size in args.sizes}
-        peft = peft_many(case, args.selected + 1)
-        mixture = _peft_switch(peft, case.names[: args.selected])
-        base = base_model(case)
-        for engine in engines.values():
-            check_paths(engine, base, case.prompts()[0], {"PEFT's mixture": Twin(peft, mixture)})
-        counts = {size: _check_steady(engine, case, args) for size, engine in engines.items()}
-        ours = {f"dlp-lora, {k} of {size}": (engines[size], k) for size in args.sizes for k in selected}
-        theirs = {f"peft weighted, {k}": k for k in selected}
-        runs: dict[str, Run] = {name: _ours(engine, case, k) for name, (engine, k) in ours.items()}
-        runs |= {name: _theirs(peft, case.names[: args.selected + 1], k) for name, k in theirs.items()}
-        times = interleave(runs, rounds=args.rounds, scenario=case.scenario, on_progress=case.on_progress)
-        rows = []
-        for name, (engine, k) in ours.items():
-            size = len(engine.bank)
-            over = times.ratio(name, "switch_ms", over=f"peft weighted, {k}")["ratio"]
-            parts = {part: times.median(name, part) for part in PARTS}
-            row = {"name": name, "num_adapters": size, "selected": k, **parts, **times.spread(name, "switch_ms")}
-            rows.append({**row, "over_peft": over, **counts[size]})
-        for name, k in theirs.items():
-            rows.append({"name": name, "selected": k, **times.spread(name, "switch_ms"), "over_peft": 1.0})
-        return rows
-
-    return run_cases(
-        "switch",
-        model,
-        args,
-        measure,
-        num_adapters=max(args.sizes),
-        on_progress=on_progress,
-        does_not_measure="PEFT's router, as it has none, and its deleting of the mixture before",
-    )
+bench_switch = Benchmark(
+    name="switch",
+    args=SwitchArgs,
+    measure=_measure,
+    num_adapters=lambda args: max(args.sizes),
+    does_not_measure="PEFT's router, as it has none, and its deleting of the mixture before",
+)
+"""Measures switches."""
 
 
 def context_at(texts: Sequence[str], turn: int) -> Context:
