@@ -11,7 +11,7 @@ from conftest import byte_tokenizer, lively_model, make_adapter
 from dlp_lora import Engine, Mixture, TaskError
 from dlp_lora.errors import RecordError
 from dlp_lora.kept import differences, keep_rows, read_rows
-from dlp_lora.lab.evals.answers import AnswerArgs, _answer, answer_all, batches, identity_of, known_likelihoods
+from dlp_lora.lab.evals.answers import FREE, AnswerArgs, answer_all, batches, identity_of
 from dlp_lora.lab.evals.likelihood import choice_likelihoods, teacher_forced
 from dlp_lora.lab.evals.methods import METHODS
 from dlp_lora.tasks import Example, Task
@@ -150,7 +150,7 @@ def test_an_answer_is_as_long_as_its_own_task_allows_whatever_it_is_batched_with
     rooms = {q.task: q.max_new_tokens for q in pooled[0]}
     assert len(pooled) == 1
     assert rooms["math"] < rooms["poems"]
-    for row in _answer(engine, METHODS["base"], pooled[0], PLAIN, {}):
+    for row in FREE.answer(engine, METHODS["base"], pooled[0], PLAIN, {}):
         assert row["num_tokens"] <= rooms[row["task"]]
 
 
@@ -161,7 +161,7 @@ def test_choices_after_a_prompt_encoded_by_sentences_are_not_scored_as_if_it_wer
     task = Task(name="math", train=(sized(10),), test=(sized(20, choices=("ab", "b")),))
     questions, _ = batches(engine.model, engine.tokenizer, [task], PLAIN)
     scored = {
-        name: ["likelihoods" in row for row in _answer(engine, METHODS[name], questions[0], PLAIN, {})]
+        name: ["likelihoods" in row for row in FREE.answer(engine, METHODS[name], questions[0], PLAIN, {})]
         for name in ("base", "dlp", "by-sentence")
     }
     assert scored == {"base": [True], "dlp": [True], "by-sentence": [False]}
@@ -173,8 +173,8 @@ def test_what_was_computed_for_one_method_is_taken_for_another_with_the_same_mix
     engine = make_engine(policy=dlp_lora.TopP(0.9))
     task = Task(name="math", train=(sized(10),), test=tuple(sized(20 + i, choices=("ab", "b")) for i in range(3)))
     questions, _ = batches(engine.model, engine.tokenizer, [task], PLAIN)
-    rows = _answer(engine, METHODS["dlp"], questions[0], PLAIN, {})
+    rows = FREE.answer(engine, METHODS["dlp"], questions[0], PLAIN, {})
     assert any(len(row["mixture"]) > 1 for row in rows)
     monkeypatch.setattr("dlp_lora.lab.evals.answers.choice_likelihoods", lambda *_: pytest.fail("computed again"))
-    again = _answer(engine, METHODS["prompt-only"], questions[0], PLAIN, known_likelihoods(rows))
+    again = FREE.answer(engine, METHODS["prompt-only"], questions[0], PLAIN, FREE.known(rows))
     assert [row["likelihoods"] for row in again] == [row["likelihoods"] for row in rows]

@@ -8,7 +8,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -132,13 +132,26 @@ def rounded(mixture: Mixture) -> Mixture:
     return Mixture({name: round(weight, 4) for name, weight in mixture.items()})
 
 
-Likelihoods = dict[tuple[str, int, Mixture], list[float]]
-"""Of a question's choices, by its task, its place there and the mixture, its weights to four digits."""
+Known = dict[tuple[str, int, Mixture], Any]
+"""What was computed for a question, by its task, its place there and the mixture, its weights to four digits."""
 
 
-def known_likelihoods(rows: Sequence[Mapping[str, Any]]) -> Likelihoods:
-    """The likelihoods that answers come with."""
-    return {(r["task"], r["index"], Mixture(r["mixture"])): r["likelihoods"] for r in rows if "likelihoods" in r}
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """A way to answer questions: how a batch is, and which column of its rows depends on the mixture alone.
+
+    That is not computed again for another method. What was kept under other settings is an error, or is replaced.
+    """
+
+    name: str
+    answer: Callable[[Engine, Method, Sequence[Question], AnswerArgs, Known], list[dict[str, Any]]]
+    column: str
+    replaces: bool = False
+
+    def known(self, rows: Sequence[Mapping[str, Any]]) -> Known:
+        """What another method may take from rows."""
+        kept = [row for row in rows if self.column in row]
+        return {(row["task"], row["index"], Mixture(row["mixture"])): row[self.column] for row in kept}
 
 
 def answer_all(
@@ -149,21 +162,26 @@ def answer_all(
     file: Path,
     *,
     identity: Mapping[str, Any],
-    known: Likelihoods | None = None,
+    way: Way | None = None,
+    known: Known | None = None,
     on_progress: OnProgress = unseen,
 ) -> list[dict[str, Any]]:
     """Answers the batches into `file`, or goes on with it; gives all answers, in the batches' order.
 
-    `known` holds likelihoods of choices that were computed for another method: the same mixture gives the same ones.
+    Args:
+        way: to answer; freely by default.
+        known: what was computed for other methods.
 
     Raises:
         RecordError: if the file was begun with other settings.
     """
+    chosen = way or FREE
     return keep_rows(
         file,
-        {"method": method.name, "identity": "answers", **identity, "args": args.identity()},
+        {"method": method.name, "identity": chosen.name, **identity, "args": args.identity()},
         pooled,
-        lambda batch: _answer(engine, method, batch, args, known or {}),
+        lambda batch: chosen.answer(engine, method, batch, args, known or {}),
+        replace=chosen.replaces,
         on_progress=on_progress,
     )
 
@@ -232,7 +250,7 @@ def _answer(
     method: Method,
     batch: Sequence[Question],
     args: AnswerArgs,
-    known: Likelihoods,
+    known: Known,
 ) -> list[dict[str, Any]]:
     start = time.perf_counter()
     answers: list[Generation] = []
@@ -274,3 +292,7 @@ def _answer(
             row["likelihoods"] = likelihoods
         rows.append(row)
     return rows
+
+
+FREE = Way(name="answers", answer=_answer, column="likelihoods")
+"""Generated freely, and scored whole."""

@@ -6,17 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from dlp_lora.engine.engine import Engine
-from dlp_lora.lab.evals.answers import (
-    AnswerArgs,
-    Likelihoods,
-    Question,
-    answer_all,
-    cut_short,
-    identity_of,
-    known_likelihoods,
-    seconds_of,
-)
-from dlp_lora.lab.evals.forced import Known, answer_forced, known_texts
+from dlp_lora.lab.evals.answers import FREE, AnswerArgs, Known, Question, answer_all, cut_short, identity_of, seconds_of
+from dlp_lora.lab.evals.forced import FORCED
 from dlp_lora.lab.evals.methods import Method
 from dlp_lora.lab.evals.record import compared, teacher_forced_scores, without_choices
 from dlp_lora.lab.evals.scores import tabulate
@@ -24,7 +15,6 @@ from dlp_lora.lab.records.run import Answered
 from dlp_lora.progress import OnProgress, staged, unseen
 from dlp_lora.tasks import Task
 
-FREE, FORCED = "answers", "teacher-forced"
 Rows = dict[str, list[dict[str, Any]]]
 """Answers by method, one dict a question."""
 
@@ -54,32 +44,22 @@ class Evaluation:
         Raises:
             RecordError: if answers were kept there under other settings.
         """
-        likelihoods: Likelihoods = {}
-        for method in methods:
-            rows = self.free[method.name] = answer_all(
-                engine,
-                method,
-                self.questions,
-                self.args,
-                folder / "answers" / f"{method.name}.jsonl",
-                identity=identity_of(engine, self.tasks, method),
-                known=likelihoods,
-                on_progress=staged(on_progress, f"{FREE}: {method.name}"),
-            )
-            likelihoods |= known_likelihoods(rows)
-        texts: Known = {}
-        for method in (method for method in methods if method.name in forced):
-            rows = self.forced[method.name] = answer_forced(
-                engine,
-                method,
-                self.questions,
-                self.args,
-                folder / "teacher_forced" / f"{method.name}.jsonl",
-                identity=identity_of(engine, self.tasks, method),
-                known=texts,
-                on_progress=staged(on_progress, f"{FORCED}: {method.name}"),
-            )
-            texts |= known_texts(rows)
+        aside = [method for method in methods if method.name in forced]
+        for way, answers, chosen in ((FREE, self.free, methods), (FORCED, self.forced, aside)):
+            known: Known = {}
+            for method in chosen:
+                rows = answers[method.name] = answer_all(
+                    engine,
+                    method,
+                    self.questions,
+                    self.args,
+                    folder / way.name.replace("-", "_") / f"{method.name}.jsonl",
+                    identity=identity_of(engine, self.tasks, method),
+                    way=way,
+                    known=known,
+                    on_progress=staged(on_progress, f"{way.name}: {method.name}"),
+                )
+                known |= way.known(rows)
 
     def record(self) -> Answered:
         """The scores of all methods with intervals and differences, what was cut short, and the time it took."""
@@ -95,7 +75,7 @@ class Evaluation:
 
     def outputs(self) -> Iterator[dict[str, Any]]:
         """Every answer with its method and the part of the record that it is of."""
-        for part, by_method in ((FREE, self.free), (FORCED, self.forced)):
+        for way, by_method in ((FREE, self.free), (FORCED, self.forced)):
             for method, rows in by_method.items():
                 for row in rows:
-                    yield {"part": part, "method": method, **row}
+                    yield {"part": way.name, "method": method, **row}

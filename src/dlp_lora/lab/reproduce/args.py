@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from dlp_lora.lab.evals.answers import AnswerArgs
-from dlp_lora.lab.evals.evaluation import FORCED, FREE
+from dlp_lora.lab.evals.answers import FREE, AnswerArgs
+from dlp_lora.lab.evals.forced import FORCED
 from dlp_lora.lab.evals.methods import MAIN, METHODS, SINGLE, Method, methods_named
 from dlp_lora.tasks import Task
 from dlp_lora.training.args import AdapterTrainingArgs
@@ -65,8 +65,8 @@ def stages(tasks: Sequence[Task], args: ReproduceArgs, *, larger: bool = False) 
         each.append(Stage(SINGLE, "adapter", len(tasks)))
     if needs_adapters(args):
         each.append(Stage("router", "router"))
-    each += [Stage(f"{FREE}: {m.name}", FREE) for m in methods]
-    each += [Stage(f"{FORCED}: {m.name}", FORCED) for m in methods if args.teacher_forced and m.name in MAIN]
+    each += [Stage(f"{FREE.name}: {m.name}", FREE.name) for m in methods]
+    each += [Stage(f"{FORCED.name}: {m.name}", FORCED.name) for m in methods if args.teacher_forced and m.name in MAIN]
     each += [Stage(f"serial-{n}", "serial") for n in args.serial]
     seeds = [replace(stage, name=stage_name(args, seed, stage.name)) for seed in args.seeds for stage in each]
     return [*([Stage(LARGER, LARGER)] if larger else []), *seeds]
