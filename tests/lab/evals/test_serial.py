@@ -1,7 +1,6 @@
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from tokenizers import normalizers
 import dlp_lora
 from conftest import HashRouter, byte_tokenizer, lively_model
 from dlp_lora import Context, Engine, Generation, Mixture, TaskError, TopK
+from dlp_lora.lab.evals.answers import AnswerArgs
 from dlp_lora.lab.evals.serial import (
     LineBreaks,
     SerialPrompt,
@@ -92,7 +92,9 @@ def test_the_method_that_is_told_the_tasks_gives_each_line_its_own_adapter(engin
     prompts = serial_prompts(TASKS, 3, 4)
     methods = {m.name: m for m in serial_methods(engine.bank.names, prompts)}
     assert methods["base"].mixture == Mixture()
-    rows = answer_serial(engine, methods["oracle"], prompts, max_new_tokens=40, batch_size=3, prompt_format="plain")
+    rows = answer_serial(
+        engine, methods["oracle"], prompts, AnswerArgs(max_new_tokens=40, batch_size=3, prompt_format="plain")
+    )
     assert len(rows) == 12
     assert [row["task"] for row in rows] == [task for prompt in prompts for task in prompt.tasks]
     answered = [row for row in rows if row["text"]]
@@ -105,10 +107,12 @@ def test_prompts_that_leave_no_room_for_the_answers_are_left_out(engine: Engine)
     lengths = [len(prompt.text.encode()) for prompt in prompts]
     context = engine.model.config.max_position_embeddings
     room = context - sorted(lengths)[2]
-    found = fitting(engine, prompts, max_new_tokens=room, prompt_format="plain")
+    found = fitting(engine, prompts, AnswerArgs(max_new_tokens=room, batch_size=8, prompt_format="plain"))
     assert found == [p for p, length in zip(prompts, lengths, strict=True) if length <= sorted(lengths)[2]]
-    assert fitting(engine, prompts, max_new_tokens=room - 100, prompt_format="plain") == prompts
-    assert fitting(engine, prompts, max_new_tokens=context, prompt_format="plain") == []
+    assert (
+        fitting(engine, prompts, AnswerArgs(max_new_tokens=room - 100, batch_size=8, prompt_format="plain")) == prompts
+    )
+    assert fitting(engine, prompts, AnswerArgs(max_new_tokens=context, batch_size=8, prompt_format="plain")) == []
 
 
 def test_a_task_without_test_questions_is_not_asked_about() -> None:
@@ -126,7 +130,7 @@ def test_the_method_that_is_told_the_tasks_knows_prompts_that_a_tokenizer_normal
     assert asked.prompt != unicodedata.normalize("NFC", asked.prompt)
     prompts = [SerialPrompt(tasks=("math", "poems"), examples=(asked, TASKS[1].test[0]))]
     told = {m.name: m for m in serial_methods(engine.bank.names, prompts)}["oracle"]
-    rows = answer_serial(engine, told, prompts, max_new_tokens=30, prompt_format="plain")
+    rows = answer_serial(engine, told, prompts, AnswerArgs(max_new_tokens=30, batch_size=8, prompt_format="plain"))
     assert rows[0]["routed"]
 
 
@@ -144,8 +148,8 @@ def test_apart_is_scored_as_each_question_alone(lively_adapters: Path) -> None:
     )
     prompts = serial_prompts(TASKS, 2, 5)
     methods = {m.name: m for m in serial_methods(engine.bank.names, prompts)}
-    settings: dict[str, Any] = {"max_new_tokens": 24, "batch_size": 2, "prompt_format": "plain"}
-    apart, alone = (answer_serial(engine, methods[name], prompts, **settings) for name in ("apart", "alone"))
+    args = AnswerArgs(max_new_tokens=24, batch_size=2, prompt_format="plain")
+    apart, alone = (answer_serial(engine, methods[name], prompts, args) for name in ("apart", "alone"))
     assert all(row["is_cut"] and row["routed"] for row in apart)
     assert [row["text"] for row in apart] == [row["text"] for row in alone]
     assert len({row["text"] for row in apart}) > 2
@@ -157,7 +161,7 @@ def test_a_prompt_that_apart_does_not_cut_is_answered_in_turn(lively_adapters: P
     )
     prompts = serial_prompts(TASKS, 2, 4)
     methods = {m.name: m for m in serial_methods(engine.bank.names, prompts)}
-    settings: dict[str, Any] = {"max_new_tokens": 24, "prompt_format": "plain"}
-    apart, in_turn = (answer_serial(engine, methods[name], prompts, **settings) for name in ("apart", "recompute"))
+    args = AnswerArgs(max_new_tokens=24, batch_size=8, prompt_format="plain")
+    apart, in_turn = (answer_serial(engine, methods[name], prompts, args) for name in ("apart", "recompute"))
     assert not any(row["is_cut"] for row in apart)
     assert [row["text"] for row in apart] == [row["text"] for row in in_turn]

@@ -362,7 +362,7 @@ def test_the_conversation_is_decoded_as_serial_prompts_are(model: Path, whole: W
     asked = [examples[prompt] for prompt in said["prompt"].split("\n\n")]
     prompt = SerialPrompt(tasks=tuple(name for name, _ in asked), examples=tuple(e for _, e in asked))
     method = next(m for m in serial_methods(engine.bank.names, [prompt]) if m.name == "dlp")
-    (answer,) = generate_serial(engine, method, [prompt], max_new_tokens=48, prompt_format="plain")
+    (answer,) = generate_serial(engine, method, [prompt], AnswerArgs(max_new_tokens=48, prompt_format="plain"))
     assert said["text"] == answer.text
 
 

@@ -9,7 +9,7 @@ import math
 import random
 import time
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
@@ -26,13 +26,14 @@ from dlp_lora.engine.engine import Engine
 from dlp_lora.engine.prompts import context_of
 from dlp_lora.engine.trace import Generation
 from dlp_lora.errors import TaskError
+from dlp_lora.lab.evals.answers import AnswerArgs, encoded
 from dlp_lora.lab.evals.metrics import exact_match
 from dlp_lora.policy import Mixture, Switching
 from dlp_lora.progress import OnProgress, Progress, unseen
 from dlp_lora.router import Context
 from dlp_lora.sentences import LineSegmenter
-from dlp_lora.tasks.formats import as_prompt, encode_example
-from dlp_lora.tasks.task import Example, PromptFormat, Task, same_prompt
+from dlp_lora.tasks.formats import as_prompt
+from dlp_lora.tasks.task import Example, Task, same_prompt
 
 SEPARATOR = "\n\n"
 
@@ -77,21 +78,14 @@ def serial_prompts(tasks: Sequence[Task], n: int, num_prompts: int, *, seed: int
     ]
 
 
-def fitting(
-    engine: Engine,
-    prompts: Sequence[SerialPrompt],
-    *,
-    max_new_tokens: int,
-    prompt_format: PromptFormat = "auto",
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> list[SerialPrompt]:
+def fitting(engine: Engine, prompts: Sequence[SerialPrompt], args: AnswerArgs) -> list[SerialPrompt]:
     """The prompts that leave room for the answers in the model's context."""
 
     def num_tokens(prompt: SerialPrompt) -> int:
         example = Example(prompt=prompt.text, answer=prompt.examples[0].answer)
-        return len(encode_example(engine.tokenizer, example, prompt_format, chat_template_kwargs)[0])
+        return len(encoded(engine.tokenizer, example, args)[0])
 
-    return [prompt for prompt in prompts if num_tokens(prompt) + max_new_tokens <= context_of(engine.model)]
+    return [prompt for prompt in prompts if num_tokens(prompt) + args.max_new_tokens <= context_of(engine.model)]
 
 
 def serial_methods(names: Sequence[str], prompts: Sequence[SerialPrompt]) -> list[SerialMethod]:
@@ -120,11 +114,8 @@ def answer_serial(
     engine: Engine,
     method: SerialMethod,
     prompts: Sequence[SerialPrompt],
+    args: AnswerArgs,
     *,
-    max_new_tokens: int,
-    batch_size: int = 8,
-    prompt_format: PromptFormat = "auto",
-    chat_template_kwargs: Mapping[str, Any] | None = None,
     on_progress: OnProgress = unseen,
 ) -> list[dict[str, Any]]:
     """Answers serial prompts; for each question: the line that was given, whether it is right, which adapter led.
@@ -132,18 +123,11 @@ def answer_serial(
     `seconds` is each question's share of its batch, and `is_cut` says whether its prompt was answered apart.
     """
     rows: list[dict[str, Any]] = []
-    for first in range(0, len(prompts), batch_size):
+    for first in range(0, len(prompts), args.batch_size):
         on_progress(Progress(method.name, first, len(prompts)))
-        batch = prompts[first : first + batch_size]
+        batch = prompts[first : first + args.batch_size]
         start = time.perf_counter()
-        answers = generate_serial(
-            engine,
-            method,
-            batch,
-            max_new_tokens=max_new_tokens,
-            prompt_format=prompt_format,
-            chat_template_kwargs=chat_template_kwargs,
-        )
+        answers = generate_serial(engine, method, batch, args)
         seconds = (time.perf_counter() - start) / sum(len(prompt.tasks) for prompt in batch)
         for prompt, answer in zip(batch, answers, strict=True):
             rows += _scored(prompt, answer, seconds)
@@ -151,21 +135,15 @@ def answer_serial(
 
 
 def generate_serial(
-    engine: Engine,
-    method: SerialMethod,
-    prompts: Sequence[SerialPrompt],
-    *,
-    max_new_tokens: int,
-    prompt_format: PromptFormat = "auto",
-    chat_template_kwargs: Mapping[str, Any] | None = None,
+    engine: Engine, method: SerialMethod, prompts: Sequence[SerialPrompt], args: AnswerArgs
 ) -> list[Generation]:
     """Answers one batch of serial prompts, of as many questions each."""
     n = len(prompts[0].tasks)
-    each: dict[str, Any] = {"max_new_tokens": math.ceil(max_new_tokens / n), "do_sample": False}
+    each: dict[str, Any] = {"max_new_tokens": math.ceil(args.max_new_tokens / n), "do_sample": False}
 
     def ask(texts: Iterable[str], **settings: Any) -> list[Generation]:
         asked: list[Any] = [
-            as_prompt(engine.tokenizer, text, prompt_format, chat_template_kwargs=chat_template_kwargs)
+            as_prompt(engine.tokenizer, text, args.prompt_format, chat_template_kwargs=args.chat_template_kwargs)
             for text in texts
         ]
         answers: list[Generation] = engine.generate(asked, **settings)
@@ -174,7 +152,8 @@ def generate_serial(
     def ask_in_turn(some: Sequence[SerialPrompt]) -> list[Generation]:
         breaks = LogitsProcessorList([LineBreaks(engine.tokenizer, engine.eos_ids, n)])
         texts = [prompt.text for prompt in some]
-        return ask(texts, max_new_tokens=max_new_tokens, do_sample=False, logits_processor=breaks) if texts else []
+        room = args.max_new_tokens
+        return ask(texts, max_new_tokens=room, do_sample=False, logits_processor=breaks) if texts else []
 
     chosen = engine.fixed(method.mixture) if method.mixture is not None else engine.using(**method.settings)
     with chosen:

@@ -13,7 +13,7 @@ from dlp_lora.engine.engine import Engine
 from dlp_lora.engine.loading import load, load_router
 from dlp_lora.files import as_json
 from dlp_lora.kept import Kept, read_kept
-from dlp_lora.lab.evals.answers import Question, data_hash, identity_of
+from dlp_lora.lab.evals.answers import AnswerArgs, Question, data_hash, identity_of
 from dlp_lora.lab.evals.chance import described
 from dlp_lora.lab.evals.evaluation import Evaluation
 from dlp_lora.lab.evals.methods import MAIN, METHODS, SINGLE, Method
@@ -41,6 +41,7 @@ from dlp_lora.training.router import REPORT_FILE, load_tokenizer, train_router_i
 
 ROUTER_KEYS = ("accuracy", "ece", "num_parameters", "seconds", "temperature")  # of its report
 TOKENS_A_QUESTION = 24  # of a serial answer
+SERIAL_BATCH_SIZE = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,12 +177,8 @@ class Seed:
         else:
             num_prompts = self.args.serial_prompts
             drawn = serial_prompts(tasks, n, num_prompts, seed=self.seed)
-            room: dict[str, Any] = {
-                "max_new_tokens": TOKENS_A_QUESTION * n,
-                "prompt_format": self.args.answers.prompt_format,
-                "chat_template_kwargs": self.args.answers.chat_template_kwargs,
-            }
-            prompts = fitting(engine, drawn, **room)
+            args = self._serial_args(n)
+            prompts = fitting(engine, drawn, args)
             if len(prompts) < len(drawn):
                 self._serial_left_out[step] = len(drawn) - len(prompts)
             asked = {"num_prompts": num_prompts, "tasks": [task.name for task in tasks]}
@@ -196,10 +193,14 @@ class Seed:
                 def tell(now: Progress, i: int = i) -> None:
                     self._tell(Progress(step, i * now.total + now.done, len(methods) * now.total))
 
-                found[method.name] = {"rows": answer_serial(engine, method, prompts, on_progress=tell, **room)}
+                found[method.name] = {"rows": answer_serial(engine, method, prompts, args, on_progress=tell)}
                 kept.put(methods=found)
             self._tell(Progress(step, 1, 1))
         self._serial[step] = {name: own["rows"] for name, own in found.items()}
+
+    def _serial_args(self, n: int) -> AnswerArgs:
+        """How prompts of `n` questions are answered."""
+        return replace(self.args.answers, max_new_tokens=TOKENS_A_QUESTION * n, batch_size=SERIAL_BATCH_SIZE)
 
     def _conversation(self, engine: Engine) -> Conversation | None:
         """Fig. 3: questions of several tasks, answered in one go; None where the prompt does not fit the context."""
@@ -207,16 +208,12 @@ class Seed:
         tested = [task for task in self.tasks if task.test]
         tasks = [task for task in tested if self.kinds[task.name] == "mcq"] or tested
         n = min(3, len(tasks))
-        room: dict[str, Any] = {
-            "max_new_tokens": TOKENS_A_QUESTION * n,
-            "prompt_format": self.args.answers.prompt_format,
-            "chat_template_kwargs": self.args.answers.chat_template_kwargs,
-        }
-        prompts = fitting(engine, serial_prompts(tasks, n, 1, seed=rng.randrange(10**6)), **room)
+        args = self._serial_args(n)
+        prompts = fitting(engine, serial_prompts(tasks, n, 1, seed=rng.randrange(10**6)), args)
         if not prompts:
             return None
         method = next(m for m in serial_methods(engine.bank.names, prompts) if m.name == "dlp")
-        (answer,) = generate_serial(engine, method, prompts, **room)
+        (answer,) = generate_serial(engine, method, prompts, args)
         found: Conversation = from_json(Conversation, {"prompt": prompts[0].text, **as_json(answer.to_dict())})
         return found
 
