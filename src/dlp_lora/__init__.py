@@ -6,55 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 # torch and transformers take seconds to import: a name is imported when it is asked for.
 _HOMES = {
-    "engine.arrow": ("ArrowRouter",),
-    "engine.engine": ("Engine",),
-    "engine.loading": (
-        "load",
-        "load_router",
-    ),
-    "engine.routing_log": ("RoutingLog",),
-    "engine.streaming": (
-        "Piece",
-        "Stream",
-    ),
-    "engine.trace": (
-        "Generation",
-        "Sentence",
-    ),
-    "errors": (
-        "AdapterError",
-        "BundleError",
-        "DLPLoRAError",
-        "ModelError",
-        "PromptError",
-        "RouterError",
-        "TaskError",
-        "TrainingError",
-    ),
-    "policy": (
-        "FusionPolicy",
-        "Mixture",
-        "Only",
-        "RoutingSettings",
-        "Switching",
-        "Threshold",
-        "TopK",
-        "TopP",
-        "Uniform",
-    ),
-    "router": (
-        "Context",
-        "EncoderRouter",
-        "MiniMLP",
-        "PrototypeRouter",
-        "Router",
-    ),
-    "sentences": (
-        "Segmenter",
-        "SentenceSegmenter",
-    ),
+    "engine.arrow": "ArrowRouter",
+    "engine.engine": "Engine",
+    "engine.loading": "load load_router",
+    "engine.routing_log": "RoutingLog",
+    "engine.streaming": "Piece Stream",
+    "engine.trace": "Generation Sentence",
+    "errors": "AdapterError BundleError DLPLoRAError ModelError PromptError RouterError TaskError TrainingError",
+    "policy": "FusionPolicy Mixture Only RoutingSettings Switching Threshold TopK TopP Uniform",
+    "router": "Context EncoderRouter MiniMLP PrototypeRouter Router",
+    "sentences": "Segmenter SentenceSegmenter",
 }
-_HOME = {name: home for home, names in _HOMES.items() for name in names}
+_HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
 
 __all__ = sorted(_HOME)
 

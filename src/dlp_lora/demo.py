@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import permutations
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from dlp_lora.bank.adapter_files import content_hash
 from dlp_lora.engine.engine import Engine
@@ -18,9 +18,10 @@ from dlp_lora.engine.loading import load
 from dlp_lora.engine.trace import Sentence
 from dlp_lora.files import write_json
 from dlp_lora.kept import Kept
+from dlp_lora.lab.evals import methods
 from dlp_lora.lab.evals.metrics import contains
 from dlp_lora.lab.records.environment import environment
-from dlp_lora.policy import Mixture, TopP
+from dlp_lora.policy import TopP
 from dlp_lora.progress import OnProgress, Progress, unseen
 from dlp_lora.router import MiniMLP, router_hash
 from dlp_lora.tasks import Example, Task, compose, procedural_task, serial
@@ -30,9 +31,8 @@ from dlp_lora.training.base import load_base
 from dlp_lora.training.contexts import MIX
 from dlp_lora.training.router import REPORT_FILE, RouterTrainingArgs, load_tokenizer, train_router_into
 
-Method = Literal["base", "base_chat", "own_adapter", "dlp"]
-METHODS: tuple[Method, ...] = ("base", "base_chat", "own_adapter", "dlp")
-
+METHODS = {"base": "base", "base_chat": "base", "own_adapter": "oracle", "dlp": "dlp"}
+"""The methods by the names that they have in an evaluation."""
 
 # How the context of the second question is encoded: under the first one's adapter, under its own, or without the first.
 WAYS: Mapping[str, dict[str, Any]] = {
@@ -197,19 +197,13 @@ def _identity(engine: Engine, args: DemoArgs) -> dict[str, Any]:
     return {"adapters": hashes, "router": router, "args": asdict(args)}
 
 
-def _answers(engine: Engine, method: Method, batch: Sequence[tuple[str, Example]], args: DemoArgs) -> list[str]:
+def _answers(engine: Engine, method: str, batch: Sequence[tuple[str, Example]], args: DemoArgs) -> list[str]:
     prompts: list[Any] = [example.prompt for _, example in batch]
-    options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "do_sample": False}
-    if method == "dlp":
-        return [answer.text.strip() for answer in engine.generate(prompts, **options)]
-    if method == "base_chat":
-        if not engine.tokenizer.chat_template:
-            method = "base"
-        else:
-            prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    own = [Mixture({name: 1.0}) if method == "own_adapter" else Mixture() for name, _ in batch]
-    with engine.fixed(own):
-        return [answer.text.strip() for answer in engine.generate(prompts, **options)]
+    if method == "base_chat" and engine.tokenizer.chat_template:
+        prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    with methods.METHODS[METHODS[method]].on(engine, [(name, i) for i, (name, _) in enumerate(batch)]):
+        answers = engine.generate(prompts, max_new_tokens=args.max_new_tokens, do_sample=False)
+    return [answer.text.strip() for answer in answers]
 
 
 def _two_questions(engine: Engine, tasks: Sequence[Task], args: DemoArgs) -> TwoQuestions:

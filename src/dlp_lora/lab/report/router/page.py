@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 from dlp_lora.lab.report.markup import Block, Picture, Section, section
+from dlp_lora.lab.report.record import at
 from dlp_lora.lab.report.router import tables
-from dlp_lora.lab.report.router.record import Found, at, scenario_of
+from dlp_lora.lab.report.router.record import Found, scenario_of
 
 
 def router_title(record: Found) -> str:

@@ -7,7 +7,8 @@ from dlp_lora.lab.records.table import Measure
 from dlp_lora.lab.report.charts import confusion, curves
 from dlp_lora.lab.report.markup import Picture
 from dlp_lora.lab.report.paper import SPELLINGS
-from dlp_lora.lab.report.router.record import Found, at, measure_of, parts_of, scenario_of
+from dlp_lora.lab.report.record import at
+from dlp_lora.lab.report.router.record import Found, measure_of, parts_of, scenario_of
 
 NUM_CURVES = 4
 MIN_SHARE = 0.005  # of the samples: a bin with fewer is not drawn

@@ -49,14 +49,6 @@ def parts_of(record: Found, scenario: str) -> list[tuple[str, Found]]:
     return [(k, v) for k, v in scenario_of(record, scenario).items() if isinstance(v, dict) and k not in apart]
 
 
-def at(record: Found, *keys: str) -> Any:
-    """Looks a place of the record up; None where there is none."""
-    found: Any = record
-    for key in keys:
-        found = (found or {}).get(key)
-    return found
-
-
 def measure_of(own: Found) -> Measure:
     """Gives an accuracy and its interval, in per cent."""
     low, high = own["interval"]

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from dlp_lora.lab.records.table import Cell, Measure, Table, plain, table_of
 from dlp_lora.lab.report.markup import Bullets
 from dlp_lora.lab.report.provenance import duration
-from dlp_lora.lab.report.router.record import Found, at, measure_of, parts_of, scenario_of
+from dlp_lora.lab.report.record import at
+from dlp_lora.lab.report.router.record import Found, measure_of, parts_of, scenario_of
 
 _SCALES = {"%": 100.0, "points": 100.0, "M": 1e-6}
 
