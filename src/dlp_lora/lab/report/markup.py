@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markdown_it import MarkdownIt
@@ -69,7 +70,8 @@ def html_page(title: str, sections: Sequence[Section]) -> str:
 
 def to_markdown(block: Block) -> str:
     """Writes a block as GitHub's Markdown."""
-    return str(_templates().get_template("report.md.jinja").make_module({"title": "", "sections": ()}).block(block))
+    macros: Any = _templates().get_template("report.md.jinja").make_module({"title": "", "sections": ()})
+    return str(macros.block(block))
 
 
 def to_html(block: Block) -> str:
