@@ -5,7 +5,7 @@ import pytest
 
 from dlp_lora.lab.evals.metrics import bleu_of, bleu_statistics, rouge_each
 from dlp_lora.lab.evals.record import compared, composites_of, merged, without_choices
-from dlp_lora.lab.evals.scores import Table, Values, difference, intervals, pooled, scores, tabulate
+from dlp_lora.lab.evals.scores import Values, ValuesByTask, difference, intervals, pooled, scores, tabulate
 from dlp_lora.lab.records.run import Difference, Interval, RunRecord, Serial
 from dlp_lora.tasks import Example, Task
 
@@ -13,7 +13,7 @@ REFERENCES = ["The cat sat on the mat today.", "A dog barked at the old postman.
 TEXTS = ["The cat sat on a mat today.", "A dog barked at the old man.", "It snowed all day."]
 
 
-def table(**tasks: list[float]) -> Table:
+def table(**tasks: list[float]) -> ValuesByTask:
     """A table of one metric, the mean of the given values."""
     return {
         name: {"accuracy": Values(np.array(each)[:, None] / len(each), lambda sums: sums[:, 0])}

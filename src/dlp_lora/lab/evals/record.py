@@ -8,12 +8,12 @@ import numpy as np
 
 from dlp_lora.lab.evals.bootstrap import bootstrap
 from dlp_lora.lab.evals.methods import MAIN, SINGLE
-from dlp_lora.lab.evals.scores import Table, difference, intervals, pooled, scores, tabulate
+from dlp_lora.lab.evals.scores import ValuesByTask, difference, intervals, pooled, scores, tabulate
 from dlp_lora.lab.records.run import Compared, Difference, Interval, RunRecord, Serial, TeacherForced
 from dlp_lora.tasks.task import Task
 
 
-def compared(tables: Mapping[str, Table], kinds: Mapping[str, str]) -> Compared:
+def compared(tables: Mapping[str, ValuesByTask], kinds: Mapping[str, str]) -> Compared:
     """Scores and intervals of each method, and of the pools of choice and of free tasks.
 
     And the differences, on the same questions, of dlp from the other main methods and of all others from dlp.
@@ -51,7 +51,7 @@ def teacher_forced_scores(
     )
 
 
-def composites_of(tables: Mapping[str, Table], kinds: Mapping[str, str]) -> dict[str, list[str]]:
+def composites_of(tables: Mapping[str, ValuesByTask], kinds: Mapping[str, str]) -> dict[str, list[str]]:
     """The tasks that are pooled: those of choice and the free ones that every method has answers to.
 
     A pool is called after its size, and after its kind too where both are of one size.

@@ -34,13 +34,13 @@ class Values:
         return self.score_of(self.each[draws].sum(axis=1))
 
 
-Table = dict[str, dict[str, Values]]
+ValuesByTask = dict[str, dict[str, Values]]
 """Values by task, then metric."""
 
 
 def tabulate(
     rows: Iterable[Mapping[str, Any]], tasks: Mapping[str, Task], kinds: Mapping[str, str], *, forced: bool = False
-) -> Table:
+) -> ValuesByTask:
     """Gathers the answers of one method by task, in the order of the questions.
 
     Where they are teacher-forced (`forced`), the BLEU of the paper's code stands beside sacrebleu's.
@@ -55,19 +55,19 @@ def tabulate(
     }
 
 
-def scores(table: Table) -> dict[str, dict[str, float]]:
+def scores(table: ValuesByTask) -> dict[str, dict[str, float]]:
     """Each task's metrics."""
     return {name: {metric: round(v.score, 5) for metric, v in own.items()} for name, own in table.items()}
 
 
-def intervals(table: Table) -> dict[str, dict[str, Interval]]:
+def intervals(table: ValuesByTask) -> dict[str, dict[str, Interval]]:
     """Each task's metrics as (low, high)."""
     return {
         name: {metric: interval(_resampled([v])).rounded() for metric, v in own.items()} for name, own in table.items()
     }
 
 
-def pooled(table: Table, names: Sequence[str]) -> tuple[dict[str, float], dict[str, Interval]]:
+def pooled(table: ValuesByTask, names: Sequence[str]) -> tuple[dict[str, float], dict[str, Interval]]:
     """The metrics that all of the named tasks have, as means over the tasks, with their intervals.
 
     A task without answers is left out, and so is one that the table does not have.
@@ -77,7 +77,7 @@ def pooled(table: Table, names: Sequence[str]) -> tuple[dict[str, float], dict[s
     return means, {metric: interval(_resampled(own)).rounded() for metric, own in values.items()}
 
 
-def difference(ours: Table, theirs: Table, names: Sequence[str]) -> dict[str, Difference]:
+def difference(ours: ValuesByTask, theirs: ValuesByTask, names: Sequence[str]) -> dict[str, Difference]:
     """The pooled metrics of one method less another's, on the same questions."""
     names = [name for name in names if name in ours and name in theirs]
     a, b = _pools(ours, names), _pools(theirs, names)
@@ -118,7 +118,7 @@ def _means(each: Sequence[float]) -> Values:
     return Values(np.array(each, dtype=float)[:, None] / len(each), lambda sums: sums[:, 0])
 
 
-def _pools(table: Table, names: Sequence[str]) -> dict[str, list[Values]]:
+def _pools(table: ValuesByTask, names: Sequence[str]) -> dict[str, list[Values]]:
     own = [table[name] for name in names if name in table]
     if not own:
         return {}

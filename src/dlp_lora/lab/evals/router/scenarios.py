@@ -38,7 +38,7 @@ from dlp_lora.progress import Progress
 from dlp_lora.router import Context, Router
 from dlp_lora.router.questions import in_turn, questions_of
 from dlp_lora.sentences import split
-from dlp_lora.training.calibration import reliability
+from dlp_lora.training.calibration import calibration_error, reliability
 from dlp_lora.training.contexts import first_word
 
 Scenario = Callable[[Setting], dict[str, Any]]
@@ -335,7 +335,7 @@ def _bins(readings: Sequence[Reading]) -> dict[str, Any]:
     reading = pooled(readings)
     bins = reliability(reading.confidence, reading.right)
     return {
-        "ece": rounded(sum(b["share"] * abs(b["confidence"] - b["accuracy"]) for b in bins)),
+        "ece": rounded(calibration_error(reading.confidence, reading.right)),
         "bins": [{key: rounded(value) for key, value in b.items()} for b in bins],
     }
 
