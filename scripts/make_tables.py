@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dlp_lora.lab.evals.methods import MAIN, about, label
+from dlp_lora.lab.records.table import markdown_grid
 
 ROOT = Path(__file__).parents[1]
 PAGES = (
@@ -48,9 +49,7 @@ def _record(name: str) -> dict[str, Any]:
 
 def _table(columns: Mapping[str, Cell], rows: Sequence[Mapping[str, Any]], *, words: int = 1) -> str:
     """A Markdown table; the first `words` columns are left-aligned."""
-    lines = [list(columns), ["---" if i < words else "---:" for i in range(len(columns))]]
-    lines += [[cell(row) for cell in columns.values()] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown_grid(list(columns), ([cell(row) for cell in columns.values()] for row in rows), num_labels=words)
 
 
 def _number(key: str, digits: int) -> Cell:

@@ -48,9 +48,9 @@ class AdapterOptions:
     ] = None
     chat_template_kwargs: TemplateOption = None
     seed: Annotated[int | None, f"Seed of initialisation, order and dropout. [default: {DEFAULT.seed}]"] = None
-    cpu_tricks: Annotated[bool | None, "Precision, passes and memory that are fast on CPUs. [default: cpu-tricks]"] = (
-        None
-    )
+    cpu_tricks: Annotated[
+        bool | None, "Precision, passes and memory that are fast on CPUs. [default: --cpu-tricks]"
+    ] = None
 
     def training_args(self) -> AdapterTrainingArgs:
         """The preset, with the options that were given in the place of its values."""
