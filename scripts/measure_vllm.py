@@ -7,7 +7,6 @@ It starts vLLM itself, in float32, with adapters of random weights on the embedd
 """
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -28,7 +27,7 @@ from dlp_lora.engine.loading import load_model
 from dlp_lora.engine.outline import Outline
 from dlp_lora.engine.prompts import encode_chat
 from dlp_lora.engine.trace import Generation
-from dlp_lora.files import write_text
+from dlp_lora.files import write_json
 from dlp_lora.lab.records.environment import environment
 from dlp_lora.policy import Only, TopP
 from dlp_lora.serve.backend import Done, Request, Sampling, Token
@@ -108,7 +107,7 @@ def main() -> None:
                 record = measure(engine, backend, options.tokens, QUESTIONS[: options.questions])
             finally:
                 backend.close()
-    write_text(options.json, json.dumps(record, indent=2) + "\n")
+    write_json(options.json, record)
     print(f"wrote {options.json}")
 
 

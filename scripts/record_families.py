@@ -19,7 +19,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from dlp_lora.files import write_text  # noqa: E402
+from dlp_lora.files import write_json  # noqa: E402
 from families import FAMILIES  # noqa: E402
 from promises import walk  # noqa: E402
 
@@ -44,7 +44,7 @@ def main(names: list[str]) -> int:
             limits = "".join(f"; not: {limit}" for limit in found[name]["limits"])
             print(f"{name}: {found[name]['status']}{limits} ({time.monotonic() - start:.1f} s)", flush=True)
         record = {"versions": versions, "families": dict(sorted(found.items()))}
-        write_text(RECORD, json.dumps(record, indent=1) + "\n")
+        write_json(RECORD, record)
     return num_failed
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
+from dlp_lora.lab.evals.bootstrap import draws, interval
 from dlp_lora.lab.evals.methods import Key, Method
 from dlp_lora.lab.evals.metrics import exact_match
 from dlp_lora.policy import FusionPolicy, Mixture, TopK, TopP, Weighting
@@ -351,8 +352,8 @@ def _difference(
 ) -> dict[str, Any]:
     """The mean over tasks of what the first gets right more than the second, with its 95 % interval over questions."""
     gaps: list[Float[np.ndarray, " tested"]] = [a.astype(float) - b.astype(float) for a, b in pairs]
-    rng = np.random.default_rng(0)
-    drawn = [own[rng.integers(0, len(own), size=(NUM_RESAMPLES, len(own)))].mean(axis=1) for own in gaps]
-    low, high = np.quantile(np.mean(drawn, axis=0), [0.025, 0.975])
+    places_of = draws(*map(len, gaps), num_resamples=NUM_RESAMPLES)
+    drawn = [own[places].mean(axis=1) for own, places in zip(gaps, places_of, strict=True)]
+    low, high = interval(np.mean(drawn, axis=0))
     value = float(np.mean([own.mean() for own in gaps]))
-    return {"value": round(value, 4), "interval": [round(float(low), 4), round(float(high), 4)], "tasks": len(gaps)}
+    return {"value": round(value, 4), "interval": [round(low, 4), round(high, 4)], "tasks": len(gaps)}
