@@ -1,13 +1,17 @@
 """What tests of the server share: an engine in float64, requests, and what the engine alone answers to them."""
 
 import asyncio
-from collections.abc import Iterable, Mapping
+import socket
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
+import uvicorn
 
 import dlp_lora
 from conftest import EveryK, HashRouter, byte_tokenizer, lively_model, make_adapter
@@ -85,6 +89,19 @@ def over_http(
             return await (client.get(path) if body is None else client.post(path, json=body))
 
     return asyncio.run(asked())
+
+
+@contextmanager
+def listening(service: Service, manager: AdapterManager) -> Iterator[str]:
+    """Has the application of a service listen, in a thread of this process, for clients that need an address."""
+    server = uvicorn.Server(uvicorn.Config(make_app(service, manager), log_config=None, lifespan="off"))
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        server.should_exit = True
+        thread.join()
 
 
 def timeless(generation: Generation) -> Generation:

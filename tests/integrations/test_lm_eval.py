@@ -4,7 +4,8 @@ import os
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,11 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
 from dlp_lora.integrations.lm_eval import NAME, DLPLoRALM, EngineLM, register
+from dlp_lora.serve.adapters import AdapterManager
+from dlp_lora.serve.keys import Keys
+from dlp_lora.serve.server import local_service
+from dlp_lora.serve.settings import ServerSettings
+from serving import double_engine, listening
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.clients
@@ -259,6 +265,73 @@ def test_the_command_line_evaluates_a_bundle(bundle: Path, tasks: Path, tmp_path
     right = [best_choice(engine, line) == line["gold"] for line in LINES]
     assert results["mine_choice"]["acc,none"] == sum(right) / len(right)
     assert "mine_answer" in done.stdout
+
+
+class FirstLine(HashRouter):
+    """Reads the first line of a prompt alone."""
+
+    def probabilities(self, contexts: Sequence[Context]) -> torch.Tensor:
+        return super().probabilities([replace(each, prompt=each.prompt.partition("\n")[0]) for each in contexts])
+
+
+class TestOverHTTP:
+    """lm-eval's own client of completions, against the server. It sends a context and its continuation as one prompt,
+    so that the router reads both: the scores are ours where that chooses the same adapters.
+    """
+
+    @pytest.fixture
+    def engine(self, lively_adapters: Path) -> Engine:
+        return double_engine(lively_adapters, router=FirstLine())
+
+    @pytest.fixture
+    def client(self, engine: Engine, tmp_path: Path) -> Iterator[Callable[[str], LM]]:
+        """Makes the client of a model of the server."""
+        for module in ("aiohttp", "tenacity", "requests"):
+            pytest.importorskip(module, reason="lm-eval's client needs lm-eval[api]")
+        engine.tokenizer.save_pretrained(tmp_path)
+        service = local_service(engine, ServerSettings(), Keys({}), name="tiny")
+        with listening(service, AdapterManager(service, engine.bank.base)) as address:
+            yield lambda model: registry.get_model("local-completions")(
+                model=model,
+                base_url=f"{address}/v1/completions",
+                tokenizer=str(tmp_path),
+                tokenizer_backend="huggingface",
+                batch_size=3,
+            )
+        service.backend.close()
+
+    @pytest.mark.parametrize(
+        "model, mixture",
+        [("tiny:base", {}), ("math", {"math": 1.0}), ("math=0.6,units=0.4", {"math": 0.6, "units": 0.4})],
+    )
+    def test_likelihoods_under_a_mixture_are_ours(
+        self, engine: Engine, client: Callable[[str], LM], model: str, mixture: dict[str, float]
+    ) -> None:
+        requests = instances("loglikelihood", PAIRS)
+        found = client(model).loglikelihood(requests, disable_tqdm=True)
+        with engine.fixed(mixture):
+            expected = EngineLM(engine, logits_cache=False).loglikelihood(requests, disable_tqdm=True)
+        assert [likelihood for likelihood, _ in found] == pytest.approx([e for e, _ in expected], abs=1e-4)
+        assert [is_greedy for _, is_greedy in found] == [is_greedy for _, is_greedy in expected]
+
+    def test_a_routed_task_has_our_scores(self, engine: Engine, client: Callable[[str], LM], tasks: Path) -> None:
+        manager = TaskManager(include_path=str(tasks), include_defaults=False)
+        of_both = [
+            simple_evaluate(model=model, tasks=["mine_choice", "mine_answer"], task_manager=manager, bootstrap_iters=0)
+            for model in (client("tiny"), EngineLM(engine))
+        ]
+        found, expected = ({**results} for results in of_both if results is not None)
+        assert found["results"]["mine_choice"] == expected["results"]["mine_choice"]
+        for theirs, ours in zip(*(samples_of(each, "mine_choice") for each in (found, expected)), strict=True):
+            likelihoods = [[likelihood for likelihood, _ in each["filtered_resps"]] for each in (theirs, ours)]
+            assert likelihoods[0] == pytest.approx(likelihoods[1], abs=1e-4)
+        said = [[sample["resps"] for sample in samples_of(each, "mine_answer")] for each in (found, expected)]
+        assert said[0] == said[1]
+        assert len({routed(engine, prompt(line)) for line in LINES}) > 1
+
+
+def samples_of(results: Mapping[str, Any], task: str) -> list[Any]:
+    return sorted(results["samples"][task], key=lambda sample: sample["doc_id"])
 
 
 def prompt(line: Mapping[str, Any]) -> str:
