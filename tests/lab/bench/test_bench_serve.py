@@ -1,6 +1,10 @@
 """The server under load: what the client sees, beside the engine, and what stays behind."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -127,3 +131,20 @@ def test_an_answer_that_belongs_to_another_request_ends_a_soak(
     monkeypatch.setattr(soak, "PROMPTS", soak.PROMPTS[:2])
     with pytest.raises(DLPLoRAError, match=r"\d+ answers are wrong; the first: \{'model'"):
         bench_soak(model, SoakArgs(bundle=str(bundle), minutes=0.02, clients=1))
+
+
+def test_a_benchmark_that_is_terminated_takes_its_server_with_it(bundle: Path) -> None:
+    script = f"""
+from dlp_lora.lab.bench.server import serving
+with serving(["--bundle", {str(bundle)!r}], model="x", threads=1) as server:
+    print(server.process.pid, flush=True)
+    server.process.wait()
+"""
+    env = {**os.environ, "PYTHONPATH": str(Path(dlp_lora.__file__).parents[1])}
+    process = subprocess.Popen([sys.executable, "-c", script], env=env, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    server = int(process.stdout.readline())
+    process.terminate()
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(server, 0)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -95,7 +96,7 @@ class Peak:
 
 @contextmanager
 def serving(options: Sequence[str], *, model: str, threads: int | None) -> Iterator[Server]:
-    """Runs `dlp-lora serve` on any free port while the block lasts; clients call it `model`.
+    """Runs `dlp-lora serve` on any free port while the block lasts; clients call it `model`. SIGTERM ends it, too.
 
     Raises:
         DLPLoRAError: if it does not start.
@@ -105,15 +106,36 @@ def serving(options: Sequence[str], *, model: str, threads: int | None) -> Itera
         env["OMP_NUM_THREADS"] = str(threads)
     command = [sys.executable, "-m", "dlp_lora", "serve", "--served-model-name", model, *options]
     command += [] if "--port" in options else ["--port", "0"]
-    with tempfile.NamedTemporaryFile() as log:
+    with tempfile.NamedTemporaryFile() as log, _ended_by_sigterm() as running:
         started = time.perf_counter()
         process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
+        running.append(process)
         try:
             target = Target(name="dlp-lora serve", url=_address(process, Path(log.name)), model=model)
             yield Server(process=process, target=target, start_s=time.perf_counter() - started)
         finally:
             process.terminate()
             process.wait()
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator["list[subprocess.Popen[bytes]]"]:
+    """Has SIGTERM end the processes that the block puts into the list, and then this one."""
+    running: list[subprocess.Popen[bytes]] = []
+    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+        yield running
+        return
+
+    def end(*_: object) -> None:
+        for process in running:
+            process.terminate()
+        sys.exit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield running
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def agree(before: Mapping[float, float], after: Mapping[float, float], values: Sequence[float]) -> bool:
