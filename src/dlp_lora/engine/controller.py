@@ -211,10 +211,10 @@ class Controller:
     def start_row(
         self, tokens: Sequence[int], call: Call, *, prompt: Prompt | None = None, among: Collection[str] | None = None
     ) -> RowRouter:
-        """Routes a prompt; `prompt` is what the router reads, and `among` are the adapters that it may choose."""
-        prompt = self._prompt(tokens, call) if prompt is None else prompt
-        (row,) = self.starter.start([prompt], call, among=among)
-        return row
+        """Routes a prompt, as `RowStarter.start_row` does, if the model has an embedding of each token."""
+        if prompt is None:
+            check_embedded(self._model, self.tokenizer, tokens)
+        return self.starter.start_row(tokens, call, prompt=prompt, among=among)
 
     def replay(self, inputs: Mapping[str, Tensor], answers: Sequence[Sequence[int]]) -> list[RowRouter]:
         """Routes given answers without the model: what it decided, as decisions follow from the tokens alone."""
@@ -326,12 +326,10 @@ class Controller:
         return rows, switched
 
     def _start_rows(self, ids: Tensor, kept: Bool[Tensor, "batch seq"], call: Call) -> list[RowRouter]:
-        prompts = [self._prompt(row[columns].tolist(), call) for row, columns in zip(ids, kept, strict=True)]
-        return self.starter.start(prompts, call)
-
-    def _prompt(self, tokens: Sequence[int], call: Call) -> Prompt:
-        check_embedded(self._model, self.tokenizer, tokens)
-        return self.starter.prompt(tokens, call)
+        prompts = [row[columns].tolist() for row, columns in zip(ids, kept, strict=True)]
+        for tokens in prompts:
+            check_embedded(self._model, self.tokenizer, tokens)
+        return self.starter.start([self.starter.prompt(tokens, call) for tokens in prompts], call)
 
     def _encode_again(self, rows: CachedRows, switched: Sequence[int], given: PassArguments) -> float:
         """Encodes what the KV cache holds of some rows under their mixtures of now, in place; gives milliseconds.

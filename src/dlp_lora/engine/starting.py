@@ -43,6 +43,13 @@ class RowStarter:
         questions = prompts_apart(self.routing(call, among).read, prompt.source, context)
         return [encode_prompt(self._tokenizer, each) for each in questions] if len(questions) > 1 else [prompt]
 
+    def start_row(
+        self, tokens: Sequence[int], call: Call, *, prompt: Prompt | None = None, among: Collection[str] | None = None
+    ) -> RowRouter:
+        """Routes one prompt; `prompt` is what the router reads, and `among` are the adapters that it may choose."""
+        (row,) = self.start([self.prompt(tokens, call) if prompt is None else prompt], call, among=among)
+        return row
+
     def start(self, prompts: Sequence[Prompt], call: Call, *, among: Collection[str] | None = None) -> list[RowRouter]:
         """Routes prompts, all in one call of the router.
 

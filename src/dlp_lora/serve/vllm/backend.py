@@ -183,7 +183,7 @@ class VLLMBackend:
         """Routes a prompt, as `Engine.start_row` does."""
         call = self._limited(call or self.outline.call)
         with self._lock:
-            return self._start_row(tokens, call, prompt, among)
+            return self._starter.start_row(tokens, call, prompt=prompt, among=among)
 
     def open(self, request: Request) -> EventStream:
         """Takes a request.
@@ -314,7 +314,9 @@ class VLLMBackend:
                 sources = dict(self._sources)  # an answer keeps the adapters that it begins with
                 started = time.perf_counter()
                 with self._lock:
-                    router = self._start_row(request.tokens, request.call, request.prompt, request.adapters)
+                    router = self._starter.start_row(
+                        request.tokens, request.call, prompt=request.prompt, among=request.adapters
+                    )
                 self._counts.route_s += time.perf_counter() - started
                 answer.begin(router)
                 await Answering(answer, self._adapters_of(answer, sources), self._replicas, self._counts).run()
@@ -336,13 +338,6 @@ class VLLMBackend:
         if request.call.settings.kv_policy == "keep" and may_switch and sources:
             return KeptAdapter(self._folder.path, f"keep-{uuid4().hex}", sources, self._replicas)
         return ContentAdapters(self._shared, sources)
-
-    def _start_row(
-        self, tokens: Sequence[int], call: Call, prompt: Prompt | None, among: Collection[str] | None
-    ) -> RowRouter:
-        prompt = self._starter.prompt(tokens, call) if prompt is None else prompt
-        (row,) = self._starter.start([prompt], call, among=among)
-        return row
 
     def _limited(self, call: Call) -> Call:
         """A call whose mixtures the servers can hold.
