@@ -13,6 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
+from dlp_lora.lab.records.table import markdown_grid
+
 Policy = Literal["request", "recompute", "keep", "resident"]
 POLICIES: dict[Policy, str] = {
     "request": "one mixture an answer",
@@ -241,45 +243,40 @@ def main() -> None:
 
 def table(load: Load, gpu: GPU, model: Model) -> str:
     """Requests a second by policy, with a range, and what a request's time goes into."""
-    lines = [
-        "| | requests/s | range | batch | prompt | switches | decoding | loading |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    head = ("", "requests/s", "range", "batch", "prompt", "switches", "decoding", "loading")
+    rows = []
     for policy, name in POLICIES.items():
         found = estimate(policy, load, gpu, model)
         if found.batch < 1:
-            lines.append(f"| {name} | does not fit: {found.held_gb:.0f} GB | | | | | | |")
+            rows.append((name, f"does not fit: {found.held_gb:.0f} GB", *[""] * 6))
             continue
         best, worst = (estimate(policy, replace(load, **costs), gpu, model) for costs in (LOW, HIGH))
-        lines.append(
-            f"| {name} | {found.requests_s:.1f} | {worst.requests_s:.1f}-{best.requests_s:.1f} | {found.batch:.0f} | "
-            f"{found.prompt_ms:.0f} ms | {found.switch_ms:.0f} ms | {found.decode_ms:.0f} ms | {found.load_ms:.0f} ms |"
-        )
-    return "\n".join(lines)
+        times = (found.prompt_ms, found.switch_ms, found.decode_ms, found.load_ms)
+        requests = (f"{found.requests_s:.1f}", f"{worst.requests_s:.1f}-{best.requests_s:.1f}")
+        rows.append((name, *requests, f"{found.batch:.0f}", *(f"{time:.0f} ms" for time in times)))
+    return markdown_grid(head, rows)
 
 
 def slots_table(load: Load, gpu: GPU, model: Model) -> str:
     """What `--max-loras` does."""
-    lines = [
-        "| `--max-loras` | slots | answers at once | requests/s, one mixture | recompute | keep |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    head = ("`--max-loras`", "slots", "answers at once", "requests/s, one mixture", "recompute", "keep")
+    rows = []
     for slots in (4, 8, 16, 32, 64, 96):
         now = replace(load, max_loras=slots)
         found = {policy: estimate(policy, now, gpu, model) for policy in ("request", "recompute", "keep")}
-        rates = " | ".join(f"{one.requests_s:.1f}" for one in found.values())
         one = found["recompute"]
-        lines.append(f"| {slots} | {one.held_gb:.1f} GB | {one.batch:.0f} | {rates} |")
-    return "\n".join(lines)
+        rates = (f"{one.requests_s:.1f}" for one in found.values())
+        rows.append((str(slots), f"{one.held_gb:.1f} GB", f"{one.batch:.0f}", *rates))
+    return markdown_grid(head, rows, num_labels=0)
 
 
 def memory_table(model: Model) -> str:
     """How the bank grows."""
-    lines = ["| adapters | all linear layers | q and v alone |", "| ---: | ---: | ---: |"]
+    rows = []
     for number in (10, 100, 1_000, 10_000):
         sizes = [number * m.lora_bytes(m.rank) / 1e9 for m in (model, only_qv(model))]
-        lines.append(f"| {number:,} | {sizes[0]:,.1f} GB | {sizes[1]:,.1f} GB |")
-    return "\n".join(lines)
+        rows.append((f"{number:,}", *(f"{size:,.1f} GB" for size in sizes)))
+    return markdown_grid(("adapters", "all linear layers", "q and v alone"), rows, num_labels=0)
 
 
 def only_qv(model: Model) -> Model:
