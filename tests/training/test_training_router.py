@@ -13,13 +13,13 @@ from transformers import ByT5Tokenizer
 from conftest import byte_tokenizer
 from dlp_lora import Context, MiniMLP, RouterError, TrainingError
 from dlp_lora.progress import Progress
+from dlp_lora.router.context import fit_temperature
 from dlp_lora.tasks import Example, Task, compose
 from dlp_lora.training.calibration import calibration_error
 from dlp_lora.training.contexts import MIX
 from dlp_lora.training.router import (
     RouterReport,
     RouterTrainingArgs,
-    _fit_temperature,
     _report,
     _split,
     load_tokenizer,
@@ -169,7 +169,7 @@ def test_the_temperature_makes_an_overconfident_router_as_sure_as_it_is_right() 
     # Right seven times of ten, each time by a margin of 4: sigmoid(4 / t) = 0.7.
     logits = torch.tensor([[4.0, 0.0]] * 10)
     labels = torch.tensor([0] * 7 + [1] * 3)
-    temperature = _fit_temperature(logits, labels)
+    temperature = fit_temperature(logits, labels, torch.logspace(-1, 1, 201))
     assert temperature == pytest.approx(4 / math.log(0.7 / 0.3), rel=0.05)
     assert F.cross_entropy(logits / temperature, labels) < F.cross_entropy(logits, labels)
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dlp_lora.errors import RouterError
@@ -93,6 +94,17 @@ class Calibration:
         found = (logits.float().cpu() / self.temperature).softmax(dim=-1)
         scores = self.energy(logits) if scores is None else scores
         return found * torch.sigmoid(self.log_odds(scores))[:, None]
+
+
+def fit_temperature(
+    logits: Float[Tensor, "texts adapters"], labels: Int[Tensor, " texts"], candidates: Float[Tensor, " candidates"]
+) -> float:
+    """The candidate under which the labels are likeliest.
+
+    Where all texts are told apart, a sharper one always is: the candidates say where that ends.
+    """
+    losses = torch.stack([F.cross_entropy(logits / temperature, labels) for temperature in candidates])
+    return float(candidates[losses.argmin()])
 
 
 @dataclass(frozen=True, kw_only=True)

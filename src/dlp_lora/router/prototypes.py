@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dlp_lora.errors import RouterError
 from dlp_lora.files import parse_json
-from dlp_lora.router.context import Calibration, Context, check_labels, has_text, listed
+from dlp_lora.router.context import Calibration, Context, check_labels, fit_temperature, has_text, listed
 from dlp_lora.router.encoder import TextEncoder
 from dlp_lora.router.everyday import Threshold, everyday_prompts
 from dlp_lora.router.folder import SavedRouter, reading_router, write_router
@@ -341,10 +341,7 @@ def _without_itself(
 def _fit_temperature(cosines: Float[Tensor, "texts adapters"], labels: Int[Tensor, " texts"]) -> float:
     if len(labels) < MIN_TEXTS or len(labels.unique()) < 2:
         return TEMPERATURE
-    # Where all texts are told apart, the likelihood alone would sharpen without end.
-    candidates = torch.logspace(-1.7, 0, 86)
-    losses = torch.stack([F.cross_entropy(cosines / t, labels) for t in candidates])
-    return float(candidates[losses.argmin()])
+    return fit_temperature(cosines, labels, torch.logspace(-1.7, 0, 86))
 
 
 def _spread(

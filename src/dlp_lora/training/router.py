@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -24,6 +24,7 @@ from dlp_lora.files import write_json
 from dlp_lora.progress import OnProgress, Progress, unseen
 from dlp_lora.router import Calibration, Context, Encoded, EncoderRouter, Measured, MiniMLP, MiniMLPConfig, TextEncoder
 from dlp_lora.router import load_tokenizer as load_tokenizer  # for those who train
+from dlp_lora.router.context import fit_temperature
 from dlp_lora.router.encoder import albert_config
 from dlp_lora.router.nearness import Nearness
 from dlp_lora.router.neighbours import Neighbours
@@ -290,7 +291,8 @@ def _calibrate(
     samples = draw_contexts(tasks, 2, mix, rng)
     contexts = [sample.context for sample in samples]
     logits = _logits(router, contexts)
-    temperature = _fit_temperature(logits, torch.tensor([sample.label for sample in samples]))
+    labels = torch.tensor([sample.label for sample in samples])
+    temperature = fit_temperature(logits, labels, torch.logspace(-1, 1, 201))
     router.calibration = _abstaining(router, contexts, temperature, args.coverage)
     if isinstance(router, MiniMLP) and router.near is not None:
         # Of all texts that are lost, most would be of the task with the most varied ones: that reaches further. Then
@@ -330,13 +332,6 @@ def _among(router: TrainedRouter, contexts: Sequence[Context]) -> Float[Tensor, 
     """The probabilities of the adapters among themselves."""
     rows = torch.cat([router.probabilities(part) for part in _parts(contexts)])
     return rows / rows.sum(dim=-1, keepdim=True).clamp(min=1e-12)
-
-
-def _fit_temperature(logits: Float[Tensor, "n adapters"], labels: Int[Tensor, " n"]) -> float:
-    # Where all held-out texts are told apart, the likelihood alone would sharpen without end.
-    candidates = torch.logspace(-1, 1, 201)
-    losses = torch.stack([F.cross_entropy(logits / t, labels) for t in candidates])
-    return float(candidates[losses.argmin()])
 
 
 def _report(
