@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import hashlib
 import json
 import os
 import shutil
@@ -106,6 +107,11 @@ def json_line(row: Any) -> bytes:
 def as_json(data: Any) -> Any:
     """The data as they are read once they have been written."""
     return json.loads(json.dumps(data, default=dict))
+
+
+def hash_json(data: Any) -> str:
+    """A hash of JSON data."""
+    return hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16]
 
 
 def parse_json(text: str) -> Any:

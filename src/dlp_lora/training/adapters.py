@@ -6,7 +6,6 @@ weights where the hardware is fast at it, passes through PEFT's layers, attentio
 `cpu.py`), and freed memory that is kept for the next step.
 """
 
-import hashlib
 import json
 import logging
 import shutil
@@ -28,7 +27,7 @@ from dlp_lora.bank.base_layers import BaseLayers
 from dlp_lora.bank.peft_names import lora_layers, placement
 from dlp_lora.engine.prompts import check_embedded, context_of
 from dlp_lora.errors import PromptError, TaskError, TrainingError
-from dlp_lora.files import name_of, recover_folder, replace_folder, write_json
+from dlp_lora.files import hash_json, name_of, recover_folder, replace_folder, write_json
 from dlp_lora.progress import OnProgress, unseen
 from dlp_lora.tasks.formats import encode_example
 from dlp_lora.tasks.task import Task
@@ -92,7 +91,7 @@ def train_adapter(
     identity: dict[str, Any] = {
         "base_model": Path(model.config._name_or_path).name,
         "model_hash": model_hash(model),
-        "examples": _hash(examples),
+        "examples": hash_json(examples),
         "args": args.identity(),
     }
     if (out / CONFIG_FILE).is_file() and not overwrite:
@@ -323,7 +322,3 @@ def _trained(name: str, out: Path, record: dict[str, Any]) -> TrainedAdapter:
 
 def _loss_table(run: Run) -> str:
     return "step,loss\n" + "".join(f"{i},{loss:.5f}\n" for i, loss in enumerate(run.losses, start=1))
-
-
-def _hash(examples: Sequence[Any]) -> str:
-    return hashlib.sha256(json.dumps(examples).encode()).hexdigest()[:16]

@@ -4,8 +4,6 @@ Questions of all tasks are pooled, so a batch needs several adapters at once and
 on disk batch by batch: an interrupted run goes on where it was, in the very same batches.
 """
 
-import hashlib
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +19,7 @@ from dlp_lora.engine.engine import Engine
 from dlp_lora.engine.prompts import context_of
 from dlp_lora.engine.trace import Generation
 from dlp_lora.errors import TaskError
+from dlp_lora.files import hash_json
 from dlp_lora.kept import keep_rows
 from dlp_lora.lab.evals.likelihood import choice_likelihoods
 from dlp_lora.lab.evals.methods import Key, Method
@@ -199,7 +198,7 @@ def cut_short(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 def data_hash(tasks: Sequence[Task]) -> str:
     """A hash of the tasks' names and examples."""
     content = [(t.name, [e.to_json() for e in t.train], [e.to_json() for e in t.test]) for t in tasks]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    return hash_json(content)
 
 
 def _question(

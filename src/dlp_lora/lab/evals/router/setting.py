@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from tokenizers import Tokenizer
 
 from dlp_lora.engine.loading import load_router
@@ -153,7 +154,6 @@ class Setting:
         The label of a task that it does not know is -1.
         """
         router = router or self.main.router
-        index = {name: i for i, name in enumerate(router.names)}
         score = getattr(router, "scores", None)
         probabilities, scores = [], []
         for i in range(0, len(samples), BATCH):
@@ -161,15 +161,8 @@ class Setting:
             probabilities.append(router.probabilities(contexts))
             scores.append(probabilities[-1].amax(dim=1) if score is None else score(contexts))
             self.on_progress(Progress("route", min(i + BATCH, len(samples)), len(samples)))
-        rows = torch.cat(probabilities).double().numpy()
-        fits = rows.sum(axis=1)
-        return Reading(
-            names=router.names,
-            labels=np.array([index.get(sample.task, -1) for sample in samples]),
-            probabilities=rows / fits.clip(min=1e-12)[:, None],
-            fits=fits,
-            scores=torch.cat(scores).double().numpy(),
-        )
+        rows, given = (torch.cat(parts).double().numpy() for parts in (probabilities, scores))
+        return _reading(router.names, samples, rows, given)
 
     def decide(self, samples: Sequence[Sample]) -> Reading:
         """Asks the measured router about samples as an engine does, which looks into prompts that may not fit.
@@ -177,21 +170,12 @@ class Setting:
         The score of a text is the probability that any adapter fits.
         """
         router = self.main.router
-        index = {name: i for i, name in enumerate(router.names)}
         rows = []
         for i, sample in enumerate(samples):
             found = route(partial(read_held, router), sample.context)
             rows.append([found[name] for name in router.names])
             self.on_progress(Progress("decide", i + 1, len(samples)))
-        probabilities = np.array(rows)
-        fits = probabilities.sum(axis=1)
-        return Reading(
-            names=router.names,
-            labels=np.array([index.get(sample.task, -1) for sample in samples]),
-            probabilities=probabilities / fits.clip(min=1e-12)[:, None],
-            fits=fits,
-            scores=fits,
-        )
+        return _reading(router.names, samples, np.array(rows))
 
     def key(self) -> str:
         """What tells this setting from others, so that no record mixes two: data, settings and router."""
@@ -212,6 +196,24 @@ class Setting:
 def read_trained(folder: str | Path) -> Trained:
     """Reads a router folder, and from the report in it how long its training took."""
     return Trained(router=load_router(folder), seconds=read_kept(Path(folder) / REPORT_FILE).get("seconds"))
+
+
+def _reading(
+    names: tuple[str, ...],
+    samples: Sequence[Sample],
+    rows: Float[np.ndarray, "samples adapters"],
+    scores: Float[np.ndarray, " samples"] | None = None,
+) -> Reading:
+    """What a router says of samples; without scores of its own, a sample's is the probability that any adapter fits."""
+    index = {name: i for i, name in enumerate(names)}
+    fits = rows.sum(axis=1)
+    return Reading(
+        names=names,
+        labels=np.array([index.get(sample.task, -1) for sample in samples]),
+        probabilities=rows / fits.clip(min=1e-12)[:, None],
+        fits=fits,
+        scores=fits if scores is None else scores,
+    )
 
 
 def _hash(*parts: Any) -> str:
