@@ -268,7 +268,7 @@ def from_json(kind: Any, data: Any, place: str = "") -> Any:
         return tuple(from_json(parts[0], value, f"{place}[{i}]") for i, value in enumerate(data))
     if is_dataclass(kind) or origin is Mapping:
         _check(isinstance(data, dict), place, data, "an object")
-        there = {key: value for key, value in data.items() if value is not None}
+        there = {key: value for key, value in data.items() if value is not None or Any in parts}
         if origin is Mapping:
             return {key: from_json(parts[1], value, f"{place}.{key}".lstrip(".")) for key, value in there.items()}
         known = [f for f in fields(kind) if _key(f) in there]
