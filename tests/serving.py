@@ -1,6 +1,7 @@
 """What tests of the server share: an engine in float64, requests, and what the engine alone answers to them."""
 
 import asyncio
+import json
 import socket
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -89,6 +90,13 @@ def over_http(
             return await (client.get(path) if body is None else client.post(path, json=body))
 
     return asyncio.run(asked())
+
+
+def events_of(response: httpx.Response) -> list[Any]:
+    """The data of a stream's events, the last one "[DONE]"."""
+    assert response.status_code == 200, response.text
+    lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: ")]
+    return [line if line == "[DONE]" else json.loads(line) for line in lines]
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """Questions apart over HTTP: each is a row of its own, and the answer is the one that the engine joins."""
 
 import asyncio
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from dlp_lora.serve.server import local_service, make_service
 from dlp_lora.serve.service import Service
 from dlp_lora.serve.settings import ServerSettings
 from dlp_lora.serve.vllm.backend import VLLMBackend
-from serving import ask, double_engine, over_http, read, timeless
+from serving import ask, double_engine, events_of, over_http, read, timeless
 from vllm_stand_in import standing_in
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*changes nothing")  # the adapter that vLLM is checked with
@@ -67,12 +66,10 @@ def post(service: Service, engine: Engine, **body: Any) -> Any:
 
 def events(service: Service, engine: Engine, **body: Any) -> list[Any]:
     path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
-    text = over_http(
-        service, AdapterManager(service, engine.bank.base), path, {"max_tokens": NUM, **body, "stream": True}
-    ).text
-    lines = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
-    assert lines.pop() == "[DONE]"
-    return [json.loads(line) for line in lines]
+    body = {"max_tokens": NUM, **body, "stream": True}
+    *found, end = events_of(over_http(service, AdapterManager(service, engine.bank.base), path, body))
+    assert end == "[DONE]"
+    return found
 
 
 def text_of(choice: Any) -> str:

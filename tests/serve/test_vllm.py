@@ -193,6 +193,16 @@ def test_a_fixed_mixture_is_asked_for_by_one_name_and_an_empty_one_is_the_base(
     assert all(body["model"].startswith("dlp-") for body in stand_in.asked[1:])
 
 
+def test_a_mixture_is_loaded_once_however_often_it_is_asked_for(
+    engine: Engine, backend: VLLMBackend, stand_in: StandIn
+) -> None:
+    """https://github.com/NovaSky-AI/SkyRL/pull/1606: it was read from disk at every step."""
+    num_loads = stand_in.num_loads
+    for _ in range(3):
+        read(backend.open(ask(engine, PROMPTS[0], mixture={"math": 0.25, "poems": 0.75})))
+    assert stand_in.num_loads == num_loads + 1
+
+
 def test_a_release_that_computes_base_rows_wrongly_gets_an_adapter_of_zeros(
     engine: Engine, outline: Outline, lively_adapters: Path
 ) -> None:

@@ -146,7 +146,9 @@ class Scheduler:
         except BaseException as error:
             logger.exception("the scheduler has ended")
             self.failure = error
-            self._end_all(error)
+            failure = BackendError(f"the scheduler has ended: {type(error).__name__}: {error}")
+            failure.__cause__ = error  # which may be one that would end the readers' loop, too
+            self._end_all(failure)
             raise
         finally:
             self.close()
