@@ -124,7 +124,7 @@ def main(arguments: dict[str, Any]) -> None:
     log_as_json()
     name = arguments.pop("name", "tiny")
     service = local_service(engine, ServerSettings(**arguments), keys, name=name)
-    serve(service, engine.bank.base, on_ready=lambda at: print(at, file=sys.stderr, flush=True))
+    serve(service, on_ready=lambda at: print(at, file=sys.stderr, flush=True))
 
 
 if __name__ == "__main__":

@@ -290,7 +290,7 @@ class TestOverHTTP:
             pytest.importorskip(module, reason="lm-eval's client needs lm-eval[api]")
         engine.tokenizer.save_pretrained(tmp_path)
         service = local_service(engine, ServerSettings(), Keys({}), name="tiny")
-        with listening(service, AdapterManager(service, engine.bank.base)) as address:
+        with listening(service, AdapterManager(service)) as address:
             yield lambda model: registry.get_model("local-completions")(
                 model=model,
                 base_url=f"{address}/v1/completions",

@@ -59,7 +59,7 @@ def service(request: pytest.FixtureRequest, engine: Engine, local: Service, live
 
 def post(service: Service, engine: Engine, **body: Any) -> Any:
     path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
-    response = over_http(service, AdapterManager(service, engine.bank.base), path, {"max_tokens": NUM, **body})
+    response = over_http(service, AdapterManager(service), path, {"max_tokens": NUM, **body})
     assert response.status_code == 200, response.text
     return response.json()
 
@@ -67,7 +67,7 @@ def post(service: Service, engine: Engine, **body: Any) -> Any:
 def events(service: Service, engine: Engine, **body: Any) -> list[Any]:
     path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
     body = {"max_tokens": NUM, **body, "stream": True}
-    *found, end = events_of(over_http(service, AdapterManager(service, engine.bank.base), path, body))
+    *found, end = events_of(over_http(service, AdapterManager(service), path, body))
     assert end == "[DONE]"
     return found
 
@@ -184,7 +184,7 @@ def test_several_prompts_are_cut_each_for_itself(local: Service, engine: Engine)
 
 
 def test_the_questions_are_told_without_an_answer(service: Service, engine: Engine) -> None:
-    routed = over_http(service, AdapterManager(service, engine.bank.base), "/v1/route", {"messages": MESSAGES}).json()
+    routed = over_http(service, AdapterManager(service), "/v1/route", {"messages": MESSAGES}).json()
     assert routed["questions"] == list(QUESTIONS)
     assert routed["mixture"] == {"math": 1.0}
     parts = engine.generate(MESSAGES, max_new_tokens=1).parts
@@ -195,7 +195,7 @@ def test_more_questions_than_a_request_may_have_answers_are_refused(
     local: Service, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(serving_module, "MAX_CHOICES", 2)
-    response = over_http(local, AdapterManager(local, engine.bank.base), "/v1/completions", {"prompt": PROMPT})
+    response = over_http(local, AdapterManager(local), "/v1/completions", {"prompt": PROMPT})
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "dlp.prompt_routing"
     assert "the prompt asks 3 questions, and 2 are answered apart at most" in response.json()["error"]["message"]

@@ -40,7 +40,7 @@ def service(engine: Engine) -> Iterator[Service]:
 
 
 def post(service: Service, engine: Engine, body: Any, path: str = "/v1/completions", **more: Any) -> httpx.Response:
-    return over_http(service, AdapterManager(service, engine.bank.base, **more), path, body, key="A")
+    return over_http(service, AdapterManager(service, **more), path, body, key="A")
 
 
 def by_hand(model: PreTrainedModel, prompt: str, num: int) -> tuple[list[int], list[float]]:
@@ -211,7 +211,7 @@ def test_a_huge_prompt_is_refused_before_it_is_tokenized_and_a_long_one_blocks_n
         assert refused.status_code == 400
         assert refused.json()["error"]["code"] == "context_length_exceeded"
     assert not tokenizer.asked.is_set()
-    app = make_app(service, AdapterManager(service, engine.bank.base))
+    app = make_app(service, AdapterManager(service))
 
     async def both() -> tuple[httpx.Response, httpx.Response]:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1") as client:

@@ -66,7 +66,7 @@ def alone(engine: Engine, chat: Any) -> tuple[tuple[int, ...], Tensor, bool]:
 @pytest.mark.parametrize("kv_policy", ["recompute", "keep"])
 def test_two_answers_at_once_are_those_of_the_engine_up_to_a_near_tie(engine: Engine, kv_policy: str) -> None:
     service = local_service(engine, ServerSettings(), Keys({}), name="smol")
-    app = make_app(service, AdapterManager(service, engine.bank.base))
+    app = make_app(service, AdapterManager(service))
     more = {"max_tokens": NUM, "temperature": 0, "logprobs": True, "top_logprobs": 2, "dlp": {"kv_policy": kv_policy}}
 
     async def ask() -> list[httpx.Response]:

@@ -93,7 +93,7 @@ class Running:
         self.engine = dlp_lora.load(bundle)
         settings = ServerSettings(served_model_name="tiny")
         self.service: Service = local_service(self.engine, settings, Keys({}, admin="A"), name="tiny")
-        self.manager = AdapterManager(self.service, self.engine.bank.base, folders=[shelf], bundle=bundle)
+        self.manager = AdapterManager(self.service, folders=[shelf], bundle=bundle)
 
     def post(self, path: str, body: Any = None) -> httpx.Response:
         return over_http(self.service, self.manager, path, {} if body is None else body, key="A")

@@ -16,7 +16,7 @@ import pytest
 
 import dlp_lora
 from commands import run
-from conftest import byte_tokenizer, lively_model
+from conftest import byte_tokenizer, lively_model, make_adapter
 from dlp_lora import Engine, TopP
 from dlp_lora.cli.common import EngineOptions, HubOptions, open_outline
 from dlp_lora.engine.outline import Outline, read_outline
@@ -60,7 +60,7 @@ def ask(
     service: Service, engine: Engine, path: str, body: Any = None, *, folders: Any = (), key: str = ""
 ) -> httpx.Response:
     """Asks the application of a service."""
-    return over_http(service, AdapterManager(service, engine.bank.base, folders=folders), path, body, key=key)
+    return over_http(service, AdapterManager(service, folders=folders), path, body, key=key)
 
 
 def test_a_chat_is_answered_with_the_trace_as_by_the_local_backend(service: Service, engine: Engine) -> None:
@@ -100,6 +100,20 @@ def test_an_adapter_is_added_and_removed_over_http(service: Service, engine: Eng
     unloaded = ask(service, engine, "/v1/unload_lora_adapter", {"lora_name": "extra"}, key="A")
     assert unloaded.status_code == 200, unloaded.text
     assert ask(service, engine, "/v1/completions", prompt).status_code == 404
+
+
+def test_an_adapter_that_the_servers_have_no_room_for_takes_the_place_of_none(
+    service: Service, engine: Engine, tmp_path: Path
+) -> None:
+    make_adapter(lively_model(), tmp_path / "wide", seed=3, r=24)
+    prompt = {"prompt": "x", "model": "math", "max_tokens": 8}
+    before = ask(service, engine, "/v1/completions", prompt).json()["choices"][0]["text"]
+    body = {"lora_name": "math", "lora_path": "wide", "load_inplace": True}
+    refused = ask(service, engine, "/v1/load_lora_adapter", body, folders=[tmp_path], key="A")
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "lora_path"
+    assert "has rank 24" in refused.json()["error"]["message"]
+    assert ask(service, engine, "/v1/completions", prompt).json()["choices"][0]["text"] == before
 
 
 def test_what_the_servers_cannot_follow_is_a_400(service: Service, engine: Engine) -> None:

@@ -110,6 +110,17 @@ def check_adapters(
     return [_check(layout, tokens, name, Path(path)) for name, path in adapters.items()]
 
 
+def check_fits(layout: BaseLayers, path: str | Path, name: str) -> None:
+    """Checks one adapter folder.
+
+    Raises:
+        AdapterError: if it cannot be fused into the base model.
+    """
+    (check,) = check_adapters(layout, {name: Path(path)})
+    if not check.fits:
+        raise AdapterError(check.reason)
+
+
 def _check(layout: BaseLayers | None, tokens: BaseTokens, name: str, path: Path) -> Check:
     try:
         folder = read_folder(path, name or None, layout=layout)

@@ -16,7 +16,6 @@ from dlp_lora.files import name_of
 from dlp_lora.serve.settings import ServerSettings
 
 if TYPE_CHECKING:
-    from dlp_lora.bank.base_layers import BaseLayers
     from dlp_lora.serve.keys import Keys
     from dlp_lora.serve.service import Service
 
@@ -97,11 +96,10 @@ def serve(
     listener = listen(settings)
     bundle = engine_options.bundle
     name = name_of(bundle or engine_options.adapters or "dlp-lora")
-    with _service(engine_options, hub_options, backend_options, settings, keys, name) as (service, layout):
+    with _service(engine_options, hub_options, backend_options, settings, keys, name) as service:
         log_as_json()
         run(
             service,
-            layout,
             bundle=Path(bundle) if bundle is not None and Path(bundle).is_dir() else None,
             listener=listener,
             on_ready=lambda address: say(f"the playground is at {address}/, the API at {address}/v1"),
@@ -116,7 +114,7 @@ def _service(
     settings: ServerSettings,
     keys: "Keys",
     name: str,
-) -> "Iterator[tuple[Service, BaseLayers]]":
+) -> "Iterator[Service]":
     """Makes what answers; what it starts for that ends with the block."""
     from dlp_lora.serve.keys import BACKEND_KEY
     from dlp_lora.serve.server import VLLM_BATCH, local_service, make_service
@@ -126,7 +124,7 @@ def _service(
         if changed := [f.name for f in fields(default) if getattr(options, f.name) != getattr(default, f.name)]:
             raise ValueError(f"--{changed[0].replace('_', '-')} is for --backend vllm")
         engine = open_engine(engine_options, hub_options, need_router=False)
-        yield local_service(engine, settings, keys, name=name), engine.bank.base
+        yield local_service(engine, settings, keys, name=name)
         return
     from dlp_lora.serve.vllm.backend import Needs, VLLMBackend, VLLMSettings
     from dlp_lora.serve.vllm.process import VLLMFlags, slot_bytes, slot_rank, vllm_server
@@ -168,7 +166,7 @@ def _service(
         stack.callback(backend.close)
         for note in backend.notes:
             say(f"warning: {note}")
-        yield make_service(outline, backend, backend, settings, keys, name=name), outline.layout
+        yield make_service(outline, backend, backend, settings, keys, name=name)
 
 
 def keys_of(options: KeyOptions) -> "Keys":

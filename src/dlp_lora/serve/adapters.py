@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from dlp_lora.bank.adapter_files import CONFIG_FILE, WEIGHTS_FILE, check_adapter_name, content_hash
-from dlp_lora.bank.base_layers import BaseLayers
-from dlp_lora.bank.check import check_adapters
 from dlp_lora.engine.base import Base
 from dlp_lora.engine.bundle import Bundle, read_bundle
 from dlp_lora.engine.loading import load_router
@@ -32,11 +30,8 @@ class AdapterManager:
     `folders` are where adapters may be loaded from; `bundle` is what `reload` reads again.
     """
 
-    def __init__(
-        self, service: Service, layout: BaseLayers, *, folders: Sequence[str | Path] = (), bundle: Path | None = None
-    ) -> None:
+    def __init__(self, service: Service, *, folders: Sequence[str | Path] = (), bundle: Path | None = None) -> None:
         self._service = service
-        self._layout = layout
         self._folders = [Path(os.path.abspath(folder)) for folder in folders]
         for folder in self._folders:
             if not folder.is_dir():
@@ -68,9 +63,10 @@ class AdapterManager:
                     "lora_name",
                     "adapter_exists",
                 )
-            (check,) = check_adapters(self._layout, {name: folder})
-            if not check.fits:
-                raise invalid(f"lora_path: {check.reason}", "lora_path", "adapter_refused")
+            try:
+                self._service.backend.check_adapter(folder, name)
+            except AdapterError as error:
+                raise invalid(f"lora_path: {error}", "lora_path", "adapter_refused") from error
             router = self._service.call.router
             if body.examples:
                 examples = tuple(Example(prompt=one.prompt, answer=one.answer) for one in body.examples)
@@ -139,10 +135,12 @@ class AdapterManager:
             replaced = sorted(n for n in hashes.keys() & there if hashes[n] != self._hashes.get(n))
             added = sorted(hashes.keys() - there)
             tasks = {name: task for name, task in self._tasks.items() if name not in {*hashes, *removed}}
-            for check in check_adapters(self._layout, {name: bundle.adapters[name] for name in (*added, *replaced)}):
-                self._check_name(check.name, check.path)
-                if not check.fits:
-                    raise invalid(check.reason, code="adapter_refused")
+            for name in (*added, *replaced):
+                self._check_name(name, bundle.adapters[name])
+                try:
+                    self._service.backend.check_adapter(bundle.adapters[name], name)
+                except AdapterError as error:
+                    raise invalid(str(error), code="adapter_refused") from error
             for task in tasks.values():
                 try:
                     router = _taught(router, task)

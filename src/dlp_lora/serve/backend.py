@@ -283,6 +283,14 @@ class Backend(Protocol):
         """
         ...
 
+    def check_adapter(self, path: str | Path, name: str) -> None:
+        """Checks a folder that may become an adapter, whether its name is taken or not.
+
+        Raises:
+            AdapterError: if it cannot be read or does not fit.
+        """
+        ...
+
     def add_adapter(self, path: str | Path, name: str) -> None:
         """Adds an adapter from a folder of this machine, while requests run; takes as long as to read it.
 

@@ -7,6 +7,7 @@ from typing import cast
 
 from torch import nn
 
+from dlp_lora.bank.check import check_fits
 from dlp_lora.engine.engine import Engine
 from dlp_lora.engine.prompts import context_of
 from dlp_lora.serve.answer_builder import AnswerBuilder, resolved
@@ -89,6 +90,10 @@ class LocalBackend:
             row = Row(AnswerBuilder(resolved(request), stream, max_tokens))
             self._scheduler.add(row)
         return stream
+
+    def check_adapter(self, path: str | Path, name: str) -> None:
+        """Checks a folder that may become an adapter, whether its name is taken or not."""
+        check_fits(self.engine.bank.base, path, name)
 
     def add_adapter(self, path: str | Path, name: str) -> None:
         """Adds an adapter from a folder of this machine, while requests run."""

@@ -80,13 +80,12 @@ def _app_of(args: RayArgs) -> Callable[[], ASGIApp]:
                 max_running=VLLM_BATCH * len(urls),
             )
             service = make_service(outline, backend, backend, settings, keys, name=name)
-            layout = outline.layout
         else:
             import dlp_lora
 
             engine = dlp_lora.load(args.bundle)
-            service, layout = local_service(engine, settings, keys, name=name), engine.bank.base
-        manager = AdapterManager(service, layout, bundle=Path(args.bundle))
+            service = local_service(engine, settings, keys, name=name)
+        manager = AdapterManager(service, bundle=Path(args.bundle))
         watch(manager, Path(args.bundle), args.watch_s)
         return make_app(service, manager)
 

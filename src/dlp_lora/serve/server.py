@@ -10,7 +10,6 @@ from types import FrameType
 import uvicorn
 from starlette.types import ASGIApp
 
-from dlp_lora.bank.base_layers import BaseLayers
 from dlp_lora.engine.engine import Engine
 from dlp_lora.engine.outline import Outline
 from dlp_lora.serve.adapters import AdapterManager
@@ -80,7 +79,6 @@ def make_service(
 
 def serve(
     service: Service,
-    layout: BaseLayers,
     *,
     bundle: Path | None = None,
     listener: socket.socket | None = None,
@@ -90,14 +88,13 @@ def serve(
 
     Args:
         service: what answers.
-        layout: of the base model, which adapters must fit that are loaded meanwhile.
         bundle: the folder that it is of, if it is one, so that it can be read again.
         listener: from `listen`; made here by default.
         on_ready: told the address.
     """
     settings, keys = service.settings, service.keys
     listener = listener or listen(settings)
-    manager = AdapterManager(service, layout, folders=settings.adapter_dir, bundle=bundle)
+    manager = AdapterManager(service, folders=settings.adapter_dir, bundle=bundle)
     if not keys.has_users and not listener.getsockname()[0].startswith("127."):
         LOGGER.warning("everybody who reaches this address may ask: there is no key")
     app = make_app(service, manager)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
+from dlp_lora.bank.check import check_fits
 from dlp_lora.bank.limits import Limits, Within
 from dlp_lora.bank.mixture_folder import MixtureFolder, Source, read_source, write_zeros
 from dlp_lora.engine.calls import Call
@@ -213,24 +214,22 @@ class VLLMBackend:
         self._call(self._begin, answer)
         return stream
 
+    def check_adapter(self, path: str | Path, name: str) -> None:
+        """Checks a folder that may become an adapter, whether its name is taken or not.
+
+        Raises:
+            AdapterError: if it cannot be read, does not fit, or the servers have no room for it.
+        """
+        check_fits(self.outline.layout, path, name)
+        self._read(path, name)
+
     def add_adapter(self, path: str | Path, name: str) -> None:
         """Adds an adapter, and has every server load it.
 
         Raises:
             AdapterError: if it cannot be read or loaded, or its name is taken.
         """
-        source = read_source(path, name, self.outline.layout)
-        if source.rank > self.limits.max_rank:
-            raise AdapterError(
-                f"{path} has rank {source.rank}, and this server takes {self.limits.max_rank}; start it with "
-                f"--max-rank {source.rank}"
-            )
-        if self._targets is not None and (others := source.targets - self._targets):
-            raise AdapterError(
-                f"{path} changes {', '.join(sorted(others))}, for which vLLM was started without slots; put the "
-                "adapter into the bundle and start the server again"
-            )
-        self._wait_for(self._add(name, source))
+        self._wait_for(self._add(name, self._read(path, name)))
 
     def remove_adapter(self, name: str) -> None:
         """Removes an adapter; requests that run with it keep it.
@@ -254,6 +253,20 @@ class VLLMBackend:
         self._thread.join()
         self._loop.close()
         self._folder.close()
+
+    def _read(self, path: str | Path, name: str) -> Source:
+        source = read_source(path, name, self.outline.layout)
+        if source.rank > self.limits.max_rank:
+            raise AdapterError(
+                f"{path} has rank {source.rank}, and this server takes {self.limits.max_rank}; start it with "
+                f"--max-rank {source.rank}"
+            )
+        if self._targets is not None and (others := source.targets - self._targets):
+            raise AdapterError(
+                f"{path} changes {', '.join(sorted(others))}, for which vLLM was started without slots; put the "
+                "adapter into the bundle and start the server again"
+            )
+        return source
 
     async def _start(self) -> None:
         self._places = asyncio.Semaphore(self._max_running)
