@@ -15,7 +15,7 @@ from dlp_lora.serve import service as serving_module
 from dlp_lora.serve.adapters import AdapterManager
 from dlp_lora.serve.answers import Answers
 from dlp_lora.serve.apart import open_all
-from dlp_lora.serve.backend import QueueFullError, Token
+from dlp_lora.serve.backend import Done, QueueFullError, Token
 from dlp_lora.serve.keys import Access, Keys
 from dlp_lora.serve.local import LocalBackend
 from dlp_lora.serve.schema import CompletionRequest
@@ -144,6 +144,16 @@ def test_the_joined_stream_tells_one_story_and_holds_back_who_is_not_in_turn(loc
     places = [event.position for event in told_events if isinstance(event, Token)]
     assert places == list(range(41))
     assert done.usage.prompt_tokens == sum(len(request.tokens) for request in requests)
+
+
+def test_a_joined_stream_that_is_cancelled_ends_once(local: Service, engine: Engine) -> None:
+    stream = open_all(local.backend, [ask(engine, each, max_tokens=400, ignore_eos=True) for each in QUESTIONS])
+    while not isinstance(next(stream), Token):
+        pass
+    stream.cancel()
+    done, *others = [event for event in stream if isinstance(event, Done)]
+    assert done.reason == "abort"
+    assert not others
 
 
 def test_a_request_may_ask_for_it_or_against_it(local: Service, engine: Engine) -> None:

@@ -36,7 +36,8 @@ class InOrder:
     def __init__(self, streams: Sequence[Stream]) -> None:
         self._streams = streams
         self._parts: list[Done] = []  # those that have ended
-        self._num_characters = 0  # of the part whose turn it is
+        self._number = 0  # of the part whose turn it is
+        self._num_characters = 0  # of that part
         self._held = ""  # text without a token of its own: the next one brings it
         # Of the parts before:
         self._num_sentences = self._num_tokens = self._offset = 0
@@ -65,7 +66,7 @@ class InOrder:
 
     @property
     def _turn(self) -> Stream:
-        return self._streams[min(len(self._parts), len(self._streams) - 1)]
+        return self._streams[self._number]
 
     def _passed(self, event: Event) -> Event | None:
         """The event as that of the whole answer; None for the end of a part that is not the last."""
@@ -101,6 +102,7 @@ class InOrder:
         self._num_tokens += len(generation.tokens)
         self._num_sentences += len(generation.trace)
         self._mixture = generation.trace[-1].mixture
+        self._number += 1
         return None
 
     def _whole(self) -> Done:
