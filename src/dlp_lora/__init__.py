@@ -4,7 +4,7 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-# torch and transformers take seconds to import: a name is imported when it is asked for.
+# torch and transformers take seconds to import, so a name is imported at its first use.
 _HOMES = {
     "engine.arrow": "ArrowRouter",
     "engine.engine": "Engine",

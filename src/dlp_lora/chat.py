@@ -23,9 +23,9 @@ class Chat:
         messages = [{"role": "user", "content": "Is it warm in Rome?"}]
         Chat(messages=messages, chat_template_kwargs={"enable_thinking": False})
 
-    `tools` are JSON schemas, or functions that transformers turns into some; `chat_template_kwargs` are arguments of
-    the template. With `continue_final_message` the last message is the beginning of the answer. By default it is if it
-    is the assistant's, as in a pipeline of transformers.
+    `tools` are JSON schemas, or functions that transformers turns into schemas; `chat_template_kwargs` are arguments of
+    the template. With `continue_final_message` the last message is the beginning of the answer. By default, this holds
+    if it is the assistant's message, as in a pipeline of transformers.
     """
 
     messages: Sequence[Message]
@@ -42,10 +42,10 @@ class Chat:
 
 
 def text_of(message: Message) -> str:
-    """Gives the text of a message; parts stand on lines of their own, and a message of tool calls alone has none.
+    """Returns the text of a message: each part is a line, and a message of only tool calls has no text.
 
     Raises:
-        PromptError: if it holds anything else than text.
+        PromptError: if the message has other content than text.
     """
     content = message.get("content")
     if content is None and message.get("tool_calls"):
@@ -59,17 +59,19 @@ def text_of(message: Message) -> str:
 
 
 def check_text(text: str) -> None:
-    """Raises a PromptError if a text holds half a character, which no tokenizer encodes."""
+    """Raises a PromptError if a text has half a character, which no tokenizer encodes."""
     if any("\ud800" <= c <= "\udfff" for c in text):
         raise PromptError(f"a prompt must be Unicode, got half a character in {text[:60]!r}")
 
 
 def chat_tokens(tokenizer: Any, chat: Chat) -> list[int]:
-    """Encodes a chat up to where the answer goes on or begins.
+    """Encodes a chat up to the beginning or continuation of the answer.
 
     Raises:
-        PromptError: if there is no chat template, or it cannot write this chat; a UserWarning names the arguments that
-            the template does not read.
+        PromptError: if there is no chat template, or the template refuses this chat.
+
+    Warns:
+        UserWarning: if the template does not read an argument.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise PromptError("the tokenizer has no chat template; give the prompt as a string instead of messages")
@@ -106,7 +108,7 @@ def template_arguments(template: str) -> frozenset[str]:
     from jinja2.ext import Extension
 
     class Generation(Extension):
-        """The block by which templates mark what the assistant says, as transformers reads it."""
+        """The block that marks the assistant's words in templates, as in transformers."""
 
         tags = {"generation"}  # noqa: RUF012
 
@@ -141,7 +143,7 @@ def _check_arguments(tokenizer: Any, template: str, chat: Chat) -> None:
 
 @lru_cache(maxsize=64)
 def reads_parts(template: str) -> bool:
-    """Whether a template reads content that is a list of parts, and no string."""
+    """Whether a template reads content only as a list of parts, not as a string."""
     return not _writes(template, PROBE) and _writes(template, [{"type": "text", "text": PROBE}])
 
 
@@ -152,7 +154,7 @@ def _writes(template: str, content: Any) -> bool:
     tokens: dict[str, Any] = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), "")
     try:
         return PROBE in render_jinja_template(conversations=chats, chat_template=template, **tokens)[0][0]
-    except Exception:  # it may refuse a chat of one message; then it says so of the caller's
+    except Exception:  # it may refuse a chat of one message; the error then comes with the caller's chat
         return False
 
 
@@ -178,7 +180,7 @@ def _with_arguments(call: Any) -> Any:
 
 
 def in_parts(message: Message) -> dict[str, Any]:
-    """Writes a message whose content is a string with that in a part."""
+    """Turns a message's content from a string into a list of one part."""
     content = message.get("content")
     return dict(message) if content is None else {**message, "content": [{"type": "text", "text": content}]}
 

@@ -1,4 +1,4 @@
-"""What can go wrong, as a tree of exceptions.
+"""The exceptions of the package, as a tree.
 
 DLPLoRAError
 ├── AdapterError     a PEFT adapter folder that cannot be fused exactly
@@ -8,7 +8,7 @@ DLPLoRAError
 ├── ModelError       a base model that cannot be loaded or attached to
 ├── PromptError      a prompt that cannot be answered
 ├── TrainingError    a training run that cannot start or go on
-└── RecordError      a record of results that is missing, damaged or of another version or run
+└── RecordError      a record of results that is missing, damaged, or of another version or run
 """
 
 

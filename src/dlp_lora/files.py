@@ -17,11 +17,11 @@ from typing import Any
 def replace_folder(path: str | Path, *, own: Sequence[str] = ()) -> Iterator[Path]:
     """Yields an empty folder beside `path`, and puts it in the place of `path` if all went well.
 
-    `own` names all that is ever written there. A folder that is there is then replaced only if it is empty or holds the
-    first of them, and what else it holds (a README, a repository's files) stays in it.
+    `own` names all files that the caller ever writes there. An existing folder is then replaced only if it is empty or
+    has the first of these files. Its other files (a README, a repository's files) stay.
 
-    Written aside and renamed: whatever interrupts the writing, a full disk included, the folder that was there
-    before survives. `recover_folder` finds it even after a kill between the two renames.
+    The new folder is written beside the old one and then renamed. So the old folder survives any interruption, even a
+    full disk. `recover_folder` finds it even after a kill between the two renames.
     """
     path = Path(os.path.realpath(path))  # a link to a folder stays one
     recover_folder(path)
@@ -42,7 +42,7 @@ def replace_folder(path: str | Path, *, own: Sequence[str] = ()) -> Iterator[Pat
         aside.rename(path)
         _flush(path.parent)
         if previous.exists():
-            # Under this name, what a kill leaves of it is never recovered.
+            # A folder of this name is never recovered, if a kill leaves some of it.
             previous.rename(aside)
             shutil.rmtree(aside, ignore_errors=True)
     except BaseException:
@@ -52,10 +52,10 @@ def replace_folder(path: str | Path, *, own: Sequence[str] = ()) -> Iterator[Pat
 
 
 def check_replaceable(path: str | Path, marker: str) -> None:
-    """Checks that a folder may be replaced by what is written here.
+    """Checks that a folder may be replaced.
 
     Raises:
-        ValueError: if something else than an empty folder is there and it holds no file named `marker`.
+        ValueError: if the folder is not empty and has no file named `marker`.
     """
     path = Path(path)
     if path.exists() and not (path / marker).is_file() and (path.is_file() or any(path.iterdir())):
@@ -94,7 +94,7 @@ def write_json(path: Path, data: Any, *, indent: int | None = 1) -> None:
 
 
 def write_lines(path: Path, rows: Iterable[Any]) -> None:
-    """Writes a JSON line for each row, all or nothing; compressed where the file's name ends in .gz."""
+    """Writes a JSON line for each row, all or nothing; compressed if the file's name ends in .gz."""
     with replace_file(path) as aside, gzip.open(aside, "wb") if path.suffix == ".gz" else aside.open("wb") as lines:
         lines.writelines(json_line(row) for row in rows)
 
@@ -105,7 +105,7 @@ def json_line(row: Any) -> bytes:
 
 
 def as_json(data: Any) -> Any:
-    """The data as they are read once they have been written."""
+    """The data as a reader of the written JSON gets them."""
     return json.loads(json.dumps(data, default=dict))
 
 
@@ -118,7 +118,7 @@ def parse_json(text: str) -> Any:
     """Parses JSON that a person wrote.
 
     Raises:
-        ValueError: if it is none, or an object has a key twice, of which one would be lost.
+        ValueError: if it is not JSON, or an object has a key twice.
     """
     return json.loads(text, object_pairs_hook=_object)
 
@@ -133,12 +133,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def name_of(path: str | Path) -> str:
-    """The name of a folder, that of "." too; a link has its own, whatever it leads to."""
+    """The name of a folder, also of "."; for a link, the link's name."""
     return Path(os.path.abspath(path)).name
 
 
 def _carry_over(entries: Sequence[Path], folder: Path) -> None:
-    """Puts files and folders into another folder on the same disk, too, without a copy where it can have links."""
+    """Puts files and folders also into another folder on the same disk, as hard links if possible."""
     for entry in entries:
         if entry.is_dir() and not entry.is_symlink():
             shutil.copytree(entry, folder / entry.name, symlinks=True, copy_function=_link_or_copy)
@@ -155,9 +155,9 @@ def _link_or_copy(source: str, target: str) -> str:
 
 
 def _finish_files(folder: Path) -> None:
-    """Gives all that was written into a folder ordinary permissions, and has the disk hold it.
+    """Gives all files of a folder ordinary permissions, and flushes them to the disk.
 
-    safetensors writes files that their owner alone may read, as does `mkdtemp`.
+    safetensors and `mkdtemp` write files that only their owner may read.
     """
     mask = _umask()
     for parent, _, files in os.walk(folder, topdown=False):
@@ -169,7 +169,7 @@ def _finish_files(folder: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Has the disk hold a file, or the names in a folder: a rename must not outlive what it names."""
+    """Flushes a file, or the names in a folder, to the disk: a rename must not survive without its file."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

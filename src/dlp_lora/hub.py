@@ -1,4 +1,4 @@
-"""Repositories of the Hugging Face hub as local folders: those that are there, in the cache, or downloaded."""
+"""Repositories of the Hugging Face hub as local folders, from the cache or by download."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from dlp_lora.errors import DLPLoRAError
 
 @dataclass(frozen=True, kw_only=True)
 class Hub:
-    """How the hub is reached, the same way for all repositories that one call needs.
+    """The access to the hub, the same for all repositories of a call.
 
     Args:
         token: for private repositories; by default the one that `hf auth login` saved.
-        cache_dir: the folder of downloads, in the place of the hub's usual cache.
-        local_files_only: asks no server; what is not in the cache is missing.
+        cache_dir: the folder of downloads, instead of the hub's usual cache.
+        local_files_only: uses only the cache and no server.
     """
 
     token: str | bool | None = None
@@ -33,7 +33,7 @@ class Hub:
         """Gives the local folder of a path or hub id.
 
         Args:
-            files: the patterns that are downloaded of a hub id, inside the subfolder.
+            files: patterns of the files to download, inside the subfolder.
             error: the kind of error to raise.
             revision: a branch, a tag or a commit of a hub id.
             subfolder: the folder inside the path or repository.
@@ -59,7 +59,7 @@ class Hub:
                 local_files_only=self.local_files_only,
                 allow_patterns=[inside + file for file in files],
             )
-        except Exception as cause:  # the hub client raises its own errors, httpx's and OSError
+        except Exception as cause:  # the hub client raises many kinds of errors
             which = f"{source} at revision {revision!r}" if revision is not None else source
             reason = " ".join(str(cause).split())
             raise error(f"{which} is not a folder, and cannot be had from the hub: {reason}") from cause

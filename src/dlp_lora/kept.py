@@ -1,6 +1,7 @@
-"""What a run keeps on disk to go on from: JSON files, and rows as they come, one JSON line a question.
+"""Files from which a stopped run continues: JSON files, and rows of results, one JSON line per question.
 
-The first line of rows is their identity, all that they depend on: what was kept under another is never taken for them.
+The first line of a file of rows is its identity: all settings that the rows depend on. Rows with another identity are
+never used.
 """
 
 import json
@@ -18,7 +19,7 @@ Row = dict[str, Any]
 
 
 def read_kept(file: Path, *keys: str) -> dict[str, Any]:
-    """Reads the JSON object that an earlier run kept in a file; an empty one if there is no such file.
+    """Reads the JSON object that an earlier run wrote to a file; an empty one if there is no such file.
 
     Raises:
         RecordError: naming the file, if it is damaged or lacks one of the `keys`.
@@ -30,7 +31,7 @@ def read_kept(file: Path, *keys: str) -> dict[str, Any]:
 
 
 def read_kept_list(file: Path, *keys: str) -> list[dict[str, Any]]:
-    """As `read_kept`, of a list of such objects; an empty one if there is no such file."""
+    """As `read_kept`, for a list of such objects; an empty list if there is no such file."""
     if not file.is_file():
         return []
     found = read_json(file)
@@ -38,7 +39,7 @@ def read_kept_list(file: Path, *keys: str) -> list[dict[str, Any]]:
 
 
 class Kept:
-    """Values by name in a JSON file, for all that they depend on, their identity: under another one there are none.
+    """Values by name in a JSON file, with their identity (all settings they depend on); another identity starts empty.
 
     Raises:
         RecordError: naming the file, if it is damaged.
@@ -86,7 +87,7 @@ def keep_rows(
     replace: bool = False,
     on_progress: OnProgress = unseen,
 ) -> list[Row]:
-    """Computes the batches into `file`, or goes on with it; gives all rows, in the batches' order.
+    """Computes the batches that `file` lacks and writes them there; returns all rows, in the batches' order.
 
     Raises:
         RecordError: if the file was begun under another identity, unless it may be replaced, or a line is damaged.
@@ -108,7 +109,7 @@ def keep_rows(
 
 
 def read_rows(file: Path) -> list[Row]:
-    """Reads the rows that a file holds, a torn last line left out.
+    """Reads the rows of a file, without a last line that was cut off.
 
     Raises:
         RecordError: naming the line, if another one is damaged.
@@ -117,9 +118,9 @@ def read_rows(file: Path) -> list[Row]:
 
 
 def differences(before: Any, now: Any, key: str = "") -> str:
-    """Says in which settings two records of them differ.
+    """Lists the settings in which two records differ.
 
-    What earlier versions did not record is no difference.
+    Settings that earlier versions did not record are no difference.
     """
     if isinstance(before, dict) and isinstance(now, dict):
         keys = [k for k in {**before, **now} if k in before or k not in NOT_RECORDED]
@@ -129,7 +130,7 @@ def differences(before: Any, now: Any, key: str = "") -> str:
 
 
 def _resume(file: Path, identity: Row, batches: Sequence[Sequence[Any]], *, replace: bool) -> list[Row]:
-    """Reads whole batches of an earlier run and cuts off what follows them."""
+    """Reads whole batches of an earlier run and cuts off an incomplete last one."""
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
     lines = list(_lines(file)) if file.is_file() else []
@@ -149,7 +150,7 @@ def _resume(file: Path, identity: Row, batches: Sequence[Sequence[Any]], *, repl
 
 
 def _lines(file: Path) -> Iterator[Row]:
-    # What follows the last end of a line was cut short by a kill.
+    # A kill may have cut the last line short.
     for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], start=1):
         try:
             row = json.loads(line)

@@ -63,10 +63,10 @@ class FusionPolicy(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class _Weighted:
-    """How selected adapters are weighted, and below which confidence none is selected."""
+    """The weights of selected adapters, and the confidence below which the policy selects none."""
 
     # "renormalised" is p_i / sum(p). "paper" is Eq. 5, a softmax of probabilities rather than of logits, which
-    # squeezes any pair into [0.5, 0.73]: it gives a one-in-a-hundred runner-up more than a quarter.
+    # squeezes any pair into [0.5, 0.73]: an adapter of probability 0.01 gets more than a quarter.
     weighting: Weighting = "renormalised"
     min_confidence: float = 0.0
 
@@ -81,13 +81,13 @@ class _Weighted:
             return Mixture()
         scores = {n: math.exp(p) if self.weighting == "paper" else p for n, p in selected.items()}
         total = math.fsum(scores.values())
-        # p = 1 reaches adapters of probability 0; what has no weight is not fused.
+        # p = 1 also selects adapters of probability 0; an adapter without weight is not fused.
         return Mixture({n: score / total for n, score in scores.items() if score > 0})
 
 
 @dataclass(frozen=True)
 class TopP(_Weighted):
-    """Fuses the smallest set of most likely adapters whose probabilities reach `p`; never none of them.
+    """Fuses the smallest set of most likely adapters whose probabilities reach `p`; always at least one.
 
     The paper's text and code (nucleus selection, p = 0.6). Ties go to the adapter named first.
     """
@@ -113,7 +113,7 @@ class TopP(_Weighted):
 
 @dataclass(frozen=True)
 class Threshold(_Weighted):
-    """Fuses every adapter whose probability is at least `p`: Eq. 4 to the letter. None may reach it."""
+    """Fuses every adapter whose probability is at least `p`, as in Eq. 4; this may be none."""
 
     p: float = 0.1
 
@@ -143,7 +143,7 @@ class TopK(_Weighted):
 
 @dataclass(frozen=True)
 class Only:
-    """Fuses one adapter at weight 1, whichever the router prefers: a task's own adapter, the oracle."""
+    """Fuses one adapter at weight 1 and ignores the router: the task's adapter, as an oracle."""
 
     name: str
 
@@ -155,7 +155,7 @@ class Only:
 
 @dataclass(frozen=True)
 class Uniform:
-    """Fuses every adapter with the same weight, whichever the router prefers: an ablation."""
+    """Fuses every adapter with the same weight and ignores the router: an ablation."""
 
     def __call__(self, probabilities: Mapping[str, float]) -> Mixture:
         return Mixture(dict.fromkeys(probabilities, 1 / len(probabilities))) if probabilities else Mixture()
@@ -163,11 +163,11 @@ class Uniform:
 
 @dataclass(frozen=True, kw_only=True)
 class Switching:
-    """When a sentence start is taken as an opportunity to switch.
+    """When the beginning of a sentence may change the mixture.
 
-    A sentence shorter than `min_tokens` is not left; and the mixture stays while the most likely adapter is not
-    at least `margin` more probable than the heaviest one in use. Where the router finds that no adapter fits, the
-    "base" model goes on alone, the mixture in use is kept ("keep"), or the "likeliest" adapters are used all the same.
+    The mixture stays if the last sentence is shorter than `min_tokens`. It also stays if the most likely adapter is not
+    at least `margin` more probable than the heaviest one in use. If no adapter fits, `unsure` decides: "base" uses the
+    base model, "keep" keeps the mixture in use, and "likeliest" uses the most likely adapters anyway.
     """
 
     min_tokens: int = 1
@@ -185,14 +185,14 @@ class Switching:
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingSettings:
-    """How the router is asked and obeyed: what `load`, `generate`, `using`, bundles and commands share.
+    """The settings of routing that `load`, `generate`, `using`, bundles and commands share.
 
-    `policy` turns probabilities into a mixture, and `switching` says when a sentence start may change it.
-    `kv_policy` says what a switch does to the tokens before it: "recompute" encodes the whole context again under the
-    new mixture, as after a fresh start; "keep" leaves the tokens as they were encoded.
-    `prompt_routing` says what of a prompt is routed: "questions" answers the questions of a prompt that asks several in
-    their turn, "apart" answers each of them in a context of its own where none needs another (as "questions" where it
-    cannot), "whole" takes every prompt as one text, "sentences" also encodes each sentence under its own mixture.
+    `policy` turns probabilities into a mixture. `switching` says when a new sentence may change the mixture.
+    `kv_policy` is about the tokens before a switch: "recompute" encodes the whole context again under the new mixture;
+    "keep" leaves the tokens as they were encoded. `prompt_routing` is about prompts with several questions. "questions"
+    routes each line of the answer by its question. "apart" answers each question in a separate context; if a question
+    needs another one, it does as "questions". "whole" routes the prompt as one text. "sentences" also encodes each
+    sentence of the prompt under its own mixture.
     """
 
     policy: FusionPolicy = TopP()
@@ -217,17 +217,17 @@ class RoutingSettings:
         """Gives the settings as JSON data.
 
         Raises:
-            ValueError: if the policy is not one of this module, which alone can be saved by name.
+            ValueError: if the policy is not of this module, because only these can be saved by name.
         """
         data = {name: getattr(self, name) for name in self.names()}
         return {**data, "policy": policy_to_dict(self.policy), "switching": asdict(self.switching)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "RoutingSettings":
-        """Reads what `to_dict` gave.
+        """Reads the data of `to_dict`.
 
         Raises:
-            ValueError, TypeError, KeyError: if it is something else.
+            ValueError, TypeError, KeyError: if the data are wrong.
         """
         parts = {"policy": policy_from_dict(data["policy"]), "switching": Switching(**data["switching"])}
         return cls(**{**data, **parts})
@@ -237,13 +237,13 @@ POLICIES: dict[str, type] = {cls.__name__: cls for cls in (TopP, Threshold, TopK
 
 
 def choose(policy: FusionPolicy, row: Mapping[str, float], unsure: Unsure = "base") -> tuple[dict[str, float], Mixture]:
-    """Applies a policy to a router's row; gives the probabilities among the adapters, which sum to 1, and the mixture.
+    """Applies a policy to a router's row; returns probabilities that sum to 1, and the mixture.
 
-    What the row lacks to 1 is the probability that none of them fits; where that is half or more, the mixture is empty
-    unless the "likeliest" are asked for. A row of zeros, that of a text that says nothing, never has one.
+    The row may sum to less than 1: the rest is the probability that no adapter fits. If the rest is half or more, the
+    mixture is empty, unless `unsure` is "likeliest". A row of zeros, for an empty text, always gives an empty mixture.
 
     Raises:
-        RouterError: if the row holds something else than probabilities.
+        RouterError: if a number of the row is not a probability.
     """
     if not all(0 <= p <= 1 + TOLERANCE for p in row.values()):  # false for NaN, too
         name = next(name for name, p in row.items() if not 0 <= p <= 1 + TOLERANCE)
@@ -255,7 +255,7 @@ def choose(policy: FusionPolicy, row: Mapping[str, float], unsure: Unsure = "bas
 
 
 def mixture_of(text: str) -> Mixture:
-    """Reads "math=0.6,units=0.4"; a name alone has weight 1, and nothing at all is the base model."""
+    """Reads "math=0.6,units=0.4"; a name alone has weight 1, and an empty text is the base model."""
     mixture: dict[str, float] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, _, weight = part.partition("=")
@@ -269,7 +269,7 @@ def mixture_of(text: str) -> Mixture:
 
 
 def with_p(policy: FusionPolicy, p: float) -> TopP:
-    """Top-p with another `p`, and else as it is; in the place of another policy, plain top-p."""
+    """Changes the `p` of a top-p policy; replaces any other policy by top-p."""
     return replace(policy, p=p) if isinstance(policy, TopP) else TopP(p)
 
 
@@ -281,7 +281,7 @@ def policy_to_dict(policy: FusionPolicy) -> dict[str, Any]:
 
 
 def policy_from_dict(data: Mapping[str, Any]) -> FusionPolicy:
-    """Reads what `policy_to_dict` wrote."""
+    """Reads the data of `policy_to_dict`."""
     fields = dict(data)
     name = fields.pop("type", None)
     if name not in POLICIES:

@@ -1,4 +1,4 @@
-"""How far a long piece of work is, and who is told."""
+"""Progress of long work: stage, steps done, and the function that receives it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,13 +15,13 @@ class Progress:
 
 
 OnProgress = Callable[[Progress], None]
-"""Is told, as often as something is done."""
+"""A function that receives the progress after each step."""
 
 
 def unseen(now: Progress) -> None:
-    """Tells nobody."""
+    """Ignores the progress."""
 
 
 def staged(on_progress: OnProgress, stage: str) -> OnProgress:
-    """Tells the same under another stage's name."""
+    """Reports the same progress under another stage's name."""
     return lambda now: on_progress(replace(now, stage=stage))

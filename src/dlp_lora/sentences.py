@@ -1,13 +1,13 @@
-"""Sentence starts: generated text in, piece by piece, the offsets where a new sentence opens out.
+"""Sentence starts: pieces of generated text in, offsets of new sentences out.
 
 This is the "first token of every new sentence" of Fig. 1 of the paper (arXiv 2410.01497), which names no rule
-for finding it. Whole-text libraries (sentencex, pysbd) know one language each and need the text that follows;
-a decoding loop has neither, so an automaton reads one character at a time and decides at the first visible
-character after a possible end. Cutting the text elsewhere cannot change the answer.
+for it. Libraries for whole texts (sentencex, pysbd) need to know the language and the text after the sentence.
+A decoding loop knows neither. So an automaton reads one character at a time, and decides at the first visible
+character after a possible end. The result does not depend on how the text is cut into pieces.
 
-A start is an opportunity to choose other adapters, so a missed one costs little and one inside "Dr. Smith"
-costs a sentence. Where one character of what follows cannot tell, the sentence goes on: after an initial
-("J. K. Rowling", also "you and I."), after "etc.", "a.m." or "U.S.", after a number that opens a line.
+A missed start costs little: the mixture changes one sentence later. A wrong start, such as in "Dr. Smith", costs a
+sentence. So in doubtful cases the sentence continues: after an initial ("J. K. Rowling", also "you and I."), after
+"etc.", "a.m." or "U.S.", after a number that opens a line.
 """
 
 import copy
@@ -80,7 +80,7 @@ class SentenceSegmenter:
         if self._fence:
             if line.startswith(self._fence) and not line.strip(self._fence):
                 self._fence = ""
-                self._newlines = 2  # what follows the block is a new sentence, as after a blank line
+                self._newlines = 2  # a new sentence begins after the block, as after a blank line
         elif line[:3] in ("```", "~~~") and "`" not in line.lstrip("`"):
             self._fence = line[: len(line) - len(line.lstrip(line[0]))]
         self._line = ""
@@ -154,10 +154,10 @@ class SentenceSegmenter:
 
 
 class LineSegmenter:
-    """A sentence is a line: for answers of one line each, where nothing but a line break parts them.
+    """A sentence is a line: for answers of one line each.
 
-    A line break is no guess, so the start is reported with it, before anything of the new line is known; the
-    mixture that is chosen there already chooses the first token of the line.
+    A line break is certain, so the segmenter reports the start at once, before the first character of the new line.
+    So the new mixture already samples the first token of the line.
 
     >>> LineSegmenter().push("Yes\\nNo. Or")
     [4]
@@ -219,7 +219,7 @@ _UNITS = _lexicon("g m l s h C F K ft hr mm ms oz")
 _LABELS = _lexicon("answer choice class grade group option plan team type vitamin")
 _ORDINAL_LEADS = _lexicon("ab am bis das dem den der des die ihr ihrem im jeden sein seinem seit und vom zum zur")
 _PAIRS = frozenset(("et al", "p. ex", "par ex", "per es", "z. hd"))
-# Words of their own, or names of months: abbreviations only if a number follows.
+# Ordinary words or names of months: abbreviations only if a number follows.
 _BEFORE_NUMBER = _lexicon(
     """abs apr art aug bd cap ch chap dec dez est feb jan jul jun kap mar max min no nos nov num núm oct okt
     sec sep sept vol"""

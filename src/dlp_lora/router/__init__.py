@@ -1,8 +1,8 @@
-"""The router: what has been said in, a probability per adapter name out (section 3.1, Eq. 3).
+"""The router: text in, a probability per adapter name out (section 3.1, Eq. 3).
 
-A router reads text only and never sees the language model. Each of these is one kind, told apart by the `type` in its
-folder: MiniMLP (the paper's plugin), EncoderRouter (the paper's ablation) and PrototypeRouter (no training).
-`dlp_lora.engine.arrow` holds the one that reads adapters instead of texts, and `load_router` reads any of them.
+These routers read only text and never run the language model: MiniMLP (the paper's plugin), EncoderRouter (the paper's
+ablation) and PrototypeRouter (no training). The `type` in a router's folder names its kind. `dlp_lora.engine.arrow` has
+a router that reads the adapters, and `load_router` reads any of them.
 """
 
 from importlib import import_module
@@ -36,7 +36,7 @@ __all__ = [
     "router_type",
 ]
 
-# What runs an encoder imports transformers, which takes seconds: imported when it is asked for.
+# Encoders import transformers, which takes seconds, so these names are imported at their first use.
 _ENCODERS = {"EncoderRouter": "encoder", "TextEncoder": "encoder", "PrototypeRouter": "prototypes"}
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""What every router reads and gives: a Context in, a probability per adapter name out."""
+"""The input and output of every router: a Context in, a probability per adapter name out."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ from dlp_lora.errors import RouterError
 
 @dataclass(frozen=True)
 class Context:
-    """What the router reads, as plain text without special tokens or chat template.
+    """The text that a router reads, without special tokens or chat template.
 
-    `prompt` is the question to answer now: the newest turn, or one sentence of a prompt routed by sentences. `answer`
-    is its answer before the sentence that opens now, `sentence` the first token of that; both are empty at the prompt.
-    `history` is what was said before the prompt: earlier turns, or earlier sentences.
+    `prompt` is the question to answer: the newest turn, or one sentence of a prompt that is routed by sentences.
+    `answer` is the answer so far without the new sentence, and `sentence` is the new sentence's first token. Both are
+    empty when the prompt is routed. `history` is the text before the prompt: earlier turns, or earlier sentences.
     """
 
     prompt: str
@@ -29,12 +29,14 @@ class Context:
 
     @property
     def text(self) -> str:
-        """The question and its answer as one text, for routers that read one; a history would drown them."""
+        """The question and its answer as one text, for routers that read one; the history is left out, as it may be
+        long.
+        """
         return f"{self.prompt}\n{self.answer}{self.sentence}".strip()
 
 
 class Encoded(NamedTuple):
-    """The token ids of a context; the answer's are those of `answer` and `sentence`."""
+    """The token ids of a context; `answer` has those of the context's answer and sentence."""
 
     history: Sequence[int]
     prompt: Sequence[int]
@@ -57,11 +59,11 @@ class Router(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """How sure a router may be; fitted on held-out texts.
+    """Turns logits and scores into probabilities; fitted on held-out texts.
 
-    Logits are divided by the temperature. A score says how well any adapter fits, the free energy of the logits unless
-    the router has a better one: at `fit_threshold` it is as likely that none does, and `fit_slope` says how fast that
-    turns. Without a threshold one always fits.
+    Logits are divided by the temperature. A score says how well any adapter fits: the free energy of the logits, unless
+    the router has a better score. At `fit_threshold` the probability that any adapter fits is 0.5, and `fit_slope` is
+    the slope of its log-odds. Without a threshold, some adapter always fits.
     """
 
     temperature: float = 1.0
@@ -74,26 +76,26 @@ class Calibration:
                 raise ValueError(f"a router's {name} must be positive, got {getattr(self, name)}")
 
     def energy(self, logits: Float[Tensor, "batch adapters"]) -> Float[Tensor, " batch"]:
-        """Says how surely a text belongs to any of the adapters (Liu et al. 2020, arXiv 2010.03759)."""
+        """The free energy: high if a text belongs to any of the adapters (Liu et al. 2020, arXiv 2010.03759)."""
         return (logits.float().cpu() / self.temperature).logsumexp(dim=-1)
 
     def log_odds(self, scores: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-        """Turns scores into the log-odds that any adapter fits, on the CPU; without a threshold one always does."""
+        """Turns scores into the log-odds that any adapter fits, on the CPU; infinite without a threshold."""
         scores = scores.float().cpu()
         at = self.fit_threshold
         return torch.full_like(scores, torch.inf) if at is None else self.fit_slope * (scores - at)
 
     def score(self, log_odds: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-        """Gives the scores that have such log-odds."""
+        """Gives the scores with these log-odds."""
         return log_odds / self.fit_slope + (self.fit_threshold or 0.0)
 
     def probabilities(
         self, logits: Float[Tensor, "batch adapters"], scores: Float[Tensor, " batch"] | None = None
     ) -> Float[Tensor, "batch adapters"]:
-        """Gives probabilities, on the CPU; a row leaves out that of "none of them"."""
-        found = (logits.float().cpu() / self.temperature).softmax(dim=-1)
+        """Gives probabilities, on the CPU; what a row lacks to 1 is the probability that none fits."""
+        probabilities = (logits.float().cpu() / self.temperature).softmax(dim=-1)
         scores = self.energy(logits) if scores is None else scores
-        return found * torch.sigmoid(self.log_odds(scores))[:, None]
+        return probabilities * torch.sigmoid(self.log_odds(scores))[:, None]
 
 
 def fit_temperature(
@@ -109,7 +111,7 @@ def fit_temperature(
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """How often a router was right, on how many prompts: of test files, or held out of the training ones."""
+    """A router's accuracy, and the number of prompts: test prompts, or training prompts that were held out."""
 
     accuracy: float
     num_prompts: int
@@ -127,7 +129,7 @@ def listed(names: Sequence[str], *, most: int = 4) -> str:
 
 
 def has_text(contexts: Sequence[Context]) -> Float[Tensor, " batch"]:
-    """1 where a context holds a visible character, 0 where it says nothing, so that no adapter fits."""
+    """1 if a context has a visible character, else 0: then no adapter fits."""
     texts = [f"{c.prompt}{c.answer}{c.sentence}{c.history}" for c in contexts]
     return torch.tensor([float(any(c.isprintable() and not c.isspace() for c in text)) for text in texts])
 
@@ -136,7 +138,7 @@ def check_labels(names: Sequence[str]) -> tuple[str, ...]:
     """Gives the adapter names of a router as a tuple.
 
     Raises:
-        RouterError: if there is none, or one comes twice.
+        RouterError: if there is no name, or a name comes twice.
     """
     if not names or len(set(names)) != len(names):
         raise RouterError(f"a router needs at least one adapter name, each once; got {list(names)}")

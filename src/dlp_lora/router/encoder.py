@@ -53,7 +53,7 @@ class TextEncoder(nn.Module):
     def from_pretrained(cls, source: str | Path, *, max_tokens: int = MAX_TOKENS) -> "TextEncoder":
         """Loads an encoder and its tokenizer from a folder or hub id; safetensors only.
 
-        A folder with a config and a tokenizer but no weights gives random ones, and a warning in the log.
+        If a folder has a config and a tokenizer but no weights, the weights are random, and the log has a warning.
 
         Raises:
             RouterError: if it cannot be loaded.
@@ -80,17 +80,17 @@ class TextEncoder(nn.Module):
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any], tokenizer: Tokenizer) -> "TextEncoder":
-        """Makes the encoder that `settings` describes, its weights still to be loaded."""
+        """Makes the encoder that `settings` describes, without its weights."""
         config = AutoConfig.for_model(**settings["encoder"])
         return cls.from_config(config, tokenizer, max_tokens=settings["max_tokens"])
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What `from_settings` needs, as JSON data."""
+        """The settings for `from_settings`, as JSON data."""
         return {"max_tokens": self.max_tokens, "encoder": self.model.config.to_dict()}
 
     def encode(self, text: str) -> list[int]:
-        """Turns text into token ids, without special tokens: the one way in for training, `route` and decoding."""
+        """Turns text into token ids, without special tokens; training, `route` and decoding all use this."""
         ids: list[int] = self.tokenizer.encode(_cut(text), add_special_tokens=False).ids
         return ids
 
@@ -100,7 +100,9 @@ class TextEncoder(nn.Module):
         return [encoding.ids for encoding in self.tokenizer.encode_batch(cut, add_special_tokens=False)]
 
     def frame(self, first: Sequence[int], second: Sequence[int] = ()) -> list[int]:
-        """Puts special tokens around one text or between two; too long, each keeps its end, the second at most half."""
+        """Puts special tokens around one text or between two. If they are too long, each keeps its end, the second at
+        most half of the room.
+        """
         middle = self.middle if second else []
         room = self.max_tokens - len(self.prefix) - len(middle) - len(self.suffix)
         second = second[-(room // 2) :]
@@ -108,7 +110,7 @@ class TextEncoder(nn.Module):
         return [*self.prefix, *first, *middle, *second, *self.suffix]
 
     def forward(self, rows: Sequence[Sequence[int]]) -> Float[Tensor, "batch dim"]:
-        """Gives the mean last hidden state of framed rows; one without any token reads as one of padding."""
+        """Gives the mean last hidden state of framed rows; an empty row counts as one padding token."""
         pad = self.model.config.pad_token_id or 0
         rows = [row or [pad] for row in rows]
         longest = max(map(len, rows))
@@ -122,8 +124,7 @@ class TextEncoder(nn.Module):
 class EncoderRouter(nn.Module):
     """An encoder with a linear head, trained as one.
 
-    It reads the history and the prompt and, as the second text of a pair, the answer so far with the sentence that
-    opens.
+    It reads a pair of texts: the history with the prompt, and the answer so far with the new sentence.
     """
 
     def __init__(self, names: Sequence[str], encoder: TextEncoder, *, calibration: Calibration | None = None) -> None:
@@ -140,7 +141,7 @@ class EncoderRouter(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def encode(self, context: Context) -> Encoded:
-        """Turns a context into token ids: the one way in for training, `route` and decoding."""
+        """Turns a context into token ids; training, `route` and decoding all use this."""
         return self.encode_all([context])[0]
 
     def encode_all(self, contexts: Sequence[Context]) -> list[Encoded]:
@@ -162,7 +163,7 @@ class EncoderRouter(nn.Module):
 
     @torch.no_grad()
     def scores(self, contexts: Sequence[Context]) -> Float[Tensor, " batch"]:
-        """Says how surely a text belongs to any of the adapters; higher is surer."""
+        """Scores how surely a text belongs to any of the adapters; higher is surer."""
         return self.calibration.energy(self._logits(contexts))
 
     def _logits(self, contexts: Sequence[Context]) -> Float[Tensor, "batch adapters"]:
@@ -206,7 +207,7 @@ class EncoderRouter(nn.Module):
 
 
 def albert_config(tokenizer: Tokenizer) -> AlbertConfig:
-    """ALBERT-base, the paper's encoder (11M parameters with its own vocabulary of 30,000), for any tokenizer."""
+    """ALBERT-base, the paper's encoder (11M parameters with its vocabulary of 30,000), for any tokenizer."""
     return AlbertConfig(
         vocab_size=vocab_size(tokenizer),
         embedding_size=128,

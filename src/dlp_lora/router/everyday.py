@@ -1,6 +1,6 @@
-"""Everyday prompts: what people ask an assistant for which no adapter was made, and the threshold that they set.
+"""Everyday prompts, for which no adapter was made, and the threshold that they set.
 
-A router that is made from descriptions or from adapters has seen no foreign text. These stand for it.
+A router from descriptions or from adapters has seen no foreign text. The everyday prompts take its place.
 """
 
 import json
@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-KEPT = 0.95  # share of an adapter's texts that are to fit
-SENT = 0.95  # share of the everyday prompts that are to fit none
-SURE = 0.999  # how well the median text fits, or fails to
+KEPT = 0.95  # target share of an adapter's texts that fit
+SENT = 0.95  # target share of the everyday prompts that fit no adapter
+SURE = 0.999  # probability that the median text fits (or that the median everyday prompt does not)
 
 
 @cache
@@ -27,16 +27,17 @@ def everyday_prompts() -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Threshold:
-    """Where a score says that an adapter fits as likely as not, and how fast that turns."""
+    """The score at which an adapter fits with probability 0.5, and the slope of the log-odds there."""
 
     at: float
     slope: float
 
     @classmethod
     def between(cls, inside: Float[Tensor, " texts"], everyday: Float[Tensor, " prompts"]) -> "Threshold":
-        """Fits it to the scores of the adapters' texts, which may be none, and of everyday prompts.
+        """Fits the threshold to the scores of the adapters' texts (maybe none) and of everyday prompts.
 
-        Nineteen of twenty texts are to fit; where that many everyday prompts are not kept out, both count alike.
+        95 % of the texts fit if this rejects 95 % of the everyday prompts. Otherwise the threshold loses as few of both
+        as possible.
         """
         outer = float(everyday.quantile(SENT))
         if not len(inside):

@@ -22,13 +22,13 @@ CONFIG_FILE = "router_config.json"
 WEIGHTS_FILE = "router.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
 FORMAT = 4
-FILES = (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE)  # all that a router is
+FILES = (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE)  # all files of a router
 TYPES = ("mini-mlp", "encoder", "prototypes", "arrow")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SavedRouter:
-    """What a router folder holds; `settings` is what the type needs beside the rest, as JSON data."""
+    """The content of a router folder; `settings` has the other data of the router's type, as JSON data."""
 
     type: str
     names: tuple[str, ...]
@@ -38,8 +38,8 @@ class SavedRouter:
 
 
 def write_router(path: str | Path, saved: SavedRouter) -> None:
-    """Writes a router folder; the one that was there before is replaced at the very end."""
-    with replace_folder(path, own=(*FILES, "report.json")) as folder:  # which is of the router that was there
+    """Writes a router folder; an old folder is replaced at the very end."""
+    with replace_folder(path, own=(*FILES, "report.json")) as folder:  # the report is the old router's
         save_file({name: tensor.contiguous() for name, tensor in saved.weights.items()}, folder / WEIGHTS_FILE)
         saved.tokenizer.save(str(folder / TOKENIZER_FILE))
         tokenizer = _hash(folder / TOKENIZER_FILE)
@@ -48,14 +48,14 @@ def write_router(path: str | Path, saved: SavedRouter) -> None:
 
 
 def router_hash(router: Router) -> str:
-    """The SHA-256 of what a router saves: equal hashes are equal routers."""
+    """The SHA-256 of a router's files: routers with equal hashes are equal."""
     with tempfile.TemporaryDirectory() as scratch:
         router.save_pretrained(Path(scratch) / "router")
         return folder_hash(Path(scratch) / "router")
 
 
 def folder_hash(path: str | Path) -> str:
-    """The SHA-256 of a router folder's own files, whatever lies beside them."""
+    """The SHA-256 of a router folder's files; files of others in the folder do not count."""
     digest = hashlib.sha256()
     for name in FILES:
         if (file := Path(path) / name).is_file():
@@ -64,7 +64,7 @@ def folder_hash(path: str | Path) -> str:
 
 
 def router_type(path: str | Path) -> str:
-    """Tells the type of the router in a folder.
+    """Returns the type of the router in a folder.
 
     Raises:
         RouterError: if it is no router folder, is damaged or of a later version.
@@ -75,7 +75,7 @@ def router_type(path: str | Path) -> str:
 
 @contextmanager
 def reading_router(path: str | Path, type: str) -> Iterator[SavedRouter]:
-    """Gives what a router folder holds; what goes wrong with it inside the `with` is a RouterError, too.
+    """Reads a router folder; errors of reading inside the `with` become RouterErrors.
 
     Raises:
         RouterError: if a file is missing or damaged, or the router is of another type or a later version.
@@ -116,7 +116,7 @@ def _hash(file: Path) -> str:
 
 @contextmanager
 def as_router_error(path: Path) -> Iterator[None]:
-    """Turns what goes wrong while a router folder is read into a RouterError that names it."""
+    """Turns errors of reading a router folder into a RouterError that names the folder."""
     try:
         yield
     except RouterError:

@@ -21,12 +21,12 @@ from dlp_lora.router.nearness import Nearness
 from dlp_lora.router.neighbours import Neighbours, Prompts
 from dlp_lora.router.tokenizer import MAX_CHARS, plain_tokenizer, vocab_size
 
-# What a text is summed up in: its distinct tokens (0), its beginning (1), its end (-1). What was said before fades.
+# The bags of a text: its distinct tokens (0), its beginning (1), its end (-1). The history has only its end.
 LEANS: Mapping[str, tuple[int, ...]] = {"history": (-1,), "prompt": (0, 1, -1), "answer": (0, -1)}
 NUM_BAGS = sum(map(len, LEANS.values()))
 PIECES = re.compile(r"\n|(?<=[.!?])[^\S\n]+(?=\S)")
-HISTORY_CHARS = 4_000  # what lies further back has faded
-CACHE_SIZE = 1024  # texts whose bags are kept: a prompt is read once, however many sentences its answer has
+HISTORY_CHARS = 4_000  # older text has hardly any weight
+CACHE_SIZE = 1024  # texts whose bags are cached, so that a prompt is read once for all sentences of its answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class MiniMLPConfig:
 
     dim: int = 96
     hidden: int = 384
-    half_life: float = 16.0  # tokens after which a token counts half in the bags that lean to one end
+    half_life: float = 16.0  # tokens after which a token counts half, in the bags of a beginning or an end
     history_half_life: float = 32.0
     max_chars: int = MAX_CHARS  # longer texts keep their end
 
@@ -48,14 +48,13 @@ class MiniMLPConfig:
 class MiniMLP(nn.Module):
     """The paper's 4-layer mini-MLP over bags of tokens.
 
-    A context is six bags, so that neither order nor turns are lost: the end of the history; the prompt's distinct
-    tokens, its beginning, its end; the answer's distinct tokens and its end. Distinct tokens count once each, however
-    often a text repeats them; the others count by their place. A bag is a mean of token embeddings, zero where the
-    text is empty.
+    A bag is a mean of token embeddings, or zero if the text is empty. A context is six bags: the end of the history;
+    the prompt's distinct tokens, its beginning and its end; the answer's distinct tokens and its end. Distinct tokens
+    count once each. In the other bags, a token's weight depends on its place.
 
-    The layers and the head know the adapters that they were trained on, and `near` tells texts of none of them. Where
-    these leave a text over, `neighbours` says whether its prompt is one of an adapter that joined later (`add_tasks` of
-    `dlp_lora.training.extend`): what joins changes little for the others.
+    The layers and the head know the adapters that they were trained on. `near` recognises texts of none of them. For
+    these texts, `neighbours` decides whether the prompt belongs to an adapter that joined later (`add_tasks` of
+    `dlp_lora.training.extend`). So a new adapter changes little for the others.
     """
 
     def __init__(
@@ -100,37 +99,37 @@ class MiniMLP(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def encode(self, context: Context) -> Encoded:
-        """Turns a context into the token ids that the bags hold: the one way in for training, `route` and decoding."""
+        """Turns a context into the token ids of its bags; training, `route` and decoding all use this."""
         return Encoded(*map(self._encode, self._parts(context).values()))
 
     def encode_all(self, contexts: Sequence[Context]) -> list[Encoded]:
         """Encodes many contexts at once, each as `encode` does."""
         parts = [[_pieces(text) for text in self._parts(context).values()] for context in contexts]
-        pieces = list(dict.fromkeys(piece for own in parts for text in own for piece in text))
-        found = self.tokenizer.encode_batch(pieces, add_special_tokens=False)
-        ids = {piece: tuple(encoding.ids) for piece, encoding in zip(pieces, found, strict=True)}
-        return [Encoded(*(self._join([ids[piece] for piece in text]) for text in own)) for own in parts]
+        pieces = list(dict.fromkeys(piece for texts in parts for text in texts for piece in text))
+        encodings = self.tokenizer.encode_batch(pieces, add_special_tokens=False)
+        ids = {piece: tuple(encoding.ids) for piece, encoding in zip(pieces, encodings, strict=True)}
+        return [Encoded(*(self._join([ids[piece] for piece in text]) for text in texts)) for texts in parts]
 
     def features(self, contexts: Sequence[Encoded]) -> Float[Tensor, "batch hidden"]:
-        """Gives what the head sees of encoded contexts."""
+        """Gives the input of the head for encoded contexts."""
         bags = self._sum([(part, ids) for context in contexts for part, ids in context._asdict().items()])
         hidden: Tensor = self.layers(bags.view(len(contexts), -1))
         return hidden
 
     def forward(self, contexts: Sequence[Encoded]) -> Float[Tensor, "batch trained"]:
-        """Gives the logits of encoded contexts, of the adapters that the router was trained on."""
+        """Gives the logits of the trained adapters for encoded contexts."""
         logits: Tensor = self.head(self.features(contexts))
         return logits
 
     def prompts(self, texts: Sequence[str]) -> Prompts:
-        """Gives what `neighbours` reads of prompts."""
+        """Turns prompts into the input of `neighbours`."""
         ids = [self._encode(text.strip()[-self.config.max_chars :]) for text in texts]
-        return Prompts(self._sum([("prompt", own) for own in ids]).view(len(texts), -1), ids)
+        return Prompts(self._sum([("prompt", tokens) for tokens in ids]).view(len(texts), -1), ids)
 
     def fit(
         self, features: Float[Tensor, "batch hidden"], logits: Float[Tensor, "batch trained"]
     ) -> Float[Tensor, " batch"]:
-        """Says how well the likeliest trained adapter fits what the head saw, on the CPU."""
+        """Scores how well the likeliest trained adapter fits these features, on the CPU."""
         if not self.trained:
             return torch.full((len(logits),), -torch.inf)
         energy = logits.float().logsumexp(dim=-1).cpu()
@@ -143,18 +142,18 @@ class MiniMLP(nn.Module):
         scores = self._scores(contexts, features, logits)
         found = self.calibration.probabilities(logits, scores)
         if (joined := self._joined(contexts)) is not None:
-            # Trained ones, joined ones and none: the softmax of their log-odds, that of none being 0.
+            # The softmax of the log-odds of trained adapters, joined adapters and none; the log-odds of none are 0.
             lead = (joined.amax(dim=-1) - F.softplus(self.calibration.log_odds(scores)))[:, None]
             found = torch.cat([found * (-lead).sigmoid(), joined.softmax(dim=-1) * lead.sigmoid()], dim=-1)
         return found * has_text(contexts)[:, None]
 
     @torch.no_grad()
     def scores(self, contexts: Sequence[Context]) -> Float[Tensor, " batch"]:
-        """Says how surely a text belongs to any of the adapters, by itself or after its history; higher is surer.
+        """Scores how surely a text belongs to any of the adapters, with or without its history; higher is surer.
 
-        It is the free energy of the logits (Liu et al. 2020, arXiv 2010.03759), and where there is `near`, its sum
-        with that: texts that are short or disguised keep their energy, foreign ones their distance. An adapter that
-        joined counts where its log-odds are higher.
+        The score is the free energy of the logits (Liu et al. 2020, arXiv 2010.03759), plus that of `near` if there is
+        one: the energy accepts short and unusual texts, and the distance rejects foreign ones. An adapter that joined
+        later counts if its log-odds are higher.
         """
         features = self._cached_features(contexts)
         found = self._scores(contexts, features, self.head(features))
@@ -221,7 +220,7 @@ class MiniMLP(nn.Module):
         logits: Float[Tensor, "batch adapters"],
     ) -> Float[Tensor, " batch"]:
         found = self.fit(features, logits)
-        # A history that no adapter knows makes no stranger of a prompt that one does.
+        # A prompt that fits an adapter still fits after a foreign history.
         after = [i for i, c in enumerate(contexts) if c.history.strip() and (c.prompt + c.answer + c.sentence).strip()]
         if after:
             features = self._cached_features([replace(contexts[i], history="") for i in after])
@@ -247,7 +246,7 @@ class MiniMLP(nn.Module):
         }
 
     def _encode(self, text: str) -> Sequence[int]:
-        # Piece by piece, as all but the last of a growing answer were encoded before.
+        # Piece by piece: of a growing answer, all pieces but the last are in the cache.
         return self._join([self._encode_piece(piece) for piece in _pieces(text)])
 
     def _tokenize(self, piece: str) -> Sequence[int]:
@@ -261,7 +260,7 @@ class MiniMLP(nn.Module):
         return ids
 
     def _cached_bags(self, parts: Sequence[tuple[str, str]]) -> Float[Tensor, "bags dim"]:
-        """The bags of parts of contexts, kept from one sentence to the next."""
+        """The bags of parts of contexts, cached for later sentences."""
         if self._bags_of != (state := _state(self.embedding.weight)):
             self._bags.clear()
             self._bags_of = state
@@ -290,7 +289,7 @@ class MiniMLP(nn.Module):
         weight = self.embedding.weight
         rows = torch.tensor(ids, dtype=torch.long, device=weight.device)
         table = weight
-        if torch.is_grad_enabled():  # a row of the gradient for each token of the batch, not for each time it occurs
+        if torch.is_grad_enabled():  # one row of the gradient for each distinct token of the batch
             used, rows = rows.unique(return_inverse=True)  # type: ignore[no-untyped-call]
             table = self.embedding(used)
         return F.embedding_bag(
@@ -304,16 +303,16 @@ class MiniMLP(nn.Module):
 
 def _part(weights: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     """The weights of a part, by their names in it."""
-    return {key.removeprefix(f"{name}."): own for key, own in weights.items() if key.startswith(f"{name}.")}
+    return {key.removeprefix(f"{name}."): tensor for key, tensor in weights.items() if key.startswith(f"{name}.")}
 
 
 def _state(tensor: Tensor) -> tuple[int, int]:
-    """What changes when a tensor is replaced or written to."""
+    """A value that changes if a tensor is replaced or written to."""
     return tensor.data_ptr(), tensor._version
 
 
 def _pieces(text: str) -> list[str]:
-    """What is read of each line and sentence: how people set capitals and spaces says less of a task than it varies."""
+    """The lines and sentences of a text, in lower case and with single spaces: the task does not depend on these."""
     return [" ".join(piece.split()) for piece in PIECES.split(text.lower())]
 
 

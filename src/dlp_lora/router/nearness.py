@@ -1,22 +1,22 @@
-"""Nearness: how near a text lies to those of its adapter, so that a router can tell when none fits."""
+"""Nearness: the distance of a text to its adapter's texts, so that a router knows when none fits."""
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 RIDGE = 0.1  # of the features' mean variance, added to each
-DIRECTIONS = 128  # in which the features vary most; the others say little of fit and cost time
-TINY = 1e-6  # where all texts of an adapter are one
+DIRECTIONS = 128  # in which the features vary most; the others add little and cost time
+TINY = 1e-6  # for adapters whose texts are all the same
 
 
 class Nearness(nn.Module):
     """Minus the log of the squared Mahalanobis distance from features to their adapter's mean (Lee et al. 2018, arXiv
-    1807.03888), over what it is for that adapter's own texts on average. So adapters of varied texts reach further.
+    1807.03888), divided by its mean over that adapter's texts. So adapters with diverse texts accept larger distances.
 
-    One covariance for all, along its principal directions.
+    All adapters share one covariance, along its principal directions.
     """
 
-    whiten: Float[Tensor, "hidden directions"]  # Euclidean distance between what it maps to is Mahalanobis'
+    whiten: Float[Tensor, "hidden directions"]  # maps Mahalanobis distance to Euclidean distance
     centres: Float[Tensor, "adapters directions"]
     spreads: Float[Tensor, " adapters"]
 
@@ -33,7 +33,7 @@ class Nearness(nn.Module):
 
     @classmethod
     def of(cls, features: Float[Tensor, "adapters texts hidden"]) -> "Nearness":
-        """Fits it to some texts of each adapter."""
+        """Fits the means and the covariance to some texts of each adapter."""
         features = features.double()
         means = features.mean(dim=1)
         gaps = features - means[:, None]
@@ -47,7 +47,7 @@ class Nearness(nn.Module):
     def forward(
         self, features: Float[Tensor, "batch hidden"], owners: Int[Tensor, " batch"]
     ) -> Float[Tensor, " batch"]:
-        """Gives the scores, on the CPU; higher is nearer. `owners` are the places of the adapters."""
+        """Gives the scores, on the CPU; higher is nearer. `owners` are the indices of the adapters."""
         distances = self._distances(features, owners) / self.spreads[owners]
         return -distances.clamp(min=1e-12).log().cpu()
 
@@ -59,11 +59,13 @@ class Nearness(nn.Module):
         *,
         coverage: float,
     ) -> "Nearness":
-        """Widens the spreads until `coverage` of each adapter's texts score `least`; none becomes smaller."""
-        wanted = self._distances(features, owners) * least.to(features).exp()
+        """Widens the spreads until `coverage` of each adapter's texts reach the score `least`; no spread becomes
+        smaller.
+        """
+        needed = self._distances(features, owners) * least.to(features).exp()
         spreads = self.spreads.clone()
         for owner in owners.unique().tolist():
-            spreads[owner] = torch.maximum(spreads[owner], wanted[owners == owner].quantile(coverage))
+            spreads[owner] = torch.maximum(spreads[owner], needed[owners == owner].quantile(coverage))
         return Nearness(self.whiten, self.centres, spreads)
 
     def only(self, kept: list[int]) -> "Nearness":

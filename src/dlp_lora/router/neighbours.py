@@ -1,8 +1,8 @@
-"""Neighbours: adapters that join a trained router later. It learns nothing more, and knows them by their examples.
+"""Neighbours: adapters that join a trained router later. They are recognised by their examples, without training.
 
-What trained layers make of texts that they never learned lies close together: distances there let foreign texts in. The
-words below them still tell these apart. So a prompt is compared with the examples of each adapter that joined: by the
-bags that the layers read, by its tokens, and by its pairs of neighbouring tokens.
+The trained layers give similar features to all texts that they never learned, so distances between features accept
+foreign texts. The words of these texts differ. So a prompt is compared with the examples of each adapter that joined:
+by the bags that the layers read, by its tokens, and by its pairs of neighbouring tokens.
 """
 
 import math
@@ -15,25 +15,25 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 RIDGE = 0.5  # of the bags' mean variance within a task, added to each
-PLACES = 2**15  # of tokens, and as many of pairs; those that share one count as the same
+PLACES = 2**15  # hash places of tokens, and as many of pairs
 NEAREST = 5  # examples that count
-LOST = 0.06  # share of the examples of the adapters that joined which are to fit none
-MIN_EXAMPLES = 16  # fewer say too little about such a share
-SIZES = (1, 2, 4, 8, 16, 32, 64)  # numbers of examples for which the usual likeness is kept
-SURE, SURE_SHARE = 0.99, 0.8  # so surely fits such a share of an adapter's prompts
+LOST = 0.06  # target share of the examples of joined adapters that fit none
+MIN_EXAMPLES = 16  # with fewer examples this share is too uncertain
+SIZES = (1, 2, 4, 8, 16, 32, 64)  # numbers of examples for which the usual likeness is stored
+SURE, SURE_SHARE = 0.99, 0.8  # this share of an adapter's prompts fits with this probability
 TINY = 1e-3
 
 
 class Prompts(NamedTuple):
-    """Prompts as the router reads them: their bags side by side, and their token ids."""
+    """Prompts as the router reads them: their bags, concatenated, and their token ids."""
 
     bags: Float[Tensor, "prompts bags"]
     ids: Sequence[Sequence[int]]
 
 
 class Usual(NamedTuple):
-    """What is usual for the prompts of an adapter: mean and deviation of their likeness to its examples; the score that
-    all but a few of them reach, and how far above that most of them lie.
+    """The usual numbers of an adapter's prompts: mean and deviation of their likeness to its examples; the score that
+    nearly all of them reach (`least`), and the distance from there to the score of most (`room`).
     """
 
     mean: float
@@ -43,7 +43,7 @@ class Usual(NamedTuple):
 
 
 class Examples(nn.Module):
-    """Prompts as they are compared: unit vectors of their bags, of their tokens and of their pairs."""
+    """Prompts in the form for comparison: unit vectors of their bags, of their tokens and of their pairs."""
 
     units: Float[Tensor, "prompts bags"]
     places: Int[Tensor, " words"]  # of tokens and pairs, one prompt after the other
@@ -65,7 +65,7 @@ class Examples(nn.Module):
         return len(self.lengths)
 
     def likeness(self, prompts: "Examples") -> Float[Tensor, "prompts examples"]:
-        """The mean of the three cosines of prompts to each of these."""
+        """The mean of the three cosines between prompts and these examples."""
         of_word = torch.arange(len(self), device=self.lengths.device).repeat_interleave(self.lengths)
         blank = self.units.new_zeros(2 * PLACES)
         rows = []
@@ -79,21 +79,21 @@ class Examples(nn.Module):
 class Neighbours(nn.Module):
     """Scores prompts by their likeness to the examples of adapters that joined; 0 is the threshold.
 
-    The score is how far the mean likeness to the five nearest examples exceeds what is typical, in deviations. Typical
-    of an adapter is half way between its examples, each left out in turn, and the tasks that the router was trained on:
-    an adapter of varied texts reaches further, but not so far that it takes all. The deviation is that of those
-    tasks, and one threshold for all that joined keeps at least 94 % of their examples, each left out.
+    The score is the mean likeness to the five nearest examples minus the typical likeness, in deviations. The typical
+    likeness is the mean of two numbers: that of the adapter's examples, each left out in turn, and that of the tasks
+    that the router was trained on. So an adapter with diverse texts accepts more, but not all. The deviation is that of
+    the trained tasks. One threshold for all joined adapters accepts at least 94 % of their examples, each left out.
     """
 
     whiten: Float[Tensor, "bags bags"]
     mean: Float[Tensor, " bags"]
-    rarity: Float[Tensor, " places"]  # of each token and pair: the fewer tasks use it, the more it weighs
+    rarity: Float[Tensor, " places"]  # weight of each token and pair, larger if fewer tasks use it
     usual: Float[Tensor, "sizes 4"]
 
     def __init__(
         self, weights: Mapping[str, Tensor], names: Sequence[str] = (), examples: Sequence[Examples] = ()
     ) -> None:
-        """Puts adapters into use; `weights` are those that do not depend on them, by name."""
+        """Makes it from the weights that do not depend on the joined adapters, by name, and from these adapters."""
         super().__init__()
         self.names = tuple(names)
         for name in OF_TASKS:
@@ -105,9 +105,9 @@ class Neighbours(nn.Module):
 
     @classmethod
     def of(cls, tasks: Sequence[Prompts]) -> "Neighbours":
-        """Learns from prompts of the trained tasks how those of one task vary; no adapter has joined yet."""
+        """Measures the variation within each trained task; no adapter has joined yet."""
         bags = [task.bags.double() for task in tasks]
-        gaps = torch.cat([own - own.mean(dim=0) for own in bags])
+        gaps = torch.cat([task_bags - task_bags.mean(dim=0) for task_bags in bags])
         variances, directions = torch.linalg.eigh(gaps.T @ gaps / len(gaps))
         whiten = directions / (variances + RIDGE * variances.mean() + 1e-12).sqrt()
         used = torch.zeros(2 * PLACES)
@@ -122,17 +122,17 @@ class Neighbours(nn.Module):
         }
         read, most = cls(weights).read, SIZES[-1] + 1
         some = [read(Prompts(task.bags[:most], task.ids[:most])) for task in tasks]
-        usual = _usual([own.likeness(own) for own in some])
+        usual = _usual([examples.likeness(examples) for examples in some])
         return cls({**weights, "usual": torch.tensor(usual)})
 
     @classmethod
     def from_weights(cls, names: Sequence[str], weights: Mapping[str, Tensor]) -> "Neighbours":
-        """Makes it of its saved weights."""
+        """Makes it from its saved weights."""
         examples = [Examples(*(weights[f"examples.{i}.{part}"] for part in OF_EXAMPLES)) for i in range(len(names))]
         return cls(weights, names, examples)
 
     def joined(self, tasks: Mapping[str, Prompts]) -> "Neighbours":
-        """Takes in adapters by name, with examples of what they are asked."""
+        """Adds adapters by name, with examples of their prompts."""
         examples = [*self._examples, *map(self.read, tasks.values())]
         return Neighbours(dict(self.named_buffers()), (*self.names, *tasks), examples)
 
@@ -142,42 +142,43 @@ class Neighbours(nn.Module):
         return Neighbours(dict(self.named_buffers()), names, examples)
 
     def read(self, prompts: Prompts) -> Examples:
-        """Turns prompts into what is compared."""
+        """Turns prompts into the form for comparison."""
         words = [_places(ids) for ids in prompts.ids]
-        weights = [F.normalize(self.rarity[part.to(self.rarity.device)], dim=0) for own in words for part in own]
+        weights = [F.normalize(self.rarity[part.to(self.rarity.device)], dim=0) for parts in words for part in parts]
         return Examples(
             F.normalize((prompts.bags.float() - self.mean) @ self.whiten, dim=-1),
-            torch.cat([part for own in words for part in own]).to(self.rarity.device),
+            torch.cat([part for parts in words for part in parts]).to(self.rarity.device),
             torch.cat(weights),
-            torch.tensor([sum(map(len, own)) for own in words], device=self.rarity.device),
+            torch.tensor([sum(map(len, parts)) for parts in words], device=self.rarity.device),
         )
 
     def forward(self, prompts: Prompts) -> Float[Tensor, "prompts adapters"]:
         """Gives each prompt's score for each adapter, on the CPU."""
         read = self.read(prompts)
         scores = [
-            (_nearest(own.likeness(read)) - typical) / deviation - self._least
-            for own, (typical, deviation) in zip(self._examples, self._typical, strict=True)
+            (_nearest(examples.likeness(read)) - typical) / deviation - self._least
+            for examples, (typical, deviation) in zip(self._examples, self._typical, strict=True)
         ]
         return torch.stack(scores, dim=1).cpu()
 
     def logits(self, prompts: Prompts) -> Float[Tensor, "prompts adapters"]:
-        """Gives the scores as log-odds: how surely each adapter by itself fits."""
+        """Gives the scores as log-odds that each adapter fits, regardless of the others."""
         scores: Float[Tensor, "prompts adapters"] = self(prompts)
         return self._slope * scores
 
     def _fit(self) -> tuple[list[tuple[float, float]], float, float]:
-        """What is typical of each adapter, with the deviation; the threshold; and how fast a fit turns there."""
+        """The typical likeness of each adapter with the deviation; the threshold; and the slope of the log-odds there.
+        """
         typical, scores = [], []
-        for own in self._examples:
-            usual = self._usual_of(len(own))
-            found = _left_out(own.likeness(own))
-            middle = (float(found.mean()) + usual.mean) / 2 if len(found) else usual.mean
+        for examples in self._examples:
+            usual = self._usual_of(len(examples))
+            likeness = _left_out(examples.likeness(examples))
+            middle = (float(likeness.mean()) + usual.mean) / 2 if len(likeness) else usual.mean
             typical.append((middle, usual.deviation))
-            scores.append((found - middle) / usual.deviation)
+            scores.append((likeness - middle) / usual.deviation)
         usual = self._usual_of(min(map(len, self._examples), default=SIZES[-1]))
         joined = torch.cat(scores) if scores else torch.zeros(0)
-        # Examples that are all but the same put no bound on prompts to come: it is never above what is usual.
+        # Examples that are nearly the same would set a threshold that later prompts miss: it is at most the usual one.
         least = usual.least
         if len(joined) >= MIN_EXAMPLES:
             least = min(least, float(joined.quantile(LOST)))
@@ -204,7 +205,7 @@ def _nearest(likeness: Float[Tensor, "prompts examples"]) -> Float[Tensor, " pro
 
 
 def _left_out(likeness: Float[Tensor, "examples examples"]) -> Float[Tensor, " scored"]:
-    """Each example's mean likeness to the nearest others; nothing where there is no other."""
+    """Each example's mean likeness to the nearest others; empty if there is no other."""
     num = len(likeness)
     if num < 2:
         return likeness.new_zeros(0).cpu()
@@ -213,8 +214,8 @@ def _left_out(likeness: Float[Tensor, "examples examples"]) -> Float[Tensor, " s
 
 
 def _usual(likeness: Sequence[Float[Tensor, "_ _"]]) -> list[Usual]:
-    """What is usual for each of the sizes; the next smaller size's where no task has so many texts."""
-    found = [Usual(mean=0.5, deviation=0.1, least=-2.0, room=1.0)]  # where no task has two
+    """The usual numbers for each size; those of the next smaller size if no task has so many texts."""
+    found = [Usual(mean=0.5, deviation=0.1, least=-2.0, room=1.0)]  # if no task has two texts
     for size in SIZES:
         # Each text is compared with the texts before it in turn.
         rows = [

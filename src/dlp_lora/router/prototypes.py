@@ -1,7 +1,7 @@
-"""PrototypeRouter: no training at all. A frozen sentence encoder, and the mean vector of a few texts per adapter.
+"""PrototypeRouter: a frozen sentence encoder, and the mean vector of a few texts per adapter; no training.
 
-What people ask every day (`everyday.json`) stands for all that no adapter is for: a text fits an adapter if it lies as
-near to it as the adapter's texts do, and nearer than to those.
+Everyday prompts (`everyday.json`) take the place of foreign texts. A text fits an adapter if it is as near to it as the
+adapter's texts are, and nearer than to everyday prompts.
 """
 
 import json
@@ -23,19 +23,19 @@ from dlp_lora.router.everyday import Threshold, everyday_prompts
 from dlp_lora.router.folder import SavedRouter, reading_router, write_router
 
 TEMPERATURE = 0.05
-MIN_TEXTS = 8  # fewer that can be left out say little about a temperature
+MIN_TEXTS = 8  # with fewer texts the temperature is too uncertain
 BATCH_SIZE = 32
-TINY = 1e-3  # of a cosine: where all texts of an adapter are one
+TINY = 1e-3  # of a cosine, for adapters whose texts are all the same
 
 
 class PrototypeRouter(nn.Module):
-    """Routes by cosine: the adapter whose nearest prototype lies closest to the text wins.
+    """Routes by cosine: the adapter with the prototype nearest to the text wins.
 
-    A prototype is the mean of texts' unit vectors, itself a unit vector. Probabilities are the softmax of
-    cosine / temperature. It reads a context as one text (`Context.text`); blank text fits none.
+    A prototype is the normalised mean of texts' unit vectors. Probabilities are the softmax of cosine / temperature.
+    The router reads a context as one text (`Context.text`); a blank text fits no adapter.
 
-    With `fit` it may say that none fits. The score for that is how much nearer the text lies to its adapter than to any
-    everyday prompt, and, where adapters have examples, how near that is for texts of this adapter.
+    With `fit`, the router may find that no adapter fits. The score compares the nearness of the text to its adapter
+    with its nearness to any everyday prompt, and, if there are examples, with the nearness of the adapter's texts.
     """
 
     prototypes: Tensor
@@ -52,7 +52,7 @@ class PrototypeRouter(nn.Module):
         temperature: float = TEMPERATURE,
         fit: "Fit | None" = None,
     ) -> None:
-        """Puts prototypes into use; `owners[i]` is the place in `names` of prototype i's adapter."""
+        """`owners[i]` is the index in `names` of prototype i's adapter."""
         super().__init__()
         if not temperature > 0:
             raise ValueError(f"a router's temperature must be positive, got {temperature}")
@@ -79,10 +79,10 @@ class PrototypeRouter(nn.Module):
 
         Args:
             encoder: a folder or hub id of any sentence encoder that is mean-pooled, or one in memory.
-            num_prototypes: how many an adapter has at most; its texts are clustered into so many.
-            temperature: if not given, it is fitted by leaving out one text at a time, where at least two adapters
-                have several texts and these are 8 or more; else it is 0.05.
-            everyday: prompts that no adapter is for, by which it learns to say so; by default those of `everyday.json`.
+            num_prototypes: the largest number of an adapter's prototypes; its texts are clustered into so many.
+            temperature: by default it is fitted, with one text left out at a time, if at least two adapters have
+                several texts and these are 8 or more; otherwise it is 0.05.
+            everyday: prompts that fit no adapter, for the threshold; by default those of `everyday.json`.
 
         Raises:
             RouterError: if there is no adapter, or one has no text.
@@ -90,7 +90,7 @@ class PrototypeRouter(nn.Module):
         if not isinstance(encoder, TextEncoder):
             encoder = TextEncoder.from_pretrained(encoder)
         return cls.from_units(
-            {name: _embed_all(encoder, _own_texts(name, own)) for name, own in texts.items()},
+            {name: _embed_all(encoder, _as_texts(name, examples)) for name, examples in texts.items()},
             encoder,
             num_prototypes=num_prototypes,
             temperature=temperature,
@@ -107,7 +107,7 @@ class PrototypeRouter(nn.Module):
         num_prototypes: int = 1,
         temperature: float | None = None,
     ) -> "PrototypeRouter":
-        """Makes a router as `from_texts` does, from the unit vectors that the encoder gives the texts (`embed`)."""
+        """Makes a router as `from_texts` does, from the unit vectors of the texts (`embed`)."""
         if num_prototypes < 1:
             raise ValueError(f"num_prototypes must be at least 1, got {num_prototypes}")
         names = check_labels(sorted(texts))
@@ -121,7 +121,7 @@ class PrototypeRouter(nn.Module):
         sums = torch.zeros(len(owned), encoder.dim).index_add(0, assigned, units)
         labels = owned[assigned]
         cosines = _nearest(_without_itself(units, assigned, sums), owned, len(names))
-        # A single text has no other to be compared with.
+        # An adapter with a single text has no other text for comparison.
         among = labels.bincount()[labels] > 1
         cosines, labels = cosines[among], labels[among]
         if temperature is None:
@@ -148,7 +148,7 @@ class PrototypeRouter(nn.Module):
 
     @torch.no_grad()
     def scores(self, contexts: Sequence[Context]) -> Float[Tensor, " batch"]:
-        """Says how surely a text belongs to any of the adapters; higher is surer."""
+        """Scores how surely a text belongs to any of the adapters; higher is surer."""
         units = self._units(contexts)
         cosines = self._cosines(units)
         return cosines.amax(dim=-1).cpu() if self.fit is None else self.fit(units, cosines)
@@ -207,7 +207,7 @@ FIT_WEIGHTS = ("everyday", "typical", "spreads")
 
 
 class Fit(nn.Module):
-    """How well a text fits its adapter: nearer than everyday prompts lie, and as near as the adapter's texts."""
+    """Scores how well a text fits its adapter: nearer than to everyday prompts, and as near as the adapter's texts."""
 
     everyday: Float[Tensor, "prompts dim"]
     typical: Float[Tensor, " adapters"]
@@ -223,7 +223,8 @@ class Fit(nn.Module):
         threshold: Threshold,
     ) -> None:
         """`typical` and `spreads` are mean and deviation of the cosines of each adapter's texts; without examples the
-        spreads are infinite. `margin` is the deviation of a text's cosine to its adapter less that to everyday prompts.
+        spreads are infinite. `margin` is the deviation of this difference: a text's cosine to its adapter minus its
+        largest cosine to an everyday prompt.
         """
         super().__init__()
         for name, tensor in zip(FIT_WEIGHTS, (everyday, typical, spreads), strict=True):
@@ -239,7 +240,7 @@ class Fit(nn.Module):
         everyday: Float[Tensor, "prompts dim"],
         everyday_cosines: Float[Tensor, "prompts adapters"],
     ) -> "Fit":
-        """Fits it to texts, with cosines to prototypes that were made without them, and to everyday prompts."""
+        """Fits the numbers to everyday prompts and to texts; each text's cosines are to prototypes made without it."""
         others = (everyday @ everyday.T).fill_diagonal_(-1.0).amax(dim=-1)
         nearest = (units @ everyday.T).amax(dim=-1)
         has_examples = len(labels) >= MIN_TEXTS
@@ -260,7 +261,7 @@ class Fit(nn.Module):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What is no tensor, as JSON data."""
+        """The numbers that are not tensors, as JSON data."""
         return {"margin": self.margin, "threshold": asdict(self.threshold)}
 
     def _scores(
@@ -281,10 +282,10 @@ def _embed_all(encoder: TextEncoder, texts: Sequence[str]) -> Float[Tensor, "tex
 
 
 def read_descriptions(file: str | Path) -> dict[str, str | list[str]]:
-    """Reads a JSON file that describes each adapter: by a sentence, or by a few examples of what it is asked.
+    """Reads a JSON file that describes each adapter: by a sentence, or by a few examples of its prompts.
 
     Raises:
-        RouterError: if it is something else.
+        RouterError: if the file is damaged or has another form.
     """
     try:
         texts = parse_json(Path(file).read_text(encoding="utf-8-sig"))
@@ -297,11 +298,11 @@ def read_descriptions(file: str | Path) -> dict[str, str | list[str]]:
     return texts
 
 
-def _own_texts(name: str, texts: str | Sequence[str]) -> list[str]:
-    own = [texts] if isinstance(texts, str) else list(texts)
-    if not own or not all(isinstance(text, str) and text.strip() for text in own):
-        raise RouterError(f"{name!r} has {own or 'no text'}; give it a description or a list of examples, none blank")
-    return own
+def _as_texts(name: str, examples: str | Sequence[str]) -> list[str]:
+    texts = [examples] if isinstance(examples, str) else list(examples)
+    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise RouterError(f"{name!r} has {texts or 'no text'}; give it a description or a list of examples, none blank")
+    return texts
 
 
 def _nearest(
@@ -312,7 +313,7 @@ def _nearest(
 
 
 def _cluster(units: Float[Tensor, "texts dim"], num: int, *, rounds: int = 10) -> Int[Tensor, " texts"]:
-    """Spherical k-means, begun with texts far from each other; clusters that come out empty are left out."""
+    """Spherical k-means; it starts with texts far from each other and leaves out empty clusters."""
     chosen = [0]
     while len(chosen) < min(num, len(units)):
         chosen.append(int((units @ units[chosen].T).amax(dim=1).argmin()))
@@ -331,7 +332,7 @@ def _without_itself(
     """Each text's cosines to prototypes that were made without it."""
     cosines = units @ F.normalize(sums, dim=-1).T
     rest = sums[clusters] - units
-    # A prototype of this text alone is gone with it.
+    # Without its only text, a prototype does not exist.
     alone = clusters.bincount()[clusters] == 1
     rows = torch.arange(len(units))
     cosines[rows, clusters] = (units * F.normalize(rest, dim=-1)).sum(dim=-1).masked_fill(alone, -1.0)

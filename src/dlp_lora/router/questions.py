@@ -1,11 +1,11 @@
-"""Prompts that ask several questions: a prompt in, its questions out, and the one whose turn it is.
+"""Prompts that ask several questions: a prompt in, its questions out, and the question of each line of the answer.
 
-To a router that may abstain, such a prompt as a whole is like no text of its adapters, though each question in it is.
-So a prompt is several questions where each of them fits an adapter better than the whole does. Their answers are taken
-to be a line each, in order (serial-n of MeteoRA, arXiv 2405.13053).
+As a whole, such a prompt fits no adapter, although each of its questions fits one. So a prompt is cut if each part fits
+an adapter better than the whole does. Each answer is assumed to be one line, in order (serial-n of MeteoRA, arXiv
+2405.13053).
 
-A prompt may also ask one question among instructions ("You are helpful. ... Think step by step."), in any language. It
-is then read without the sentences at either end that keep it from fitting.
+A prompt may also ask one question among instructions ("You are helpful. ... Think step by step."), in any language. The
+router then reads it without a few sentences at either end.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -18,18 +18,18 @@ from dlp_lora.router.context import Context, Router
 from dlp_lora.sentences import split
 
 Read = Callable[[Sequence[Context]], Sequence[Mapping[str, float]]]
-"""A router: what it gives each adapter by name, for each context; what a row lacks to 1, none of them fits."""
+"""A router: for each context, the probability of each adapter by name; the rest to 1 is that none fits."""
 
-SURE = 0.99  # how well a prompt fits to be one question without a look at its parts
-FITS_ALONE = 0.8  # how well each question fits an adapter to be answered without the others
-MAX_SENTENCES = 256  # beyond, a prompt is one text
-EDGE = 4  # sentences at either end of a prompt that may be instructions, at most
-MARGIN = 0.2  # by which another adapter is more probable where another question begins
+SURE = 0.99  # a prompt that fits so well is one question, and its parts are not read
+FITS_ALONE = 0.8  # questions are answered apart only if each of them fits an adapter so well
+MAX_SENTENCES = 256  # a longer prompt is one text
+EDGE = 4  # largest number of sentences at either end of a prompt that may be instructions
+MARGIN = 0.2  # a new part begins if another adapter is more probable by this much
 
 
 @dataclass(frozen=True, kw_only=True)
 class Routed:
-    """What a context asks for: the adapters' probabilities among themselves, that any fits, and the mixture."""
+    """The routing of a context: the adapters' probabilities (sum 1), the probability that any fits, and the mixture."""
 
     probabilities: Mapping[str, float]
     fits: float
@@ -47,7 +47,7 @@ class Routed:
 
 
 def decide(read: Read, context: Context, settings: RoutingSettings) -> Routed:
-    """Asks a router what a context needs, and turns its answer into a mixture."""
+    """Reads a context with a router and turns its probabilities into a mixture."""
     row = read([context])[0] if settings.prompt_routing == "whole" else route(read, context)
     probabilities, mixture = choose(settings.policy, row, settings.switching.unsure)
     return Routed(probabilities=probabilities, fits=sum(row.values()), mixture=mixture)
@@ -56,16 +56,16 @@ def decide(read: Read, context: Context, settings: RoutingSettings) -> Routed:
 def read_held(
     router: Router, contexts: Sequence[Context], held: Collection[str] | None = None
 ) -> list[dict[str, float]]:
-    """Asks a router what it gives each adapter, by name, for each context; of those in `held`, unless that is None.
+    """Reads contexts with a router and returns each adapter's probability by name; `held` limits the adapters.
 
-    What it gives an adapter that is not held is the probability that none fits.
+    The probability of an adapter outside `held` counts as the probability that none fits.
     """
     rows = [dict(zip(router.names, row, strict=True)) for row in router.probabilities(contexts).tolist()]
     return rows if held is None else [{name: p for name, p in row.items() if name in held} for row in rows]
 
 
 def route(read: Read, context: Context) -> Mapping[str, float]:
-    """Asks a router for the question whose turn it is."""
+    """Reads the question in turn with a router: the one that the answer has reached."""
     prompt = Context(context.prompt, history=context.history)
     (row,) = read([prompt])
     questions = questions_of(read, prompt, row)
@@ -75,13 +75,13 @@ def route(read: Read, context: Context) -> Mapping[str, float]:
 def read_in_turn(
     read: Read, contexts: Sequence[Context], questions: Sequence[Sequence[str]]
 ) -> list[Mapping[str, float]]:
-    """Asks a router for the questions whose turn it is; `questions` are those of each context's prompt.
+    """Reads the question in turn of each context with a router; `questions` are those of each context's prompt.
 
-    A sentence that goes on in a line may already answer the next question, as adapters may have learned (`serial` in
-    `dlp_lora.tasks`). There the prompt is read as a whole, if that fits.
+    If a sentence continues a line, it may already answer the next question, because adapters may have learned this
+    (`serial` in `dlp_lora.tasks`). Then the whole prompt is read, if it fits.
     """
-    whole = [len(own) > 1 and _goes_on(context) for context, own in zip(contexts, questions, strict=True)]
-    turns = [in_turn(context, own) for context, own in zip(contexts, questions, strict=True)]
+    whole = [len(each) > 1 and _goes_on(context) for context, each in zip(contexts, questions, strict=True)]
+    turns = [in_turn(context, each) for context, each in zip(contexts, questions, strict=True)]
     rows = list(read([c if is_whole else t for c, t, is_whole in zip(contexts, turns, whole, strict=True)]))
     again = [i for i, is_whole in enumerate(whole) if is_whole and sum(rows[i].values()) <= 0.5]
     if again:
@@ -91,9 +91,9 @@ def read_in_turn(
 
 
 def questions_of(read: Read, context: Context, row: Mapping[str, float]) -> tuple[str, ...]:
-    """Cuts a prompt into the questions that it asks; `row` is the router's for the whole.
+    """Cuts a prompt into its questions; `row` is the router's for the whole prompt.
 
-    It gives several questions, one if it stands among instructions, or none if the prompt is to be read as it is.
+    Returns several questions, one question if it is among instructions, or none if the prompt is read as it is.
     """
     if _surely_one(row):
         return ()
@@ -103,9 +103,9 @@ def questions_of(read: Read, context: Context, row: Mapping[str, float]) -> tupl
 def questions_apart(read: Read, context: Context) -> tuple[str, ...]:
     """Cuts a prompt into questions that can be answered without each other; none if it is not such a prompt.
 
-    A part that needs another one ("Then add 20 to it.") is like no adapter's texts by itself, so that the prompt is not
-    cut. A first or last line that fits no adapter, where its question fits without it, is shared: an instruction or a
-    text that all of them are about. It stands with each question.
+    A part that needs another one ("Then add 20 to it.") fits no adapter by itself, so the prompt is not cut. A first or
+    last line may be an instruction or a text for all questions: it fits no adapter, and its question fits without it.
+    Such a line is added to each question.
     """
     (row,) = read([context])
     if _surely_one(row):
@@ -125,7 +125,7 @@ def _surely_one(row: Mapping[str, float]) -> bool:
 
 
 def _several(read: Read, context: Context, *, better_than: float) -> tuple[str, ...]:
-    """The questions of a prompt, if there are several and each of them fits an adapter so well."""
+    """The questions of a prompt, if there are several and each of them fits an adapter better than `better_than`."""
     parts = _runs(read, context)
     while len(parts) > 1:
         rows = read([replace(context, prompt=part.strip()) for part in parts])
@@ -150,7 +150,7 @@ def _line_off(read: Read, context: Context, question: str, *, first: bool) -> tu
 
 
 def _among_instructions(read: Read, context: Context) -> tuple[str, ...]:
-    """The stretch of a prompt that surely fits an adapter, if a few sentences before and after it are left out."""
+    """The part of a prompt that surely fits an adapter after a few sentences at either end are left out."""
     sentences = split(context.prompt)
     if not 2 <= len(sentences) <= MAX_SENTENCES:
         return ()
@@ -163,14 +163,14 @@ def _among_instructions(read: Read, context: Context) -> tuple[str, ...]:
     ]
     fits = [sum(row.values()) for row in read([replace(context, prompt=stretch) for stretch in stretches])]
     best = max(range(len(fits)), key=fits.__getitem__)
-    # Of so many stretches one may fit by chance: it has to be sure.
+    # One of so many stretches may fit by chance, so the bound is high.
     return (stretches[best],) if fits[best] > SURE else ()
 
 
 def in_turn(context: Context, questions: Sequence[str]) -> Context:
-    """What a router reads where a prompt asks several questions: the one whose turn it is, and its answer so far.
+    """The context of the question in turn: this question, and its answer so far.
 
-    Each line of the answer is one question's; what follows the last belongs to that.
+    Each line of the answer belongs to one question; further lines belong to the last question.
     """
     if not questions:
         return context
@@ -182,7 +182,7 @@ def in_turn(context: Context, questions: Sequence[str]) -> Context:
 
 
 def _goes_on(context: Context) -> bool:
-    """Whether the sentence stands in a line with others before it."""
+    """Whether the sentence continues a line."""
     return context.answer.strip() != "" and not context.answer.rstrip(" \t").endswith("\n")
 
 
