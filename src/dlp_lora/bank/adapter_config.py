@@ -1,4 +1,4 @@
-"""The settings of a PEFT adapter, adapter_config.json: which can be fused exactly, and what they say of a module.
+"""The settings of a PEFT adapter, adapter_config.json: those that can be fused exactly, and their values for a module.
 
 A setting that changes nothing in the weights is no reason to refuse an adapter.
 """
@@ -17,8 +17,7 @@ from dlp_lora.errors import AdapterError
 from dlp_lora.files import parse_json
 
 ALL_LINEAR = "all-linear"
-# Settings that change nothing in W + scaling * B A once the weights are trained, whatever their value, or that are
-# read below.
+# Settings that have no effect on W + scaling * B A after training, or that are read below.
 _NEUTRAL = frozenset(
     {
         "alpha_pattern",
@@ -70,10 +69,10 @@ _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica", "tru
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """Reads an adapter's settings; gives them, and what of them is ignored.
+    """Reads an adapter's settings; returns them, and warnings about ignored ones.
 
     Raises:
-        AdapterError: if they cannot be read, or a LoRA of such settings cannot be fused exactly.
+        AdapterError: if they cannot be read, or a LoRA with these settings cannot be fused exactly.
     """
     file = path / CONFIG_FILE
     try:
@@ -107,7 +106,7 @@ def base_model_of(config: Mapping[str, Any]) -> str | None:
 
 
 def model_name(name: str | Path) -> str:
-    """The name of a model of which a hub id or a path of any system is known, in small letters.
+    """The name of a model, from a hub id or a path of any system, in small letters.
 
     "owner/Model", "./Model", r"C:\\models\\Model" and a snapshot in a hub's cache are all "model".
     """
@@ -121,16 +120,16 @@ def model_name(name: str | Path) -> str:
 
 
 def other_base(path: Path, config: Mapping[str, Any], base: str) -> str:
-    """Says that an adapter names another base model than `base`; "" if it does not."""
-    told = base_model_of(config)
-    if not told or not base or model_name(told) == model_name(base):
+    """A warning if an adapter names another base model than `base`, else ""."""
+    named = base_model_of(config)
+    if not named or not base or model_name(named) == model_name(base):
         return ""
-    return f"{path} says it was trained on {told!r}, but the base model is {base!r}"
+    return f"{path} says it was trained on {named!r}, but the base model is {base!r}"
 
 
 def is_set(value: Any) -> bool:
     """Whether a setting is in use."""
-    return bool(value)  # PEFT, too, takes 0 and "" for no
+    return bool(value)  # PEFT, too, reads 0 and "" as no
 
 
 def is_parameter(config: Mapping[str, Any], module: str) -> bool:
@@ -159,7 +158,7 @@ def is_targeted(config: Mapping[str, Any], module: str) -> bool:
 
 
 def targets(config: Mapping[str, Any]) -> str:
-    """The settings that say which modules are adapted."""
+    """The settings that select the adapted modules."""
     keys = (
         *("target_modules", "target_parameters", "exclude_modules"),
         *("layers_to_transform", "layers_pattern", "modules_to_save"),
@@ -168,12 +167,12 @@ def targets(config: Mapping[str, Any]) -> str:
 
 
 def rank_and_scaling(path: Path, config: Mapping[str, Any], module: str) -> tuple[int, float]:
-    """The rank of a module's LoRA, and what its `B A` is multiplied by.
+    """The rank of a module's LoRA, and the scaling of its `B A`.
 
     Raises:
-        AdapterError: if these are no numbers.
+        AdapterError: if these are not numbers.
     """
-    # PEFT looks a LoRA of a parameter up by the parameter's name.
+    # For a LoRA of a parameter, PEFT uses the parameter's name.
     name = f"{module}.weight" if is_parameter(config, module) else module
     rank = _for_module(config.get("rank_pattern") or {}, name, config.get("r", 8))
     alpha = _for_module(config.get("alpha_pattern") or {}, name, config.get("lora_alpha", 8))
@@ -186,13 +185,13 @@ def rank_and_scaling(path: Path, config: Mapping[str, Any], module: str) -> tupl
 
 
 def _for_module(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
-    # PEFT's own rule (get_pattern_key): the first key that is a regular expression for the end of the module path.
+    # PEFT's rule (get_pattern_key): the first key that is a regular expression for the end of the module path.
     key = next((key for key in pattern if _matches(key, module)), None)
     return pattern.get(module, default) if key is None else pattern[key]
 
 
 def idle_patterns(config: Mapping[str, Any], modules: Iterable[str]) -> list[str]:
-    """Says which patterns of the settings match none of the adapted modules."""
+    """Warnings about patterns of the settings that match no adapted module."""
     modules = list(modules)
     notes = []
     for setting in ("rank_pattern", "alpha_pattern"):
@@ -287,10 +286,10 @@ def _check_patterns(file: Path, config: Mapping[str, Any]) -> None:
 
 
 def _ignored(path: Path, config: Mapping[str, Any]) -> list[str]:
-    """Says which settings are ignored, as PEFT does.
+    """Warnings about unknown settings, which PEFT ignores, too.
 
     Raises:
-        AdapterError: if one may be of a kind of LoRA that a later PEFT knows.
+        AdapterError: if a setting may belong to a kind of LoRA of a later PEFT.
     """
     training = [key for key in config if key in _TRAINING_ALONE and is_set(config[key])]
     known = _NEUTRAL | _TRAINING_ALONE | set(REASONS)

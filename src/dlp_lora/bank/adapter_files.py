@@ -1,4 +1,4 @@
-"""The files of PEFT adapter folders: where they are, and whether they are the same."""
+"""The files of PEFT adapter folders: finding and comparing them."""
 
 import hashlib
 import re
@@ -12,7 +12,7 @@ FILES = (CONFIG_FILE, WEIGHTS_FILE)
 
 
 def find_adapters(folder: str | Path) -> dict[str, Path]:
-    """Names the PEFT adapter folders directly inside `folder`, by folder name; one that lacks its settings, too."""
+    """Lists the PEFT adapter folders directly inside `folder`, by folder name; also those without settings."""
     folder = Path(folder)
     if not folder.is_dir():
         raise AdapterError(f"{folder} is not a folder; expected a folder of PEFT adapter folders")
@@ -27,10 +27,10 @@ def find_adapters(folder: str | Path) -> dict[str, Path]:
 
 
 def check_adapter_name(name: str, path: str | Path) -> str:
-    """Checks that mixtures can name an adapter; gives the name.
+    """Checks that a mixture can name the adapter; returns the name.
 
     Raises:
-        AdapterError: if they cannot.
+        AdapterError: if it cannot.
     """
     if not name or name != name.strip() or any(letter in name for letter in "=,\n"):
         raise AdapterError(
@@ -44,7 +44,7 @@ def weights_file(path: Path) -> Path:
     """The file of an adapter's weights.
 
     Raises:
-        AdapterError: saying what is there in its place, if there is none.
+        AdapterError: if there is none; it names the files that are there instead.
     """
     file = path / WEIGHTS_FILE
     if file.is_file():
@@ -73,13 +73,13 @@ def weights_file(path: Path) -> Path:
 
 
 def files_stamp(path: str | Path) -> tuple[tuple[int, int], ...]:
-    """The sizes and times of an adapter's files: other ones were written since."""
+    """The sizes and times of an adapter's files; they change if a file is written again."""
     stats = [(Path(path) / file).stat() for file in FILES]
     return tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)
 
 
 def content_hash(path: str | Path) -> str:
-    """The SHA-256 of an adapter's settings and weights: equal hashes are equal adapters."""
+    """The SHA-256 of an adapter's settings and weights: adapters with equal hashes are equal."""
     digest = hashlib.sha256()
     for file in FILES:
         digest.update((Path(path) / file).read_bytes())

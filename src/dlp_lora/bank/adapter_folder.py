@@ -1,8 +1,8 @@
-"""A PEFT adapter folder, read without torch: its settings, the names and shapes of its LoRAs, and what cannot be used.
+"""A PEFT adapter folder, read without torch: its settings, the names and shapes of its LoRAs, and its refusal.
 
-Everything that would make a fused adapter differ from the adapter that PEFT applies is refused here, by name: what
-cannot be written as `W + scaling * B A` with this A and B has no exact mixture. The weights decide: a setting that
-changes nothing in them is no reason to refuse, and a LoRA is applied where PEFT applies it.
+An adapter is refused, with the reason, if it cannot be written as `W + scaling * B A`: then no mixture of it is exact.
+The weights decide: a setting without effect on them is no reason for a refusal. A LoRA is applied to the modules to
+which PEFT applies it.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ from dlp_lora.files import name_of
 
 @dataclass(frozen=True, kw_only=True)
 class LoraEntry:
-    """One LoRA as its folder has it: the keys of its weights, and what the settings make of them."""
+    """One LoRA of a folder: the keys of its weights, with its rank and scaling from the settings."""
 
     key_a: str
     key_b: str
@@ -35,7 +35,7 @@ class LoraEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterFolder:
-    """What a folder holds, by the module of the base model that each LoRA changes."""
+    """The content of a folder, by the module of the base model that each LoRA changes."""
 
     name: str
     path: Path
@@ -47,14 +47,14 @@ class AdapterFolder:
 
     @property
     def base_model(self) -> str | None:
-        """The base model that the adapter says it was trained on."""
+        """The base model that the adapter names."""
         return base_model_of(self.config)
 
 
 def read_folder(
     path: str | Path, name: str | None = None, *, layout: BaseLayers | Mapping[str, Any] | None = None
 ) -> AdapterFolder:
-    """Reads one adapter folder for the base model of a layout; without one, by its names alone.
+    """Reads one adapter folder for the base model of a layout; without a layout, only by its names.
 
     Raises:
         AdapterError: if a file is missing or damaged, or the adapter cannot be fused exactly.
@@ -85,10 +85,10 @@ def read_folder(
 
 
 def check_numbers(folder: AdapterFolder) -> tuple[str, ...]:
-    """Reads the numbers of an adapter's LoRAs; gives what is to be known of them.
+    """Reads the numbers of an adapter's LoRAs and returns warnings about them.
 
     Raises:
-        AdapterError: if one is not finite.
+        AdapterError: if a number is not finite.
     """
     for lora in folder.loras.values():
         for key in (lora.key_a, lora.key_b):
@@ -100,12 +100,12 @@ def check_numbers(folder: AdapterFolder) -> tuple[str, ...]:
 
 
 def not_finite(path: Path, key: str) -> str:
-    """Says that a weight has numbers that are no numbers."""
+    """The error for a weight with NaN or infinity."""
     return f"{path} holds NaN or infinite numbers in {key!r}; its training diverged"
 
 
 def changes_nothing(path: Path) -> str:
-    """Says that an adapter is the base model."""
+    """The warning that an adapter changes nothing."""
     return f"{path} changes nothing: all of its lora_B are zero, as before the first step of a training"
 
 

@@ -1,4 +1,4 @@
-"""The keys of an adapter's weights file: which are LoRAs of which module, under whatever names tools have put there."""
+"""The keys of an adapter's weights file: the LoRAs of each module, without the prefixes of training tools."""
 
 import re
 from collections.abc import Iterable
@@ -16,16 +16,16 @@ _LORA = re.compile(r"(?P<module>.+)\.lora_(?P<kind>[^.]+)(?:\.(?P<rest>.+))?")
 
 @dataclass(frozen=True, kw_only=True)
 class Keys:
-    """The keys of a weights file by what they are; modules have the names that are left without wrappers."""
+    """The keys of a weights file by kind; the modules' names are without wrappers."""
 
     pairs: dict[str, dict[str, str]]  # lora_A and lora_B by module and half
     extras: list[tuple[str, str, str]]  # (key, module, kind) of other lora tensors
-    others: dict[str, str]  # all else: key by name
+    others: dict[str, str]  # all others: key by name
     notes: list[str]
 
 
 def sorted_keys(path: Path, file: TensorFile, layout: BaseLayers | None) -> Keys:
-    """Sorts the keys of a weights file by what they are.
+    """Sorts the keys of a weights file by kind.
 
     Raises:
         AdapterError: if there is no LoRA of a linear layer, two for one module, or only those of several adapters.
@@ -72,9 +72,9 @@ def _no_pairs(path: Path, file: TensorFile, extras: Iterable[tuple[str, str, str
 
 
 def _without_wrappers(key: str, segments: frozenset[str]) -> str:
-    """Takes what tools and PEFT put into names out of a key, unless the base, whose names have `segments`, has it."""
+    """Removes the parts of tools and of PEFT from a key, unless the base has them in its names (`segments`)."""
     parts = [part for part in key.split(".") if part not in _WRAPPERS or part in segments]
-    if "base_model" not in segments:  # PEFT's own prefix, however often and whatever stands before it
+    if "base_model" not in segments:  # PEFT's prefix, even if it is repeated or follows another prefix
         for i in range(len(parts) - 2, -1, -1):
             if parts[i : i + 2] == ["base_model", "model"]:
                 parts = parts[i + 2 :]
@@ -85,7 +85,7 @@ def _without_wrappers(key: str, segments: frozenset[str]) -> str:
 
 
 def _split_rest(rest: str | None) -> tuple[str | None, str]:
-    """Takes what follows lora_A apart: the adapter's name, if it is in the key, and the attribute."""
+    """Splits the part of a key after lora_A: the adapter's name, if it is there, and the attribute."""
     if rest is None or rest == "weight":
         return None, "weight"
     if rest == "bias":

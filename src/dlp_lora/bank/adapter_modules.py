@@ -1,4 +1,4 @@
-"""The modules of a base model that an adapter changes: found by PEFT's own rules, and refused where they do not fit."""
+"""The modules of a base model that an adapter changes: found by PEFT's rules, and refused if they do not fit."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +11,7 @@ from dlp_lora.bank.base_layers import BaseLayers
 from dlp_lora.bank.tensor_file import TensorFile
 from dlp_lora.errors import AdapterError
 
-# What a part of a model that reads text is called, by transformers' many classes.
+# The names of the text model in transformers' classes.
 TEXT_PARTS = frozenset(
     {"model", "language_model", "text_model", "transformer", "decoder", "llm", "thinker", "base_model"}
 )
@@ -20,10 +20,10 @@ TEXT_PARTS = frozenset(
 def adapted_modules(
     path: Path, config: Mapping[str, Any], file: TensorFile, keys: Keys, layout: BaseLayers | None, notes: list[str]
 ) -> dict[str, str]:
-    """Gives the modules of the base that the LoRAs change, with the names that these have in the weights.
+    """Finds the modules of the base that the LoRAs change, with their names in the weights.
 
     Raises:
-        AdapterError: if one changes something else than a linear layer, or nothing in this base.
+        AdapterError: if a LoRA changes something other than a linear layer, or nothing in this base.
     """
     for module, pair in keys.pairs.items():
         if set(pair) != {"A", "B"}:
@@ -112,7 +112,7 @@ def _placed_by_name(
 def check_shapes(
     path: Path, modules: Mapping[str, tuple[int, int]], layout: Mapping[str, tuple[int, int]], base_model: str | None
 ) -> None:
-    """Checks that LoRAs of the given (d_in, d_out) fit the linear layers of a base model.
+    """Checks that LoRAs with these (d_in, d_out) fit the linear layers of a base model.
 
     Raises:
         AdapterError: if they do not.
@@ -132,7 +132,7 @@ def _two_for_one(path: Path, first: str, second: str, module: str) -> str:
 
 
 def _in_text_model(name: str, layout: BaseLayers) -> str | None:
-    """The name in the base's decoder of a layer that is called otherwise in another class of the same family."""
+    """The name of a layer in the base's decoder, if another class of the family has another name for it."""
     parts = name.split(".")
     for cut in range(len(parts)):
         if cut and parts[cut - 1] not in TEXT_PARTS:

@@ -1,4 +1,4 @@
-"""Attaching: fused layers in the place of a model's linear layers, and the very same base layers back."""
+"""Attaching: replaces a model's linear layers by fused layers, and puts the same base layers back."""
 
 import weakref
 from collections import Counter
@@ -36,7 +36,7 @@ SIBLINGS = (
 _LISTS = (nn.ModuleList, nn.ModuleDict)
 
 DEFAULT: Setting = "auto"
-"""The paths where none are asked for."""
+"""The default paths."""
 
 
 def linear_layers(model: nn.Module) -> BaseLayers:
@@ -77,7 +77,7 @@ def _weights_of(model: nn.Module) -> Callable[[str], Tensor | None]:
 
 
 def _where(model: nn.Module) -> Callable[[], tuple[torch.dtype, torch.device]]:
-    """Gives the dtype and the device to hold a model's adapters in, as long as it lives."""
+    """Gives the dtype and the device for a model's adapters, as long as the model lives."""
     alive = weakref.ref(model)
 
     def where() -> tuple[torch.dtype, torch.device]:
@@ -89,10 +89,10 @@ def _where(model: nn.Module) -> Callable[[], tuple[torch.dtype, torch.device]]:
 
 
 def pair_dtype(model: nn.Module) -> torch.dtype:
-    """Gives the dtype to hold adapters in: the model's; on a CPU float32 for a model in 16 bits, where a product of
-    rank 24 takes three times as long.
+    """Gives the dtype for adapters: the model's; but float32 on a CPU for a model in 16 bits, because there a product
+    of rank 24 takes three times as long in 16 bits.
     """
-    # Quantised weights may have a dtype that nothing is added in.
+    # Quantised weights may have a dtype without addition.
     dtypes = (p.dtype for p in model.parameters() if p.is_floating_point() and p.itemsize > 1)
     dtype = next(dtypes, torch.float32)
     return torch.float32 if computing_device(model).type == "cpu" and dtype.itemsize < 4 else dtype
@@ -112,19 +112,19 @@ def siblings(model: nn.Module) -> list[tuple[str, ...]]:
 def attach(
     model: nn.Module, bank: AdapterBank, *, paths: Setting | Paths | None = None, added: Collection[str] | None = None
 ) -> Paths:
-    """Puts a FusedLinear in the place of each layer that an adapter of the bank changes, and gives the paths.
+    """Replaces each layer that an adapter of the bank changes by a FusedLinear, and returns the paths.
 
-    Unless a layer's path is plain, its weights become views of a tensor that holds A under them; nothing is held twice.
-    So do those of siblings that no adapter changes, and of single layers that are faster in another way than by
-    `F.linear`. "auto" times the ways on a CPU and is "stacked" elsewhere. Prepacked weights are a second copy of the
-    base's: the next `fuse` sees weights that were loaded or copied into the base since, but not what was done to their
-    `.data`. With gradients, and while nothing is active, the base layers compute.
+    Unless a layer's path is plain, its weights become views of a tensor that has A under them, without a second copy.
+    This also holds for siblings that no adapter changes, and for single layers that have a faster way than `F.linear`.
+    "auto" times the ways on a CPU and is "stacked" elsewhere. Prepacked weights are a second copy of the base weights:
+    the next `fuse` sees weights that were loaded or copied into the base, but no changes of their `.data`. With
+    gradients, and while nothing is active, the base layers compute.
 
-    May be called again after adapters were added: `added` names them, where the others are known to fit this model,
-    and `paths` is what the first call gave.
+    It may be called again after adapters were added: then `added` names them, if the others are known to fit, and
+    `paths` is the result of the first call.
 
     Raises:
-        AdapterError: if an adapter was trained on a base whose weights differ from the model's, where it tells.
+        AdapterError: if an adapter has copies of base weights, and they differ from the model's.
         ModelError: if weights cannot be prepacked here.
     """
     paths = DEFAULT if paths is None else paths
@@ -170,10 +170,10 @@ def detach(model: nn.Module) -> None:
 def merged(model: nn.Module, bank: AdapterBank, mixture: Mixture) -> Iterator[None]:
     """Adds a mixture to the base weights for a while: `W + B A`, in float32 and rounded once.
 
-    A copy of the weights that it changes gives them back, bit for bit; to subtract it again would drift.
+    A copy of the changed weights restores them bit for bit; a subtraction would leave rounding errors.
 
     Raises:
-        ModelError: if a layer has no weight of its own to add to.
+        ModelError: if a layer has no ordinary weight, such as a quantised layer.
     """
     pristine: list[tuple[FusedLinear, Tensor]] = []
     merging = ExitStack()
@@ -198,7 +198,7 @@ def merged(model: nn.Module, bank: AdapterBank, mixture: Mixture) -> Iterator[No
 
 
 def _timed(model: nn.Module, groups: Sequence[Group], touched: Sequence[Group]) -> Paths:
-    """The fastest paths; layers that are to compute as the base's do are the base's again."""
+    """The fastest paths; layers whose fastest way is the base's become base layers again."""
     for group in groups:
         _put(model, group, stacked=True)
     trials = [
@@ -213,7 +213,7 @@ def _timed(model: nn.Module, groups: Sequence[Group], touched: Sequence[Group]) 
 
 
 def _put(model: nn.Module, group: Group, *, stacked: bool) -> None:
-    """Puts fused layers in the place of a group's layers."""
+    """Replaces a group's layers by fused layers."""
     layers = _siblings(model, group)
     if stacked:
         group.stack(layers)  # type: ignore[arg-type]
@@ -225,7 +225,7 @@ def _put(model: nn.Module, group: Group, *, stacked: bool) -> None:
 
 
 def place_of(model: nn.Module, name: str) -> Place:
-    """Says what a layer of a model reads, by where it lies."""
+    """The input of a layer (see `linear.Place`), from its place in the model."""
     parts = name.split(".")
     lists = [i for i in range(1, len(parts)) if isinstance(model.get_submodule(".".join(parts[:i])), _LISTS)]
     if any("expert" in part and "shared" not in part for part in parts) or len(lists) > 1:
@@ -279,7 +279,7 @@ def _check_mergeable(model: nn.Module, modules: Sequence[FusedLinear]) -> None:
 def _can_be_stacked(layers: Sequence[nn.Module]) -> bool:
     weights: list[Any] = [layer.weight for layer in layers]
     if any(w.device.type not in ("cpu", "cuda") for w in weights):
-        return False  # offloaded ones are on "meta"; elsewhere nothing of it was tried
+        return False  # offloaded ones are on "meta"; other devices were not tested
     if len({id(w) for w in weights}) < len(weights):
         return False  # layers that share one weight cannot have a place each
     return len({(w.dtype, w.device, w.shape[1]) for w in weights}) == 1 and keep_alignment(weights)

@@ -1,11 +1,10 @@
 """The adapter bank: N adapters stacked over the layers of a model; mixtures in, fused low-rank pairs out
 (section 3.3, Eq. 6).
 
-A mixture of R adapters of rank r is one LoRA of rank R*r: their A's lie side by side along the rank axis, so do
-their B's, and the weights go into B. A sentence pays once for the choice, and each token pays two matmuls however
-many adapters the bank holds. Where rows of a batch differ, or sentences of a prompt, the pair holds the union of their
-adapters and a gate of shape (batch, 1, rank) or (batch, seq, rank) weighs the low-rank activations row by row or token
-by token.
+A mixture of R adapters of rank r is one LoRA of rank R*r: their A's are concatenated along the rank axis, so are their
+B's, and the weights are multiplied into B. This happens once per sentence. Each token costs two matmuls, for any number
+of adapters in the bank. If rows of a batch or sentences of a prompt have different mixtures, the pair has all their
+adapters. A gate of shape (batch, 1, rank) or (batch, seq, rank) then weighs the low-rank activations by row or token.
 """
 
 import hashlib
@@ -28,17 +27,17 @@ from dlp_lora.bank.store import AdapterStore, Lease, content_digest
 from dlp_lora.bank.turns import TurnLock
 from dlp_lora.policy import Mixture
 
-# Buffers start at the rank of the whole bank, but no larger than this for one layer; a wider mixture doubles them.
+# Buffers start with the rank of the whole bank, at most this for one layer; a wider mixture doubles them.
 START_CAPACITY = 512
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The mixtures of a pass, and how their adapters lie in the buffers."""
+    """The mixtures of a pass, and the order of their adapters in the buffers."""
 
-    rows: tuple[Mixture, ...]  # one for all rows, or one a row; one a token number where `by_token`
-    adapters: tuple[str, ...]  # in the order they lie; a few may lie idle
-    batch: int | None = None  # rows of a compiled pass, which it is padded for
+    rows: tuple[Mixture, ...]  # one for all rows, or one per row; one per token number if `by_token`
+    adapters: tuple[str, ...]  # in the order of the buffers; a few may be unused
+    batch: int | None = None  # rows of a compiled pass, for which it is padded
     by_token: bool = False
 
 
@@ -46,12 +45,12 @@ class AdapterBank:
     """N adapters for one base model, ready to be fused in any mixture.
 
     `layout` maps each linear layer of the base model to its (d_in, d_out), `siblings` lists those that read one
-    input; `attach.linear_layers` and `attach.siblings` read them. `store` holds the adapters, with a `budget_mb` only
-    some of them in memory; `groups` are the layers and the buffers; `base` is what is known of the base model's layers.
+    input; `attach.linear_layers` and `attach.siblings` read them. `store` has the adapters, with a `budget_mb` only
+    some of them in memory. `groups` have the layers and the buffers; `base` describes the base model's layers.
 
-    A pass is between `fuse`, which copies what does not lie in the buffers yet and makes it active, and `clear`. `lock`
-    is held all the while, and while adapters are added or removed: what one thread adds never moves what another one
-    computes with.
+    A pass begins with `fuse`, which copies missing adapters into the buffers and makes them active, and ends with
+    `clear`. A thread holds `lock` during a pass, and while it adds or removes adapters. So no thread moves the buffers
+    with which another one computes.
 
     Raises:
         AdapterError: if an adapter does not fit the layout, or two adapters have one name.
@@ -73,7 +72,7 @@ class AdapterBank:
         self.loading = threading.Lock()  # one adapter is prepared at a time
         self.store = AdapterStore(placing, budget_mb=budget_mb)
         self.groups = [Group(*family, dtype=dtype, device=placing.device) for family in placing.families]
-        self.plan: Plan | None = None  # what lies in the buffers, where that is known
+        self.plan: Plan | None = None  # the content of the buffers, if it is known
         self._dtype, self._device = dtype, placing.device
         self._where: Callable[[], tuple[torch.dtype, torch.device]] | None = None  # the model wants adapters to be
         self._was_where: tuple[torch.dtype, torch.device] | None = None
@@ -98,7 +97,7 @@ class AdapterBank:
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers the adapters hold."""
+        """The number of the adapters' parameters."""
         return sum(lora.a.numel() + lora.b.numel() for a in self.adapters.values() for lora in a.modules.values())
 
     @property
@@ -108,15 +107,15 @@ class AdapterBank:
 
     @property
     def is_merged(self) -> bool:
-        """Whether the base weights hold a mixture: nothing is fused beside it."""
+        """Whether a mixture is merged into the base weights; then nothing is fused."""
         return self._is_merged
 
     def tensors(self) -> list[Tensor]:
-        """Everything that the bank holds, for counting memory: adapters and buffers."""
+        """All tensors of the bank, to count memory: adapters and buffers."""
         return [*self.store.tensors(), *(tensor for group in self.groups for tensor in group.buffers())]
 
     def add(self, adapter: Adapter) -> None:
-        """Adds one adapter; mixtures may use it from the next `fuse` on. Buffers stay where they are.
+        """Adds one adapter; mixtures may use it from the next `fuse` on. The buffers do not move.
 
         Raises:
             AdapterError: if it does not fit the layout, its name is taken, or a removed adapter of its name is leased
@@ -128,9 +127,9 @@ class AdapterBank:
             self.plan = None
 
     def remove(self, name: str) -> None:
-        """Removes one adapter. Who holds a lease on it keeps it, and its memory, until the lease is given up.
+        """Removes one adapter. If it is leased, it stays until the lease ends.
 
-        Where its files are gone or were written again and it is not in memory, the next pass with it says so.
+        A leased adapter that is not in memory is read from its files; if they are gone or changed, the pass fails.
 
         Raises:
             AdapterError: if there is none of this name.
@@ -140,10 +139,9 @@ class AdapterBank:
             self.plan = None
 
     def lease(self, mixtures: Iterable[Mapping[str, float]], *, follows: bool = False) -> Lease:
-        """Keeps the adapters of mixtures, removed or not, for as long as somebody refers to the lease that it gives.
+        """Keeps the adapters of mixtures, even if they are removed, as long as the returned lease exists.
 
-        If it `follows`, another adapter may be added under the name of one that was removed: who holds the lease fuses
-        `lease.of(mixture)`.
+        If the lease `follows`, another adapter may get the name of a removed one; then use `lease.of(mixture)`.
 
         Raises:
             AdapterError: if a mixture names an adapter that the bank does not hold.
@@ -152,7 +150,7 @@ class AdapterBank:
             return self.store.lease((name for mixture in mixtures for name in mixture), follows=follows)
 
     def are_ready(self, names: Iterable[str]) -> bool:
-        """Whether adapters are in memory, and `content` knows what they hold: what `prepare` does takes no time.
+        """Whether adapters are in memory and `content` knows their hashes, so that `prepare` takes no time.
 
         Raises:
             AdapterError: if the bank holds no adapter of a name.
@@ -161,7 +159,7 @@ class AdapterBank:
             return all(self.store.entry(name).is_ready for name in names)
 
     def prepare(self, names: Iterable[str]) -> None:
-        """Loads adapters, and computes what `content` tells of them, in this thread; passes go on meanwhile.
+        """Loads adapters, and computes their hashes for `content`, in this thread; passes continue meanwhile.
 
         Raises:
             AdapterError: if the bank holds no adapter of a name, it cannot be read, or its files were written since.
@@ -176,8 +174,8 @@ class AdapterBank:
                     self.store.put(entry, stacked, digest)
 
     def content(self, mixture: Mixture) -> bytes:
-        """Says what a mixture is made of: equal for equal weights of adapters that hold equal numbers, whatever their
-        names. The adapters must be ready.
+        """A key of a mixture's content: equal for equal weights of adapters with equal numbers, whatever their names.
+        The adapters must be ready.
         """
         with self.lock:
             parts = sorted((self.store.digest(name), weight) for name, weight in mixture.items())
@@ -195,18 +193,17 @@ class AdapterBank:
             return
         places = {place for name in self.names for place in self.store.entry(name).ranks}
         for g, group in enumerate(self.groups):
-            # What was padded once stays so: a graph counts on it.
+            # Padding never shrinks, because a graph depends on it.
             group.pad([max_rank if Place(g, s) in places or rank else 0 for s, rank in enumerate(group.padded)])
         self.plan = None
 
     def follow(self, where: Callable[[], tuple[torch.dtype, torch.device]]) -> None:
-        """Goes along with a model from now on, whatever casts or moves it; `where` gives the dtype and the device that
-        it wants adapters in."""
+        """Follows a model if it is cast or moved; `where` gives the dtype and the device for adapters."""
         self.catch_up()
         self._where, self._was_where = where, where()
 
     def catch_up(self, *, layers: Collection[int] | None = None) -> None:
-        """Goes where the model went since. With `layers`, only weights of these tell whether some have moved."""
+        """Follows the model if it was moved. With `layers`, only these layers are checked."""
         if self._where is not None and (where := self._where()) != self._was_where:
             (self._dtype, self._device), self._was_where = where, where
             self.store.place(dtype=self._dtype, device=self._device)
@@ -227,12 +224,12 @@ class AdapterBank:
     ) -> None:
         """Fuses one mixture for the whole batch, or one a row, into every group's pairs, and makes them active.
 
-        With `tokens`, `mixtures[tokens[b, t]]` is that of one token alone, and the next pass must be over just these.
-        Where rows differ and `reuse` is set, adapters that lie in the buffers keep their places, so that only new ones
-        are copied; otherwise the result does not depend on what was fused before, to the last bit. Prepacked weights
-        are compared with the base's unless `reuse` is set, as that takes as long as a layer.
-        `reads` tells what the pass reads: layers check by it that a gate is laid over the rows that it is for.
-        Where `padded`, for a compiled pass over as many rows as there are mixtures, if they fit in: then `is_padded`.
+        With `tokens`, `mixtures[tokens[b, t]]` is the mixture of one token, and the next pass must read these tokens.
+        If rows differ and `reuse` is set, adapters in the buffers keep their places, so that only new ones are copied.
+        Without `reuse` the result does not depend on earlier mixtures, to the last bit. Without `reuse`, prepacked
+        weights are also compared with the base's, which takes as long as a layer.
+        `reads` describes the tokens of the pass; with it, layers check that a gate belongs to their rows.
+        `padded` is for a compiled pass with as many rows as mixtures; if the mixtures fit in, `is_padded` is true.
 
         Raises:
             AdapterError: if a mixture names an adapter that the bank does not hold.
@@ -241,7 +238,7 @@ class AdapterBank:
             return
         for group in self.groups:
             group.reads = reads
-        # What moves a whole model moves its first layers, too, and to look at them alone takes no time.
+        # If a whole model is moved, its first layers are moved, too; a look at these takes no time.
         self.catch_up(layers=(0,) if reuse else None)
         if not reuse and sum(group.repack() for group in self.groups):  # of all of them
             self.plan = None
@@ -251,24 +248,24 @@ class AdapterBank:
                 group.activate()
             return
         loras = dict(zip(plan.adapters, self.store.load(plan.adapters), strict=True))
-        self.plan = None  # what breaks off half-way is laid again
+        self.plan = None  # unknown, in case of an error
         for g, group in enumerate(self.groups):
             self._lay(plan, g, group, loras, tokens)
         self.plan = plan
 
     def clear(self) -> None:
-        """Makes nothing active: the base model. What lies in the buffers stays there for the next `fuse`."""
+        """Makes nothing active: the base model. The buffers keep their content for the next `fuse`."""
         for group in self.groups:
             group.clear()
 
     def forget(self) -> None:
-        """Has the next `fuse` lay everything again; nothing is active until then."""
+        """Makes nothing active, and lets the next `fuse` fill the buffers again."""
         self.plan = None
         self.clear()
 
     @contextmanager
     def merging(self) -> Iterator[None]:
-        """Fuses nothing for a while, as the base weights hold a mixture."""
+        """Fuses nothing in the block, because a mixture is merged into the base weights."""
         self.clear()
         self._is_merged = True
         try:
@@ -277,7 +274,7 @@ class AdapterBank:
             self._is_merged = False
 
     def _plan(self, mixtures: tuple[Mixture, ...], *, by_token: bool, reuse: bool, padded: bool) -> Plan:
-        """Gives the plan for a pass, with the entries of the store and what lies in the buffers."""
+        """Makes the plan for a pass from the entries of the store and the content of the buffers."""
         rows = mixtures if len(set(mixtures)) > 1 else mixtures[:1]
         by_token = by_token and len(rows) > 1
         entries = {name: self.store.entry(name) for row in rows for name in row}
@@ -296,11 +293,11 @@ class AdapterBank:
         loras: Mapping[str, Mapping[Place, StackedLora]],
         tokens: Int[Tensor, "batch seq"] | None,
     ) -> None:
-        """Lays the adapters of a plan that change a group's modules side by side, and makes them active."""
+        """Concatenates the adapters of a plan that change a group's modules, and makes them active."""
         places = [Place(g, s) for s in range(len(group.modules))]
         names = [[name for name in plan.adapters if place in loras[name]] for place in places]
         if not any(names) and not (plan.batch is not None and any(group.padded)):
-            # With nothing fused anywhere the layers are the base's, bit for bit.
+            # If nothing is fused anywhere, the layers are the base's, bit for bit.
             group.idle(stacked=bool(plan.adapters) or plan.batch is not None)
             return
         stacked = [[loras[name][place] for name in each] for place, each in zip(places, names, strict=True)]

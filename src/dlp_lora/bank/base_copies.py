@@ -1,4 +1,4 @@
-"""Tensors beside the LoRAs in an adapter's folder: copies of base weights, and what cannot be fused."""
+"""Other tensors than LoRAs in an adapter's folder: copies of base weights, and tensors that cannot be fused."""
 
 import re
 from collections.abc import Mapping
@@ -13,16 +13,16 @@ from dlp_lora.bank.base_layers import BaseLayers
 from dlp_lora.bank.tensor_file import TensorFile
 from dlp_lora.errors import AdapterError
 
-# Where PEFT saves a weight of the base that it wrapped.
+# The place of a wrapped base weight in PEFT's files.
 _WRAPPED = re.compile(r"\.(?:base_layer|original_module|modules_to_save(?:\.[^.]+)?)(?=\.[^.]+$)")
 _TOKENS = re.compile(r"\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?$")
 
 
 @dataclass(frozen=True)
 class BaseCopy:
-    """A copy of a base weight in an adapter's folder, and why the adapter is refused if it differs from the base's.
+    """A copy of a base weight in an adapter's folder, and the reason for a refusal if it differs from the base's.
 
-    Of an embedding, it may be the `rows` of some tokens alone. `is_trained` if the settings say that it was trained.
+    For an embedding, it may have only the `rows` of some tokens. `is_trained` if the settings say that it was trained.
     """
 
     key: str
@@ -32,10 +32,10 @@ class BaseCopy:
 
 
 def check_extras(path: Path, config: Mapping[str, Any], file: TensorFile, keys: Keys, notes: list[str]) -> None:
-    """Checks that LoRA tensors beside A and B of linear layers change nothing.
+    """Checks that other LoRA tensors than A and B of linear layers change nothing.
 
     Raises:
-        AdapterError: if one does.
+        AdapterError: if one changes something.
     """
     # An embedding's delta is zero if either half is.
     idle = {module for key, module, kind in keys.extras if kind.startswith("embedding") and file.is_zero(key)}
@@ -66,7 +66,7 @@ def base_copies(
     """The copies of base weights in the folder, by their names in the base.
 
     Raises:
-        AdapterError: if what was trained beside the LoRAs is not there.
+        AdapterError: if a weight that was trained beside the LoRAs is missing.
     """
     copies: dict[str, BaseCopy] = {}
     foreign: list[str] = []
@@ -93,7 +93,7 @@ def base_copies(
 
 
 def _like(name: str, parameters: Mapping[str, Any]) -> str | None:
-    """The one weight of the base that ends as a name does, which another version of the model has elsewhere."""
+    """The one weight of the base that has the same end of its name; another version of the model has other prefixes."""
     parts = name.split(".")
     for cut in range(1, len(parts) - 1):
         if parts[cut - 1] not in TEXT_PARTS:
@@ -129,7 +129,7 @@ def _copy(path: Path, config: Mapping[str, Any], key: str, name: str, *, is_toke
     else:
         is_trained = False
         reason = (
-            f"{path} holds a copy of the base model's {name} that differs from the base model's own; "
+            f"{path} holds a copy of the base model's {name} that differs from the base model's; "
             f"it was trained on another base ({base_model_of(config)}), or changed that weight"
         )
     return BaseCopy(key=key, reason=reason, is_trained=is_trained)
@@ -138,7 +138,7 @@ def _copy(path: Path, config: Mapping[str, Any], key: str, name: str, *, is_toke
 def _check_presence(
     path: Path, config: Mapping[str, Any], copies: Mapping[str, BaseCopy], layout: BaseLayers | None
 ) -> None:
-    """Refuses what was trained beside the LoRAs and is not in the folder."""
+    """Refuses an adapter if a weight that was trained beside the LoRAs is not in the folder."""
     if layout is None or layout.parameters is None:
         return
     for name in config.get("modules_to_save") or []:

@@ -1,4 +1,4 @@
-"""The layout of a base model: its linear layers by name, and all that reading an adapter asks of it."""
+"""The layout of a base model: its linear layers by name, and the other facts for reading adapters."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-# What this module says of them must not import torch.
+# This module must not import torch for them.
 Module = Any
 Tensor = Any
 
@@ -14,17 +14,17 @@ Tensor = Any
 class BaseLayers(dict[str, tuple[int, int]]):
     """Maps the linear layers of a base model to their (d_in, d_out), in the order of the model.
 
-    It also knows the model's other modules, so that adapters are read as PEFT reads them for this very model. It
-    imports torch only if it is asked for them.
+    It also knows the model's other modules, so that adapters are read as PEFT reads them for this model. It imports
+    torch only for these.
 
     Args:
         layers: the linear layers.
-        build: gives the model, or one like it on the meta device; it is called once, when its modules are asked for.
-        tensor: gives a weight of the model by its name, or None where it has or reaches none.
-        parameters: the shapes of all weights by name, where they are known without the model; it is then of a type of
-            which nothing is renamed, and its text model is called "model".
-        source: the model's name or path, "" where it has none.
-        folder: where its files are, None where they are not known to be on this machine.
+        build: returns the model, or one like it on the meta device; it is called at most once.
+        tensor: returns a weight of the model by its name, or None if it has or reaches none.
+        parameters: the shapes of all weights by name, if they are known without the model; transformers then renames
+            nothing in its type, and its text model is called "model".
+        source: the model's name or path, or "".
+        folder: the folder of its files, or None if they are not on this machine.
     """
 
     def __init__(
@@ -45,18 +45,18 @@ class BaseLayers(dict[str, tuple[int, int]]):
         self.folder = folder
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy, or one that is read again, is no way to the model."""
+        """A copied or unpickled layout has no access to the model."""
         return {**vars(self), "_build": None, "_tensor": None}
 
     @cached_property
     def skeleton(self) -> Module:
-        """A copy of the model without its weights, None where only names of layers are known; not to be changed."""
+        """A copy of the model without its weights, not to be changed; None if only names of layers are known."""
         build, self._build = self._build, None  # nothing of the model is kept
         return None if build is None else without_weights(build(), self)
 
     @cached_property
     def modules(self) -> Mapping[str, str]:
-        """The types of all modules by name; those of linear layers alone where no more is known."""
+        """The types of all modules by name; only those of linear layers if no more is known."""
         if self._parameters is not None:
             parts = [name.split(".") for name in self._parameters]
             names = [".".join(part[:i]) for part in parts for i in range(1, len(part))]
@@ -72,7 +72,7 @@ class BaseLayers(dict[str, tuple[int, int]]):
 
     @cached_property
     def parameters(self) -> Mapping[str, tuple[int, ...]] | None:
-        """The shapes of all weights by name, None where they are not known."""
+        """The shapes of all weights by name; None if they are not known."""
         if self._parameters is not None or self.skeleton is None:
             return self._parameters
         named = [*self.skeleton.named_parameters(remove_duplicate=False), *self.skeleton.named_buffers()]
@@ -92,7 +92,7 @@ class BaseLayers(dict[str, tuple[int, int]]):
 
     @cached_property
     def text_model(self) -> str:
-        """The name of the decoder, which in a multimodal model is a part among others; "" for the model itself."""
+        """The name of the decoder, which is one of several parts in a multimodal model; "" for the model itself."""
         if self._parameters is not None:
             return "model"
         if not hasattr(self.skeleton, "get_decoder"):
@@ -101,14 +101,14 @@ class BaseLayers(dict[str, tuple[int, int]]):
         return next((name for name, module in self.skeleton.named_modules() if module is decoder), "")
 
     def tensor(self, name: str) -> Tensor | None:
-        """Gives a weight of the model, None where the model has no such weight or its weights are out of reach."""
+        """Returns a weight of the model; None if it has no such weight or its weights are out of reach."""
         return None if self._tensor is None else self._tensor(name)
 
 
 def without_weights(model: Module, layers: Mapping[str, tuple[int, int]]) -> Module:
     """Copies the modules of a model, with weights on the meta device and without hooks.
 
-    `layers` are linear layers that are copied as plain ones, however they are quantised.
+    `layers` are linear layers, which are copied as plain ones even if they are quantised.
     """
     import torch
     from torch import nn

@@ -1,4 +1,4 @@
-"""What would be refused and why: adapter folders against a base model, or alone."""
+"""Checks of adapter folders, with or without a base model: which are refused, and why."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -18,14 +18,14 @@ from dlp_lora.files import name_of
 from dlp_lora.hub import Hub, is_repo_id
 
 FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
-"""The files of a base model that say how it is built and how it reads text: all but its weights."""
+"""All files of a base model but its weights: its structure and its tokenizer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
     """Whether one adapter folder can be fused into a base model.
 
-    `reason` says why not; of one that fits, it says what else is to be known.
+    `reason` is the reason for a refusal; for an adapter that fits, it has the warnings.
     """
 
     name: str
@@ -51,20 +51,20 @@ def model_layout(
 ) -> BaseLayers:
     """Maps the linear layers of a base model to their (d_in, d_out), without its weights.
 
-    The headers of its files say them, or else the model is built without weights from its config; so it is, too, where
-    an adapter asks for more. Weights are read only where an adapter's folder holds copies of them.
+    They come from the headers of its files. If these are not enough, also for an adapter, the model is built from its
+    config without weights. Weights are read only if an adapter's folder has copies of them.
 
     Args:
-        model: a path or hub id, of which the weights are not downloaded.
+        model: a path or hub id; its weights are not downloaded.
         revision: the branch, tag or commit of a hub id.
         subfolder: the folder inside the path or repository.
-        trust_remote_code: runs the code that the model brings, where the model is built.
-        hub: how repositories are reached.
+        trust_remote_code: runs the code that the model brings, if the model is built.
+        hub: the access to the hub.
 
     Raises:
         ModelError: if there is no such model.
     """
-    source, place = str(model), str(model)  # ids without an owner are known to transformers alone
+    source, place = str(model), str(model)  # only transformers knows ids without an owner
     if is_repo_id(source) or revision is not None or subfolder is not None:
         folder = hub.folder(source, files=FILES, error=ModelError, revision=revision, subfolder=subfolder)
         place = str(folder)
@@ -98,9 +98,9 @@ def _built(place: str, *, source: str, trust_remote_code: bool) -> Module:
 def check_adapters(
     layout: Mapping[str, tuple[int, int]] | None, adapters: str | Path | Mapping[str, Path]
 ) -> list[Check]:
-    """Checks each adapter folder on its own; a folder that is itself an adapter is checked as one.
+    """Checks each adapter folder; a folder that is itself an adapter is checked alone.
 
-    Without a `layout`, what depends on the base model is not checked, and torch is not imported.
+    Without a `layout`, the checks against the base model are left out, and torch is not imported.
     """
     if not isinstance(adapters, Mapping):
         single = (Path(adapters) / CONFIG_FILE).is_file()
@@ -130,7 +130,7 @@ def _check(layout: BaseLayers | None, tokens: BaseTokens, name: str, path: Path)
         notes += foreign_tokens(path, tokens)
     except DLPLoRAError as error:
         return Check(name=name, path=path, fits=False, reason=str(error))
-    except Exception as error:  # whatever strangers put into one folder, the others are checked, too
+    except Exception as error:  # a strange file in one folder must not stop the checks of the others
         return Check(name=name, path=path, fits=False, reason=f"{path} cannot be read: {type(error).__name__}: {error}")
     return Check(
         name=name,
@@ -144,7 +144,7 @@ def _check(layout: BaseLayers | None, tokens: BaseTokens, name: str, path: Path)
 
 
 def _copies(folder: AdapterFolder, layout: BaseLayers | None) -> Sequence[str]:
-    """Compares copies of base weights with the base; says which cannot be compared.
+    """Compares copies of base weights with the base; returns warnings about those that cannot be compared.
 
     Raises:
         AdapterError: if one differs.
@@ -168,7 +168,7 @@ def _copies(folder: AdapterFolder, layout: BaseLayers | None) -> Sequence[str]:
 
 
 def _stored_weights(source: str, tied: Mapping[str, Any]) -> Callable[[str], Tensor | None]:
-    """Gives the weights of a model that is stored on this machine, by name; tied ones by that of the other."""
+    """Returns the weights of a model on this machine, by name; tied weights under the name of the stored one."""
 
     def tensor(name: str) -> Tensor | None:
         from safetensors import safe_open

@@ -1,13 +1,13 @@
-"""Products on CPUs: one door to the ways in which few rows are multiplied with a weight.
+"""Products on CPUs: the ways to multiply few rows with a weight.
 
 `F.linear` is the fastest way for many rows. For one row or a few, the fastest way depends on the CPU, the precision,
-the shape and the number of threads (docs/log.md), so `timing` tries them. Beside `F.linear` there are:
+the shape and the number of threads (docs/log.md), so `timing` tries them. The ways other than `F.linear` are:
 
 - columns: W times the rows as columns, which is a matrix times a vector for one row;
 - halves: one row times two halves of W, as a batch;
 - prepacked: W laid out as oneDNN multiplies it. In bfloat16 `F.linear` lays it out again in each call, which takes
-  longer than a product with few rows. Inductor prepacks frozen weights through the same two operators, which PyTorch
-  has no other names for.
+  longer than a product with few rows. Inductor prepacks frozen weights through the same two operators, which have no
+  public names in PyTorch.
 """
 
 import torch
@@ -25,7 +25,7 @@ def product(
     bias: Float[Tensor, " d_out"] | None,
     way: Way,
 ) -> Float[Tensor, "rows d_out"]:
-    """`F.linear`, in the way that is asked for where it suits the shapes."""
+    """`F.linear`, in the chosen way if it suits the shapes."""
     if way == "columns":
         if x.shape[0] == 1:
             return (torch.mv(weight, x[0]) if bias is None else torch.addmv(bias, weight, x[0]))[None]
@@ -39,7 +39,7 @@ def product(
 
 @torch.no_grad()
 def prepack(weight: Float[Tensor, "d_out d_in"]) -> Tensor:
-    """The weight as `prepacked_product` takes it: a copy that shows its values to nobody else."""
+    """The weight as `prepacked_product` takes it: a copy that other operators cannot read."""
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
     return packed
 
@@ -56,7 +56,7 @@ def check_prepacking(weight: Tensor) -> None:
     """Checks that weights like this one can be prepacked here.
 
     Raises:
-        ModelError: saying why not.
+        ModelError: if they cannot, with the reason.
     """
     if weight.device.type != "cpu":
         raise ModelError(f"prepack is for models on a CPU, and this one is on {weight.device}; leave it out")

@@ -1,4 +1,4 @@
-"""Devices: the one that a model is put on, and the one that a model computes on."""
+"""Devices: choosing one, and finding the one on which a model computes."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,10 +10,10 @@ from dlp_lora.errors import ModelError
 
 
 def choose_device(device: str | torch.device = "auto") -> torch.device:
-    """Gives a device that can be used; "auto" is the first there is of cuda, mps and cpu.
+    """Returns an available device; "auto" is the first available of cuda, mps and cpu.
 
     Raises:
-        ValueError: if there is no such device here.
+        ValueError: if there is no such device.
     """
     if device == "auto":
         return torch.device(_kinds()[0])
@@ -27,7 +27,7 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
 
 
 def computing_device(model: nn.Module) -> torch.device:
-    """Gives the device that a model computes on, which offloaded weights are brought to."""
+    """Returns the device on which a model computes; offloaded weights are moved there for each pass."""
     return next(_devices_of(model), (torch.device("cpu"), ""))[0]
 
 
@@ -35,7 +35,7 @@ def check_devices(model: nn.Module) -> None:
     """Checks that a model computes on one device.
 
     Raises:
-        ModelError: if it computes on several, or has weights without values that nothing brings.
+        ModelError: if it computes on several, or has weights on the meta device that nothing loads.
     """
     names = dict(reversed(list(_devices_of(model))))
     if len(names) > 1:
@@ -47,7 +47,7 @@ def check_devices(model: nn.Module) -> None:
 
 
 def _devices_of(model: nn.Module) -> Iterator[tuple[torch.device, str]]:
-    """Where each module with weights computes, with its name."""
+    """The device of each module with weights, with its name."""
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             device = _hooked_device(module) if parameter.is_meta else parameter.device
@@ -59,7 +59,7 @@ def _devices_of(model: nn.Module) -> Iterator[tuple[torch.device, str]]:
 
 
 def _kinds() -> list[str]:
-    """The kinds of device there are, the fastest first."""
+    """The available kinds of device, the fastest first."""
     kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     return [kind for kind, is_there in kinds.items() if is_there]
 
@@ -71,7 +71,7 @@ def _missing(device: str | torch.device) -> ValueError:
 
 
 def _hooked_device(module: nn.Module) -> torch.device | None:
-    """Where the hook that `accelerate` put on a module brings its weights."""
+    """The device to which accelerate's hook on a module moves its weights."""
     hook: Any = getattr(module, "_hf_hook", None)
     for each in getattr(hook, "hooks", [hook]):
         device = getattr(each, "execution_device", None)

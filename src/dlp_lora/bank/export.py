@@ -17,11 +17,11 @@ from dlp_lora.policy import Mixture
 def export_mixture(bank: AdapterBank, mixture: Mapping[str, float], path: str | Path) -> None:
     """Writes a fixed mixture as one ordinary PEFT adapter folder, exactly: the ranks are concatenated.
 
-    It reads the adapters' folders again: the bank holds their weights in its own dtype.
+    It reads the adapters' folders again, because the bank has their weights in another dtype.
 
     Raises:
-        AdapterError: if the bank holds no adapter of a name, its folder no longer holds what was added or is `path`,
-            or the mixture is empty.
+        AdapterError: if the bank has no adapter of a name, its folder has changed or is `path`, or the mixture is
+            empty.
     """
     mixture = Mixture(mixture)
     unknown = set(mixture) - set(bank.names)
@@ -48,7 +48,7 @@ def export_mixture(bank: AdapterBank, mixture: Mapping[str, float], path: str | 
 
 
 def concatenated(parts: Sequence[tuple[Adapter, float]], *, dtype: torch.dtype | None = None) -> dict[str, LoraWeights]:
-    """Gives a mixture of adapters, each with its weight, as one LoRA a module, whose rank is the sum of theirs.
+    """Turns a mixture of adapters into one LoRA per module, whose rank is the sum of theirs.
 
     Scaling and weights are folded into B in float32. By default the result has the widest type of its parts.
     """

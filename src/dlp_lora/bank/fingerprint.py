@@ -1,4 +1,4 @@
-"""A model's fingerprint, from a few bytes of its files: told apart from another one in well under a second."""
+"""A model's fingerprint, from a few bytes of its files: it distinguishes models in less than a second."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from typing import Any
 NUM_TENSORS = 512  # of which some values are read, at most
 NUM_BYTES = 64  # of each
 NUM_RANGES = 64  # of a GGUF file
-# Settings that make another model, as far as config.json has them.
+# Settings of config.json that identify a model, if they are there.
 SETTINGS = (
     *("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("head_dim", "intermediate_size", "hidden_act", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"),
@@ -21,8 +21,9 @@ SETTINGS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Fingerprint:
-    """What tells a model from others: settings of its config, and hashes of its tensors' names and shapes, and of a
-    fixed sample of their values as they are stored."""
+    """Identifies a model: settings of its config, and hashes of its tensors' names and shapes and of a fixed sample of
+    their stored values.
+    """
 
     config: Mapping[str, Any]
     tensors: str
@@ -30,7 +31,7 @@ class Fingerprint:
 
     @classmethod
     def of(cls, folder: Path) -> "Fingerprint | None":
-        """Takes the fingerprint of a folder of safetensors, or of one GGUF file; None where it has neither."""
+        """Takes the fingerprint of a folder of safetensors, or of one GGUF file; None if it has neither."""
         try:
             config = _config(folder)
             if files := _safetensors(folder):
@@ -42,7 +43,7 @@ class Fingerprint:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Fingerprint":
-        """Reads what `to_dict` gave."""
+        """Reads the data of `to_dict`."""
         return cls(config=dict(data["config"]), tensors=str(data["tensors"]), values=str(data["values"]))
 
     def to_dict(self) -> dict[str, Any]:
@@ -50,7 +51,7 @@ class Fingerprint:
         return asdict(self)
 
     def differences(self, other: "Fingerprint") -> list[str]:
-        """Says in what another model differs from this one."""
+        """Lists the differences between another model and this one."""
         both = [key for key in self.config if key in other.config]
         found = [
             f"its {key} is {other.config[key]!r}, not {self.config[key]!r}"

@@ -1,9 +1,8 @@
 """Groups: linear layers that read one input, alike in every layer of the model, and the pairs fused for them
 (section 3.3, Eq. 6).
 
-Adapters lie side by side along the rank axis in buffers that stay where they are. A of a stacked group lies in one
-tensor under the base weights, `[W_q; W_k; W_v; A_q; A_v]`, so that one product gives the base projections and the
-low-rank activations.
+Adapters are concatenated along the rank axis in buffers that do not move. A of a stacked group lies in one tensor under
+the base weights, `[W_q; W_k; W_v; A_q; A_v]`. So one product gives the base projections and the low-rank activations.
 """
 
 import math
@@ -20,14 +19,14 @@ from torch.utils.dlpack import from_dlpack
 from dlp_lora.bank.layout import StackedLora
 from dlp_lora.bank.paths import PLAIN, Ways
 
-# Bytes. A product of a vector can round by where in such a stretch its matrix begins (docs/log.md), and weights that
-# are read from a file begin anywhere in it.
+# Bytes. The rounding of a product with a vector can depend on the matrix's address modulo this number (docs/log.md),
+# and weights from a file may begin at any address.
 ALIGNMENT = 16
-MAX_VIEWS = 32  # of the ranks that mixtures have; a compiled pass keeps its own
+MAX_VIEWS = 32  # for different ranks of mixtures; compiled passes have separate ones
 
 
 class FusedPair(NamedTuple):
-    """The fused pair of one module of one layer; `rows` is where its A lies among its group's."""
+    """The fused pair of one module of one layer; `rows` is the place of its A among its group's."""
 
     a: Float[Tensor, "d_in rank"]
     b: Float[Tensor, "rank d_out"]
@@ -35,10 +34,10 @@ class FusedPair(NamedTuple):
 
 
 class Reads(NamedTuple):
-    """What a pass reads: how many tokens of each row, and whether all rows have as many images.
+    """The input of a pass: the number of tokens of each row, and whether all rows have equally many images.
 
-    `num_kept` is the number of last tokens that the pass gives logits for, if not for all: some models run their last
-    layers over these alone.
+    `num_kept` is the number of last tokens with logits, if not all have them: some models run their last layers only
+    over these.
     """
 
     num_tokens: int
@@ -47,7 +46,7 @@ class Reads(NamedTuple):
 
 
 class Prepacked(NamedTuple):
-    """The base weights `[W_1; ...]` of one layer once more, in oneDNN's own layout, and A beside them."""
+    """A second copy of the base weights `[W_1; ...]` of one layer in oneDNN's layout, and A separately."""
 
     weight: Tensor  # opaque
     bias: Float[Tensor, " d_outs"] | None
@@ -56,8 +55,8 @@ class Prepacked(NamedTuple):
 
 class FusedProjection(NamedTuple):
     """One layer's stacked weight `[W_1; ...; A_1; ...]` and its bias. `sizes` cuts the product into the siblings' base
-    projections and, where there is a pair, the low-rank activations of all; `pairs` are the siblings that have one,
-    with the place of their activations among these, and their B.
+    projections and the low-rank activations; `pairs` are the siblings with a pair, the place of their activations among
+    these, and their B.
     """
 
     weight: Float[Tensor, "rows d_in"]
@@ -72,27 +71,26 @@ Pairs = list[list[FusedPair] | None]
 
 
 class Fused(NamedTuple):
-    """What a pass computes in a group: the pairs, and one projection a layer where the weights are stacked.
+    """The active parts of a group in a pass: the pairs, and one projection per layer if the weights are stacked.
 
-    `gate` is None while all rows share one mixture; else it weighs the low-rank activations row by row, or token by
-    token.
+    `gate` is None if all rows share one mixture; otherwise it weighs the low-rank activations by row or by token.
     """
 
     pairs: Pairs
     projections: list[FusedProjection] | None
-    gate: Float[Tensor, "batch _ rank"] | None = None  # one for all tokens of a row, or one for each
+    gate: Float[Tensor, "batch _ rank"] | None = None  # one for all tokens of a row, or one for each token
 
 
 class Group:
-    """Linear layers that read one input, alike in every layer of the model, and the buffers that mixtures are fused in.
+    """Linear layers that read one input, alike in every layer of the model, and the buffers for fused mixtures.
 
-    `modules[s][i]` is the name of sibling `s` in layer `i`. `active` is what the layers compute with now; while it is
-    None they are the base's. `write` and `idle` set it, `clear` unsets it, `activate` sets it to what was written last.
-    Buffers stay where they are until a mixture does not fit in. `ways` says how the products are computed, and `reads`
-    what the pass reads, where that is known.
+    `modules[s][i]` is the name of sibling `s` in layer `i`. `active` has the tensors of the current pass; if it is
+    None, the layers are the base's. `write` and `idle` set it, `clear` unsets it, `activate` sets it to the last
+    written one. The buffers move only if a mixture does not fit in. `ways` are the ways of the products, and `reads` is
+    the input of the pass, if it is known.
 
-    A compiled pass must find tensors of one shape at one place, whatever the mixture. `write(..., batch=...)` gives it
-    the ranks that `padded` says for each sibling, and a gate that is zero beyond the mixture.
+    A compiled pass needs tensors of one shape at one address for every mixture. `write(..., batch=...)` pads the ranks
+    of the siblings to `padded`, with a gate that is zero beyond the mixture.
     """
 
     def __init__(
@@ -120,21 +118,21 @@ class Group:
         self._linears: list[list[nn.Linear]] | None = None  # [sibling][layer], once stacked
         self._weights: list[Float[Tensor, "rows d_in"]] = []  # of the layers, once stacked
         self._biases: list[Float[Tensor, " rows"] | None] = []
-        self._prepacked: dict[int, Tensor] = {}  # base weights once more, by layer
-        self._packed_versions: list[int] = []  # of the weights, when they were
-        # By sibling and first row of B, what lies there: the LoRA, the first row of its sibling's A, the weight in B.
+        self._prepacked: dict[int, Tensor] = {}  # second copies of base weights, by layer
+        self._packed_versions: list[int] = []  # of the weights at that time
+        # By sibling and first row of B: the LoRA there, the first row of its sibling's A, and its weight in B.
         self._laid: dict[tuple[int, int], tuple[ref[StackedLora], int, float]] = {}
         # By the siblings' ranks, the least recently used first.
         self._views: dict[tuple[int, ...], tuple[Pairs, list[FusedProjection] | None]] = {}
 
     @property
     def label(self) -> str:
-        """What its layers are called, whatever their number."""
+        """The names of its modules without the number of the layer."""
         return ", ".join(names[0].rpartition(".")[2] for names in self.modules)
 
     @property
     def gains(self) -> bool:
-        """Whether its `ways` pay without an adapter: a lone layer that is stacked is as it was."""
+        """Whether its `ways` are faster even without an adapter; for a single layer, stacked is not."""
         as_before = {"plain"} if len(self.modules) > 1 else {"plain", "stacked"}
         return not {self.ways.one_row, self.ways.few_rows} <= as_before
 
@@ -145,17 +143,17 @@ class Group:
 
     @property
     def num_layers(self) -> int:
-        """How many layers hold these modules."""
+        """The number of layers with these modules."""
         return len(self.modules[0])
 
     @property
     def capacity(self) -> int:
-        """How much rank the buffers hold, all siblings together."""
+        """The rank for which the buffers have room, all siblings together."""
         return self._a.shape[1]
 
     @property
     def num_views(self) -> int:
-        """For how many ranks of mixtures it keeps the tensors ready."""
+        """The number of different ranks for which it keeps tensors."""
         return len(self._views)
 
     @property
@@ -170,9 +168,9 @@ class Group:
         self._allocate(self.capacity)
 
     def restack(self, *, layers: Collection[int] | None = None) -> bool:
-        """Stacks weights again that have left their place, as after `model.to`; says whether some of `layers` had.
+        """Stacks weights again that were moved, as by `model.to`; returns whether some of `layers` were.
 
-        Where siblings are no longer alike, the layers are plain from then on.
+        If siblings are no longer alike, the layers become plain.
         """
         layers = range(self.num_layers) if layers is None else layers
         if self._linears is None or all(self._is_in_place(i) for i in layers):
@@ -207,7 +205,7 @@ class Group:
         )
 
     def place(self, *, dtype: torch.dtype, device: torch.device) -> None:
-        """Moves the buffers; A of a stacked group goes where the base weights go."""
+        """Moves the buffers; A of a stacked group moves with the base weights."""
         self._b = [b.to(device, dtype) for b in self._b]
         if self._linears is None:
             self._a = self._a.to(device, dtype)
@@ -216,7 +214,7 @@ class Group:
         self._forget_views()
 
     def unstack(self) -> None:
-        """Gives the base layers tensors of their own again."""
+        """Gives the base layers separate tensors again."""
         if self._linears is None:
             return
         for linear in (linear for layers in self._linears for linear in layers):
@@ -229,14 +227,14 @@ class Group:
         self._forget_views()
 
     def prepack(self, pack: Callable[[Tensor], Tensor], *, layers: Collection[int] | None = None) -> None:
-        """Holds the base weights of a stacked group once more, as `pack` lays them out; those of some layers alone."""
+        """Makes second copies of the base weights of a stacked group with `pack`, of all layers or of some."""
         self._pack, self._packed_versions = pack, self._versions()
         layers = range(self.num_layers) if layers is None else layers
         self._prepacked = {i: pack(self._weights[i][: self._ends[-1]]) for i in layers}
         self._forget_views()
 
     def repack(self) -> bool:
-        """Lays prepacked weights out again where the base's were changed since, which fuses nothing; says whether."""
+        """Makes second copies again if the base weights have changed, and then fuses nothing; returns whether they had."""
         if not self._prepacked or self._versions() == self._packed_versions:
             return False
         self.prepack(self._pack)
@@ -253,7 +251,7 @@ class Group:
         return sum(weight.numel() * weight.itemsize for weight in self._prepacked.values())
 
     def reserve(self, rank: int, ranks: Sequence[int]) -> None:
-        """Makes room for mixtures of this rank, all siblings together, and of `ranks` for each of them."""
+        """Makes room for mixtures of this rank, all siblings together, and of `ranks` for each sibling."""
         for s, (b, needed) in enumerate(zip(self._b, ranks, strict=True)):
             if needed > b.shape[1]:
                 self._b[s] = b.new_zeros(b.shape[0], needed, b.shape[2])
@@ -281,14 +279,14 @@ class Group:
         *,
         batch: int | None = None,
     ) -> None:
-        """Lays the LoRAs of each sibling side by side, B times its weight, and makes them the active pairs.
+        """Concatenates the LoRAs of each sibling, with B times its weight, and makes them the active pairs.
 
-        With a `batch`, for a compiled pass over as many rows: then the gate, too, is padded.
+        A `batch` is for a compiled pass over so many rows: then the gate is padded, too.
         """
         ranks = tuple(sum(lora.rank for lora in each) for each in loras) if batch is None else self.padded
         self._make_room(ranks)
         row, before = 0, self._laid
-        self._laid = {}  # of what breaks off half-way, nothing is known
+        self._laid = {}  # unknown, in case of an error
         laid: dict[tuple[int, int], tuple[ref[StackedLora], int, float]] = {}
         for sibling, (each, own_weights, b, rank) in enumerate(zip(loras, weights, self._b, ranks, strict=True)):
             start = 0
@@ -307,25 +305,25 @@ class Group:
         self.active = self._written
 
     def idle(self, *, stacked: bool = True) -> None:
-        """Fuses nothing here; where `stacked`, siblings whose weights are stacked are one product all the same."""
+        """Fuses nothing here; if `stacked`, siblings with stacked weights still compute one product."""
         ranks = (0,) * len(self.modules)
         self._written = Fused(*self._view(ranks)) if stacked and self.is_stacked else None
         self.active = self._written
 
     def rehearse(self, rank: int) -> None:
-        """Makes pairs of this rank active, of whatever lies in the buffers, where there is room: for timing."""
+        """Makes pairs of this rank active, with any content, if there is room: for timing."""
         self.active = Fused(*self._view(tuple(min(rank, b.shape[1]) for b in self._b)))
 
     def activate(self) -> None:
-        """Makes active what was written last, or nothing where the group was idle."""
+        """Makes the last written pairs active again, or nothing if the group was idle."""
         self.active = self._written
 
     def clear(self) -> None:
-        """Leaves the base layers alone; what was written stays where it is."""
+        """Makes nothing active: only the base layers compute. The buffers keep their content."""
         self.active = None
 
     def buffers(self) -> list[Tensor]:
-        """The tensors that it writes into; a stacked group's first one holds the base weights, too."""
+        """The tensors that it writes into; the first one of a stacked group also has the base weights."""
         return [self._a, *self._b]
 
     def _make_room(self, ranks: Sequence[int]) -> None:
@@ -348,7 +346,7 @@ class Group:
         biased = any(layers[0].bias is not None for layers in self._linears)
         self._weights, self._biases = [], []
         for i, linears in enumerate(zip(*self._linears, strict=True)):
-            # Without adapters each layer has a tensor of its own, so that no second copy of all is ever held.
+            # First each layer gets a separate tensor, so that there is never a second copy of all.
             self._weights.append(_empty_as(first.weight, shape) if whole is None else whole[i])
             bias = self._weights[i].new_zeros(end + capacity) if biased else None
             self._biases.append(bias)
@@ -359,14 +357,14 @@ class Group:
         if whole is None:
             self._a = first.weight.new_empty(self.num_layers, 0, self.d_in).detach()
         else:
-            self._a = whole[:, end:].zero_()  # what a gate of zero leaves out must be finite
+            self._a = whole[:, end:].zero_()  # rows with a gate of zero must be finite
 
     def _forget_views(self) -> None:
         self._views.clear()
         self._written = self.active = None
 
     def _kept_gate(self, gate: Tensor | None, batch: int | None) -> Tensor | None:
-        """The gate in the dtype of A; that of a compiled pass always lies at one place."""
+        """The gate in the dtype of A; for a compiled pass, always at the same address."""
         if batch is None or gate is None:
             return None if gate is None else gate.to(self._a.dtype)
         if batch not in self._gates:
@@ -413,28 +411,28 @@ class Group:
 
 
 def keep_alignment(weights: Sequence[Tensor]) -> bool:
-    """Whether weights of one input keep their alignment as rows of one tensor, and so their products every bit."""
+    """Whether weights of one input keep their alignment as rows of one tensor, so that their products stay bit-exact."""
     return len({w.data_ptr() % ALIGNMENT for w in weights}) == 1 and weights[0][0].nbytes % ALIGNMENT == 0
 
 
 def _empty_as(parameter: Tensor, shape: Sequence[int]) -> Tensor:
     """An empty tensor as well aligned as a parameter is."""
     num, start = math.prod(shape), parameter.data_ptr() % ALIGNMENT // parameter.itemsize
-    flat = parameter.new_empty(start + num).detach()  # which begins a stretch
+    flat = parameter.new_empty(start + num).detach()  # aligned as by the CPU allocator
     return flat[start:].view(shape)
 
 
 def _move(parameter: Tensor, place: Tensor) -> None:
-    """Moves a parameter's values, and the parameter shares the memory of their new place.
+    """Moves a parameter's values; afterwards the parameter shares the memory of their new place.
 
-    It has a storage of its own, which begins there: what saves or copies a model by its storages, as accelerate,
-    safetensors and `deepcopy` do, would take siblings for one weight and lose all but one of them.
+    The parameter gets a separate storage, which begins there. accelerate, safetensors and `deepcopy` compare storages;
+    with one storage they would take siblings for one weight and lose all but one.
     """
     place.copy_(parameter.data)
     parameter.data = from_dlpack(place)
 
 
 def _static(tensor: Tensor) -> Tensor:
-    """Tells `torch.compile` that a tensor stays where it is, so that a CUDA graph reads it there and copies nothing."""
+    """Marks a tensor as static for `torch.compile`, so that a CUDA graph reads it there and copies nothing."""
     torch._dynamo.mark_static_address(tensor)
     return tensor

@@ -1,4 +1,4 @@
-"""The layout of a base model: which of its linear layers are alike, and so where the LoRAs of an adapter go.
+"""The layout of a base model: which linear layers are alike, and so the places of an adapter's LoRAs.
 
 Layers that read one input are siblings (q, k and v of one layer); sets of siblings that differ only in the number of
 their layer are a family. An adapter is stacked family by family, so that a switch is a handful of large copies.
@@ -18,7 +18,7 @@ from dlp_lora.bank.peft_format import Adapter
 
 
 class Place(NamedTuple):
-    """Where LoRAs go: the number of a family, and which of its siblings."""
+    """The place of LoRAs: the number of a family, and of the sibling in it."""
 
     family: int
     sibling: int
@@ -51,7 +51,7 @@ class StackedLora:
 
 
 class Layout:
-    """The linear layers of a base model by family, and the dtype and device that adapters for them are held in.
+    """The linear layers of a base model by family, and the dtype and device of adapters for them.
 
     `shapes` maps each linear layer to its (d_in, d_out), in the order of the model; `siblings` lists those that read
     one input.
@@ -86,7 +86,7 @@ class Layout:
         check_shapes(adapter.path, found, self._shapes, adapter.base_model)
 
     def ranks(self, adapter: Adapter) -> dict[Place, int]:
-        """The rank that an adapter takes at each place where it changes a layer."""
+        """The rank of an adapter at each place that it changes."""
         return {
             place: max(adapter.modules[module].rank for module in layers.values())
             for place, layers in self._places(adapter).items()
@@ -109,7 +109,7 @@ class Layout:
         return StackedLora(a, b)
 
     def _places(self, adapter: Adapter) -> dict[Place, dict[int, str]]:
-        """Which modules the adapter changes: by place, then layer."""
+        """The modules that the adapter changes: by place, then layer."""
         places: dict[Place, dict[int, str]] = {}
         for module in adapter.modules:
             place, layer = self._sites[module]

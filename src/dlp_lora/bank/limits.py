@@ -1,4 +1,4 @@
-"""Limits: any mixture in, one that an engine with slots of fixed rank can hold out."""
+"""Limits: any mixture in, a mixture that fits into slots of fixed rank out."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -6,19 +6,19 @@ from dataclasses import dataclass
 
 from dlp_lora.policy import FusionPolicy, Mixture
 
-PARTS = 64  # of which weights are whole numbers: so mixtures that are nearly equal are one
+PARTS = 64  # weights are whole multiples of its inverse, so that nearly equal mixtures are the same
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a mixture may be: weights of whole 64ths, and ranks that sum to `max_rank` at most."""
+    """The limits of a mixture: weights of whole 64ths, and a sum of ranks of at most `max_rank`."""
 
     max_rank: int
     rank_of: Callable[[str], int]
 
     def fit(self, mixture: Mixture) -> Mixture:
-        """Gives the nearest mixture that may be. The lightest adapters are left out until the others fit, which then
-        share their weight.
+        """Returns the nearest mixture within the limits. The lightest adapters are left out until the others fit; the
+        others then share the weight.
         """
         names = list(mixture)  # heaviest first
         while len(names) > 1 and sum(map(self.rank_of, names)) > self.max_rank:
@@ -56,7 +56,7 @@ class Within:
 
 
 def rounded(weights: Mapping[str, float]) -> Mixture:
-    """Rounds weights to whole 64ths, by the largest remainder, so that their sum stays and none becomes zero."""
+    """Rounds weights to whole 64ths by the largest remainder: their sum stays, and none becomes zero."""
     return Mixture({name: units / PARTS for name, units in parts(weights).items()})
 
 
@@ -68,7 +68,7 @@ def parts(weights: Mapping[str, float]) -> dict[str, int]:
     units = {name: max(1, math.floor(share)) for name, share in exact.items()}
     total = max(round(math.fsum(exact.values())), len(exact))
     while (missing := total - sum(units.values())) != 0:
-        # The one that is furthest from its share, of those that may give; the first of equal ones.
+        # The weight that is furthest above its share and not yet the smallest; the first of equal ones.
         step = 1 if missing > 0 else -1
         name = max((n for n in units if units[n] + step >= 1), key=lambda n: step * (exact[n] - units[n]))
         units[name] += step

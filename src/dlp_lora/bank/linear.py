@@ -1,7 +1,7 @@
-"""Fused linear layers: a base layer plus the low-rank pair that the current sentence was fused into (section 3.3).
+"""Fused linear layers: a base layer plus the low-rank pair of the current mixture (section 3.3).
 
-`attach` puts a FusedLinear in the place of each linear layer that some adapter changes, and of siblings, which read the
-same input; `detach` puts the very same base layers back.
+`attach` replaces each linear layer that some adapter changes, and its siblings, which read the same input, by a
+FusedLinear; `detach` puts the same base layers back.
 """
 
 import copy
@@ -19,7 +19,7 @@ from dlp_lora.bank.paths import FEW_ROWS, Way
 from dlp_lora.errors import ModelError
 
 Place = Literal["text", "head", "experts", "images"]
-"""What a layer reads: every token of each row; the last ones alone; those that chose an expert; images or sounds."""
+"""The input of a layer: all tokens of each row, the last ones, the tokens of an expert, or images or sounds."""
 
 
 _READS = {
@@ -31,10 +31,10 @@ _READS = {
 
 
 class Outputs:
-    """What one product gave the siblings of a layer, until each has taken its own.
+    """The outputs of one product for all siblings of a layer.
 
-    The first sibling that is called computes for all; the others are called with the very same input, and the last one
-    takes its output away.
+    The first sibling that is called computes for all. The others are called with the same input and take their outputs;
+    the last one clears them.
     """
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ class FusedLinear(nn.Module):
         fused = self.group.active
         if fused is None:
             return self._base(x)
-        # A stacked weight has no gradient: where one is asked for, the base layers are called.
+        # A stacked weight has no gradient, so with gradients the base layers are called.
         if fused.projections is None or torch.is_grad_enabled():
             return self._alone(x, fused)
         way: Way = "stacked" if torch.compiler.is_compiling() else self.group.ways.way(x.numel() // x.shape[-1])
@@ -115,17 +115,17 @@ class FusedLinear(nn.Module):
         return [y.view(*shape, y.shape[-1]) for y in ys]
 
     def _weigh(self, low: Float[Tensor, "rows rank"], gate: Float[Tensor, "batch _ rank"], lead: torch.Size) -> None:
-        """Weighs low-rank activations in place, row by row or token by token; `lead` is the shape of the input's rows.
+        """Multiplies low-rank activations by the gate, in place; `lead` is the shape of the input without features.
 
         Raises:
-            ModelError: if it is not known which rows of the batch they belong to.
+            ModelError: if it is not known to which rows of the batch they belong.
         """
         if not low.shape[0]:
             return
         batch, reads = gate.shape[0], self.group.reads
         num_each, rest = divmod(low.shape[0], batch)
-        # Some models give a layer the tokens of all rows as one list, and their last layers the last tokens of each row
-        # alone. Latent attention puts an axis for heads before the tokens, which are those of the whole cache.
+        # Some models pass a layer the tokens of all rows as one list, and their last layers only the last tokens of each
+        # row. Latent attention has an axis for heads before the tokens, which are those of the whole cache.
         num_tokens = lead[1] if len(lead) > 1 and lead[0] == batch else num_each
         if reads is not None and lead[1:] == (1, reads.num_tokens):
             num_tokens = reads.num_tokens
@@ -133,12 +133,12 @@ class FusedLinear(nn.Module):
         match self.place:
             case "text" if reads is not None:
                 are_last = lead[1:] == (reads.num_kept,)
-                # One mixture a row holds for all its tokens, also for those of the cache.
+                # If a row has one mixture, it applies to all its tokens, also to those of the cache.
                 is_cache = gate.shape[1] == 1 and lead[1:2] == (1,) and num_each >= reads.num_tokens
                 fits = fits and (num_tokens == reads.num_tokens or are_last or is_cache)
             case "text":
                 pass
-            case "experts":  # the tokens that chose an expert come as one list; rows of tokens are all of them
+            case "experts":  # the tokens of an expert come as one list; if the input has rows, it has all tokens
                 fits = fits and reads is not None and lead[1:] == (reads.num_tokens,)
             case "images":
                 fits = rest == 0 and gate.shape[1] == 1 and reads is not None and reads.has_like_images
@@ -167,14 +167,14 @@ class FusedLinear(nn.Module):
         return copy.deepcopy(self.base_layer, memo)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
-        """What is pickled is the base layer."""
+        """Pickle saves only the base layer."""
         base: Any = self.base_layer
         rebuild, *rest = base.__reduce_ex__(protocol)
-        # Pickle wants the class that `__newobj__` makes to be this one.
+        # Pickle requires that `__newobj__` makes this class.
         return (object.__new__ if rebuild is copyreg.__newobj__ else rebuild, *rest)  # type: ignore[attr-defined]
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The base layer's, under its own names: what is saved is an ordinary checkpoint of the base model."""
+        """The base layer's state under its names, so that a checkpoint is an ordinary one of the base model."""
         return self.base_layer.state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -186,8 +186,9 @@ class FusedLinear(nn.Module):
 def project(
     x: Float[Tensor, "rows d_in"], projection: FusedProjection, way: Way, dtype: torch.dtype
 ) -> tuple[list[Float[Tensor, "rows _"]], Float[Tensor, "rows rank"] | None]:
-    """Gives the siblings' base projections and, where there are pairs, the low-rank activations of all; those of few
-    rows are in `dtype`, that of B, which is faster than to narrow B."""
+    """Returns the siblings' base projections and, if there are pairs, the low-rank activations. With few rows, these
+    are in `dtype`, that of B, because casting B would be slower.
+    """
     weight, bias, sizes, pairs, packed = projection
     few = x.shape[0] <= FEW_ROWS
     if way == "prepacked" and packed is not None:
@@ -203,7 +204,7 @@ def project(
 
 
 def add_product(y: Float[Tensor, "rows d_out"], h: Float[Tensor, "rows rank"], b: Float[Tensor, "rank d_out"]) -> None:
-    """Adds `h B` to base projections, which are wide, in place; of many rows in the dtype of y."""
+    """Adds `h B` to base projections in place; with many rows, in the dtype of y."""
     if y.shape[0] > FEW_ROWS:
         h, b = h.to(y.dtype), b.to(y.dtype)
     if y.dtype == b.dtype:
@@ -213,8 +214,7 @@ def add_product(y: Float[Tensor, "rows d_out"], h: Float[Tensor, "rows rank"], b
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether a layer is nothing but a linear map; one with hooks, as offloading installs, or with quantised weights is
-    not."""
+    """Whether a layer is a plain linear map, without hooks (as of offloading) and without quantised weights."""
     return (
         type(layer) is nn.Linear
         and is_ordinary(layer.weight)
@@ -223,5 +223,5 @@ def is_plain(layer: nn.Module) -> bool:
 
 
 def is_ordinary(weight: object) -> bool:
-    """Whether a weight is a tensor of floats, not one that computes in a way of its own, as quantised ones do."""
+    """Whether a weight is an ordinary tensor of floats, not one with its operators, such as a quantised one."""
     return type(weight) in (Tensor, nn.Parameter) and cast(Tensor, weight).is_floating_point()

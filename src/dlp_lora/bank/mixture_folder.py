@@ -1,8 +1,8 @@
-"""Mixtures as PEFT adapters in a folder that another engine reads: named by what they are made of, the oldest deleted.
+"""Mixtures as PEFT adapters in a folder that another engine reads: named by content, the oldest deleted.
 
-A mixture of adapters is one LoRA whose rank is the sum of theirs. Its folder is written aside and renamed, so that it
-is there whole or not at all, and what has its name is the same to the last bit. Several processes may share the folder:
-each holds a shared lock on what it uses, and deletes nothing that is locked.
+A mixture of adapters is one LoRA whose rank is the sum of theirs. Its folder is written under another name and then
+renamed, so that it is never incomplete. Folders of the same name are equal to the last bit. Several processes may share
+the folder: each has a shared lock on the mixtures that it uses, and deletes none that is locked.
 """
 
 import fcntl
@@ -29,12 +29,12 @@ from dlp_lora.files import replace_folder
 from dlp_lora.policy import Mixture
 
 PREFIX = "dlp-"
-FORMAT = "1"  # of what is written, which a name stands for, too
+FORMAT = "1"  # of the written files; part of each name
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """An adapter that mixtures are made of: its shapes, a hash of its folder, and when its files were written."""
+    """An adapter for mixtures: its shapes, a hash of its folder, and the times of its files."""
 
     adapter: Adapter
     content: str
@@ -56,7 +56,7 @@ Sources = Mapping[str, Source]
 
 
 def read_source(folder: str | Path, name: str, layout: BaseLayers) -> Source:
-    """Reads what an adapter's folder holds, without its weights.
+    """Reads an adapter's folder without its weights.
 
     Raises:
         AdapterError: if it cannot be read.
@@ -79,14 +79,14 @@ class Entry:
 
 
 class MixtureFolder:
-    """The mixtures that are written, up to `budget_mb` megabytes, beside those in use. It is used by one thread, but
-    `write` takes time and may run in any.
+    """The written mixtures, up to `budget_mb` megabytes in addition to those in use. One thread uses it, but `write`
+    takes time and may run in any thread.
 
     Args:
-        path: the folder; None makes one in memory (tmpfs) where there is such a disk, and deletes it at the end.
-        base: what tells the base model from others.
+        path: the folder; None makes one, in memory (tmpfs) if possible, and deletes it at the end.
+        base: identifies the base model.
         layout: of the base model.
-        budget_mb: what may be there.
+        budget_mb: the size of the unused mixtures, at most.
     """
 
     def __init__(self, path: str | Path | None, *, base: str, layout: BaseLayers, budget_mb: float) -> None:
@@ -111,7 +111,7 @@ class MixtureFolder:
         return PREFIX + hashlib.sha256("\n".join(lines).encode()).hexdigest()[:24]
 
     def claim(self, mixture: Mixture, sources: Sources) -> Entry:
-        """Gives the entry of a mixture, which is in use until it is released; `write` puts its files there."""
+        """Returns the entry of a mixture, which is in use until it is released; `write` writes its files."""
         name = self.name_of(mixture, sources)
         entry = self._entries.get(name)
         if entry is None:
@@ -122,14 +122,14 @@ class MixtureFolder:
         return entry
 
     def release(self, entry: Entry) -> None:
-        """Says that an entry is used no more by one of its users."""
+        """Releases an entry for one of its users."""
         entry.num_users -= 1
 
     def write(self, entry: Entry, mixture: Mixture, sources: Sources) -> None:
-        """Has the files of an entry be there, and no other process delete them.
+        """Writes the files of an entry if they are missing, and locks them against other processes.
 
         Raises:
-            AdapterError: if an adapter's folder cannot be read any more, or not be written.
+            AdapterError: if an adapter's folder cannot be read any more, or the mixture cannot be written.
         """
         while entry.lock is None:
             if not (entry.path / CONFIG_FILE).is_file():
@@ -141,7 +141,7 @@ class MixtureFolder:
             entry.nbytes = _size(entry.path)
 
     def surplus(self) -> list[Entry]:
-        """Gives the entries that must go, as too much is there: the least recently used, none in use."""
+        """The entries to delete if there are too many: the least recently used, none in use."""
         excess = sum(entry.nbytes for entry in self._entries.values()) - self._budget
         going: list[Entry] = []
         for entry in self._entries.values():
@@ -153,7 +153,7 @@ class MixtureFolder:
         return going
 
     def holding(self, content: str) -> list[Entry]:
-        """Gives the entries that an adapter is part of, and nobody uses."""
+        """The unused entries that contain an adapter."""
         return [entry for entry in self._entries.values() if content in entry.contents and not entry.num_users]
 
     def delete(self, entry: Entry) -> None:
@@ -164,14 +164,14 @@ class MixtureFolder:
             entry.lock = None
         with suppress(FileNotFoundError, BlockingIOError):
             lock = _locked(entry.path / CONFIG_FILE, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Under another name, nobody finds half of it.
+            # Renamed first, so that no process finds an incomplete folder.
             gone = entry.path.with_name(f".{entry.name}.{os.getpid()}.gone")
             entry.path.rename(gone)
             os.close(lock)
             shutil.rmtree(gone, ignore_errors=True)
 
     def close(self) -> None:
-        """Lets go of all entries, and deletes the folder if it was made here."""
+        """Releases all entries, and deletes the folder if it was made here."""
         for entry in self._entries.values():
             if entry.lock is not None:
                 os.close(entry.lock)
@@ -186,7 +186,7 @@ def write_mixture(folder: Path, mixture: Mixture, sources: Sources) -> None:
     The weights have the widest type of those of its adapters.
 
     Raises:
-        AdapterError: if an adapter's folder no longer holds what it held.
+        AdapterError: if an adapter's folder has changed.
     """
     if not mixture:
         module, lora = next(iter(next(iter(sources.values())).adapter.modules.items()))
@@ -218,7 +218,7 @@ def write_zeros(folder: Path, module: str, *, d_in: int, d_out: int, rank: int) 
 
 
 def rewrite_mixture(path: Path, mixture: Mixture, sources: Sources) -> None:
-    """Writes a mixture where another one may be, file by file, so that each is there whole at any time."""
+    """Writes a mixture over an older one, file by file, so that each file is complete at any time."""
     path.mkdir(exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:

@@ -1,7 +1,7 @@
-"""Paths: in which way the layers of a model are multiplied, and how the fastest way is chosen.
+"""Paths: the ways to multiply the layers of a model, and the choice of the fastest one.
 
-All ways give the same result but for rounding. The fastest one differs between CPUs, precisions, shapes and numbers of
-rows, so `timing` tries them on the model's own layers. The choice itself is `choose`, a function of the times.
+All ways give the same result up to rounding. The fastest one differs between CPUs, precisions, shapes and numbers of
+rows, so `timing` tries them on the model's layers. `choose` makes the choice from the times.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,8 +18,8 @@ Way = Literal["plain", "stacked", "columns", "halves", "prepacked"]
 """
 Setting = Literal["auto", "plain", "stacked", "columns", "halves", "prepacked"]
 
-# Up to so many rows, as decoding a batch has, count as few. On a CPU their second product is computed in float32, where
-# it is faster than in bfloat16 (docs/log.md).
+# Up to so many rows count as few, as in decoding a batch. On a CPU their second product is computed in float32, which
+# is faster there than bfloat16 (docs/log.md).
 FEW_ROWS = 32
 
 
@@ -31,7 +31,7 @@ class Ways:
     few_rows: Way = "stacked"
 
     def way(self, num_rows: int) -> Way:
-        """The way for so many rows; many are multiplied as fast by `F.linear`, if not prepacked."""
+        """The way for a number of rows; for many rows, `F.linear` is as fast, unless prepacked."""
         if num_rows == 1:
             return self.one_row
         if num_rows <= FEW_ROWS or self.is_plain or self.few_rows == "prepacked":
@@ -40,12 +40,12 @@ class Ways:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the layers compute as the base's do."""
+        """Whether the layers compute as the base layers do."""
         return self.one_row == self.few_rows == "plain"
 
     @property
     def is_prepacked(self) -> bool:
-        """Whether the weights are held once more."""
+        """Whether there is a second copy of the weights."""
         return "prepacked" in (self.one_row, self.few_rows)
 
     def __str__(self) -> str:
@@ -59,12 +59,12 @@ PLAIN = Ways("plain", "plain")
 
 @dataclass(frozen=True)
 class Paths:
-    """The ways of all kinds of layers of a model, by what the layers are called."""
+    """The ways of all kinds of layers of a model, by the layers' names."""
 
     layers: tuple[tuple[str, Ways], ...] = ()
 
     def of(self, label: str) -> Ways:
-        """The ways of the layers of this name; plain unless chosen."""
+        """The ways of the layers of this name; plain by default."""
         return dict(self.layers).get(label, PLAIN)
 
     def to_dict(self) -> dict[str, dict[str, str]]:
@@ -73,7 +73,7 @@ class Paths:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Mapping[str, Any]]) -> "Paths":
-        """Reads what `to_dict` gave."""
+        """Reads the data of `to_dict`."""
         return cls(tuple((label, Ways(**ways)) for label, ways in data.items()))
 
     def __str__(self) -> str:
@@ -88,10 +88,10 @@ class Paths:
 
 
 def check_setting(setting: "Setting | Paths") -> None:
-    """Checks what a user asks for.
+    """Checks a user's setting.
 
     Raises:
-        ValueError: if it is none of the settings.
+        ValueError: if there is no such setting.
     """
     if not isinstance(setting, Paths) and setting not in get_args(Setting):
         raise ValueError(f"paths must be one of {', '.join(get_args(Setting))}, got {setting!r}")
@@ -104,10 +104,10 @@ def fixed(setting: Setting, labels: Sequence[str]) -> Paths:
 
 
 def choose(seconds: Mapping[Way, Sequence[float]]) -> Way:
-    """Chooses a way by the seconds that each took, in turns that all took one after the other.
+    """Chooses a way by the seconds that each took in each turn.
 
-    It is plain, unless another one is faster by more than the spread: in three of four turns. Of several, a later one
-    must be so much faster than those before; prepacked, which takes memory, comes last.
+    A way replaces an earlier one if it is faster by more than the spread, which means in three of four turns. The order
+    begins with plain; prepacked, which takes memory, comes last.
     """
     chosen: Way = "plain"
     for way in get_args(Way):

@@ -1,6 +1,6 @@
 """The PEFT adapter format: a folder in, checked LoRA weights out; and one written.
 
-What is read, and what is refused, `adapter_folder.py` says; here are the weights.
+`adapter_folder.py` decides what is read or refused; this module reads the weights.
 """
 
 import json
@@ -53,15 +53,15 @@ class LoraWeights:
 
 @dataclass(frozen=True)
 class Adapter:
-    """One trained LoRA: its weights by module path of the base model, and where it came from."""
+    """One trained LoRA: its weights by module path of the base model, and its folder."""
 
     name: str
     modules: Mapping[str, LoraWeights]
     config: Mapping[str, Any]
     path: Path
-    # Copies of base weights that the folder holds, by their names in the base; `attach` compares them.
+    # Copies of base weights in the folder, by their names in the base; `attach` compares them.
     base_copies: Mapping[str, BaseCopy] = field(default_factory=dict)
-    # Where the folder has the weights of each module.
+    # The keys of each module's weights in the folder.
     entries: Mapping[str, LoraEntry] = field(default_factory=dict)
 
     @property
@@ -83,7 +83,7 @@ class Adapter:
         """The same adapter with its weights in memory, read from its folder if they are not.
 
         Raises:
-            AdapterError: if its folder cannot be read, or no longer has what this adapter says.
+            AdapterError: if its folder cannot be read or has changed.
         """
         if self.is_loaded:
             return self
@@ -93,7 +93,7 @@ class Adapter:
 
     @property
     def base_model(self) -> str | None:
-        """The base model that the adapter says it was trained on."""
+        """The base model that the adapter names."""
         return base_model_of(self.config)
 
 
@@ -107,9 +107,8 @@ def read_adapter(
 ) -> Adapter:
     """Reads one PEFT adapter folder; without `weights`, only settings and shapes, as tensors of the meta device.
 
-    With the `layout` of a base model (`attach.linear_layers`), it is read for this model as PEFT reads it: layers that
-    the model's class calls otherwise today are found, and what its settings leave out is not applied. Warns of what is
-    ignored.
+    With the `layout` of a base model (`attach.linear_layers`), it is read as PEFT reads it for this model: renamed
+    layers are found, and modules that the settings leave out are not applied. Warnings name the ignored parts.
 
     Raises:
         AdapterError: if a file is missing or damaged, or the adapter cannot be fused exactly.
@@ -125,7 +124,7 @@ def read_adapter(
 
 
 def read_base_copies(adapter: Adapter) -> dict[str, Tensor]:
-    """Reads the base weights that an adapter's folder holds copies of, by their name in the base model."""
+    """Reads the copies of base weights in an adapter's folder, by their names in the base model."""
     if not adapter.base_copies:
         return {}
     with safe_open(adapter.path / WEIGHTS_FILE, framework="pt") as file:
@@ -133,7 +132,7 @@ def read_base_copies(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def check_base_copies(adapter: Adapter, tensor: Callable[[str], Tensor | None]) -> None:
-    """Checks base weights that an adapter brings along against the model's, as far as `tensor` gives these by name.
+    """Compares an adapter's copies of base weights with the model's, if `tensor` returns these by name.
 
     Raises:
         AdapterError: if they differ from the model's.
@@ -151,10 +150,10 @@ def check_base_copies(adapter: Adapter, tensor: Callable[[str], Tensor | None]) 
 
 
 def check_base_name(adapter: Adapter, base: str, *, strict: bool = False, stacklevel: int = 1) -> None:
-    """Warns of an adapter that says it was trained on a model of another name than `base`.
+    """Warns if an adapter names another base model than `base`.
 
     Raises:
-        AdapterError: instead, where `strict`.
+        AdapterError: instead of the warning, if `strict`.
     """
     message = other_base(adapter.path, adapter.config, base)
     if not message:
@@ -231,7 +230,7 @@ def _weights(path: Path, entries: Mapping[str, LoraEntry]) -> dict[str, LoraWeig
             raise AdapterError(f"{path} was written again since it was read; remove the adapter and add it")
         a, b = (_tensor(file, key) for key in shapes)
         for key, tensor in zip(shapes, (a, b), strict=True):
-            if not torch.isfinite(tensor.float()).all():  # float: PyTorch cannot tell for all 8-bit types
+            if not torch.isfinite(tensor.float()).all():  # float: PyTorch has no isfinite for some 8-bit types
                 raise AdapterError(not_finite(path, key))
         loras[module] = LoraWeights(a=a, b=b, scaling=entry.scaling)
     return loras

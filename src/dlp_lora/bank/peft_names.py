@@ -1,4 +1,4 @@
-"""Where PEFT itself puts an adapter's weights in a base model: it is asked, on a copy of the model without weights."""
+"""The modules to which PEFT applies an adapter's weights: PEFT places them in a copy of the model without weights."""
 
 import warnings
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from torch import nn
 from dlp_lora.bank.base_layers import without_weights
 from dlp_lora.errors import AdapterError
 
-# What starts the training of a LoRA, or changes embeddings, says nothing about names.
+# Settings of initialisation or of embeddings, which have no effect on names.
 _NEUTRAL = {"init_lora_weights": False, "lora_dropout": 0.0, "trainable_token_indices": None, "bias": "none"}
 
 Shapes = tuple[tuple[int, ...], tuple[int, ...]]
@@ -26,7 +26,7 @@ Shapes = tuple[tuple[int, ...], tuple[int, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """What PEFT makes of an adapter's LoRAs, by the names that they have in its weights."""
+    """PEFT's placement of an adapter's LoRAs, by their names in its weights."""
 
     placed: Mapping[str, str]  # the module of the base that each changes
     parameters: Mapping[str, str]  # those that change a bare parameter of the base: which one
@@ -34,7 +34,7 @@ class Placement:
 
 
 def peft_config(path: Path, config: Mapping[str, Any]) -> LoraConfig:
-    """Makes PEFT's own settings of an adapter's, without those that it does not know.
+    """Turns an adapter's settings into PEFT's, without unknown ones.
 
     Raises:
         AdapterError: if PEFT refuses them.
@@ -54,7 +54,7 @@ def placement(path: Path, config: Mapping[str, Any], shapes: Mapping[str, Shapes
     Raises:
         AdapterError: if PEFT refuses the adapter.
     """
-    # Every weight is its own number, whatever it is renamed to.
+    # Every weight has its number as its value, so that it is recognised under another name.
     numbers = {module: float(i) for i, module in enumerate(shapes, start=1)}
     weights = {
         f"base_model.model.{module}.lora_{half}.weight": torch.tensor(numbers[module]).expand(shape)
@@ -89,7 +89,7 @@ def placement(path: Path, config: Mapping[str, Any], shapes: Mapping[str, Shapes
 
 
 def lora_layers(config: Mapping[str, Any], skeleton: nn.Module) -> dict[str, LoraLayer]:
-    """Gives the layers that PEFT makes for such settings in a model without weights, by name.
+    """Returns the layers that PEFT makes for these settings in a model without weights, by name.
 
     Raises:
         ValueError: if PEFT cannot make them.

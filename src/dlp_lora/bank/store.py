@@ -1,7 +1,7 @@
 """The store of adapters: names in, stacked weights out, within a budget of memory.
 
-It says which adapters there are, keeps the most recently used ones in memory and reads others from their folders. Who
-computes with an adapter holds a lease on it: a leased adapter that is removed stays until the lease is given up.
+It lists the adapters, keeps the most recently used ones in memory, and reads others from their folders. A computation
+has a lease on its adapters: a leased adapter that is removed stays until the lease ends.
 """
 
 import hashlib
@@ -23,10 +23,10 @@ from dlp_lora.policy import Mixture
 
 
 class Lease:
-    """Says that adapters are in use for as long as somebody refers to it; it refers to nothing itself.
+    """Keeps adapters in use as long as a reference to it exists.
 
-    If it `follows`, its holder fuses `of(mixture)` and not the mixture itself, so that another adapter may take the
-    name of a removed one. A copy is the same lease.
+    If it `follows`, the holder must fuse `of(mixture)`, so that another adapter may take the name of a removed one. A
+    copy is the same lease.
     """
 
     __slots__ = ("__weakref__", "_moved", "follows", "names")
@@ -37,11 +37,11 @@ class Lease:
         self._moved: dict[str, str] = {}
 
     def of(self, mixture: Mixture) -> Mixture:
-        """Gives a mixture of the leased adapters, by the names that the bank calls them by now."""
+        """Returns a mixture with the current names of the leased adapters."""
         return Mixture({self._moved.get(name, name): w for name, w in mixture.items()}) if self._moved else mixture
 
     def move(self, name: str, key: str) -> None:
-        """Notes that the adapter of a name is called otherwise from now on."""
+        """Notes the new name of an adapter."""
         self._moved[name] = key
         self.names = self.names - {name} | {key}
 
@@ -62,10 +62,10 @@ class Entry:
     adapter: Adapter  # its shapes; the weights are in `stacked`
     ranks: Mapping[Place, int]
     number: int  # adapters are counted as they are added
-    stamp: tuple[tuple[int, int], ...] | None  # of its files as it was added
+    stamp: tuple[tuple[int, int], ...] | None  # of its files when it was added
     is_on_disk: bool  # its weights may go, and are read again
     stacked: Mapping[Place, StackedLora] | None = None
-    digest: bytes | None = None  # of the numbers that it holds
+    digest: bytes | None = None  # of its numbers
 
     @property
     def is_ready(self) -> bool:
@@ -84,17 +84,17 @@ class Entry:
 
 
 class AdapterStore:
-    """Adapters by name, held once each, as `layout` stacks them.
+    """Adapters by name, each stored once, as `layout` stacks them.
 
-    With a `budget_mb`, adapters that were read without their weights stay on disk. Those that are asked for are loaded,
-    and the least recently used make room for them, leased ones last.
+    With a `budget_mb`, adapters that were read without their weights stay on disk. They are loaded when they are
+    needed, and replace the least recently used ones, leased ones last.
     """
 
     def __init__(self, layout: Layout, *, budget_mb: float | None = None) -> None:
         if budget_mb is not None and budget_mb <= 0:
             raise ValueError(f"budget_mb must be positive, got {budget_mb}")
         self.budget_mb = budget_mb
-        self.num_misses = 0  # adapters that had to be loaded when they were asked for
+        self.num_misses = 0  # adapters that had to be loaded
         self.adapters: dict[str, Adapter] = {}  # their shapes, in the order they were added
         self._layout = layout
         self._entries: dict[str, Entry] = {}  # also of removed adapters that are leased
@@ -137,7 +137,7 @@ class AdapterStore:
             self._loaded[name] = entry
 
     def remove(self, name: str) -> None:
-        """Removes an adapter; leased, it stays in memory until the last lease on it is gone.
+        """Removes an adapter; if it is leased, it stays in memory until its last lease ends.
 
         Raises:
             AdapterError: if there is none of this name.
@@ -145,14 +145,14 @@ class AdapterStore:
         if name not in self.adapters:
             raise self._unknown(name)
         if name in self.leased():
-            with suppress(AdapterError):  # whoever asks for it again is told
+            with suppress(AdapterError):  # the error comes when it is needed again
                 self.load([name])  # its files may go, too
         del self.adapters[name]
         self._entries[name].is_on_disk = False
         self._drop_removed()
 
     def lease(self, names: Iterable[str], *, follows: bool = False) -> Lease:
-        """Keeps adapters, removed or not, for as long as the lease that it gives is referred to.
+        """Keeps adapters, even removed ones, as long as a reference to the returned lease exists.
 
         Raises:
             AdapterError: if there is no adapter of a name.
@@ -165,11 +165,11 @@ class AdapterStore:
         return lease
 
     def leased(self) -> set[str]:
-        """The adapters that somebody holds a lease on."""
+        """The leased adapters."""
         return {name for lease in self._leases for name in lease.names}
 
     def entry(self, name: str) -> Entry:
-        """What is known of an adapter, also of a removed one that is leased.
+        """The entry of an adapter, also of a removed one that is leased.
 
         Raises:
             AdapterError: if there is none of this name.
@@ -179,7 +179,7 @@ class AdapterStore:
         return self._entries[name]
 
     def load(self, names: Sequence[str]) -> list[Mapping[Place, StackedLora]]:
-        """Gives the stacked weights of adapters, which are the most recently used from now on.
+        """Returns the stacked weights of adapters, and marks them as the most recently used.
 
         Raises:
             AdapterError: if one cannot be read, or its files were written since it was added.
@@ -196,7 +196,7 @@ class AdapterStore:
         return [stacked for name in names if (stacked := self._entries[name].stacked) is not None]
 
     def read(self, entry: Entry) -> Mapping[Place, StackedLora]:
-        """Gives the stacked weights of an adapter, from its folder if they are not in memory; changes nothing.
+        """Returns the stacked weights of an adapter, from its folder if necessary; changes nothing.
 
         Raises:
             AdapterError: if it cannot be read, or its files were written since it was added.
@@ -209,7 +209,7 @@ class AdapterStore:
         return stacked
 
     def put(self, entry: Entry, stacked: Mapping[Place, StackedLora], digest: bytes) -> None:
-        """Takes what `read` gave into memory, unless the adapter is gone meanwhile."""
+        """Stores the result of `read` in memory, unless the adapter is gone."""
         entry.digest = digest
         name = next((name for name, other in self._entries.items() if other is entry), None)
         if name is None:
@@ -222,7 +222,7 @@ class AdapterStore:
         self._make_room([name])
 
     def digest(self, name: str) -> bytes:
-        """The digest of the numbers that an adapter holds.
+        """The digest of an adapter's numbers.
 
         Raises:
             AdapterError: if it cannot be read.
@@ -233,20 +233,20 @@ class AdapterStore:
         return entry.digest
 
     def loaded_among(self, names: Iterable[str]) -> list[str]:
-        """Those of these adapters that are in memory, and may be used."""
+        """The adapters among these that are in memory."""
         self._drop_removed()
         return [name for name in names if name in self._loaded]
 
     def check_files(self, name: str) -> None:
-        """Checks that an adapter's folder holds what was added, so that it may be read or copied again.
+        """Checks that an adapter's folder is unchanged, so that it may be read or copied again.
 
         Raises:
-            AdapterError: if it does not.
+            AdapterError: if it has changed.
         """
         _check_files(self.entry(name))
 
     def place(self, *, dtype: torch.dtype, device: torch.device) -> None:
-        """Moves the weights in memory, and reads others so from now on."""
+        """Moves the weights in memory; later ones are read to the same dtype and device."""
         self._layout.dtype, self._layout.device = dtype, device
         for entry in self._loaded.values():
             stacked = entry.stacked or {}
@@ -261,7 +261,7 @@ class AdapterStore:
         return [tensor for lora in loras for tensor in (lora.a, lora.b)]
 
     def _make_way(self, name: str, adapter: Adapter) -> None:
-        """Has a removed adapter that is leased give its name up."""
+        """Gives a removed adapter that is leased another name."""
         leases = [lease for lease in self._leases if name in lease.names]
         if not all(lease.follows for lease in leases):
             raise AdapterError(
@@ -276,7 +276,7 @@ class AdapterStore:
             lease.move(name, key)
 
     def _make_room(self, names: Sequence[str]) -> None:
-        """Drops adapters beyond the budget, but none of these."""
+        """Drops adapters beyond the budget, but not these."""
         if self.budget_mb is None:
             return
         excess = sum(entry.nbytes for entry in self._loaded.values()) - self.budget_mb * 2**20
@@ -284,7 +284,7 @@ class AdapterStore:
             return
         leased = self.leased()
         idle = [name for name, entry in self._loaded.items() if entry.is_on_disk and name not in names]
-        for name in sorted(idle, key=leased.__contains__):  # else rows that take turns would evict each other's
+        for name in sorted(idle, key=leased.__contains__):  # otherwise rows in turn would evict each other's adapters
             if excess <= 0:
                 return
             entry = self._loaded.pop(name)
@@ -292,7 +292,7 @@ class AdapterStore:
             entry.stacked = None
 
     def _drop_removed(self) -> None:
-        """Forgets the removed adapters that nobody holds a lease on any more."""
+        """Forgets removed adapters without a lease."""
         if len(self._entries) == len(self.adapters):
             return
         for name in self._entries.keys() - self.adapters.keys() - self.leased():
@@ -304,7 +304,7 @@ class AdapterStore:
 
 
 def content_digest(stacked: Mapping[Place, StackedLora]) -> bytes:
-    """Computes a digest of the numbers of an adapter, and of where they go."""
+    """Computes a digest of an adapter's numbers and their places."""
     digest = hashlib.sha256()
     for place in sorted(stacked):
         for tensor in (stacked[place].a, stacked[place].b):

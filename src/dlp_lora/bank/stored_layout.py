@@ -1,4 +1,4 @@
-"""The layout of a base model that lies in a folder, from the headers of its files: without torch, and in no time."""
+"""The layout of a base model in a folder, from the headers of its files: fast, and without torch."""
 
 import json
 import re
@@ -30,10 +30,10 @@ class StoredLayout:
 
 
 def layout_of(folder: str | Path) -> StoredLayout | None:
-    """Reads the layout of the causal language model in a folder of safetensors; None where headers do not settle it.
+    """Reads the layout of the causal language model in a folder of safetensors; None if the headers are not enough.
 
-    They do not if the folder has other files, or the model is quantised, has code of its own, or is of a type whose
-    files name weights otherwise than the model.
+    They are not enough if the folder has other files, if the model is quantised or brings code, or if the files of its
+    type have other names for weights than the model.
     """
     folder = Path(folder)
     try:
@@ -42,7 +42,7 @@ def layout_of(folder: str | Path) -> StoredLayout | None:
             return None
         headers = {name: header for file in _weight_files(folder) for name, header in _headers(file).items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
-        return None  # transformers says what is wrong with it
+        return None  # transformers raises the error
     parameters = {name: shape for name, (shape, _) in headers.items()}
     if _EMBEDDING not in parameters or any(dtype not in _FLOATS for _, dtype in headers.values()):
         return None
@@ -55,7 +55,7 @@ def layout_of(folder: str | Path) -> StoredLayout | None:
 
 
 def stored_folder(source: str, *, commit: str | None = None, cache_dir: str | Path | None = None) -> Path | None:
-    """Gives the folder of a model on this machine, of a hub id that in the hub's cache; None if it is not here."""
+    """Returns the folder of a model on this machine, for a hub id in the hub's cache; None if it is not here."""
     if Path(source).is_dir():
         return Path(source)
     from huggingface_hub import try_to_load_from_cache

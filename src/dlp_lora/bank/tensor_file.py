@@ -1,4 +1,4 @@
-"""A safetensors file without torch: the dtypes and shapes of its tensors, and what their bits say."""
+"""A safetensors file without torch: the dtypes and shapes of its tensors, and checks of their bits."""
 
 import json
 from dataclasses import dataclass
@@ -25,14 +25,14 @@ _FLOATS: dict[str, tuple[type[np.unsignedinteger[Any]], int, int]] = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What the header of the file says of one tensor."""
+    """The entry of one tensor in the header of the file."""
 
     dtype: str
     shape: tuple[int, ...]
 
     @property
     def is_float(self) -> bool:
-        """Whether it holds real numbers, not integers, booleans or complex ones."""
+        """Whether it has real numbers, not integers, booleans or complex ones."""
         return self.dtype in _FLOATS
 
 
@@ -40,7 +40,7 @@ class TensorFile:
     """One safetensors file.
 
     Raises:
-        AdapterError: if it is missing, truncated or something else.
+        AdapterError: if it is missing, truncated or not a safetensors file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -53,10 +53,10 @@ class TensorFile:
                     for key, part in parts.items()
                 }
         except (SafetensorError, OSError, ValueError) as error:
-            what = "is truncated or not a safetensors file"
+            fault = "is truncated or not a safetensors file"
             if _is_lfs_pointer(path):
-                raise AdapterError(f"{path} {what} but a pointer of Git LFS; fetch it with `git lfs pull`") from error
-            raise AdapterError(f"{path} {what} ({error}); copy it again") from error
+                raise AdapterError(f"{path} {fault} but a pointer of Git LFS; fetch it with `git lfs pull`") from error
+            raise AdapterError(f"{path} {fault} ({error}); copy it again") from error
 
     def is_finite(self, key: str) -> bool:
         """Whether no number of a floating-point tensor is NaN or infinite."""

@@ -1,4 +1,4 @@
-"""Timing: the ways of a model's layers, each tried on the layers themselves, and the paths that follow."""
+"""Timing: tries each way to multiply on a model's layers, and chooses the paths."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -19,10 +19,10 @@ NUM_ROWS = (1, 8)
 RANK = 24  # of the pairs that are timed: three adapters of rank 8
 NUM_TURNS = 16
 MIN_TURNS = 3
-LIMIT_S = 0.05  # for one kind of layers and number of rows, after which it is given MIN_TURNS at most
+LIMIT_S = 0.05  # for one kind of layers and number of rows; after that, at most MIN_TURNS turns
 SAMPLE_MB = 64  # of weights in each group
 CACHES_MB = 64
-HOPELESS = 1.5  # times as long as the fastest at first: not tried again
+HOPELESS = 1.5  # a way that takes so many times as long as the fastest at first is not tried again
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class Trial:
 
 @torch.no_grad()
 def time_paths(trials: Sequence[Trial]) -> Paths:
-    """Times each way in each group, for one row and for eight, and chooses; leaves the groups with nothing active.
+    """Times each way in each group, for one row and for eight, and chooses; afterwards the groups have nothing active.
 
-    Takes about a second; where one layer takes long, three products of each way.
+    This takes about a second; if one layer takes long, each way gets three products.
     """
     trials = list({trial.group.label: trial for trial in trials}.values())
     can_prepack = _can_prepack([trial.group for trial in trials])
@@ -54,7 +54,7 @@ def time_paths(trials: Sequence[Trial]) -> Paths:
     runs = [[_Run(trial, num_rows, can_prepack=can_prepack) for num_rows in NUM_ROWS] for trial in trials]
     others = torch.empty(CACHES_MB * 2**18)  # float32
     for turn in range(NUM_TURNS):
-        others.fill_(turn)  # as the rest of a model does, it drives the layers out of the caches
+        others.fill_(turn)  # removes the layers from the caches, as the rest of a model does
         for run in (run for of_trial in runs for run in of_trial):
             run.take_turn(turn)
     for trial in trials:
@@ -85,7 +85,7 @@ class _Run:
         self._spent = 0.0
 
     def take_turn(self, turn: int) -> None:
-        """Times each way once, unless enough time was spent; ways take different layers, which are in no cache."""
+        """Times each way once, unless enough time was spent; each way takes another layer, which is in no cache."""
         if turn >= MIN_TURNS and self._spent > LIMIT_S:
             return
         for i, way in enumerate(self.seconds):
@@ -122,7 +122,7 @@ def _base_nbytes(group: Group) -> int:
 
 
 def _can_prepack(groups: Sequence[Group]) -> bool:
-    """Whether a second copy of all weights needs less than a quarter of the memory that is free, and is possible."""
+    """Whether a second copy of all weights is possible and needs less than a quarter of the free memory."""
     free = free_bytes()
     if free is None or sum(map(_base_nbytes, groups)) >= free / 4:
         return False
@@ -134,7 +134,7 @@ def _can_prepack(groups: Sequence[Group]) -> bool:
 
 
 def free_bytes() -> int | None:
-    """The memory that this process may still take; None where the system does not say."""
+    """The memory that this process may still take; None if the system has no such number."""
     found = []
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():

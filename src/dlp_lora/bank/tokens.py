@@ -1,4 +1,4 @@
-"""Adapters of a mixed pile bring tokenizers and chat templates along; which of them are not those of the base?"""
+"""Compares the tokenizer and chat template in an adapter's folder with the base model's."""
 
 import json
 from functools import cached_property
@@ -15,13 +15,13 @@ NUM_SHOWN = 3  # of the tokens that differ
 
 
 class BaseTokens:
-    """The tokenizer of a base model, as its files say it; `source` is its folder or hub id, "" for none."""
+    """The tokenizer of a base model, from its files; `source` is its folder or hub id, "" for none."""
 
     def __init__(self, source: str) -> None:
         self.source = source
 
     def file(self, name: str) -> Path | None:
-        """Gives one of its files, from its folder or the hub; None where it has no such file."""
+        """Returns one of its files, from its folder or the hub; None if it has no such file."""
         if not self.source:
             return None
         if Path(self.source).is_dir():
@@ -47,12 +47,12 @@ class BaseTokens:
 
     @cached_property
     def rules(self) -> Any:
-        """How it cuts text into tokens."""
+        """Its rules for cutting text into tokens."""
         return _rules(self.file(_TOKENIZER))
 
 
 def foreign_tokens(path: Path, base: BaseTokens) -> list[str]:
-    """Says in what the tokenizer and the chat template in an adapter's folder differ from the base's."""
+    """Lists the differences between the tokenizer and chat template in an adapter's folder and the base's."""
     own = {name: _existing(path / name) for name in (_TEMPLATE, _CONFIG, _TOKENIZER, _ADDED)}
     if not any(own.values()) or not base.source:
         return []

@@ -1,13 +1,13 @@
-"""A lock for work that follows in quick succession: whoever waits for it gets it before who has just given it up."""
+"""A fair lock: a waiting thread gets it before the thread that has just released it."""
 
 import threading
 from types import TracebackType
 
 
 class TurnLock:
-    """A reentrant lock of which a thread that asks for it again has to let the waiting ones go first.
+    """A reentrant lock: a thread that takes it again lets waiting threads go first.
 
-    A plain lock goes to the thread that runs, so one that takes it pass after pass would keep others out for long.
+    A plain lock goes to the running thread, so a thread that takes it pass after pass would block others for long.
     """
 
     def __init__(self) -> None:
