@@ -234,7 +234,7 @@ class Group:
         self._forget_views()
 
     def repack(self) -> bool:
-        """Makes second copies again if the base weights have changed, and then fuses nothing; returns whether they had."""
+        """Makes second copies again if the base weights changed, and then fuses nothing; returns whether they did."""
         if not self._prepacked or self._versions() == self._packed_versions:
             return False
         self.prepack(self._pack)
@@ -411,7 +411,7 @@ class Group:
 
 
 def keep_alignment(weights: Sequence[Tensor]) -> bool:
-    """Whether weights of one input keep their alignment as rows of one tensor, so that their products stay bit-exact."""
+    """Whether weights keep their alignment as rows of one tensor, so that their products stay bit-exact."""
     return len({w.data_ptr() % ALIGNMENT for w in weights}) == 1 and weights[0][0].nbytes % ALIGNMENT == 0
 
 

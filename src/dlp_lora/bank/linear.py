@@ -124,8 +124,8 @@ class FusedLinear(nn.Module):
             return
         batch, reads = gate.shape[0], self.group.reads
         num_each, rest = divmod(low.shape[0], batch)
-        # Some models pass a layer the tokens of all rows as one list, and their last layers only the last tokens of each
-        # row. Latent attention has an axis for heads before the tokens, which are those of the whole cache.
+        # Some models pass a layer the tokens of all rows as one list, and their last layers only the last tokens of
+        # each row. Latent attention has an axis for heads before the tokens, which are those of the whole cache.
         num_tokens = lead[1] if len(lead) > 1 and lead[0] == batch else num_each
         if reads is not None and lead[1:] == (1, reads.num_tokens):
             num_tokens = reads.num_tokens

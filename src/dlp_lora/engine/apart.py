@@ -1,7 +1,7 @@
-"""Questions apart: a prompt of several questions in, a prompt for each of them out; and their answers as one.
+"""Questions apart: a prompt of several questions in, a prompt for each question out; then their answers as one answer.
 
-Each question stands in a context of its own, with the system prompt and the earlier turns, as if it were asked alone.
-No adapter then reads the other questions, which costs small models most of their right answers (docs/log.md).
+Each question has a separate context, with the system prompt and the earlier turns, as if it were asked alone. So no
+adapter reads the other questions; these cost small models most of their right answers (docs/log.md).
 """
 
 from collections.abc import Sequence
@@ -14,17 +14,17 @@ from dlp_lora.router.questions import Read, questions_apart
 
 
 def prompts_apart(read: Read, prompt: str | Chat, context: Context) -> list[str | Chat]:
-    """Gives a prompt for each question of a prompt; the prompt itself where it is not cut, or its answer was begun.
+    """Returns a prompt for each question; or the prompt itself if it is not cut, or has the beginning of an answer.
 
     Args:
-        context: what the router reads of the prompt.
+        context: the router's context of the prompt.
     """
     if context.answer:
         return [prompt]
     text = context.prompt
     questions = questions_apart(read, context)
     if isinstance(prompt, str):
-        head, found, tail = prompt.rpartition(text)  # a text of the chat template has some around the turn
+        head, found, tail = prompt.rpartition(text)  # the chat template may add some around the turn
         return [f"{head}{question}{tail}" for question in questions] if found and questions else [prompt]
     *before, newest = prompt.messages
     if not questions or newest.get("role") != "user" or text_of(newest).strip() != text:
@@ -33,7 +33,7 @@ def prompts_apart(read: Read, prompt: str | Chat, context: Context) -> list[str 
 
 
 def joined(parts: Sequence[Generation]) -> Generation:
-    """One answer of several, each on lines of its own; the trace runs through all of them."""
+    """Joins several answers, each on separate lines; the trace has the sentences of all."""
     if len(parts) == 1:
         return parts[0]
     text, trace, num_tokens = "", list[Sentence](), 0
@@ -51,5 +51,5 @@ def joined(parts: Sequence[Generation]) -> Generation:
 
 
 def line_break_after(text: str) -> str:
-    """What stands between an answer and the next."""
+    """The text between an answer and the next."""
     return "" if text.endswith("\n") else "\n"

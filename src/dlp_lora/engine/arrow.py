@@ -1,16 +1,15 @@
-"""Arrow routing: no text and no training, the adapters' own weights say what they are for (Ostapenko et al., 2024).
+"""Arrow routing: the adapters' weights choose the adapter, without texts or training (Ostapenko et al., 2024).
 
 An adapter's prototype in a layer is the top right singular vector of B A: the direction of the layer's input that it
-changes most. A text belongs to the adapter whose prototypes its hidden states excite.
+changes most. A text belongs to the adapter whose prototypes react most to its hidden states.
 
-This is a simplification of Arrow, and an addition to it. Arrow routes every token in every layer; here one choice is
-made for the whole text, from the mean over its tokens and over the layers, as the rest of the method asks for. And
-Arrow compares |x . v| between adapters as it is, which is no fair race where they adapt different layers: some
-directions are excited by any text. Here each is measured against texts that the base model makes up by itself, in
-standard deviations; `docs/log.md` has what this changes, and what reading token embeddings alone would lose. A text
-that excites its likeliest adapter no more than everyday prompts do fits none.
+This differs from Arrow in two ways. Arrow routes every token in every layer; here there is one choice for the whole
+text, from the mean over its tokens and layers, as the method needs. And Arrow compares |x . v| between adapters
+directly. This is unfair if adapters change different layers, because some directions react to any text. Here each
+number is compared with its values on texts that the base model makes up, in standard deviations; `docs/log.md` has the
+effect. If a text excites its likeliest adapter no more than everyday prompts do, no adapter fits.
 
-It is the one router that runs the base model, which is why it lives here and not with the others.
+This is the only router that runs the base model, so it is here and not with the others.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -42,10 +41,10 @@ NUM_SAMPLES, SAMPLE_TOKENS = 32, 24
 
 
 class ArrowRouter:
-    """Routes by the adapters' weights: needs no text, but a forward pass of the base model a choice.
+    """Routes by the adapters' weights: it needs no texts, but a forward pass of the base model per choice.
 
-    It reads a context as one text (`Context.text`), whose last 256 tokens count; blank text fits none.
-    A router that was read from a folder has no base model until it is given one: `load_router(path, base=model)`.
+    It reads the last 256 tokens of a context as one text (`Context.text`); a blank text fits no adapter.
+    A router from a folder needs a base model: `load_router(path, base=model)`.
     """
 
     def __init__(
@@ -61,8 +60,8 @@ class ArrowRouter:
         threshold: Threshold | None = None,
         base: PreTrainedModel | None = None,
     ) -> None:
-        """Puts prototypes, by module, into use. In the modules' order, `owners` says which adapter each belongs to,
-        `mean` and `std` how much of it any text excites. Without a threshold some adapter always fits.
+        """`prototypes` are by module. In the modules' order, `owners` has the adapter of each prototype, and `mean` and
+        `std` its values on any text. Without a threshold some adapter always fits.
         """
         if not temperature > 0:
             raise ValueError(f"a router's temperature must be positive, got {temperature}")
@@ -99,7 +98,7 @@ class ArrowRouter:
         base = base.eval()
         layout = linear_layers(base)
         read = [read_adapter(found[name], name, layout=layout) for name in sorted(found)]
-        AdapterBank(layout, read, device="meta")  # refuses what does not fit
+        AdapterBank(layout, read, device="meta")  # refuses adapters that do not fit
         names = check_labels([adapter.name for adapter in read])
         prototypes, owners = _prototypes(read, inside=base.base_model_prefix)
         excited = excitation(base, prototypes, _samples(base, seed=seed))
@@ -125,7 +124,7 @@ class ArrowRouter:
 
     @torch.no_grad()
     def scores(self, contexts: Sequence[Context]) -> Float[Tensor, " batch"]:
-        """Says how much a text excites its likeliest adapter; higher is surer."""
+        """Scores how much a text excites its likeliest adapter; higher is surer."""
         return self._all_scores(contexts).amax(dim=-1)
 
     def _all_scores(self, contexts: Sequence[Context]) -> Float[Tensor, "batch adapters"]:
@@ -211,8 +210,8 @@ def excitation(
 
 
 def top_direction(lora: LoraWeights) -> Float[Tensor, " d_in"] | None:
-    """Gives the top right singular vector of B A; None where the product is zero."""
-    # Of its triangular factors, so that B A is never written out.
+    """Returns the top right singular vector of B A; None if the product is zero."""
+    # From the triangular factors, so that B A is never computed.
     q, r_a = torch.linalg.qr(lora.a.float().T)
     _, r_b = torch.linalg.qr(lora.b.float())
     _, sizes, directions = torch.linalg.svd(r_b @ r_a.T)
@@ -241,7 +240,7 @@ def _prototypes(adapters: Sequence[Adapter], *, inside: str) -> tuple[dict[str, 
 
 
 def _samples(base: PreTrainedModel, *, seed: int) -> Int[Tensor, "batch seq"]:
-    """Lets the base model go on from random tokens: what it says when nobody asked anything."""
+    """Lets the base model continue random tokens: texts without any prompt."""
     num_tokens = cast(nn.Embedding, base.get_input_embeddings()).num_embeddings
     config = GenerationConfig(
         do_sample=True,

@@ -1,4 +1,4 @@
-"""The base model that a bundle was made for: named so that another machine finds it, and known by a fingerprint."""
+"""The base model of a bundle: a name that works on another machine, and a fingerprint."""
 
 import os
 import re
@@ -25,8 +25,8 @@ PROBE_TOKENS = 64  # of it, at most
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """What a base model makes of the beginning of PROBE_TEXT: its tokens, and the log-probability of each but the
-    first given those before it. Another process that runs the same model gives the same, up to its precision.
+    """The tokens of the beginning of PROBE_TEXT, and the base model's log-probability of each but the first, after
+    those before it. Another process with the same model gives the same numbers, up to its precision.
     """
 
     tokens: tuple[int, ...]
@@ -44,10 +44,10 @@ class Probe:
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """Which model a bundle was made for.
+    """The base model of a bundle.
 
-    `name` is its id on the hub, or the name of the embedded model, of its folder, or of a model in memory ("" for one
-    without). `path` is where the folder lay: relative to the bundle, or else absolute and only a hint.
+    `name` is its id on the hub, or the name of the embedded model, of its folder, or of a model in memory (maybe "").
+    `path` is the path of its folder: relative to the bundle, or absolute and then only a hint.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Base:
     ) -> "Base":
         """Describes the model that was loaded from a path or hub id, for a bundle in a folder.
 
-        Without `bundle`, as on the hub, where the model lies says nothing. `folder` has its files, if that is known.
+        Without `bundle`, as on the hub, the path is left out. `folder` has its files, if it is known.
         """
         if not source:
             return cls(name="", origin="memory")
@@ -83,7 +83,7 @@ class Base:
         """Reads what `to_dict` gave.
 
         Raises:
-            KeyError, TypeError, ValueError: if it is something else.
+            KeyError, TypeError, ValueError: if the data are wrong.
         """
         name, origin, path, marks = data["name"], data["origin"], data["path"], data["fingerprint"]
         if not isinstance(name, str) or not isinstance(path, str | None) or origin not in get_args(Origin):
@@ -99,7 +99,7 @@ class Base:
 
     @classmethod
     def from_source(cls, source: str) -> "Base":
-        """Reads what bundles said before: a path or hub id, as it was on the machine that wrote them."""
+        """Reads an older bundle's path or hub id, as it was on the machine that wrote it."""
         if not isinstance(source, str):
             raise TypeError(f"{source!r} where a str is expected")
         if not source:
@@ -121,10 +121,10 @@ class Base:
         return data if self.probe is None else {**data, "probe": self.probe.to_dict()}
 
     def find(self, bundle: Path) -> str:
-        """Gives the path or hub id of the model on this machine.
+        """Returns the path or hub id of the model on this machine.
 
         Raises:
-            BundleError: if it is not here and nobody can fetch it.
+            BundleError: if it is not here and cannot be downloaded.
         """
         if self.path is not None and (bundle / self.path).is_dir():  # an absolute one is the path itself
             return os.path.normpath(bundle / self.path)
@@ -138,7 +138,7 @@ class Base:
         raise self.missing(bundle, "which is not here" if self.origin == "folder" else "")
 
     def missing(self, bundle: Path, why: str) -> BundleError:
-        """The error of a bundle whose base model cannot be had."""
+        """The error for a bundle whose base model is missing."""
         reason = f", {why}" if why else ""
         return BundleError(f"the bundle {bundle} was made for {self}{reason}; give --model, or base_model= in Python")
 
@@ -150,18 +150,18 @@ class Base:
         commit: str | None = None,
         cache_dir: str | Path | None = None,
     ) -> list[str]:
-        """Says in what the model at a path or hub id differs from this one, as far as its files are here."""
+        """Lists the differences between the model at a path or hub id and this one, if its files are here."""
         folder = stored_folder(source, commit=commit, cache_dir=cache_dir)
         found = Fingerprint.of(folder / (subfolder or "")) if folder is not None else None
         return self.fingerprint.differences(found) if self.fingerprint is not None and found is not None else []
 
 
 def _is_path(source: str) -> bool:
-    """Whether it is the path of a folder, also of one that is gone, and not an id on the hub."""
+    """Whether it is the path of a folder (even of a deleted one) and not an id on the hub."""
     return Path(source).is_dir() or source.startswith((".", "/", "~")) or source.count("/") > 1
 
 
 def _path_between(bundle: Path, place: Path) -> str:
-    """The path from a bundle to a folder, relative where they have more than the root in common."""
+    """The path from a bundle to a folder, relative if they have more than the root in common."""
     common = Path(os.path.commonpath([bundle, place]))
     return os.path.relpath(place, bundle) if common != Path(common.anchor) else str(place)

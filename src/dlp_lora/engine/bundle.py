@@ -1,7 +1,7 @@
-"""A bundle: one folder with all that an engine needs beside the base model, which it names.
+"""A bundle: one folder with all parts of an engine except the base model, which it names.
 
 bundle.json            base model, routing settings, hashes of the adapters and the router, and a number that grows
-README.md              a model card, unless there is one of the owner's
+README.md              a model card, unless the owner wrote a README
 adapters/<name>/       ordinary PEFT adapter folders
 router/                the router, if there is one
 """
@@ -30,7 +30,7 @@ FORMAT = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """What a bundle folder says: where its parts are and how they work together."""
+    """The content of a bundle folder: the paths of its parts and the settings."""
 
     path: Path
     base: Base
@@ -44,7 +44,7 @@ class Bundle:
         """The path or hub id of the base model on this machine.
 
         Raises:
-            BundleError: if it is not here and nobody can fetch it.
+            BundleError: if it is not here and cannot be downloaded.
         """
         return self.base.find(self.path)
 
@@ -62,7 +62,7 @@ def is_bundle(path: str | Path) -> bool:
 
 
 def generation_of(path: str | Path) -> int:
-    """How often a bundle folder has been written, or -1 while it cannot be read: cheap to look at again and again."""
+    """How often a bundle folder has been written, or -1 if it cannot be read; fast enough for polling."""
     try:
         return int(json.loads((Path(path) / BUNDLE_FILE).read_text(encoding="utf-8")).get("generation", 0))
     except (OSError, ValueError, AttributeError, TypeError):
@@ -70,7 +70,7 @@ def generation_of(path: str | Path) -> int:
 
 
 def read_bundle(path: str | Path) -> Bundle:
-    """Reads a bundle folder and checks that its adapters and router are those that were saved.
+    """Reads a bundle folder and checks that its adapters and router are unchanged.
 
     Raises:
         BundleError: if it is damaged, changed or of a later format.
@@ -122,19 +122,19 @@ def write_bundle(
     settings: RoutingSettings,
     repo_id: str | None = None,
 ) -> None:
-    """Writes a bundle folder; the one that was there before is replaced at the very end.
+    """Writes a bundle folder; an old bundle is replaced at the very end.
 
     Args:
-        path: of the folder. A README.md in it that was not written here stays.
-        base: the model that it is for.
+        path: of the folder. An owner's README.md in it stays.
+        base: its base model.
         adapters: their folders by name.
         router: the router, if there is one.
-        settings: how it is asked and obeyed.
+        settings: the routing settings.
         repo_id: on the hub, for the model card; by default it names the folder.
 
     Raises:
         BundleError: if an adapter's name cannot name a folder.
-        ValueError: if the policy is not one of this package's, which alone can be saved by name.
+        ValueError: if the policy is not of this package, because only these can be saved by name.
     """
     written = settings.to_dict()
     for name in adapters:
@@ -173,7 +173,7 @@ def write_bundle(
 def upload_bundle(
     path: Path, repo_id: str, *, private: bool, token: str | bool | None, revision: str | None, commit_message: str
 ) -> str:
-    """Uploads a bundle folder to the hub; gives the commit's address.
+    """Uploads a bundle folder to the hub; returns the commit's address.
 
     Raises:
         BundleError: if the hub refuses it.
@@ -228,7 +228,7 @@ def _base(data: Mapping[str, Any]) -> Base:
 def _settings(data: Mapping[str, Any]) -> RoutingSettings:
     if data["format"] == 1:
         names = ("policy", "switching", "kv_policy")
-        # The oldest bundles know no other way than to read a prompt whole.
+        # The oldest bundles read every prompt as a whole.
         older = {"prompt_routing": data.get("prompt_routing", "whole")}
         return RoutingSettings.from_dict({**{name: data[name] for name in names}, **older})
     return RoutingSettings.from_dict(data["settings"])

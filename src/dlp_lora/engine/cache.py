@@ -1,7 +1,7 @@
 """KV caches: the rows that are tied to one, and rows of one that are encoded again.
 
-A row follows its cache wherever that goes: reordered by beam search, copied, cropped, or handed back by the caller with
-the next token.
+A row follows its cache, even if the cache is reordered by beam search, copied, cropped, or passed again with the next
+token.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +23,7 @@ ROWS = "_dlp_lora_rows"
 CACHE_NAMES = ("cache", "past_key_values")  # from transformers 5.24 on, and before
 CACHE_NAME = next(name for name in CACHE_NAMES if name in CausalLMOutputWithPast.__dataclass_fields__)
 
-# The arguments that make another layer of the same kind. A layer of a subclass may hold its tensors in another way.
+# The arguments to make another layer of the same kind. A subclass may store its tensors in another way.
 _LAYERS: Mapping[str, tuple[str, ...]] = {
     "DynamicLayer": (),
     "DynamicSlidingWindowLayer": ("sliding_window",),
@@ -40,15 +40,15 @@ _LAYERS: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(eq=False)
 class CachedRows:
-    """The rows behind one KV cache, and every token in it, padding included; `kept` is false for padding.
+    """The rows of one KV cache, and all its tokens with padding; `kept` is false for padding.
 
-    `others` are the images and all else that the prompts' pass was given, None where they no longer go with the rows.
+    `others` are the images and other arguments of the prompts' pass, None if they no longer belong to the rows.
     """
 
     rows: list[RowRouter]
     ids: Tensor  # (batch, seq)
     kept: Tensor  # (batch, seq)
-    lease: Lease | None = None  # on the adapters that the rows run with
+    lease: Lease | None = None  # on the rows' adapters
     others: Mapping[str, Any] | None = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CachedRows":
@@ -61,7 +61,7 @@ class CachedRows:
 
 
 def cache_argument(cache: Cache | None) -> dict[str, Any]:
-    """The keyword argument that gives a forward pass its KV cache, as this version of transformers names it."""
+    """The name of the keyword argument for the KV cache in this version of transformers."""
     return {CACHE_NAME: cache}
 
 
@@ -71,7 +71,7 @@ def cache_among(values: Iterable[Any]) -> Cache | None:
 
 
 def cache_of(output: Any) -> Cache | None:
-    """The KV cache that a forward pass left in its output."""
+    """The KV cache in the output of a forward pass."""
     return cache_among(output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ())
 
 
@@ -82,9 +82,9 @@ def rows_of(cache: Cache | None) -> CachedRows | None:
 
 
 def bind(cache: Cache, rows: CachedRows) -> None:
-    """Ties rows to a cache, so that whatever reorders the cache reorders them."""
+    """Ties rows to a cache, so that they are reordered with it."""
     if not isinstance(cache, Followed):
-        # Methods of the instance would refer to it, and its memory would stay until the next garbage collection.
+        # Methods on the instance would refer to it and keep its memory until the next garbage collection.
         kind: Any = type(cache)
         cache.__class__ = _followed(kind)
     setattr(cache, ROWS, rows)
@@ -110,7 +110,7 @@ class Followed:
         return copied
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
-        """What is pickled is the cache that it was, without rows, which belong to an engine."""
+        """Pickle saves the original cache without rows, which belong to an engine."""
         kind = type(self).__mro__[2]
         return object.__new__, (kind,), {name: value for name, value in vars(self).items() if name != ROWS}
 
@@ -124,7 +124,7 @@ def check_rewritable(cache: Cache | None) -> None:
     """Checks that rows of a cache can be encoded again and written back.
 
     Raises:
-        ValueError: if some layer does not hold one plain tensor a row.
+        ValueError: if some layer does not store each row as plain tensors.
     """
     if cache is None:
         return
@@ -139,14 +139,15 @@ def check_rewritable(cache: Cache | None) -> None:
 
 
 def empty_like(cache: Cache) -> Cache:
-    """Gives an empty cache of the same kinds of layers."""
+    """Makes an empty cache with the same kinds of layers."""
     return Cache(layers=[_empty_layer(layer) for layer in cache.layers])
 
 
 def as_wide_as(cache: Cache, mask: Tensor) -> Tensor:
-    """Pads a mask of tokens to all places of a static cache, as `generate` does: Bloom builds its biases from it.
+    """Pads a mask of tokens to the length of a static cache, as `generate` does, because Bloom builds its biases from
+    it.
 
-    Linear attention multiplies its inputs by the mask, which is as wide as these.
+    Linear attention multiplies its inputs by the mask, so there the mask keeps their width.
     """
     if any(hasattr(layer, "conv_states") for layer in cache.layers):
         return mask
@@ -155,7 +156,7 @@ def as_wide_as(cache: Cache, mask: Tensor) -> Tensor:
 
 
 def write_rows(cache: Cache, rows: Sequence[int], source: Cache, *, source_rows: Sequence[int]) -> None:
-    """Writes rows of one cache (`source_rows` of `source`) over rows of another, in place; both hold as many tokens."""
+    """Writes rows of one cache (`source_rows` of `source`) over rows of another of equal length, in place."""
     for layer, other in zip(cache.layers, source.layers, strict=True):
         for target, new in zip(_tensors(layer), _tensors(other), strict=True):
             with torch.inference_mode(target.is_inference()):
@@ -169,7 +170,7 @@ def _followed(kind: type) -> type:
 
 
 def _tensors(layer: Any) -> list[Tensor]:
-    """What a layer of a cache holds of each row: keys, values, and the states of linear attention."""
+    """The tensors of a cache's layer with a row axis: keys, values, and the states of linear attention."""
     found = [getattr(layer, name, None) for name in ("keys", "values", "conv_states", "recurrent_states")]
     each = [part for value in found for part in (value.values() if isinstance(value, dict) else [value])]
     return [part for part in each if part is not None]
@@ -177,7 +178,7 @@ def _tensors(layer: Any) -> list[Tensor]:
 
 def _empty_layer(layer: Any) -> Any:
     kind = type(layer).__name__
-    # A window that no static layer names is as wide as the layer.
+    # A static layer without a named window has a window of its length.
     values = {"sliding_window": getattr(layer, "sliding_window", None) or getattr(layer, "max_cache_len", None)}
     values |= {name: getattr(layer, name) for name in _LAYERS[kind] if hasattr(layer, name)}
     return getattr(cache_utils, kind)(**{name: values[name] for name in _LAYERS[kind] if name in values})
@@ -188,6 +189,6 @@ def _select(cache: Any, indices: Tensor) -> None:
     order = indices.tolist()
     if order != list(range(len(known.rows))):
         rows = [known.rows[i].copy() for i in order]
-        # Images belong to rows, but nothing says which.
+        # Images belong to rows, but it is not known to which.
         others = None if known.others != {} else known.others
         setattr(cache, ROWS, CachedRows(rows, known.ids[indices], known.kept[indices], known.lease, others))

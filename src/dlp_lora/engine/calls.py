@@ -1,4 +1,4 @@
-"""A call: all that says how one answer comes about, and what of Hugging Face's `generate` it may ask for."""
+"""A call: the settings of one answer, and checks of the arguments of Hugging Face's `generate`."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -18,14 +18,14 @@ from dlp_lora.sentences import Segmenter, SentenceSegmenter
 
 @dataclass(frozen=True)
 class Endings:
-    """The token ids at which `generate` ends a row, and those with which it pads it."""
+    """The token ids that end a row in `generate`, and those that pad it."""
 
     eos_ids: frozenset[int] = frozenset()
     pad_ids: frozenset[int] = frozenset()
 
     @classmethod
     def of_model(cls, generation_config: Any, tokenizer: PreTrainedTokenizerBase) -> "Endings":
-        """Those of the model's generation config and of its tokenizer together, for passes outside `generate`."""
+        """The ids of the model's generation config and of its tokenizer, for passes outside `generate`."""
         return cls(
             _ids(generation_config.eos_token_id) | _ids(tokenizer.eos_token_id),
             _ids(generation_config.pad_token_id) | _ids(tokenizer.pad_token_id),
@@ -33,18 +33,18 @@ class Endings:
 
     @classmethod
     def of_call(cls, kwargs: Mapping[str, Any], generation_config: Any) -> "Endings":
-        """Those of one call of `generate`: its own arguments, before its config's, before the model's."""
+        """The ids of one call of `generate`: its arguments come before its config, and this before the model's."""
         eos, pad = (call_setting(name, kwargs, generation_config) for name in ("eos_token_id", "pad_token_id"))
         return cls(_ids(eos), _ids(pad))
 
     def is_after_end(self, token: int) -> bool:
-        """Whether a token of a row that has ended is no part of its answer."""
+        """Whether a token after the end of a row is not part of its answer."""
         return token in self.pad_ids or token in self.eos_ids
 
     def trim(self, tokens: list[int], special_ids: Collection[int]) -> list[int]:
-        """A row's answer with the token that ends it, without what pads the row.
+        """A row's answer with the token that ends it, without padding.
 
-        Padding without such a token follows a stop string. It is told from text only where it is a special token.
+        After a stop string there is padding without such a token. It is recognised only if it is a special token.
         """
         end = next((i + 1 for i, token in enumerate(tokens) if token in self.eos_ids), None)
         if end is None:
@@ -55,23 +55,23 @@ class Endings:
 
 @dataclass(eq=False, kw_only=True)
 class Generating:
-    """One call of the model's `generate` that runs: how long its prompts are, and whether one has been begun."""
+    """One running call of the model's `generate`: the length of its prompts, and whether a pass has begun."""
 
     num_prompt: int | None = None
     has_begun: bool = False
 
     def is_prompt(self, num_tokens: int) -> bool:
-        """Whether the first `num_tokens` tokens of a row are no more than its prompt."""
+        """Whether the first `num_tokens` tokens of a row are in its prompt."""
         return self.num_prompt is not None and num_tokens <= self.num_prompt
 
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """How one answer comes about: routing settings, router, segmenter, fixed mixtures and endings.
+    """The settings of one answer: routing settings, router, segmenter, fixed mixtures and endings.
 
-    `mixtures` are what the caller fixed, one for all rows or one a row; None leaves the choice to the router.
-    `segmenter` makes what finds the sentences of a row. `contexts` are what the router reads of the prompts that are
-    known, by their tokens; others are read from their tokens. Decisions of the router go to the `routing_log`.
+    `mixtures` are fixed by the caller, one for all rows or one per row; with None, the router chooses. `segmenter`
+    makes a segmenter for a row. `contexts` are the router's contexts of known prompts, by their tokens; other prompts
+    are read from their tokens. Decisions of the router go to the `routing_log`.
     """
 
     settings: RoutingSettings = field(default_factory=RoutingSettings)
@@ -85,11 +85,11 @@ class Call:
 
     @property
     def is_base(self) -> bool:
-        """Whether the caller asked for the base model alone."""
+        """Whether the caller selected the base model."""
         return self.mixtures is not None and not any(self.mixtures)
 
     def changed(self, changes: Mapping[str, Any]) -> "Call":
-        """Gives another call, with changes by the name of a field or of a routing setting."""
+        """Returns a copy with changes, by the name of a field or of a routing setting."""
         settings = {name: value for name, value in changes.items() if name in RoutingSettings.names()}
         rest = {name: value for name, value in changes.items() if name not in settings}
         call = replace(self, **rest)
@@ -110,22 +110,22 @@ class Call:
         return [mixture for mixture in self.mixtures for _ in range(batch // len(self.mixtures))]
 
 
-# What is made from prompts here, or leads to another result than rows with a trace.
+# Arguments that the engine sets, or whose result is not rows with a trace.
 NOT_ARGUMENTS = ("inputs", "input_ids", "inputs_embeds", "attention_mask", "return_dict_in_generate", "assistant_model")
 
 
 def call_setting(name: str, kwargs: Mapping[str, Any], generation_config: Any) -> Any:
-    """What a call of `generate` sets: its own argument, before its config's, before the model's; None if nothing."""
+    """The value of an argument of `generate`: from the call, else from its config, else from the model; or None."""
     configs = (kwargs.get("generation_config"), generation_config)
     values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
     return next((value for value in values if value is not None), None)
 
 
 def check_call(kwargs: Mapping[str, Any], generation_config: Any, *, is_stream: bool = False) -> None:
-    """Checks the arguments of a call, its own generation config and the model's.
+    """Checks the arguments of a call, its generation config and the model's.
 
     Raises:
-        ValueError: if one of them cannot be followed.
+        ValueError: if the router cannot follow one of them.
     """
     for name in NOT_ARGUMENTS:
         if kwargs.get(name) is not None and kwargs[name] is not False:  # it may be a tensor
@@ -144,7 +144,7 @@ def check_call(kwargs: Mapping[str, Any], generation_config: Any, *, is_stream: 
 
 @contextmanager
 def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Samples with a seed, if there is one, and leaves PyTorch's random numbers as they were."""
+    """Samples with a seed, if there is one, and restores PyTorch's random state."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices) if seed is not None else nullcontext():
         if seed is not None:
@@ -155,26 +155,26 @@ def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
 def kept_tokens(
     ids: Tensor, mask: Any, *, num_cached: int = 0, endings: Endings = Endings()
 ) -> Bool[Tensor, "batch seq"]:
-    """Which of the tokens behind `num_cached` others are no padding.
+    """Which of the tokens after `num_cached` others are not padding.
 
-    A mask of (batch, seq) tells, or one of what tokens attend to, as static caches have it: what is no padding attends
-    to itself. Without a mask, padding is what fills rows up on the right.
+    The mask is (batch, seq), or an attention mask, as with static caches, in which each token but padding attends to
+    itself. Without a mask, padding is at the right end of rows.
 
     Raises:
         ValueError: if the mask is of another kind.
     """
-    if isinstance(mask, Mapping):  # one for each kind of layer, some of which need none
+    if isinstance(mask, Mapping):  # one for each kind of layer; some need none
         mask = next((each for each in mask.values() if each is not None), None)
     num_new = ids.shape[1]
     if mask is None:
         return _kept_without_mask(ids, endings)
     if isinstance(mask, Tensor) and mask.ndim == 2:
-        # A mask may be as wide as a static cache, or tell of the new tokens alone.
+        # A mask may be as wide as a static cache, or have only the new tokens.
         first = num_cached if mask.shape[1] >= num_cached + num_new else mask.shape[1] - num_new
         return mask[:, first : first + num_new].bool()
     if isinstance(mask, Tensor) and mask.ndim == 4:
         attended = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0  # (batch, new tokens, places)
-        # A cache of a sliding window has places for the last tokens alone.
+        # A cache of a sliding window has places only for the last tokens.
         first = min(num_cached, attended.shape[2] - num_new)
         return attended.diagonal(offset=first, dim1=-2, dim2=-1).expand(len(ids), -1)
     shape = f" of {mask.ndim} dimensions" if isinstance(mask, Tensor) else ""
@@ -185,9 +185,9 @@ def kept_tokens(
 
 
 def _kept_without_mask(ids: Tensor, endings: Endings) -> Bool[Tensor, "batch seq"]:
-    """Leaves out what fills rows up on the right: tokens that end or pad rows, or zeros that only some rows end with.
+    """Leaves out padding at the right end of rows: tokens that end or pad rows, or zeros at the end of only some rows.
 
-    Others that call the model pad with such tokens and pass no mask, as what is behind a text does not change it.
+    Other callers of the model pad with such tokens and pass no mask, because tokens after a text do not change it.
     """
     kept = torch.ones_like(ids, dtype=torch.bool)
     if ids.shape[1] < 2:

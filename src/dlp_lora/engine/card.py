@@ -1,4 +1,4 @@
-"""The model card of a bundle: a README.md with what the hub asks for, its adapters, its router and how to load it."""
+"""The model card of a bundle: a README.md with the hub's metadata, its adapters, its router and how to load it."""
 
 import json
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ MARK = "<!-- dlp-lora writes this file again with the bundle; without this line 
 
 
 def is_card(file: Path) -> bool:
-    """Whether a README was written here, and not by its owner."""
+    """Whether this package wrote a README, and not its owner."""
     return file.is_file() and MARK in file.read_text(encoding="utf-8", errors="replace")
 
 

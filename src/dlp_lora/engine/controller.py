@@ -1,13 +1,13 @@
-"""The controller: before each forward pass of the model, it decides which mixture each row has (Fig. 1).
+"""The controller: before each forward pass of the model, it decides the mixture of each row (Fig. 1).
 
-It watches the tokens that go into the model. A pass that starts a KV cache is a prompt: the router reads it whole, for
-the opening of the answer, and with `prompt_routing="sentences"` each of its sentences, too. One more token on a cache
-is a decoding step: if the token opens a new sentence, the router reads the history and that token, and the pass that
+It reads the tokens that go into the model. A pass that starts a KV cache is a prompt: the router reads it for the
+beginning of the answer, and with `prompt_routing="sentences"` also each of its sentences. One more token on a cache is
+a decoding step. If the token begins a new sentence, the router reads the history and this token, and the pass that
 encodes the token already runs under the new mixture.
 
-What is known of each row lives on the KV cache object (`dlp_lora.engine.cache`); what a call asks for comes from the
-context (`dlp_lora.engine.overrides`). Several threads may run the model at once: their passes take turns. A pass holds
-the bank's lock from before it is routed until it has ended, and leaves nothing fused behind.
+The KV cache object has the state of each row (`dlp_lora.engine.cache`). The context has the settings of a call
+(`dlp_lora.engine.overrides`). Several threads may run the model at once: their passes take turns. A pass holds the
+bank's lock from its routing to its end, and then leaves nothing fused.
 """
 
 import inspect
@@ -86,15 +86,15 @@ class Controller:
         self.tokenizer = tokenizer
         self.defaults = defaults
         self.key = EngineKey()
-        self.merged: Override | None = None  # the block that holds a mixture in the base weights
+        self.merged: Override | None = None  # the block that has merged a mixture into the base weights
         self._passes: WeakKeyDictionary[Mark, tuple[RowRouter, ...]] = WeakKeyDictionary()
-        self._fused: tuple[Sequence[Mixture], Tensor | None, Reads | None] = [], None, None  # by the pass that runs
+        self._fused: tuple[Sequence[Mixture], Tensor | None, Reads | None] = [], None, None  # by the running pass
         self._compiled: Callable[..., Any] | None = None  # runs decoding steps over a static cache
         self.starter = RowStarter(tokenizer, bank.adapters.keys())
 
     @property
     def call(self) -> Call:
-        """What holds for a call that is made in this context."""
+        """The settings of a call in this context."""
         return current_call(self.defaults, self.key)
 
     @property
@@ -104,20 +104,20 @@ class Controller:
         return None if mark is None else self._passes.get(mark)
 
     def note_pass(self, rows: Sequence[RowRouter] | None) -> None:
-        """Keeps the rows of a pass as the latest in this context; None for a pass that cannot be traced."""
+        """Stores the rows of a pass as the latest in this context; None for a pass without a trace."""
         mark = mark_pass(self.key)
         if rows is not None:
             self._passes[mark] = tuple(rows)
 
     def routing(self, call: Call) -> Routing:
-        """How a call decides among the adapters that the bank holds."""
+        """The decisions of a call among the bank's adapters."""
         return self.starter.routing(call)
 
     def install(self, model: nn.Module) -> None:
-        """Puts the controller around a model's `forward`."""
+        """Wraps the controller around a model's `forward`."""
         self._model = model
         kind: Any = type(model)
-        # One that was put into the instance, as offloading does, would hide that of the class.
+        # Offloading puts a `forward` into the instance, which would hide that of the class.
         self._instance_forward = vars(model).pop("forward", None)
         self._plain = self._instance_forward or MethodType(kind.forward, model)
         parameters = inspect.signature(self._plain).parameters.values()
@@ -126,7 +126,7 @@ class Controller:
         model.__class__ = routed(kind)
 
     def uninstall(self, model: nn.Module) -> None:
-        """Gives the model its class and its own `forward` back."""
+        """Restores the model's class and `forward`."""
         model.__class__ = type(model).__mro__[1]
         del vars(model)[CONTROLLER]
         if self._instance_forward is not None:
@@ -138,17 +138,17 @@ class Controller:
         return self._compiled is not None
 
     def compile(self, **kwargs: Any) -> None:
-        """Has `torch.compile` compile what runs for the decoding steps whose fusing is padded."""
+        """Lets `torch.compile` compile the decoding steps whose fusing is padded."""
         self._compiled = torch.compile(self._plain, **kwargs)
 
     def generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Runs the model's `generate`, whose passes can be followed.
+        """Runs the model's `generate`, with arguments that the router can follow.
 
-        The cache that routing needs is used, and stop strings find their tokenizer, whatever the base's own generation
-        config says.
+        It turns on the cache that routing needs, and adds the tokenizer for stop strings, whatever the base model's
+        generation config says.
 
         Raises:
-            ValueError: if something is asked for that cannot be routed.
+            ValueError: if an argument cannot be routed.
         """
         names = [*inspect.signature(generate).parameters]
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -168,12 +168,12 @@ class Controller:
     @torch.compiler.disable(reason=NOT_COMPILED)  # type: ignore[untyped-decorator]
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Runs one forward pass, routed."""
-        # By name, so that a mask or a cache given by position is seen; what does not go together fails below.
+        # By name, so that a positional mask or cache is recognised; wrong combinations fail below.
         if len(args) <= len(self._names) and not kwargs.keys() & self._names[: len(args)]:
             args, kwargs = (), {**dict(zip(self._names, args, strict=False)), **kwargs}
         with self.bank.lock:
             try:
-                # Of arguments without a name, the first are the token ids.
+                # If the arguments have no names, the first are the token ids.
                 given = PassArguments.of({"input_ids": args[0], **kwargs} if args else kwargs)
                 rows = self._prepare(given)
                 run = self._plain if self._compiled is None or not self.bank.is_padded else self._compiled
@@ -189,9 +189,9 @@ class Controller:
     def under(
         self, mixtures: Sequence[Mixture], tokens: Tensor | None = None, *, reuse: bool = False
     ) -> Iterator[Callable[..., Any]]:
-        """Gives the model's own forward, by name, and has it run under given mixtures meanwhile, as `bank.fuse` does.
+        """Returns the base model's forward, with arguments by name, under fixed mixtures in the block.
 
-        Nothing is routed, and of `position_ids` and `logits_to_keep`, a model gets what it knows.
+        Nothing is routed. A model gets `position_ids` and `logits_to_keep` only if it knows them.
         """
         optional = {"position_ids", "logits_to_keep"} - {*self._names}
 
@@ -217,7 +217,7 @@ class Controller:
         return self.starter.start_row(tokens, call, prompt=prompt, among=among)
 
     def replay(self, inputs: Mapping[str, Tensor], answers: Sequence[Sequence[int]]) -> list[RowRouter]:
-        """Routes given answers without the model: what it decided, as decisions follow from the tokens alone."""
+        """Routes finished answers without the model: the same decisions, because they depend only on the tokens."""
         copies = len(answers) // inputs["input_ids"].shape[0]
         ids, mask = (inputs[key].repeat_interleave(copies, dim=0) for key in ("input_ids", "attention_mask"))
         call = replace(self.call, routing_log=None)  # its decisions were logged when they were made
@@ -227,11 +227,11 @@ class Controller:
                 row.push(token)
         return rows
 
-    @torch.inference_mode(False)  # buffers outlive the call, and the next one may ask for gradients
+    @torch.inference_mode(False)  # buffers outlive the call, and the next call may need gradients
     @torch.no_grad()
     def _prepare(self, given: PassArguments) -> CachedRows | None:
-        """Routes the rows of a pass and fuses their mixtures; gives the rows, if they are known."""
-        self.note_pass(None)  # of what cannot be routed, nothing is left behind
+        """Routes the rows of a pass and fuses their mixtures; returns the rows, if they are known."""
+        self.note_pass(None)  # in case of an error, nothing stays fused
         if self.merged is not None and not is_in_force(self.merged):
             raise ValueError(
                 "the base weights hold a mixture while another context is inside engine.merged(); wait until it is left"
@@ -278,7 +278,7 @@ class Controller:
         return CachedRows(self._start_rows(given.ids, kept, call), given.ids, kept, others=other_inputs(given))
 
     def _keep_rows(self, rows: CachedRows, given: PassArguments, cache: Cache | None) -> None:
-        """Ties rows to the KV cache that the pass which started them has left."""
+        """Ties rows to the KV cache that their first pass has made."""
         call = self.call
         if call.mixtures is None:
             check_is_kept(cache, given, call, self._model)
@@ -295,7 +295,7 @@ class Controller:
         self.bank.fuse(*self._fused)
 
     def _step(self, known: CachedRows, given: PassArguments, call: Call) -> list[int]:
-        """Adds one token a row; gives the numbers of the rows whose mixture changed."""
+        """Adds one token to each row; returns the numbers of the rows whose mixture changed."""
         assert given.ids is not None
         known.append(given.ids, torch.ones_like(given.ids, dtype=torch.bool))
         routing, fixed = self.routing(call), call.mixtures_of(len(known.rows))
@@ -307,7 +307,7 @@ class Controller:
         return [i for i, (a, b) in enumerate(zip(changed, pushed, strict=True)) if a or b]
 
     def _read_on(self, known: CachedRows, given: PassArguments, call: Call) -> tuple[CachedRows, list[int]]:
-        """Routes the whole text again, with what is new; gives the rows, and which have other mixtures than before."""
+        """Routes the whole text with its new part; returns the rows, and those whose mixtures changed."""
         assert given.ids is not None
         ids = torch.cat([known.ids[:, : given.num_cached], given.ids], dim=1)
         kept = torch.cat([known.kept[:, : given.num_cached], given.kept(call)], dim=1)
@@ -315,12 +315,12 @@ class Controller:
             check_not_packed(given, kept[:, given.num_cached :])
         others = known.others
         if more := other_inputs(given):
-            others = more if others == {} and given.num_cached == 0 else None  # of both, none knows the order
+            others = more if others == {} and given.num_cached == 0 else None  # with both, the order is unknown
         rows = CachedRows(self._start_rows(ids, kept, call), ids, kept, others=others)
         switched = [
             i
             for i, (row, before) in enumerate(zip(rows.rows, known.rows, strict=True))
-            # What the cached tokens are sentences of has changed with the text.
+            # With the text, the sentences of the cached tokens have changed.
             if row.prompt_trace or row.mixture != before.mixture
         ]
         return rows, switched
@@ -332,10 +332,10 @@ class Controller:
         return self.starter.start([self.starter.prompt(tokens, call) for tokens in prompts], call)
 
     def _encode_again(self, rows: CachedRows, switched: Sequence[int], given: PassArguments) -> float:
-        """Encodes what the KV cache holds of some rows under their mixtures of now, in place; gives milliseconds.
+        """Encodes the cached tokens of some rows under their new mixtures, in place; returns milliseconds.
 
-        It happens in a cache apart, so that the pass to come is one of its ordinary shape: the same for rows alone and
-        in a batch, compiled or not, and its hidden states are those of its own tokens.
+        This uses a separate cache, so that the next pass has its ordinary shape: the same for rows alone and in a
+        batch, compiled or not, with the hidden states of its tokens.
         """
         assert given.cache is not None
         start = time.perf_counter()
@@ -345,7 +345,7 @@ class Controller:
                 "a row switches whose prompt held images, and beams or later images have changed their order, so it "
                 "cannot be encoded again; use kv_policy='keep' for this call"
             )
-        # Images are not told apart by row: with them, all rows are encoded again, and only those that switch are kept.
+        # The row of an image is unknown: with images all rows are encoded again, but only those that switch are stored.
         numbers = list(range(len(rows.rows))) if rows.others else list(switched)
         some = CachedRows(
             [rows.rows[i] for i in numbers],
@@ -364,21 +364,21 @@ class Controller:
         }
         positions = given.kwargs.get("position_ids")
         if isinstance(positions, Tensor) and positions.ndim > 2:
-            del inputs["position_ids"]  # of places in images, which the model finds by itself
+            del inputs["position_ids"]  # of places in images, which the model computes itself
         self._fuse_rows(some, num_tokens=given.num_cached, num_kept=1)
-        optional = {"position_ids", "logits_to_keep"} - {*self._names}  # of which some models know nothing
+        optional = {"position_ids", "logits_to_keep"} - {*self._names}  # some models do not know it
         self._plain(**{name: inputs[name] for name in inputs.keys() - optional}, **cache_argument(apart))
         write_rows(given.cache, switched, apart, source_rows=[numbers.index(i) for i in switched])
         return (time.perf_counter() - start) * 1e3
 
     def _fuse(self, rows: CachedRows, given: PassArguments, call: Call) -> float:
-        """Fuses for a pass; gives milliseconds."""
+        """Fuses for a pass; returns milliseconds."""
         assert given.ids is not None
         start = time.perf_counter()
         num_tokens = given.ids.shape[1]
         if num_tokens > 1 and isinstance(given.kwargs.get("logits_to_keep"), Tensor) and _has_sentences(rows.rows):
             raise ValueError("with prompt_routing='sentences', logits_to_keep must be a number, not positions")
-        # What is disabled is the base bit for bit, which a compiled pass is not.
+        # A disabled pass is the base bit for bit, and a compiled pass is not.
         is_compiled = self.is_compiled and num_tokens == 1 and not call.is_base
         is_static = given.cache is not None and bool(given.cache.is_compileable)
         self._fuse_rows(rows, num_tokens=num_tokens, num_kept=given.num_kept, padded=is_compiled and is_static)
@@ -386,7 +386,7 @@ class Controller:
 
     @contextmanager
     def _keeping_mixtures(self) -> Iterator[None]:
-        """Has layers that gradient checkpointing computes again, after the pass, computed under its mixtures."""
+        """Fuses the pass's mixtures again when gradient checkpointing computes its layers after the pass."""
         layers: list[Any] = [
             module
             for module in (self._model.modules() if torch.is_grad_enabled() and self._model.training else ())
@@ -424,7 +424,7 @@ class Controller:
         rows = cached.rows
         has_images = num_tokens > 1 and has_like_images(self._model, cached.ids[:, -num_tokens:])
         reads = Reads(num_tokens, has_images, num_kept)
-        # The last token of a prompt belongs to the answer, so a pass over one token is none over a prompt's sentences.
+        # The last token of a prompt belongs to the answer, so a pass over one token has no sentence of a prompt.
         if num_tokens > 1 and _has_sentences(rows):
             self._fused = *mixtures_by_token(rows, cached.kept, num_tokens=num_tokens), reads
         else:
@@ -434,9 +434,9 @@ class Controller:
 
 @cached
 def routed(kind: Any) -> Any:
-    """Gives a model class whose instances route by themselves; but for that it is the same class.
+    """Returns a model class whose instances route by themselves; otherwise it is the same class.
 
-    A copy of an instance is the plain base model, with weights of its own, and so is what is pickled.
+    A copy or a pickle of an instance is the plain base model, with separate weights.
     """
 
     @wraps(kind.forward)
@@ -470,7 +470,7 @@ def routed(kind: Any) -> Any:
         return object.__new__, (kind,), state
 
     def peft_config(_: Any) -> None:
-        # PEFT asks a model for it before it changes anything.
+        # PEFT calls this before it changes a model.
         raise ModelError(
             "an engine is attached to the model: adapters of PEFT would lie under its layers, which do not call them; "
             "add them with engine.add_adapter(folder), or call engine.detach() and train on the plain model"
@@ -495,16 +495,16 @@ def routed(kind: Any) -> Any:
 
 
 def _has_sentences(rows: Sequence[RowRouter]) -> bool:
-    """Whether sentences of a prompt have mixtures of their own."""
+    """Whether sentences of a prompt have different mixtures."""
     return any(row.prompt_trace and not row.is_fixed for row in rows)
 
 
 def mixtures_by_token(
     rows: Sequence[RowRouter], kept: Bool[Tensor, "batch seq"], *, num_tokens: int
 ) -> tuple[list[Mixture], Int[Tensor, "batch tokens"]]:
-    """The mixtures that the last `num_tokens` tokens are encoded under, and which of them each token has.
+    """The mixtures of the last `num_tokens` tokens, and the number of each token's mixture.
 
-    A sentence of the prompt has its own, all that follows the one in force now.
+    A sentence of the prompt has its mixture; all later tokens have the current one.
     """
     mixtures = [row.mixture for row in rows]
     numbers = torch.arange(len(rows))[:, None].repeat(1, kept.shape[1])

@@ -1,7 +1,7 @@
-"""The engine: a causal LM, a bank of adapters, a router and a policy, working as one model (Fig. 1).
+"""The engine: a causal LM, a bank of adapters, a router and a policy as one model (Fig. 1).
 
-`engine.model` stays an ordinary Hugging Face model that routes by itself in every forward pass; `generate` and
-`stream` are its own `generate`, plus a trace of which sentence used which adapters.
+`engine.model` stays an ordinary Hugging Face model that routes in every forward pass. `generate` and `stream` call the
+model's `generate`, and add a trace: which sentence used which adapters.
 """
 
 import tempfile
@@ -42,17 +42,17 @@ from dlp_lora.router import Context, Router, listed
 from dlp_lora.sentences import Segmenter, SentenceSegmenter
 
 Mixtures = Mapping[str, float] | Sequence[Mapping[str, float]]
-"""Weights by adapter name, or a list of such, one a row."""
+"""Weights by adapter name, or a list of these, one per row."""
 
 
 class Engine:
-    """A model with many adapters that picks among them by itself, sentence by sentence.
+    """A model with many adapters that chooses among them, sentence by sentence.
 
-    Make one with `dlp_lora.load`. `detach` gives the plain model back.
+    Make one with `dlp_lora.load`. `detach` returns the plain model.
 
-    The engine holds defaults alone; what holds for one call is given to `generate`, or by the blocks `using`, `fixed`,
-    `disabled` and `merged`, which hold in their own context: threads and asyncio tasks do not see each other's. Several
-    threads may generate at once; their forward passes take turns. With a `seed` only one may sample at a time.
+    The engine has the defaults. Settings for one call are arguments of `generate`, or come from the blocks `using`,
+    `fixed`, `disabled` and `merged`. A block applies to its context: other threads and asyncio tasks do not see it.
+    Several threads may generate at once; their forward passes take turns. With a `seed`, only one may sample at a time.
     """
 
     def __init__(
@@ -88,24 +88,24 @@ class Engine:
 
     @classmethod
     def from_pretrained(cls, model: str | Path | PreTrainedModel, **kwargs: Any) -> "Engine":
-        """Makes an engine: `dlp_lora.load`, under the name and with the arguments that it has there."""
-        from dlp_lora.engine.loading import load  # which makes engines
+        """Makes an engine: the same as `dlp_lora.load`, with the same arguments."""
+        from dlp_lora.engine.loading import load  # loading imports this module
 
         return load(model, **kwargs)
 
     @property
     def device(self) -> torch.device:
-        """The device that the model computes on."""
+        """The device on which the model computes."""
         return computing_device(self.model)
 
     @property
     def call(self) -> Call:
-        """What holds for a call that is made here and now: the defaults, and what the blocks around it change."""
+        """The settings of a call in this context: the defaults with the changes of the blocks around it."""
         return self._controller.call
 
     @property
     def settings(self) -> RoutingSettings:
-        """How the router is asked and obeyed, here and now. Setting it changes the engine's default."""
+        """The routing settings in this context. An assignment changes the engine's default."""
         return self.call.settings
 
     @settings.setter
@@ -114,12 +114,12 @@ class Engine:
 
     @property
     def router(self) -> Router | None:
-        """The router, here and now; None where only `fixed` and `disabled` choose."""
+        """The router in this context; None if there is none, and only `fixed` and `disabled` work."""
         return self.call.router
 
     @property
     def policy(self) -> FusionPolicy:
-        """The policy that turns probabilities into a mixture: that of `settings`; may be set, as they may."""
+        """The policy of `settings`, which turns probabilities into a mixture; it may be assigned."""
         return self.settings.policy
 
     @policy.setter
@@ -128,28 +128,28 @@ class Engine:
 
     @property
     def switching(self) -> Switching:
-        """When a sentence start may switch: that of `settings`."""
+        """When a new sentence may change the mixture: `settings.switching`."""
         return self.settings.switching
 
     @property
     def kv_policy(self) -> KVPolicy:
-        """What a switch does to the KV cache: that of `settings`."""
+        """What a switch does to the KV cache: `settings.kv_policy`."""
         return self.settings.kv_policy
 
     @property
     def prompt_routing(self) -> PromptRouting:
-        """What of a prompt is routed: that of `settings`."""
+        """How prompts of several questions are routed: `settings.prompt_routing`."""
         return self.settings.prompt_routing
 
     @property
     def last_trace(self) -> tuple[Sentence, ...] | None:
         """The trace of the latest forward pass in this context, as after `engine.model.generate` or a pipeline.
 
-        It ends with the last token that was encoded: the very last one that was sampled is not. None if no pass ran
-        here, or if the latest one could not be traced.
+        It ends with the last encoded token; the last sampled one is not encoded. None if no pass ran here, or if the
+        latest pass has no trace.
 
         Raises:
-            ValueError: if the pass had several rows; `last_traces` has one trace a row.
+            ValueError: if the pass had several rows; `last_traces` has one trace per row.
         """
         traces = self.last_traces
         if traces is not None and len(traces) != 1:
@@ -158,11 +158,11 @@ class Engine:
 
     @property
     def last_traces(self) -> tuple[tuple[Sentence, ...], ...] | None:
-        """As `last_trace`, of each row of a batch; while beams are searched, rows are beams."""
+        """As `last_trace`, for each row of a batch; in beam search, rows are beams."""
         rows = self._controller.latest
         return None if rows is None else tuple(row.sentences() for row in rows)
 
-    @torch.inference_mode(False)  # what is made here outlives the call
+    @torch.inference_mode(False)  # the buffers made here outlive the call
     def add_adapter(
         self,
         path: str | Path,
@@ -174,14 +174,14 @@ class Engine:
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
     ) -> str:
-        """Adds a PEFT adapter from a folder or hub id, also while answers are generated; gives its name.
+        """Adds a PEFT adapter from a folder or hub id, even while answers are generated; returns its name.
 
-        Unless it is given one, it is named after its folder or repository. Rows that run are not disturbed. `fixed` may
-        use the adapter from the next pass on; the router gives it nothing until one that knows it is used.
+        By default it gets the name of its folder or repository. Running answers do not change. `fixed` may use the
+        adapter from the next pass on. The router chooses it only after it has learned it.
 
         Raises:
-            AdapterError: if it cannot be read or does not fit the base, its name is taken, or rows still run with
-                a removed adapter of its name.
+            AdapterError: if it cannot be read or does not fit the base, its name is taken, or running answers still
+                use a removed adapter of its name.
         """
         hub = Hub(token=token, cache_dir=cache_dir, local_files_only=local_files_only)
         folder = hub.folder(path, files=FILES, error=AdapterError, revision=revision, subfolder=subfolder)
@@ -201,10 +201,10 @@ class Engine:
         return adapter.name
 
     def remove_adapter(self, name: str) -> None:
-        """Removes an adapter, also while answers are generated.
+        """Removes an adapter, even while answers are generated.
 
-        Rows that run with it keep it until they end or switch, and its weights stay in memory as long. What the router
-        gives it is the probability that no adapter fits.
+        Running answers keep it until they end or switch; its weights stay in memory until then. Its probability then
+        counts as the probability that no adapter fits.
 
         Raises:
             AdapterError: if there is none of this name.
@@ -276,27 +276,26 @@ class Engine:
         continue_final_message: bool | None = None,
         **kwargs: Any,
     ) -> Generation | list[Generation]:
-        """Answers a prompt (gives a Generation) or a list of prompts (gives a list of them), which several sequences
-        of one prompt are, too: `num_return_sequences` always gives a list.
+        """Answers a prompt and returns a Generation, or answers a list of prompts and returns a list of Generations.
+        With `num_return_sequences` it always returns a list.
 
-        A string is raw text, as in `model.generate`; a list of messages with role and content is one chat and goes
-        through the tokenizer's chat template; so does a Chat, which also holds tools and arguments of the template. All
-        arguments of Hugging Face's `generate` work, and answers are sampled or greedy as there: by the model's
-        generation config unless `do_sample` is given.
+        A string is raw text, as in `model.generate`. A list of messages with role and content is one chat, which goes
+        through the tokenizer's chat template. A Chat also has tools and arguments of the template. The arguments of
+        Hugging Face's `generate` work. Unless you pass `do_sample`, the model's generation config decides whether
+        answers are sampled.
 
         Args:
-            mixture: used for this call instead of the router, as by `fixed`.
-            settings: of this call, in the place of the engine's.
+            mixture: for this call instead of the router, as by `fixed`.
+            settings: routing settings of this call instead of the engine's.
             seed: of sampling.
-            tools: which the chat template reads: JSON schemas, or functions.
-            chat_template_kwargs: arguments of the chat template, as `{"enable_thinking": False}`.
-            continue_final_message: whether the last message is the beginning of the answer, which then goes on; by
-                default it is if it is the assistant's.
+            tools: JSON schemas or functions, for chat templates that read them.
+            chat_template_kwargs: arguments of the chat template, such as `{"enable_thinking": False}`.
+            continue_final_message: whether the model continues the last message; by default, if it is the assistant's.
 
         Raises:
             PromptError: if a prompt is neither text nor messages, is empty, too long for the model's context with its
                 `max_new_tokens`, or refused by the chat template.
-            ValueError: if an argument cannot be followed sentence by sentence, or the engine was detached.
+            ValueError: if the router cannot follow an argument sentence by sentence, or the engine was detached.
         """
         chats, single = as_batch(
             prompts,
@@ -333,11 +332,11 @@ class Engine:
         continue_final_message: bool | None = None,
         **kwargs: Any,
     ) -> Stream:
-        """Answers one prompt piece by piece; the pieces concatenate to what `generate` gives.
+        """Answers one prompt piece by piece; together, the pieces are the text of `generate`.
 
-        Each Piece is a str that also knows its `mixture`. The stream's `generation` is what `generate` would have
-        given; leaving the loop early stops the model. The model runs in a thread and in a copy of the context in which
-        the stream was made, so the blocks around this call hold for all of it, wherever it is read.
+        Each Piece is a str with its `mixture`. The stream's `generation` is the result of `generate`. If you leave the
+        loop early, the model stops. The model runs in a thread, in a copy of the context of this call. So the blocks
+        around this call apply to the whole stream.
 
         Raises:
             PromptError, ValueError: as `generate`.
@@ -369,7 +368,7 @@ class Engine:
     def _calling(
         self, mixture: Mixtures | None, settings: RoutingSettings | None, kwargs: Mapping[str, Any]
     ) -> Iterator[Call]:
-        """Puts what one call asks for into force; gives what then holds."""
+        """Applies the settings of one call in the block."""
         with (
             self.fixed(mixture) if mixture is not None else nullcontext(),
             self._overriding({} if settings is None else {"settings": settings}),
@@ -380,7 +379,7 @@ class Engine:
     def _apart(
         self, prompts: Sequence[EncodedPrompt], call: Call, kwargs: Mapping[str, Any]
     ) -> list[list[EncodedPrompt]]:
-        """Gives for each prompt those that are answered in its place: its questions, if they are answered apart."""
+        """Returns the prompts to answer instead of each prompt: its questions, if they are answered apart."""
         numbers = ("num_beams", "num_return_sequences")
         is_one_row = all((call_setting(name, kwargs, self.model.generation_config) or 1) == 1 for name in numbers)
         return [self.apart(prompt, call=call) if is_one_row else [prompt] for prompt in prompts]
@@ -393,13 +392,13 @@ class Engine:
         call: Call,
         kwargs: Mapping[str, Any],
     ) -> list[Generation]:
-        """Gives the answers of the latest pass's rows with their traces.
+        """Returns the answers of the latest pass's rows with their traces.
 
         Raises:
-            ModelError: if the passes have not followed the answers, so that nobody knows what these ran with.
+            ModelError: if the passes have not followed the answers, so that their mixtures are unknown.
         """
         if not (len(rows) == len(answers) and all(map(RowRouter.has_read, rows, answers))):
-            # Beams end in other rows than they began in, and a row stopped without eos has read padding.
+            # Beams end in other rows than they began, and a row that stops without eos has read padding.
             has_beams = (call_setting("num_beams", kwargs, self.model.generation_config) or 1) > 1
             has_read_on = len(rows) == len(answers) and all(map(RowRouter.has_read_past, rows, answers))
             if not (has_beams or has_read_on or call.mixtures is not None):
@@ -419,7 +418,7 @@ class Engine:
     def _inputs(
         self, prompts: Sequence[EncodedPrompt], call: Call, kwargs: Mapping[str, Any], *, is_stream: bool = False
     ) -> dict[str, torch.Tensor]:
-        """Checks a call of `generate`; gives its prompts as the model reads them."""
+        """Checks a call of `generate`; returns its prompts as the model reads them."""
         if not self._is_attached:
             raise ValueError("the engine was detached from its model; make another one with dlp_lora.load")
         check_call(kwargs, self.model.generation_config, is_stream=is_stream)
@@ -429,7 +428,7 @@ class Engine:
         return padded(prompts, self.model, self.tokenizer, num_new=kwargs.get("max_new_tokens") or 1)
 
     def route(self, prompt: str | Context) -> tuple[dict[str, float], Mixture]:
-        """Says what would answer a prompt, without running the model: a probability by adapter name, and the mixture.
+        """Routes a prompt without running the model: returns each adapter's probability, and the mixture.
 
         Raises:
             RouterError: if there is no router.
@@ -441,8 +440,8 @@ class Engine:
     def apart(
         self, prompt: EncodedPrompt, *, call: Call | None = None, among: Collection[str] | None = None
     ) -> list[EncodedPrompt]:
-        """Gives the prompts that are answered in the place of one, as `start_row` has it: the questions of a prompt
-        that is answered in parts, or the prompt itself.
+        """Returns the prompts to answer instead of one, for `start_row`: the questions of a prompt that is answered
+        apart, or the prompt itself.
         """
         with self.bank.lock:  # a router may run the base model
             return self._controller.starter.apart(prompt, call or self.call, among=among)
@@ -455,12 +454,12 @@ class Engine:
         prompt: Prompt | None = None,
         among: Collection[str] | None = None,
     ) -> RowRouter:
-        """Routes a prompt of token ids, for who drives the answer token by token; `RowRouter.push` goes on from there.
+        """Routes a prompt of token ids, for programs that decode token by token; then call `RowRouter.push`.
 
         Args:
-            call: in the place of that of here and now.
-            prompt: what the router reads, in the place of what the tokens say.
-            among: the adapters that the router may choose; what it gives others is the probability that none fits.
+            call: instead of the call of this context.
+            prompt: the router's context, instead of the text of the tokens.
+            among: the adapters that may be chosen; the probability of others counts as "no adapter fits".
 
         Raises:
             RouterError: if there is no router.
@@ -472,13 +471,13 @@ class Engine:
     def under(
         self, mixtures: Sequence[Mixture], tokens: torch.Tensor | None = None, *, reuse: bool = False
     ) -> Iterator[Callable[..., Any]]:
-        """Gives the model's forward, which takes its arguments by name, and runs under given mixtures in the block.
+        """Returns the model's forward, with arguments by name, under fixed mixtures in the block.
 
-        It is for who routes rows with `start_row` and batches them. The arguments are those of `AdapterBank.fuse`; the
-        bank is locked meanwhile.
+        It is for programs that route rows with `start_row` and batch them. The arguments are those of
+        `AdapterBank.fuse`. The bank is locked in the block.
 
         Raises:
-            ValueError: if the base weights hold a mixture, or the engine was detached.
+            ValueError: if a mixture is merged into the base weights, or the engine was detached.
         """
         if not self._is_attached:
             raise ValueError("the engine was detached from its model; make another one with dlp_lora.load")
@@ -487,26 +486,26 @@ class Engine:
 
     @contextmanager
     def fixed(self, mixture: Mixtures) -> Iterator["Engine"]:
-        """Uses the given mixture instead of the router; a list gives one mixture a row.
+        """Uses a mixture instead of the router; a list has one mixture per row.
 
-        It holds in this context: in the block, in asyncio tasks and `asyncio.to_thread` calls begun in it. A plain
-        `threading.Thread` starts with the engine's defaults; `contextvars.copy_context().run` carries the block over.
+        It applies to this context: the block, and asyncio tasks and `asyncio.to_thread` calls that start in it. A plain
+        `threading.Thread` starts with the engine's defaults; pass the context with `contextvars.copy_context().run`.
 
         Raises:
-            AdapterError: if the bank holds no adapter of a name.
+            AdapterError: if the bank has no adapter of a name.
         """
         with self._overriding({"mixtures": self._checked(mixture)}):
             yield self
 
     @contextmanager
     def merged(self, mixture: Mapping[str, float]) -> Iterator["Engine"]:
-        """As `fixed`, with the mixture added to the base weights: a token costs what it costs the base model.
+        """As `fixed`, with the mixture added to the base weights: a token costs as much as with the base model.
 
-        The weights that it changes are held twice meanwhile, and come back bit for bit. They change for everybody:
-        while the block lasts, passes of other contexts are refused.
+        In the block there is a second copy of the changed weights, from which they are restored bit for bit. The
+        weights change for all contexts, so passes of other contexts are refused until the block ends.
 
         Raises:
-            ModelError: if a layer has no weight of its own to add to, as a quantised or tied one.
+            ModelError: if a layer has no separate ordinary weight, such as a quantised or tied layer.
         """
         mixtures = self._checked(mixture)
         with self._overriding({"mixtures": mixtures}) as override:
@@ -520,16 +519,16 @@ class Engine:
 
     @contextmanager
     def disabled(self) -> Iterator["Engine"]:
-        """The base model, bit for bit, in this context, as for `fixed`."""
+        """Uses the base model, bit for bit, in this context, as `fixed` does."""
         with self.fixed({}):
             yield self
 
     @contextmanager
     def using(self, **changes: Any) -> Iterator["Engine"]:
-        """Changes routing settings for a while, in this context, as for `fixed`.
+        """Changes routing settings in this context, as `fixed` does.
 
         Args:
-            changes: `settings`, or some of them by name (`policy`, `switching`, `kv_policy`, `prompt_routing`);
+            changes: `settings`, or single settings by name (`policy`, `switching`, `kv_policy`, `prompt_routing`);
                 `router`, `segmenter`, `routing_log`.
         """
         names = (*RoutingSettings.names(), "settings", "router", "segmenter", "routing_log")
@@ -549,7 +548,7 @@ class Engine:
             yield override
 
     def _checked(self, mixture: Mixtures) -> tuple[Mixture, ...]:
-        """Checks mixtures that a caller fixes; gives them as a tuple."""
+        """Checks the mixtures of a caller; returns them as a tuple."""
         mixtures = [mixture] if isinstance(mixture, Mapping | str) else list(mixture)
         if strange := [m for m in mixtures if not isinstance(m, Mapping)]:
             raise ValueError(
@@ -569,9 +568,9 @@ class Engine:
     def compile(self, *, max_rank: int = 64, **kwargs: Any) -> None:
         """Compiles decoding steps over a static cache, once for each batch size and length of the cache.
 
-        A step then computes with `max_rank` in each adapted layer, whatever the mixture, so that no switch compiles
-        again; buffers stay where they are, as CUDA graphs need. Prompts, wider mixtures, other caches and `disabled`
-        run as ever.
+        A step then computes with `max_rank` in each adapted layer for every mixture, so that no switch compiles again.
+        The buffers do not move, as CUDA graphs need. Prompts, mixtures of a higher rank, other caches and `disabled`
+        run uncompiled.
 
             engine.compile(mode="reduce-overhead")
             engine.generate(prompt, cache_implementation="static", max_cache_len=4096)
@@ -587,14 +586,14 @@ class Engine:
             self._controller.compile(**{"dynamic": False, **kwargs})
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Writes a bundle: adapters, router, policy, a model card, and what tells the base model from others.
+        """Writes a bundle: adapters, router, policy, a model card, and a fingerprint of the base model.
 
-        A bundle there is replaced at the end.
+        An old bundle is replaced at the end.
 
         Raises:
-            RouterError: if adapters were added or removed that the router does not know, or still knows.
-            AdapterError: if an adapter's folder no longer holds what the engine runs with.
-            ValueError: if the policy is not one of this package's, which alone can be saved by name.
+            RouterError: if router and adapters have different names, because adapters were added or removed.
+            AdapterError: if an adapter's folder has changed.
+            ValueError: if the policy is not of this package, because only these can be saved by name.
         """
         self._write_bundle(Path(path))
 
@@ -607,14 +606,14 @@ class Engine:
         revision: str | None = None,
         commit_message: str = "Upload a bundle of dlp-lora",
     ) -> str:
-        """Uploads the bundle to the Hugging Face hub, in one commit; gives the commit's address.
+        """Uploads the bundle to the Hugging Face hub, in one commit; returns the commit's address.
 
-        The repository then has the adapters of this bundle alone. Its README.md stays if its owner wrote it.
+        The repository then has only the adapters of this bundle. Its README.md stays if its owner wrote it.
 
         Args:
-            private: of a repository that is made for it; one that is there stays as it is.
+            private: whether a new repository is private; an existing one does not change.
             token: by default the one that `hf auth login` saved.
-            revision: the branch, which is made if there is none; "main" by default.
+            revision: the branch, which is made if it does not exist; "main" by default.
             commit_message: of the commit.
 
         Raises:
@@ -651,7 +650,7 @@ class Engine:
 
     @torch.no_grad()
     def probe(self) -> Probe | None:
-        """What the base model makes of the probe's text; None where it cannot be asked."""
+        """The base model's log-probabilities of the probe's text; None if it cannot run it."""
         if not self._is_attached or self.bank.is_merged:
             return None
         tokens = self.tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"][:PROBE_TOKENS]
@@ -661,7 +660,7 @@ class Engine:
         return Probe(tokens=tuple(tokens), logprobs=tuple(scores.gather(1, ids[0, 1:, None])[:, 0].tolist()))
 
     def detach(self) -> PreTrainedModel:
-        """Takes the adapters off and gives the base model back, bit for bit as it was."""
+        """Removes the adapters and returns the base model, bit for bit as it was."""
         with self.bank.lock:
             if self._is_attached:
                 self._controller.uninstall(self.model)

@@ -1,4 +1,4 @@
-"""Kinds of model: the causal LMs whose passes can be followed, and the reasons why others are refused."""
+"""Kinds of model: the causal LMs whose passes the router can follow, and the reasons against others."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +16,7 @@ _WHAT_TO_DO = "take a decoder-only causal LM with attention"
 
 
 def check_config(source: str, config: PretrainedConfig) -> None:
-    """Checks that a checkpoint is that of a causal LM, before its weights are read.
+    """Checks that a checkpoint belongs to a causal LM, before its weights are read.
 
     Raises:
         ModelError: with the reason, if it is not.
@@ -53,7 +53,7 @@ def check_weights(source: str, missing: Sequence[str]) -> None:
 
 
 def check_kind(model: Any, base: BaseLayers) -> None:
-    """Checks that a model is a causal LM whose passes can be followed.
+    """Checks that a model is a causal LM whose passes the router can follow.
 
     Raises:
         ModelError: with the reason, if it is not.
@@ -72,18 +72,18 @@ def check_kind(model: Any, base: BaseLayers) -> None:
 
 
 def _reason_of_pass(skeleton: Any) -> str | None:
-    """Reads a token without weights; says why the pass cannot be followed, None if it can or it needs weights."""
+    """Runs a pass of one token without weights; returns the reason if the router cannot follow it, else None."""
     try:
         with torch.no_grad():
             output = skeleton(torch.zeros(1, 1, dtype=torch.long, device="meta"), use_cache=True)
-    except Exception:  # some models look into their weights; the passes of the model itself are checked later
+    except Exception:  # some models need their weights; passes of the real model are checked later
         return None
     cache = cache_among(output.values()) if isinstance(output, dict) else None
     if cache is None:
         return "keeps no KV cache of transformers"
     try:
         return None if cache.get_seq_length() == 1 else "has a KV cache that does not count tokens"
-    except ValueError:  # there is no layer to ask
+    except ValueError:  # there is no such layer
         return "has no attention: its state is not a KV cache of tokens"
 
 

@@ -35,15 +35,15 @@ from dlp_lora.sentences import Segmenter, SentenceSegmenter
 
 Adapters = str | Path | Mapping[str, str | Path]
 ByName = str | Mapping[str, str] | None
-"""What holds for all adapters, or for each by its name."""
+"""One value for all adapters, or one for each by its name."""
 
 OF_MODEL_AND_TOKENIZER = (
     *("revision", "subfolder", "token", "cache_dir", "local_files_only"),
     *("trust_remote_code", "code_revision", "gguf_file", "force_download", "proxies"),
 )
-"""What `from_pretrained` is told of a model and of its tokenizer alike."""
+"""The arguments that `from_pretrained` gets both for a model and for its tokenizer."""
 
-# A repository with a base model and an adapter: transformers would load both, or another base. Here it finds none.
+# In a repository with a base model and an adapter, transformers would load both, or another base. This prevents it.
 _NO_ADAPTER = {"subfolder": "no-adapter"}
 _OF_FILES = ("revision", "token", "cache_dir", "local_files_only")
 _QUIETLY = tuple(f"_raise_exceptions_for_{what}" for what in ("gated_repo", "missing_entries", "connection_errors"))
@@ -78,43 +78,42 @@ def load(
     local_files_only: bool = False,
     **kwargs: Any,
 ) -> Engine:
-    """Makes an engine out of a base model, adapters and a router; or out of a bundle, which holds all of it.
+    """Makes an engine from a base model, adapters and a router, or from a bundle.
 
     Args:
-        model: a path or hub id of a base model or of a bundle, or a model already in memory (with `tokenizer`).
-        adapters: a folder or hub id of PEFT adapter folders, or a path or hub id by name. A hub id of a single adapter
-            gives it the name of its repository.
-        router: a folder or hub id of what `train-router` wrote, or any Router; None leaves the choice to
-            `Engine.fixed`.
-        settings: how the router is asked and obeyed: those of the bundle, or RoutingSettings(), unless given. Single
-            ones may be given by name, as `policy=TopP(0.9)` or `kv_policy="keep"`.
-        segmenter: makes what finds the sentences of an answer, one a row.
-        base_model: takes the place of the base model that a bundle names.
-        dtype: of the base model, "auto" as it was saved.
-        device: where the base model is put: "auto" is the first there is of cuda, mps and cpu. A model in memory, one
-            with `device_map` and a quantised one stay where they are.
-        strict: refuses adapters that say they were trained on a model of another name, instead of warning.
-        budget_mb: keeps adapters on disk and at most so many megabytes of them in memory, those used last.
-        paths: in which way layers are multiplied: "auto" times the ways on this CPU, for about a second, and takes the
-            base's own unless another is faster; "plain", "stacked", "columns", "halves", "prepacked", or the `paths`
-            of another engine. "prepacked", which "auto" takes only if it needs less than a quarter of the free memory,
-            holds the linear layers' weights once more as oneDNN multiplies them: what is then done to the `.data` of
-            the base's weights is not seen.
+        model: a path or hub id of a base model or of a bundle, or a model in memory (with `tokenizer`).
+        adapters: a folder or hub id with PEFT adapter folders, or paths or hub ids by name. A hub id of a single
+            adapter gives it the name of its repository.
+        router: a folder or hub id of a router (see `train-router`), or a Router; with None, use `Engine.fixed`.
+        settings: the routing settings, by default those of the bundle, or RoutingSettings(). Single settings may be
+            passed by name, such as `policy=TopP(0.9)` or `kv_policy="keep"`.
+        segmenter: makes a segmenter for each row.
+        base_model: replaces the base model that a bundle names.
+        dtype: of the base model; "auto" keeps the saved one.
+        device: for the base model; "auto" is the first available of cuda, mps and cpu. A model in memory, one with
+            `device_map` and a quantised one stay on their devices.
+        strict: refuses adapters that name another base model, instead of a warning.
+        budget_mb: keeps adapters on disk, and at most so many megabytes of them in memory, the latest used ones.
+        paths: the ways to multiply layers. "auto" times the ways on this CPU, in about a second, and keeps the base's
+            way unless another one is faster. Others are "plain", "stacked", "columns", "halves", "prepacked", or the
+            `paths` of another engine. "prepacked" keeps a second copy of the linear layers' weights in oneDNN's layout,
+            which misses changes of the weights' `.data`; "auto" takes it only if it needs less than a quarter of the
+            free memory.
         prepack: the same as `paths="prepacked"`.
-        routing_log: the file that each decision of the router is written to.
-        revision: the branch, tag or commit of the first argument's repository. That of the base of a bundle, of the
-            adapters and of the router is `base_revision`, `adapter_revision` and `router_revision`; adapters by name
-            may have one each, `{name: revision}`.
+        routing_log: the file for the router's decisions.
+        revision: the branch, tag or commit of the first argument's repository. `base_revision`, `adapter_revision` and
+            `router_revision` are for a bundle's base model, the adapters and the router; adapters by name may have one
+            each, `{name: revision}`.
         subfolder: the folder of the first argument inside its repository or path; `base_subfolder`,
-            `adapter_subfolder` and `router_subfolder` are the others'.
-        token: for private repositories, all of them.
-        cache_dir: the folder of downloads, in the place of the hub's usual cache.
-        local_files_only: asks no server.
-        kwargs: routing settings; others go to `AutoModelForCausalLM.from_pretrained`, and to the tokenizer's what
-            concerns it (`trust_remote_code`, `gguf_file`). None may be left for a model in memory.
+            `adapter_subfolder` and `router_subfolder` are for the others.
+        token: for all private repositories.
+        cache_dir: the folder of downloads, instead of the hub's usual cache.
+        local_files_only: uses only the cache and no server.
+        kwargs: routing settings; all others go to `AutoModelForCausalLM.from_pretrained`, and `trust_remote_code` and
+            `gguf_file` also to the tokenizer's. A model in memory allows only routing settings.
 
     Raises:
-        DLPLoRAError: of the kind that says which part cannot be used, and why.
+        DLPLoRAError: if a part cannot be used, with the reason; its class names the part.
     """
     changes = {name: kwargs.pop(name) for name in RoutingSettings.names() if name in kwargs}
     changes = {name: value for name, value in changes.items() if value is not None}
@@ -185,11 +184,11 @@ def load_model(
     hub: Hub = Hub(),  # noqa: B008  # frozen
     **kwargs: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads the plain base model and its tokenizer, to answer with; or checks those in memory.
+    """Loads the plain base model and its tokenizer, or checks those in memory.
 
     Raises:
-        ModelError: if it cannot be loaded, or is of a kind whose answers cannot be followed.
-        ValueError: if an argument is for models that are loaded, and this one is in memory; if there is no such device.
+        ModelError: if it cannot be loaded, or the router cannot follow answers of its kind.
+        ValueError: if an argument does not apply to a model in memory, or there is no such device.
     """
     if isinstance(model, str | Path):
         if "torch_dtype" in kwargs:
@@ -198,7 +197,7 @@ def load_model(
             raise ValueError("device= and device_map= both say where the model goes; give one of them")
         place = choose_device(device)
         model, tokenizer = _pretrained(str(model), tokenizer, dtype, {**_arguments(hub), **kwargs})
-        # Where weights are dispatched or quantised, from_pretrained has put them already.
+        # from_pretrained has already placed dispatched or quantised weights.
         is_placed = kwargs.get("device_map") is not None or (device == "auto" and hasattr(model, "hf_quantizer"))
         model = model if is_placed else model.to(place)
     else:
@@ -268,10 +267,10 @@ def load_router(
     """Reads a router of any type from a folder or hub id.
 
     Args:
-        base: the base model, which an ArrowRouter runs to route; the others do without.
+        base: the base model, which only an ArrowRouter needs.
         revision: the branch, tag or commit of a hub id.
         subfolder: the folder inside the path or repository.
-        hub: how repositories are reached.
+        hub: the access to the hub.
 
     Raises:
         RouterError: if a file is missing or damaged, the router is of a later version or was made for another base.
@@ -284,13 +283,13 @@ def load_router(
 
 
 def _arguments(hub: Hub) -> dict[str, Any]:
-    """What `from_pretrained` is told of the hub; nothing of what is as ever."""
+    """The hub's arguments of `from_pretrained`, without defaults."""
     told = {"token": hub.token, "cache_dir": hub.cache_dir, "local_files_only": hub.local_files_only or None}
     return {name: value for name, value in told.items() if value is not None}
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error, and the next ones where it ends in a colon."""
+    """The first line of an error, and the next ones if it ends in a colon."""
     if "trust_remote_code" in str(error):
         return "it brings code of its own, which is not run; read it, and pass trust_remote_code=True if you trust it"
     first, *others = str(error).strip().splitlines() or [type(error).__name__]
@@ -298,7 +297,7 @@ def _reason(error: Exception) -> str:
 
 
 def _has_file(source: str, name: str, of_both: Mapping[str, Any]) -> bool:
-    """Whether a model's folder or repository has a file, as far as can be told."""
+    """Whether a model's folder or repository is known to have a file."""
     reach = {name: value for name, value in of_both.items() if name not in ("trust_remote_code", "gguf_file")}
     quiet = dict.fromkeys(_QUIETLY, False)
     try:
@@ -310,7 +309,7 @@ def _has_file(source: str, name: str, of_both: Mapping[str, Any]) -> bool:
 def bundle_folder(
     model: Any, adapters: Adapters | None, hub: Hub, *, revision: str | None = None, subfolder: str | None = None
 ) -> Path | None:
-    """Gives the folder of a bundle, fetched from the hub if it is there; None where `model` is none."""
+    """Returns the folder of a bundle, if necessary downloaded; None if `model` is not a bundle."""
     if not isinstance(model, str | Path):
         return None
     if is_bundle(Path(model, subfolder or "")):
@@ -323,7 +322,7 @@ def bundle_folder(
 
 @contextmanager
 def _as_missing_base(bundle: Bundle | None) -> Iterator[None]:
-    """Says, where the base model that a bundle names cannot be loaded, that another one may be given."""
+    """Adds to an error that a bundle's base model may be replaced."""
     try:
         yield
     except ModelError as error:
@@ -335,7 +334,7 @@ def _as_missing_base(bundle: Bundle | None) -> Iterator[None]:
 def _check_base(
     bundle: Bundle | None, model: PreTrainedModel, *, subfolder: str | None, cache_dir: str | Path | None
 ) -> None:
-    """Warns if a bundle was made for another base model than the one that was loaded."""
+    """Warns if a bundle was made for another base model than the loaded one."""
     if bundle is None:
         return
     source = model.config._name_or_path
@@ -349,7 +348,7 @@ def _check_base(
 
 
 def _tell_kept_policy(bundle: Bundle) -> None:
-    """Says that a bundle has what was the default before, where it may not have been chosen."""
+    """Logs that a bundle has an earlier default, which its owner may not have chosen."""
     if bundle.format == 1 and bundle.settings.kv_policy == "keep":
         warnings.warn(
             f"{bundle.path} was saved with kv_policy='keep', which was the default then; with 'recompute', the default "
@@ -394,7 +393,7 @@ def adapter_folders(
 
 
 def _read_adapters(folders: Mapping[str, Path], base: BaseLayers, *, weights: bool, strict: bool) -> Iterator[Adapter]:
-    """One at a time: the bank holds them in a form of its own."""
+    """Reads one adapter at a time, because the bank stores them in another form."""
     for name, folder in folders.items():
         adapter = read_adapter(folder, name, weights=weights, layout=base, stacklevel=4)
         check_base_name(adapter, base.source, strict=strict, stacklevel=4)  # load's caller

@@ -1,5 +1,5 @@
-"""Outlines: a bundle or its parts in, all of it but the base model's weights out, for answers that another process
-computes.
+"""Outlines: a bundle or its parts in, all of it except the base model's weights out, for a process that lets another
+one compute the answers.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,10 +25,10 @@ from dlp_lora.sentences import Segmenter, SentenceSegmenter
 
 @dataclass(frozen=True, kw_only=True)
 class Outline:
-    """What is known of a model with adapters and a router, whoever holds the weights.
+    """The facts about a model with adapters and a router, without the weights.
 
-    `source` is the base model's path or hub id, `max_context` how many tokens it reads, `vocab_size` how many it knows;
-    `call` is how answers are routed unless they are asked for otherwise.
+    `source` is the base model's path or hub id, `max_context` the number of tokens that it reads, `vocab_size` the
+    number that it knows, and `call` has the default settings of answers.
     """
 
     source: str
@@ -43,7 +43,7 @@ class Outline:
 
     @classmethod
     def of(cls, engine: Engine) -> "Outline":
-        """Describes what an engine holds."""
+        """Describes an engine."""
         config: Any = engine.model.config
         embeddings: Any = engine.model.get_input_embeddings()
         return cls(
@@ -70,20 +70,20 @@ def read_outline(
     segmenter: Callable[[], Segmenter] = SentenceSegmenter,
     **changes: Any,
 ) -> Outline:
-    """Reads the outline of a bundle, or of a base model with adapters and a router; all of them paths or hub ids.
+    """Reads the outline of a bundle, or of a base model with adapters and a router; all are paths or hub ids.
 
     Args:
         bundle: the bundle.
-        base_model: takes the place of the bundle's, or comes with `adapters` and `router`.
+        base_model: replaces the bundle's, or belongs to `adapters` and `router`.
         adapters: a folder of PEFT adapter folders.
         router: the router.
         revision: the branch, tag or commit of the bundle's repository.
         subfolder: the folder of the bundle inside its repository or path.
-        segmenter: makes what finds the sentences of an answer.
-        changes: routing settings; None leaves one as it is.
+        segmenter: makes a segmenter for an answer.
+        changes: routing settings; None keeps the default.
 
     Raises:
-        DLPLoRAError: of the kind that says which part cannot be used, and why.
+        DLPLoRAError: if a part cannot be used, with the reason; its class names the part.
     """
     changes = {name: value for name, value in changes.items() if value is not None}
     folders: Mapping[str, Path]
@@ -109,7 +109,7 @@ def read_outline(
         raise ModelError(f"the base model {source!r} cannot be read: {str(error).splitlines()[0]}") from error
     try:
         generation_config = GenerationConfig.from_pretrained(source)
-    except OSError:  # it has none of its own
+    except OSError:  # it has no context length
         generation_config = GenerationConfig.from_model_config(config)
     layout = model_layout(source)
     if refused := [check for check in check_adapters(layout, folders) if not check.fits]:

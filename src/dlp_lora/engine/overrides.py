@@ -1,8 +1,8 @@
-"""Overrides: what the `with` blocks of an engine change, for the calls made inside them and in this context alone.
+"""Overrides: the changes of an engine's `with` blocks, for calls inside the block and its context.
 
-A context variable holds them as an immutable tuple, so threads and asyncio tasks each see their own. A block removes
-the override that it added, and no other, whatever the order or the context in which blocks are left: resetting the
-variable to what it was would bring back what another block has ended meanwhile.
+A context variable has them as an immutable tuple, so threads and asyncio tasks do not see each other's. Blocks may end
+in any order, and each removes only its override. A reset of the variable could bring back the override of a block that
+has ended.
 """
 
 import asyncio
@@ -20,12 +20,12 @@ from dlp_lora.engine.calls import Call
 
 
 class EngineKey:
-    """Stands for an engine in contexts, so that none of them keeps a model alive."""
+    """Represents an engine in contexts, so that no context keeps a model alive."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Override:
-    """What one block changes of an engine's calls; two of them are never equal."""
+    """The changes of one block to an engine's calls; two overrides are never equal."""
 
     key: EngineKey
     changes: Mapping[str, Any]
@@ -34,22 +34,22 @@ class Override:
 
 @dataclass(frozen=True, eq=False)
 class Mark:
-    """Stands for a forward pass in the context that ran it; the engine keeps what is known of the pass.
+    """Represents a forward pass in its context; the engine stores the rows of the pass.
 
-    `runner` is the thread and the task that ran it: a context that was copied afterwards did not.
+    `runner` is the thread and the task that ran it, which distinguishes the context from later copies.
     """
 
     runner: tuple[int, object]
 
 
 _OVERRIDES: ContextVar[tuple[Override, ...]] = ContextVar("dlp_lora_overrides", default=())
-# Never written into, as copies of a context share it.
+# Never changed in place, because copies of a context share it.
 _MARKS: ContextVar[Mapping[EngineKey, Mark]] = ContextVar("dlp_lora_marks", default=MappingProxyType({}))
 
 
 @contextmanager
 def overriding(override: Override) -> Iterator[None]:
-    """Adds an override to this context while the block lasts."""
+    """Adds an override to this context until the block ends."""
     _OVERRIDES.set((*_OVERRIDES.get(), override))
     try:
         yield
@@ -58,12 +58,12 @@ def overriding(override: Override) -> Iterator[None]:
 
 
 def is_in_force(override: Override) -> bool:
-    """Whether an override holds in this context."""
+    """Whether an override applies to this context."""
     return any(other is override for other in _OVERRIDES.get())
 
 
 def current_call(defaults: Call, key: EngineKey) -> Call:
-    """Gives an engine's call in this context: its defaults, changed by each override in turn."""
+    """Returns an engine's call in this context: its defaults, changed by each override in turn."""
     call = defaults
     for override in _OVERRIDES.get():
         if override.key is key:
@@ -81,7 +81,7 @@ def mark_pass(key: EngineKey) -> Mark:
 
 
 def latest_mark(key: EngineKey) -> Mark | None:
-    """Gives the mark of an engine's latest pass that ran here, None if none did."""
+    """Returns the mark of an engine's latest pass in this context, or None."""
     mark = _MARKS.get().get(key)
     return mark if mark is not None and mark.runner == _runner() else None
 

@@ -1,8 +1,8 @@
-"""Forward passes: what one is given, and the checks that its rows can be followed from the prompt to the last token.
+"""Forward passes: their arguments, and the checks that the router can follow their rows from the prompt on.
 
-What a row runs with follows from its text, so a pass whose text is not known is refused: a model that keeps no KV cache
-of transformers, a second prompt within one call of `generate` (contrast passes, decoding without a cache), several
-sequences packed into a row, a cache that others have filled. Under a fixed mixture nothing has to be known.
+The mixture of a row depends on its text, so a pass is refused if its text is unknown. Examples are a model without
+transformers' KV cache, a second prompt within one call of `generate` (contrast passes, decoding without a cache),
+several sequences packed into a row, and a cache from elsewhere. Under a fixed mixture the text does not matter.
 """
 
 import inspect
@@ -20,7 +20,7 @@ from dlp_lora.engine.cache import CACHE_NAMES, CachedRows, cache_among
 from dlp_lora.engine.calls import Call, Generating, call_setting, kept_tokens
 from dlp_lora.errors import ModelError, PromptError
 
-# What attention over packed sequences, or over the blocks of a paged cache, is given.
+# The arguments of attention over packed sequences, or over the blocks of a paged cache.
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "block_table", "read_index", "write_index")
 
 # The text, its KV cache, and settings of the output.
@@ -32,7 +32,7 @@ OF_TEXT = {
 
 @dataclass(frozen=True)
 class PassArguments:
-    """What a forward pass is given: token ids, mask, KV cache, and how many tokens the cache holds."""
+    """The arguments of a forward pass: token ids, mask, KV cache, and the number of cached tokens."""
 
     kwargs: dict[str, Any]
     ids: Int[Tensor, "batch seq"] | None
@@ -61,18 +61,18 @@ class PassArguments:
 
     @property
     def num_kept(self) -> int | None:
-        """The number of last tokens that the pass gives logits for; None for all, or where their places are given."""
+        """The number of last tokens with logits; None for all tokens, or if the argument lists places."""
         number = self.kwargs.get("logits_to_keep")
         return number or None if isinstance(number, int) else None
 
     def kept(self, call: Call) -> Bool[Tensor, "batch seq"]:
-        """Which of the tokens are no padding."""
+        """Which of the tokens are not padding."""
         assert self.ids is not None
         return kept_tokens(self.ids, self.mask, num_cached=self.num_cached, endings=call.endings)
 
 
 def other_inputs(given: PassArguments) -> dict[str, Any]:
-    """What a pass over prompts is given beside the text, as images are, so that it can be read again."""
+    """The arguments of a pass over prompts beside the text, such as images, so that the prompts can be read again."""
     return {
         name: value
         for name, value in given.kwargs.items()
@@ -81,7 +81,7 @@ def other_inputs(given: PassArguments) -> dict[str, Any]:
 
 
 def lengthened(others: Mapping[str, Any], *, batch: int, num_tokens: int) -> dict[str, Any]:
-    """What was given beside the text, with what is one number a token, as its type is, zero for later tokens."""
+    """The arguments beside the text; those with one number per token, such as its type, get zeros for later tokens."""
     found = dict(others)
     for name, value in others.items():
         is_by_token = isinstance(value, Tensor) and value.ndim == 2 and name.endswith("type_ids")
@@ -91,15 +91,15 @@ def lengthened(others: Mapping[str, Any], *, batch: int, num_tokens: int) -> dic
 
 
 def check_keeps_cache(model: nn.Module) -> None:
-    """Checks that a model keeps its state in a KV cache of transformers, which its rows are followed by.
+    """Checks that a model keeps its state in transformers' KV cache, which carries the rows.
 
     Raises:
-        ModelError: if it keeps none, or a state of its own.
+        ModelError: if it has none, or another state.
     """
     kind: Any = type(model)
     takes = set(inspect.signature(kind.forward).parameters)
     supports = getattr(kind, "_supports_default_dynamic_cache", None)
-    # A forward that names no arguments may take one, which its passes will show.
+    # A forward without named arguments may accept one; its passes will show it.
     takes_none = "input_ids" in takes and not takes & set(CACHE_NAMES)
     if takes_none or (supports is not None and not supports()):
         raise ModelError(
@@ -109,7 +109,7 @@ def check_keeps_cache(model: nn.Module) -> None:
 
 
 def check_text_is_known(given: PassArguments, known: CachedRows | None, call: Call) -> None:
-    """Checks that a pass, which is not under a fixed mixture, reads on where its rows are known to be.
+    """Checks that a pass without a fixed mixture continues the known text of its rows.
 
     Raises:
         PromptError: if its text is not known.
@@ -146,10 +146,10 @@ def check_not_packed(given: PassArguments, kept: Bool[Tensor, "batch seq"]) -> N
 
 
 def check_is_kept(cache: Cache | None, given: PassArguments, call: Call, model: nn.Module) -> None:
-    """Checks that the KV cache that a pass over a prompt has left holds its tokens.
+    """Checks that the KV cache has the tokens of a prompt after its pass.
 
     Raises:
-        ModelError: if it does not, so that the next token would be taken for another prompt.
+        ModelError: if it has not; the next token would then look like another prompt.
     """
     assert given.ids is not None
     if cache is None:
@@ -168,10 +168,10 @@ def check_is_kept(cache: Cache | None, given: PassArguments, call: Call, model: 
 
 
 def check_generate(kwargs: Mapping[str, Any], generation_config: Any) -> None:
-    """Checks that what a call of `generate` asks for, by itself or by its generation config, can be routed.
+    """Checks that a call of `generate`, with its generation config, can be routed.
 
     Raises:
-        ValueError: if passes would not follow the answer token by token.
+        ValueError: if its passes would not read the answer token by token.
     """
     instead = "leave it out, or choose the adapters with engine.fixed(), under which it works"
     for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
@@ -191,7 +191,7 @@ def check_generate(kwargs: Mapping[str, Any], generation_config: Any) -> None:
 
 
 def has_like_images(model: nn.Module, ids: Int[Tensor, "batch seq"]) -> bool:
-    """Whether every row holds the place of as many images, sounds and videos as the others; false for a text model."""
+    """Whether all rows have the same numbers of images, sounds and videos; false for a text model."""
     config: Any = getattr(model, "config", None)
     if config is None or config.get_text_config() is config:
         return False

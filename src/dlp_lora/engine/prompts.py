@@ -1,4 +1,4 @@
-"""Prompts as people give them, strings and chats, in; token ids and what the router reads of them out."""
+"""Prompts: strings and chats in, token ids and the router's contexts out."""
 
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -19,10 +19,10 @@ from dlp_lora.router import Context
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt as tokens, and what the router reads of it; None for a string, which is read from its tokens.
+    """A prompt as tokens, and its context for the router; None for a string, which is read from its tokens.
 
-    A string may be a conversation that the caller has put through the chat template already. `source` is what was
-    encoded; None for token ids.
+    A string may be a conversation that the caller has already written in the chat template. `source` is the original
+    prompt; None for token ids.
     """
 
     tokens: tuple[int, ...]
@@ -31,7 +31,7 @@ class EncodedPrompt:
 
     @property
     def prompt(self) -> Prompt | None:
-        """What a row is started with; its sentences are not cut."""
+        """The start of a row; its sentences are not cut."""
         return None if self.context is None else Prompt.of(self.context)
 
 
@@ -42,10 +42,10 @@ def as_batch(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     continue_final_message: bool | None = None,
 ) -> tuple[list[str | Chat], bool]:
-    """Gives one prompt or several as a list, and whether it was one. What a Chat says itself wins over the arguments.
+    """Returns one prompt or several as a list, and whether it was one. A Chat's settings win over the arguments.
 
     Raises:
-        PromptError: if there is none, something else than text or messages, or arguments of a chat come with a string.
+        PromptError: if there is no prompt, if one is neither text nor messages, or a string has arguments of a chat.
     """
     single = isinstance(prompts, str | Chat)
     if not single and (isinstance(prompts, Mapping) or not isinstance(prompts, Iterable)):
@@ -65,15 +65,15 @@ def as_batch(
 
 
 def check_embedded(model: Any, tokenizer: PreTrainedTokenizerBase, tokens: Collection[int]) -> None:
-    """Checks that a model has an embedding of each token: a tokenizer may have learned tokens that the model has not.
+    """Checks that a model has an embedding of each token: a tokenizer may have more tokens than the model.
 
     Raises:
-        PromptError: naming the first that has none.
+        PromptError: naming the first token without an embedding.
     """
     num_embeddings = model.get_input_embeddings().weight.shape[0]
     if not tokens or max(tokens) < num_embeddings:
         return
-    # The places of images and sounds may have numbers beyond; their embeddings come from elsewhere.
+    # The placeholders of images and sounds may have larger ids; their embeddings come from elsewhere.
     config = model.config.to_dict()
     places = {
         config.get(f"{kind}_{word}") for kind in ("image", "video", "audio") for word in ("token_id", "token_index")
@@ -92,7 +92,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Chat) -> Enc
     """Encodes a prompt, a chat through the chat template.
 
     Raises:
-        PromptError: if it is empty, or the chat template cannot write it.
+        PromptError: if it is empty, or the chat template refuses it.
     """
     if isinstance(prompt, str):
         check_text(prompt)
@@ -140,7 +140,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | C
 
 
 def contexts_of(prompts: Sequence[EncodedPrompt]) -> dict[tuple[int, ...], Context]:
-    """Gives what the router reads of those prompts that are chats, by their tokens, as `Call.contexts` has it."""
+    """Returns the contexts of prompts that are chats, by their tokens, for `Call.contexts`."""
     return {prompt.tokens: prompt.context for prompt in prompts if prompt.context is not None}
 
 
@@ -170,15 +170,15 @@ def padded(
 
 
 def context_of(model: PreTrainedModel) -> int:
-    """How many tokens the model reads, prompt and answer together; without end where its settings name no limit."""
+    """The number of tokens that the model reads, prompt and answer together; infinite if its settings have no limit."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 def fitting(tokenizer: PreTrainedTokenizerBase, chat: Chat, *, max_tokens: int) -> Chat:
     """Drops the oldest turns of a chat, each question with its answers, until it has at most `max_tokens` tokens.
 
-    What stands before the first question, as a system message, and the latest question stay, even if they alone have
-    more tokens.
+    Messages before the first question, such as the system message, and the latest question stay, even if they alone
+    have more tokens.
 
     Raises:
         PromptError: as `encode_prompt`.

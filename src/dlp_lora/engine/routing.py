@@ -1,7 +1,8 @@
 """Routing: a prompt and tokens in, mixtures out, row by row (sections 3.1 and 3.2).
 
-The router reads, the policy turns its probabilities into a mixture, and `Switching` says when one gives way to another.
-Nothing here knows the model, its KV cache or the bank: the controller and a server's scheduler drive the same rows.
+The router reads the text, the policy turns its probabilities into a mixture, and `Switching` decides when the mixture
+changes. This module knows neither the model nor its KV cache nor the bank, so the controller and a server's scheduler
+use the same rows.
 """
 
 import time
@@ -21,13 +22,13 @@ from dlp_lora.sentences import Segmenter
 
 @dataclass(frozen=True, kw_only=True)
 class Routing:
-    """How one call decides. `held` are the names of the adapters there are, as a view that follows them."""
+    """The decisions of one call. `held` is a live view of the adapters' names."""
 
     call: Call
     held: Collection[str]
 
     def route(self, context: Context) -> tuple[dict[str, float], Mixture]:
-        """Gives a probability for each adapter name, and the mixture that follows.
+        """Returns each adapter's probability, and the mixture.
 
         Raises:
             RouterError: if there is no router.
@@ -36,9 +37,9 @@ class Routing:
         return dict(routed.probabilities), routed.mixture
 
     def read(self, contexts: Sequence[Context]) -> list[dict[str, float]]:
-        """Asks the router what it gives each adapter, for each context.
+        """Reads contexts with the router and returns each adapter's probability.
 
-        What it gives an adapter that is no longer held is the probability that none fits.
+        The probability of a removed adapter counts as the probability that none fits.
 
         Raises:
             RouterError: if there is no router.
@@ -53,16 +54,16 @@ class Routing:
         positions: Sequence[tuple[int, int]],
         questions: Sequence[Sequence[str]],
     ) -> list[Decision]:
-        """Routes sentences that open at `positions`, in tokens and characters, of prompts that ask `questions`."""
+        """Routes sentences that begin at `positions`, in tokens and characters; `questions` are their prompts'."""
         start = time.perf_counter()
         return self._decisions(read_in_turn(self.read, contexts, questions), positions, since=start)
 
     def decide_prompts(
         self, prompts: Sequence[Context], sentences: Sequence[Context]
     ) -> tuple[list[Decision], list[tuple[str, ...]]]:
-        """Routes prompts and sentences of theirs; and gives the questions of each prompt that asks several.
+        """Routes prompts and their sentences; also returns the questions of each prompt that asks several.
 
-        A prompt that is not clearly one question costs up to three more calls of the router.
+        If a prompt is not clearly one question, this takes up to three more calls of the router.
         """
         start = time.perf_counter()
         bare = [replace(context, answer="", sentence="") for context in prompts]
@@ -100,7 +101,7 @@ class Routing:
 
 @dataclass(frozen=True)
 class Among(Collection[str]):
-    """Those of some names that are held, whichever these are at the time."""
+    """A live view of the names that the bank has, among some names."""
 
     names: frozenset[str]
     held: Collection[str]
@@ -117,8 +118,8 @@ class Among(Collection[str]):
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """The parts of a prompt that the router reads: the earlier turns, the newest one, the answer as far as the caller
-    wrote it, and the prompt's sentences if they are routed too.
+    """The parts of a prompt for the router: the earlier turns, the newest one, the caller's beginning of an answer, and
+    the prompt's sentences if they are routed, too.
     """
 
     history: str
@@ -128,21 +129,21 @@ class Prompt:
 
     @classmethod
     def of(cls, context: Context, passages: Sequence[Passage] = ()) -> "Prompt":
-        """Makes one of what a router reads."""
+        """Makes it from a router's context."""
         return cls(history=context.history, text=context.prompt, answer=context.answer, passages=tuple(passages))
 
     def context(self, answer: str, opens: int) -> Context:
-        """What the router reads where a sentence opens in an answer, which goes on behind its beginning."""
+        """The router's context at a new sentence of the answer."""
         answer, opens = self.answer + answer, len(self.answer) + opens
         return Context(self.text, answer[:opens], answer[opens:], self.history)
 
 
 @dataclass
 class RowRouter:
-    """The routing of one row: it starts with a prompt, takes a token at a time, and says whether the mixture changes.
+    """The routing of one row: it starts with a prompt, takes one token at a time, and reports changes of the mixture.
 
-    `start_rows` makes several at once. A token is pushed when it was sampled and before it is encoded, so that the pass
-    that encodes it can run under `mixture`.
+    `start_rows` makes several at once. Push a token after it is sampled and before it is encoded, so that the pass that
+    encodes it can run under `mixture`.
     """
 
     routing: Routing
@@ -153,7 +154,7 @@ class RowRouter:
     id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])  # in the routing log
     prompt_trace: tuple[Sentence, ...] = ()
     questions: tuple[str, ...] = ()  # of the prompt, if it asks several
-    is_fixed: bool = False  # by the caller: no router is asked
+    is_fixed: bool = False  # by the caller: no router runs
     text: str = ""
     tokens: list[int] = field(default_factory=list)  # generated so far, without padding
     ended: bool = False
@@ -165,24 +166,24 @@ class RowRouter:
 
     @property
     def mixture(self) -> Mixture:
-        """The mixture in force."""
+        """The current mixture."""
         return self.decisions[-1].mixture
 
     @property
     def mixtures(self) -> tuple[Mixture, ...]:
-        """All that the row's tokens may be encoded under from now on: the one in force, and its prompt's."""
+        """The mixtures of the row's next passes: the current one, and those of its prompt."""
         return (self.mixture, *(sentence.mixture for sentence in self.prompt_trace))
 
     def push(self, token: int) -> bool:
-        """Adds a generated token and routes the sentence that it opens, if it opens one.
+        """Adds a generated token; if it begins a sentence, routes this sentence.
 
         Returns:
-            Whether the mixture changed: what was encoded before the token was encoded under another one.
+            Whether the mixture changed: then earlier tokens were encoded under another one.
         """
         return push_tokens([self], [token])[0]
 
     def fix(self, mixture: Mixture) -> bool:
-        """Puts a mixture of the caller's into force, from the next token on. True if it is another one."""
+        """Sets a fixed mixture from the next token on. True if it differs from the current one."""
         self.is_fixed = True
         if mixture == self.mixture:
             return False
@@ -190,28 +191,28 @@ class RowRouter:
         return True
 
     def has_read(self, answer: Sequence[int]) -> bool:
-        """Whether it has followed an answer to its last token but one."""
+        """Whether it has read an answer up to the last token but one."""
         n = self.num_tokens
         return len(answer) - 1 <= n <= len(answer) and self.tokens == list(answer[:n])
 
     def has_read_past(self, answer: Sequence[int]) -> bool:
-        """Whether it has followed an answer and what pads its row."""
+        """Whether it has read an answer and the padding of its row."""
         return not answer or self.tokens[: len(answer) - 1] == list(answer[:-1])
 
     def finish(self, tokens: Sequence[int]) -> None:
-        """Adds the tokens that were sampled but never encoded (the last one is not), and any held-back text."""
+        """Adds the last tokens, which were sampled but not encoded, and held-back text."""
         for token in tokens[self.num_tokens :]:
             self.read(token)
         self.text += self.detokenizer.flush()
 
     def generation(self, tokens: Sequence[int]) -> Generation:
-        """Gives the answer that it has followed to its last token but one; the row itself stays where it is."""
+        """Returns the answer that it has read up to the last token but one; the row itself does not change."""
         row = self.copy()
         row.finish(tokens)
         return Generation(text=row.text, tokens=tuple(tokens), trace=row.sentences(), prompt_trace=row.prompt_trace)
 
     def copy(self) -> "RowRouter":
-        """Returns a copy that goes its own way."""
+        """Returns an independent copy."""
         return replace(
             self,
             detokenizer=self.detokenizer.copy(),
@@ -221,7 +222,7 @@ class RowRouter:
         )
 
     def sentences(self) -> tuple[Sentence, ...]:
-        """The trace so far; its spans tile the tokens, its texts the text."""
+        """The trace so far; its spans cover all tokens, and its texts the whole text."""
         ends = [(d.start, d.offset) for d in self.decisions[1:]] + [(self.num_tokens, len(self.text))]
         return tuple(
             decision.sentence(self.text[decision.offset : offset], decision.start, end)
@@ -229,7 +230,7 @@ class RowRouter:
         )
 
     def read(self, token: int) -> list[int]:
-        """Adds a generated token without routing; gives the offsets of the sentences that it opens."""
+        """Adds a generated token without routing; returns the offsets of the sentences that it begins."""
         self.tokens.append(token)
         piece = self.detokenizer.push(token)
         if not piece:
@@ -238,14 +239,14 @@ class RowRouter:
         return [max(offset - len(self.prompt.answer), 0) for offset in self.segmenter.push(piece)]
 
     def charge(self, *, fuse_ms: float, encode_ms: float = 0.0, kept_tokens: int | None = None) -> None:
-        """Writes down what the decision in force cost, the first time that it is fused."""
+        """Notes the time of the current decision, the first time that it is fused."""
         if self.decisions[-1].fuse_ms is None:
             self.decisions[-1] = replace(
                 self.decisions[-1], fuse_ms=fuse_ms, encode_ms=encode_ms, kept_tokens=kept_tokens
             )
 
     def _opens_sentence(self, token: int) -> int | None:
-        """Adds a token; gives the offset of the sentence that it opens, None if it opens none or is no part of it."""
+        """Adds a token; returns the offset of the sentence that it begins, or None."""
         endings = self.routing.call.endings
         if self.ended and endings.is_after_end(token):
             return None
@@ -263,7 +264,7 @@ def start_rows(
     *,
     fixed: Sequence[Mixture] = (),
 ) -> list[RowRouter]:
-    """Routes prompts, all in one call of the router; with `fixed`, one mixture a prompt, the router is not asked."""
+    """Routes prompts in one call of the router; with `fixed`, one mixture per prompt, the router does not run."""
     passages = [passage for prompt in prompts for passage in prompt.passages]
     segmenters = [routing.call.segmenter() for _ in prompts]
     begun = [s.push(p.answer) if p.answer else [] for s, p in zip(segmenters, prompts, strict=True)]
@@ -303,7 +304,7 @@ def start_rows(
 
 
 def push_tokens(rows: Sequence[RowRouter], tokens: Sequence[int]) -> list[bool]:
-    """Pushes a token into each row; those that open a sentence are routed in one call of the router.
+    """Pushes a token into each row; new sentences are routed in one call of the router.
 
     Returns:
         For each row whether its mixture changed.
@@ -331,9 +332,9 @@ def push_tokens(rows: Sequence[RowRouter], tokens: Sequence[int]) -> list[bool]:
 
 
 def hold(current: Mixture, decision: Decision, switching: Switching) -> Decision:
-    """Keeps the mixture in use where the decision for another one is not clear.
+    """Keeps the mixture in use if the decision for another one is not clear.
 
-    Hysteresis: near a tie, going back and forth between adapters costs more than it gains.
+    This is hysteresis: near a tie, many changes between adapters cost more than they gain.
     """
     if not decision.mixture and switching.unsure == "keep":
         return replace(decision, mixture=current)
@@ -359,7 +360,7 @@ def _prompt_trace(
 def _by_routing(
     rows: Sequence[RowRouter], opening: Mapping[int, tuple[int, int]]
 ) -> Iterator[tuple[Routing, dict[int, tuple[int, int]]]]:
-    """Gathers the rows that open a sentence by how they are routed: rows of one call are read together."""
+    """Groups the rows with a new sentence by their router, so that it reads them together."""
     routings = {id(rows[i].routing): rows[i].routing for i in opening}
     for key, routing in routings.items():
         yield routing, {i: at for i, at in opening.items() if id(rows[i].routing) == key}

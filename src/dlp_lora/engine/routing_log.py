@@ -1,4 +1,4 @@
-"""A log of routing: each decision of the router as a line of JSON, to see what is chosen and to teach the router."""
+"""A log of routing: each decision of the router as a line of JSON, to inspect them and to train the router."""
 
 import json
 import logging
@@ -14,14 +14,14 @@ logger = logging.getLogger(__name__)
 
 
 class RoutingLog:
-    """A file of routing decisions, one JSON object a line; what it holds already stays.
+    """A file of routing decisions, one JSON object per line; new lines are appended.
 
         engine = dlp_lora.load("bundle/", routing_log=dlp_lora.RoutingLog("routing.jsonl"))
 
     A line has the `time`, the `answer` (the same for all its sentences), `of` ("answer", or "prompt" for a sentence of
     the prompt), the number of the `sentence`, the heaviest `adapter` (null for the base model alone), the weights in
     the `mixture`, the `probabilities`, and whether the mixture `switched` and the policy `abstained`. With `with_text`
-    it has the texts that the router read, too: `train-router --routed` learns from such lines.
+    it also has the texts that the router read: `train-router --routed` learns from such lines.
 
     Several threads and processes may write into one file.
 
@@ -41,7 +41,7 @@ class RoutingLog:
     def write(
         self, decided: Decision | Sentence, context: Context, *, answer: str, sentence: int, is_prompt: bool = False
     ) -> None:
-        """Adds a decision, and what the router read. An answer does not fail with its log: that is an error logged."""
+        """Adds a decision and its context. If this fails, the error is logged and the answer continues."""
         record: dict[str, Any] = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "answer": answer,

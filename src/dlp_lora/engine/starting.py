@@ -1,4 +1,4 @@
-"""Starting rows: prompts of token ids in, RowRouters out; it takes a tokenizer and adapters' names, and no model."""
+"""Starting rows: prompts of token ids in, RowRouters out; this needs a tokenizer and adapters' names, but no model."""
 
 from collections.abc import Collection, Sequence
 
@@ -12,7 +12,7 @@ from dlp_lora.engine.text import Detokenizer, Passage, PromptReader
 
 
 class RowStarter:
-    """Routes prompts; `held` are the names of the adapters there are, as a view that follows them."""
+    """Routes prompts; `held` is a live view of the adapters' names."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, held: Collection[str]) -> None:
         self.read_prompt = PromptReader(tokenizer)
@@ -20,11 +20,11 @@ class RowStarter:
         self._held = held
 
     def routing(self, call: Call, among: Collection[str] | None = None) -> Routing:
-        """How a call decides; `among` are the adapters that it may choose."""
+        """The decisions of a call; `among` are the adapters that it may choose."""
         return Routing(call=call, held=self._held if among is None else Among(frozenset(among), self._held))
 
     def prompt(self, tokens: Sequence[int], call: Call) -> Prompt:
-        """Gives what the router reads of a prompt."""
+        """Returns a prompt's context for the router."""
         context = call.contexts.get(tuple(tokens)) or self.read_prompt.context(tokens)
         passages: list[Passage] = []
         if call.settings.prompt_routing == "sentences":
@@ -33,9 +33,9 @@ class RowStarter:
         return Prompt.of(context, passages)
 
     def apart(self, prompt: EncodedPrompt, call: Call, *, among: Collection[str] | None = None) -> list[EncodedPrompt]:
-        """Gives the prompts that are answered in the place of one: its questions, if the call answers them apart.
+        """Returns the prompts to answer instead of one: its questions, if the call answers them apart.
 
-        A prompt of token ids is not cut, nor is any under a fixed mixture.
+        A prompt of token ids is not cut, and under a fixed mixture no prompt is.
         """
         if call.settings.prompt_routing != "apart" or call.mixtures is not None or prompt.source is None:
             return [prompt]

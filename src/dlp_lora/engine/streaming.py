@@ -1,4 +1,4 @@
-"""Streaming: the text of one row, handed piece by piece from the generating thread to the one that reads."""
+"""Streaming: passes the text of one row piece by piece from the generating thread to the reading one."""
 
 import queue
 import threading
@@ -20,7 +20,7 @@ from dlp_lora.policy import Mixture
 
 
 class Piece(str):
-    """A piece of streamed text; `mixture` is what it was generated under, `sentence` its sentence's number."""
+    """A piece of streamed text, with its `mixture` and the number of its `sentence`."""
 
     mixture: Mixture
     sentence: int
@@ -36,10 +36,10 @@ class Piece(str):
 
 
 class Stream(Iterator[Piece]):
-    """The pieces of one answer as they come; the model runs in a thread, from the first piece on.
+    """The pieces of one answer; the model runs in a thread, which starts with the first piece.
 
-    `generation` is the answer with its trace, whether the stream was read to its end or left early. A stream that is
-    closed, used as a context manager or dropped stops the model.
+    `generation` is the answer with its trace, even if the stream was not read to its end. The model stops if the stream
+    is closed, left as a context manager, or deleted.
     """
 
     def __init__(
@@ -54,9 +54,9 @@ class Stream(Iterator[Piece]):
     ) -> None:
         """Makes a stream in a copy of this context; `generate` runs the model with a streamer and criteria to stop.
 
-        `finish` makes the answer from the rows, one a question of the prompt, and their tokens.
+        `finish` makes the answer from the rows, one per question of the prompt, and their tokens.
         """
-        # The thread refers to the parts of the stream but not to the stream, so that one that is dropped is closed.
+        # The thread refers to the parts of the stream and not to the stream, so that a deleted stream is closed.
         self._controller = controller
         self._finish = finish
         self._streamer = PieceStreamer(controller, endings, num_rows)
@@ -83,10 +83,10 @@ class Stream(Iterator[Piece]):
 
     @property
     def generation(self) -> Generation:
-        """The answer; of a stream that is still running, what it has written by now, and the stream is closed.
+        """The answer. If the stream is still running, this closes it, and the answer has the text so far.
 
         Raises:
-            ValueError: if the stream was never begun, or failed before its first token.
+            ValueError: if the stream never started, or failed before its first token.
         """
         self.close()
         if not self._streamer.rows:
@@ -100,7 +100,7 @@ class Stream(Iterator[Piece]):
         self._has_ended = self._streamer.stopped = True
         if self._is_started:
             self._thread.join()
-            # As after `generate`, this context's latest pass is that of the stream, or one without a trace.
+            # As after `generate`, the stream's pass is the latest of this context, or one without a trace.
             self._controller.note_pass(self._streamer.rows or None)
 
     def __enter__(self) -> "Stream":
@@ -117,10 +117,10 @@ class Stream(Iterator[Piece]):
 
 
 class PieceStreamer(BaseStreamer):
-    """Hands text from the generating thread to the reading one, a token after it was sampled.
+    """Passes text from the generating thread to the reading one, one token late.
 
-    A token's mixture is known once the model has encoded it, which is when the next one arrives. Of several rows, the
-    questions of one prompt, a row is handed on when those before it have ended.
+    A token's mixture is known after the model has encoded it, which is when the next token arrives. If there are
+    several rows, one per question of a prompt, a row waits until those before it have ended.
     """
 
     def __init__(self, controller: Controller, endings: Endings, num_rows: int = 1) -> None:
@@ -132,11 +132,11 @@ class PieceStreamer(BaseStreamer):
         self._endings = endings
         self._special_ids = frozenset(controller.tokenizer.all_special_ids)
         self._has_prompt = False
-        self._turn = self._num_sent = self._num_sentences = 0  # of which row, how much of it, sentences before it
+        self._turn = self._num_sent = self._num_sentences = 0  # of the row in turn
 
     @property
     def answers(self) -> list[list[int]]:
-        """The tokens of each row, without what pads them."""
+        """The tokens of each row, without padding."""
         return [self._endings.trim(tokens, self._special_ids) for tokens in self._tokens]
 
     def put(self, value: Tensor) -> None:
@@ -159,7 +159,7 @@ class PieceStreamer(BaseStreamer):
         self._send(rows)
 
     def _send(self, rows: Sequence[RowRouter]) -> None:
-        """Hands on what is new of the row whose turn it is, and of those that follow if it has ended."""
+        """Passes on the new text of the row in turn, and of the next rows if it has ended."""
         while True:
             row = rows[self._turn]
             is_done = row.ended and self._turn < len(rows) - 1
@@ -175,7 +175,7 @@ class PieceStreamer(BaseStreamer):
 
 
 class Abandoned(StoppingCriteria):  # type: ignore[misc]
-    """Ends generation when nobody reads its stream any more."""
+    """Stops generation when its stream is closed."""
 
     def __init__(self, streamer: PieceStreamer) -> None:
         self._streamer = streamer

@@ -1,6 +1,6 @@
 """Chat templates backwards: the text of a conversation in, its turns out.
 
-A template is code, so what it writes around the turns is learned by rendering conversations of known contents.
+A template is code, so this module learns its text around the turns by rendering conversations of known contents.
 """
 
 import re
@@ -23,7 +23,7 @@ CONVERSATIONS = (
     *([USER, ASSISTANT, first, second] for first, second in product((USER, TOOL), ROLES)),
     [SYSTEM, USER, ASSISTANT, USER, ASSISTANT, USER],
 )
-# With these, each argument of the template is tried.
+# Each argument of the template is tried with these values.
 SHORT = ([USER], [SYSTEM, USER], [USER, ASSISTANT, USER], [USER, ASSISTANT, TOOL])
 MAX_ARGUMENTS = 8
 NO_ARGUMENTS = {"messages", "tools", "documents", "add_generation_prompt", "namespace", "range", "raise_exception"}
@@ -35,26 +35,26 @@ START, END = "start", "end"
 
 @dataclass(frozen=True)
 class Span:
-    """Where in a text a turn stands; the answer that is still to begin is an empty one of the assistant."""
+    """The place of a turn in a text; a new answer is an empty turn of the assistant."""
 
     role: str
     start: int
     end: int
 
     def turn(self, text: str) -> Turn:
-        """Gives what is said there."""
+        """Returns the text of the turn."""
         return Turn(self.role, text[self.start : self.end])
 
 
 class ChatTemplate:
-    """What a tokenizer's chat template writes before, between and behind turns.
+    """The text of a tokenizer's chat template before, between and after turns.
 
-    `read` decodes tokens with special ones, to the text whose turns are then asked for.
+    `read` decodes tokens with special ones, to the text in which turns are found.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, read: Callable[[list[int]], str]) -> None:
         self._bos = tokenizer.bos_token
-        found: dict[str, dict[str, str]] = {}  # by who spoke before: what is written, and who speaks behind it
+        found: dict[str, dict[str, str]] = {}  # by the previous speaker: the text, and the next speaker
         for roles, texts, then in _rendered(tokenizer, read):
             texts[0] = self.without_bos(texts[0])
             for before, text, after in zip([START, *roles], texts, [*roles, then], strict=True):
@@ -67,19 +67,19 @@ class ChatTemplate:
         self._glue = {role: _pattern(texts) for role, texts in found.items()}
 
     def spans(self, text: str) -> list[Span] | None:
-        """Finds the turns of a conversation; None if the text is none of this template's."""
+        """Finds the turns of a conversation; None if the text is not in this template."""
         start = len(text) - len(self.without_bos(text))
         if openings := [opening for opening in self._openings if opening and text.startswith(opening, start)]:
             opening = max(openings, key=len)
             return self._spans(text, start + len(opening), self._openings[opening])
         if "" not in self._openings:
             return None
-        # The first turn stands there as it is, like raw text; but behind that no answer begins.
+        # The first turn has no text around it, like raw text; but after raw text no answer begins.
         spans = self._spans(text, start, self._openings[""])
         return spans if len(spans) > 1 and spans[-1].role == ASSISTANT else None
 
     def without_bos(self, text: str) -> str:
-        """Takes off beginning-of-sequence tokens: a template may write one, the tokenizer add one, or both."""
+        """Removes beginning-of-sequence tokens, which a template may write, the tokenizer may add, or both."""
         while self._bos and text.startswith(self._bos):
             text = text.removeprefix(self._bos).lstrip()
         return text
@@ -98,7 +98,7 @@ class ChatTemplate:
 
 
 def _note(following: dict[str, str], text: str, after: str) -> None:
-    """Notes who speaks behind a text. Where it could be several, as templates write unknown roles, the likeliest."""
+    """Notes the next speaker after a text; the likeliest one, if templates write the same text for several roles."""
     order = (*ROLES, END)
     following[text] = min(after, following.get(text, END), key=order.index)
 
@@ -113,11 +113,11 @@ def _pattern(following: Mapping[str, str]) -> re.Pattern[str]:
 def _rendered(
     tokenizer: PreTrainedTokenizerBase, read: Callable[[list[int]], str]
 ) -> Iterator[tuple[list[str], list[str], str]]:
-    """Renders conversations; gives their roles, what stands around the contents, and who speaks behind the last."""
+    """Renders conversations; returns their roles, the texts around the contents, and the next speaker."""
     try:
         template = str(tokenizer.get_chat_template())
         arguments = template_arguments(template) - NO_ARGUMENTS - set(tokenizer.special_tokens_map)
-    except Exception:  # of several templates none may be the default one: they are told apart by what they are given
+    except Exception:  # several templates may have no default one: the arguments select it
         return
     changes: list[dict[str, Any]] = [
         {name: value} for name in sorted(arguments)[:MAX_ARGUMENTS] for value in (True, False)
@@ -131,7 +131,7 @@ def _rendered(
             text = str(tokenizer.apply_chat_template(messages, tokenize=False, **kwargs))
         except Exception:
             return None  # a template may refuse a role or an order of roles: then no such conversation exists
-        # As it reads once tokenized: some tokenizers put spaces beside special tokens.
+        # As it reads after tokenizing: some tokenizers add spaces beside special tokens.
         decoded = read(tokenizer(text, add_special_tokens=False)["input_ids"])
         for written in (decoded, text):
             around = re.split(r"@@(\d+)@@", written)

@@ -1,4 +1,4 @@
-"""Token ids in, plain text out: what a router reads and what a person sees."""
+"""Token ids in, plain text out, for routers and for people."""
 
 import re
 from bisect import bisect_right
@@ -21,10 +21,10 @@ PATIENCE = 16  # tokens after which broken bytes are taken for broken
 
 
 class Detokenizer:
-    """Decodes a growing list of tokens piece by piece, holding back characters whose bytes are still to come.
+    """Decodes a growing list of tokens piece by piece, and holds back incomplete characters.
 
-    The pieces concatenate to what decoding all tokens at once gives. Only the last few tokens are decoded again
-    at each step, so a step costs the same however long the text is.
+    Together, the pieces are the text of all tokens. Each step decodes only the last few tokens again, so its cost does
+    not depend on the text's length.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, skip_special_tokens: bool = True) -> None:
@@ -33,7 +33,7 @@ class Detokenizer:
         self._read = 0  # how many of them are in a piece already
 
     def push(self, token: int) -> str:
-        """Adds a token; returns the text that it completes, "" while there is none."""
+        """Adds a token; returns the text that it completes, or ""."""
         self._window.append(token)
         piece = self._rest()
         if not piece:
@@ -45,7 +45,7 @@ class Detokenizer:
         return piece
 
     def flush(self) -> str:
-        """Returns what was held back, broken characters included."""
+        """Returns the held-back text, with broken characters."""
         piece = self._rest()
         self._read = len(self._window)
         return piece
@@ -57,7 +57,9 @@ class Detokenizer:
         return other
 
     def _release(self) -> str:
-        """Returns the broken characters that no token to come can complete, cut where the text does not change."""
+        """Returns the broken characters that no later token can complete, cut at a place where the text does not
+        change.
+        """
         whole, read = self._decode(self._window), self._decode(self._window[: self._read])
         for cut in range(len(self._window) - 3, self._read, -1):  # three bytes may still become a character
             head = self._decode(self._window[:cut])
@@ -72,8 +74,8 @@ class Detokenizer:
 
 @dataclass(frozen=True)
 class Passage:
-    """A sentence of a prompt, what stands before it, and its tokens from `start` to `end`, those of the template that
-    lead to it included.
+    """A sentence of a prompt, the text before it, and its tokens from `start` to `end`, with the template's tokens
+    before it.
     """
 
     text: str
@@ -83,7 +85,7 @@ class Passage:
 
 
 class PromptReader:
-    """Turns the tokens of a prompt into the text that the router reads: no special tokens, no chat template."""
+    """Turns the tokens of a prompt into text for the router, without special tokens and chat template."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
@@ -93,12 +95,12 @@ class PromptReader:
         self._special = re.compile("|".join(map(re.escape, specials)) or "(?!)")
 
     def __call__(self, tokens: Sequence[int]) -> str:
-        """Decodes a prompt; the turns of a conversation stand on lines of their own."""
+        """Decodes a prompt; each turn of a conversation is on separate lines."""
         context = self.context(tokens)
         return "\n".join(filter(None, [context.history, context.prompt, context.answer]))
 
     def context(self, tokens: Sequence[int]) -> Context:
-        """Decodes a prompt into what the router reads, with an answer that was begun."""
+        """Decodes a prompt, with the beginning of an answer, into the router's context."""
         if getattr(self._tokenizer, "chat_template", None):
             text = decode(self._tokenizer, tokens, skip_special_tokens=False)
             if (spans := self._spans(text)) is not None:
@@ -109,9 +111,9 @@ class PromptReader:
     def sentences(
         self, tokens: Sequence[int], segmenter: Callable[[], Segmenter], *, min_tokens: int = 1
     ) -> list[Passage]:
-        """Cuts a prompt into sentences; a turn of a conversation opens one, too. None is left before `min_tokens`.
+        """Cuts a prompt into sentences; each turn begins one, too. Sentences have at least `min_tokens` tokens.
 
-        What stands behind the last of them, and the last token in any case, is in none: there the answer begins.
+        Text after the last sentence, and always the last token, belong to no sentence: there the answer begins.
         """
         text, tiles = self._aligned(tokens)
         read, places, turns = self._visible(text)
@@ -127,7 +129,7 @@ class PromptReader:
             for start in [opening, *(o for o in segmenter().push(turn) if o > opening)]:
                 if not turn[start:].strip():
                     continue
-                # The first sentence of a turn has the tokens of the template that lead to it.
+                # The first sentence of a turn includes the template's tokens before it.
                 first = begin + start if start > opening else max(begin - 1, 0)
                 token = first_tokens[tile(first)]
                 if not starts:
@@ -145,7 +147,7 @@ class PromptReader:
         ]
 
     def _spans(self, text: str) -> list[Span] | None:
-        """Where the turns of a conversation stand, if the text is one of the chat template."""
+        """The places of a conversation's turns, if the text is in the chat template."""
         if not getattr(self._tokenizer, "chat_template", None):
             return None
         if date.today() != self._day:  # templates may print it, and conversations last over midnight
@@ -156,7 +158,7 @@ class PromptReader:
         return next((spans for spans in found if spans is not None), None)
 
     def _aligned(self, tokens: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
-        """The whole text, and where in it the characters of a token, or of a few tokens together, begin."""
+        """The whole text, and the offsets in it where a token, or a few tokens together, begin."""
         detokenizer = Detokenizer(self._tokenizer, skip_special_tokens=False)
         text, first, tiles = "", 0, []
         for i, token in enumerate(tokens):
@@ -167,10 +169,10 @@ class PromptReader:
         return text, tiles
 
     def _visible(self, text: str) -> tuple[str, list[int], list[int]]:
-        """What the router reads of the prompt, where each character of it stands in the text, and where turns begin."""
+        """The prompt's text for the router, the offsets of its characters in the whole text, and those of turns."""
         spans = self._spans(text)
         turns, read, places = [0], "", list[int]()
-        if spans and spans[-1].role == ASSISTANT:  # it is the answer, of which only the line break before is read
+        if spans and spans[-1].role == ASSISTANT:  # the last turn is the answer: only the line break before it counts
             spans = [*spans[:-1], Span(ASSISTANT, spans[-1].start, spans[-1].start)]
         end = 0
         for span in [Span("", 0, len(text))] if spans is None else spans:
@@ -192,7 +194,7 @@ class PromptReader:
 def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
     """Decodes tokens as they are."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:  # what the tokenizer itself calls; in less than half the time of its decode()
+    if backend is not None:  # the tokenizer calls this itself; it takes less than half the time of decode()
         return str(backend.decode(list(tokens), skip_special_tokens=skip_special_tokens))
     return str(
         tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)

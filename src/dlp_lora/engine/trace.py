@@ -1,4 +1,4 @@
-"""Traces: which sentence of an answer used which adapters, why, and what it cost."""
+"""Traces: for each sentence of an answer, its adapters, the probabilities and the times."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,15 +8,14 @@ from dlp_lora.policy import Mixture
 
 @dataclass(frozen=True, kw_only=True)
 class Sentence:
-    """One sentence and how it was routed: an entry of a trace.
+    """One sentence with its routing: an entry of a trace.
 
     `start` and `end` are positions among the generated tokens, or among those of the prompt, padding left out.
-    `probabilities` is empty where no router was asked (`fixed`, `disabled`). `switched` is true where the mixture
-    differs from the sentence before; `abstained` where the policy chose no adapter: the base model alone went on,
-    or with `Switching(unsure="keep")` the mixture in use.
-    Times are in milliseconds; `encode_ms` is that of encoding the context again, which "recompute" does at a switch.
-    `kept_tokens` is how many tokens of the context a switch under "keep" has left as they were encoded, where a backend
-    keeps whole blocks of them alone.
+    `probabilities` is empty if no router ran (`fixed`, `disabled`). `switched` is true if the mixture differs from that
+    of the sentence before. `abstained` is true if the policy chose no adapter: then the base model continued, or with
+    `Switching(unsure="keep")` the mixture in use. Times are in milliseconds; `encode_ms` is for encoding the context
+    again, which "recompute" does at a switch. `kept_tokens` is for backends that keep only whole blocks of the context:
+    the number of tokens that a switch under "keep" has kept.
     """
 
     text: str
@@ -43,9 +42,9 @@ class Sentence:
 class Generation:
     """One generated answer: its text, its tokens (the last may be end-of-sequence), and its trace by sentence.
 
-    `prompt_trace` is that of a prompt whose sentences were routed each; its positions are among the prompt's tokens.
-    `prompt_tokens` are what the model read. An answer to questions apart has `parts` instead, one answer a question:
-    its text joins theirs with line breaks, and its tokens and trace are theirs in a row.
+    `prompt_trace` is the trace of a prompt that is routed by sentences; its positions are among the prompt's tokens.
+    `prompt_tokens` are the tokens that the model read. An answer to questions apart has `parts`, one answer per
+    question: its text joins theirs with line breaks, and its tokens and trace are theirs in order.
     """
 
     text: str
@@ -57,7 +56,7 @@ class Generation:
 
     @property
     def num_prompt_tokens(self) -> int:
-        """How many tokens the model read before its answer, in the contexts of all parts."""
+        """The number of tokens that the model read before its answer, in the contexts of all parts."""
         return sum(part.num_prompt_tokens for part in self.parts) if self.parts else len(self.prompt_tokens)
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,7 +71,7 @@ class Generation:
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """A mixture from some position on, and what led to it; `fuse_ms` is None until it was fused."""
+    """A mixture from some position on, with its decision; `fuse_ms` is None until it is fused."""
 
     start: int = 0  # in generated tokens
     offset: int = 0  # in characters of the generated text
@@ -86,7 +85,7 @@ class Decision:
     kept_tokens: int | None = None
 
     def sentence(self, text: str, start: int, end: int) -> Sentence:
-        """Gives the sentence that was decided so."""
+        """Returns the sentence of this decision."""
         return Sentence(
             text=text,
             start=start,

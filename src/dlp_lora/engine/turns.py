@@ -1,4 +1,4 @@
-"""Turns of a conversation in, what the router reads of them out."""
+"""Turns of a conversation in, the router's context out."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,27 +11,27 @@ USER, ASSISTANT, TOOL = "user", "assistant", "tool"
 
 @dataclass(frozen=True)
 class Turn:
-    """Who spoke, and what was said."""
+    """The role of a speaker, and the text."""
 
     role: str
     text: str
 
 
 def read_chat(chat: Chat) -> Context:
-    """Gives what the router reads of a chat: the user's latest turn, what was said besides, and the answer so far.
+    """Returns a chat's context for the router: the user's latest turn, the history, and the answer so far.
 
     Raises:
-        PromptError: if a message holds something else than text.
+        PromptError: if a message has other content than text.
     """
     turns = [Turn(str(message.get("role")), text_of(message)) for message in chat.messages]
     return read_turns(turns if chat.continues else [*turns, Turn(ASSISTANT, "")])
 
 
 def read_turns(turns: Sequence[Turn]) -> Context:
-    """Gives what the router reads: the latest turn of the user is the prompt, all others are history.
+    """Returns the router's context: the user's latest turn is the prompt, all others are history.
 
-    A last turn of the assistant is the answer so far, empty where it is still to begin. Where no user spoke, the prompt
-    is the latest turn of somebody else than the assistant and its tools, if there is one.
+    If the last turn is the assistant's, it is the answer so far. If there is no user, the prompt is the latest turn of
+    any role other than the assistant and its tools.
     """
     said, answer = list(turns), ""
     if said and said[-1].role == ASSISTANT:

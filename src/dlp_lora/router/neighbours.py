@@ -167,7 +167,7 @@ class Neighbours(nn.Module):
         return self._slope * scores
 
     def _fit(self) -> tuple[list[tuple[float, float]], float, float]:
-        """The typical likeness of each adapter with the deviation; the threshold; and the slope of the log-odds there."""
+        """The typical likeness of each adapter, with its deviation; the threshold; the slope of the log-odds there."""
         typical, scores = [], []
         for examples in self._examples:
             usual = self._usual_of(len(examples))
