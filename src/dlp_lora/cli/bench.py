@@ -144,10 +144,10 @@ COLUMNS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """Where a record goes, beside the table."""
+    """The files for a record, in addition to the table."""
 
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the record to this file, too.")] = None
-    plot: Annotated[Path | None, typer.Option("--plot", help="Draw it into this file, .png or .svg.")] = None
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw a plot into this file, .png or .svg.")] = None
 
 
 @with_options
@@ -170,7 +170,7 @@ def paths(args: PathsArgs, output: Output, model: ModelOption = None) -> None:
 
 @with_options
 def prefill(args: PrefillArgs, output: Output, model: ModelOption = None) -> None:
-    """Time to read prompts over the base model, routing and fusing included.
+    """Time to read prompts over the base model, with routing and fusing.
 
     Example: `dlp-lora bench prefill --batch 4 --length 512`
     """
@@ -199,7 +199,7 @@ def bank(args: BankArgs, output: Output, model: ModelOption = None) -> None:
 
 @with_options
 def routers(args: RoutersArgs, output: Output, model: ModelOption = None) -> None:
-    """The mini-MLP beside an encoder of ALBERT's shape as router, alone and inside decoding (the paper's Table 4).
+    """Two routers, the mini-MLP and an encoder of ALBERT's shape, alone and while decoding (the paper's Table 4).
 
     Example: `dlp-lora bench routers --threads 1`
     """
@@ -208,7 +208,7 @@ def routers(args: RoutersArgs, output: Output, model: ModelOption = None) -> Non
 
 @with_options
 def peers(args: PeersArgs, output: Output, model: ModelOption = None) -> None:
-    """Time per generated token of every peer: PEFT's ways, and other papers' methods as we wrote them (Table 7).
+    """Time per generated token of other methods: PEFT's, and those of papers as we wrote them (Table 7).
 
     Example: `dlp-lora bench peers --methods "peft arrow,meteora (ours)"`
     """
@@ -217,7 +217,7 @@ def peers(args: PeersArgs, output: Output, model: ModelOption = None) -> None:
 
 @with_options
 def serve(args: ServeArgs, output: Output, model: ModelOption = None) -> None:
-    """`dlp-lora serve` under load: tokens a second, latency, waiting, memory, 1,000 adapters; beside other servers.
+    """`dlp-lora serve` under load, beside other servers: tokens per second, latency, waiting, memory, 1,000 adapters.
 
     Example: `dlp-lora bench serve --bundle runs/demo/bundle --threads 1`
     """
@@ -226,7 +226,7 @@ def serve(args: ServeArgs, output: Output, model: ModelOption = None) -> None:
 
 @with_options
 def soak(args: SoakArgs, output: Output, model: ModelOption = None) -> None:
-    """A server under many clients for long; some leave, adapters come and go; then kill -9 and a restart.
+    """A server with many clients over a long time: clients leave, adapters change; then kill -9 and a restart.
 
     Example: `dlp-lora bench soak --bundle runs/demo/bundle --minutes 30`
     """
@@ -254,12 +254,14 @@ def suite(
     model: ModelOption = None,
     preset: Annotated[str, typer.Option(help="cpu or gpu.")] = "cpu",
     only: Annotated[str | None, typer.Option(help="Comma-separated names of records. [default: all]")] = None,
-    prompts: Annotated[str | None, typer.Option(help="Folder of task folders, to ask and to train on.")] = None,
-    rounds: Annotated[int | None, typer.Option(help="Rounds after the warm-up. [default: each one's own]")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of torch. [default: its own choice]")] = None,
-    plots: Annotated[bool, typer.Option("--plots", help="Draw each, too.")] = False,
+    prompts: Annotated[str | None, typer.Option(help="Folder of task folders, for prompts and for training.")] = None,
+    rounds: Annotated[
+        int | None, typer.Option(help="Rounds after the warm-up. [default: differs by benchmark]")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of torch. [default: torch's choice]")] = None,
+    plots: Annotated[bool, typer.Option("--plots", help="Draw a plot of each, too.")] = False,
 ) -> None:
-    """Every benchmark, one after the other: a table, a record and a plot each.
+    """Run every benchmark in turn: a table, a record and a plot of each.
 
     Example: `dlp-lora bench suite --preset gpu --model Qwen/Qwen2-1.5B --out results/gpu`
     """
@@ -305,7 +307,7 @@ def _show(record: dict[str, Any]) -> None:
 
 
 def table_of_record(record: dict[str, Any]) -> Table:
-    """A benchmark's rows, with the columns that it has."""
+    """The rows of a benchmark as a table."""
     columns = COLUMNS[record["benchmark"]]
     rows = [tuple(cell(row, key) for key in columns.values()) for row in record["rows"]]
     return table_of("", columns, rows, num_labels=sum(key in LABELS for key in columns.values()))

@@ -16,7 +16,7 @@ from dlp_lora.lab.records.table import table_of
 def router(
     data: DataOption,
     extra: Annotated[
-        str | None, typer.Option(help="Folder of task folders that the router is not to know: out of domain, scale.")
+        str | None, typer.Option(help="Folder of task folders that the router must not know: foreign texts, scale.")
     ] = None,
     router_folder: RouterOption = None,
     tokenizer: Annotated[
@@ -26,24 +26,24 @@ def router(
     tasks: Annotated[str | None, typer.Option("--tasks", help="Comma-separated task names. [default: all]")] = None,
     only: Annotated[str | None, typer.Option(help="Comma-separated scenarios. [default: all]")] = None,
     per_task: Annotated[
-        int | None, typer.Option(min=1, help="Test questions of a task, at most. [default: 100]")
+        int | None, typer.Option(min=1, help="Largest number of test questions per task. [default: 100]")
     ] = None,
     encoder: Annotated[
         str | None, typer.Option(help="Sentence encoder of routers without training. [default: the installed one]")
     ] = None,
     adapters: Annotated[
-        str | None, typer.Option(help="Folder of the tasks' adapters, of --model, for routers that read these.")
+        str | None, typer.Option(help="Folder of the tasks' adapters for --model, for routers that read adapters.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the samples and of training.")] = 0,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch. [default: its own choice]")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch. [default: torch's choice]")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the record to this file, too.")] = None,
     report: Annotated[Path | None, typer.Option(help="Folder to write a page with pictures to; needs --json.")] = None,
     work: Annotated[
-        Path | None, typer.Option(help="Folder to keep trained routers in, for a run that goes on. [default: nowhere]")
+        Path | None, typer.Option(help="Folder for trained routers, so that a stopped run continues. [default: none]")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin the record again.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start the record again.")] = False,
 ) -> None:
-    """How accurate, sure and fast a router is, from whole prompts to single sentences.
+    """Measure the accuracy, calibration and speed of a router, from whole prompts to single sentences.
 
     Without --router it trains one on the tasks. After an interruption, run it again: it continues with the scenarios
     that the record lacks. Examples: `dlp-lora bench router --data data/ --json router.json`, or

@@ -28,18 +28,19 @@ def bundle(
         str, typer.Option(help="If no adapter fits: base (model), keep (the mixture in use), or likeliest (adapters).")
     ] = "base",
     min_tokens: Annotated[
-        int | None, typer.Option(help="Tokens before a sentence may switch again. [default: 1]")
+        int | None, typer.Option(help="Shortest sentence, in tokens, after which the mixture may change. [default: 1]")
     ] = None,
     margin: Annotated[
-        float | None, typer.Option(help="How much more probable another adapter must be. [default: 0.2]")
+        float | None, typer.Option(help="The mixture changes if another adapter is more probable by this. [default:
+        0.2]")
     ] = None,
     kv_policy: Annotated[
-        str, typer.Option(help="What a switch does to the KV cache: recompute or keep.")
+        str, typer.Option(help="The KV cache at a switch: recompute or keep.")
     ] = RoutingSettings.kv_policy,
     prompt_routing: Annotated[
         str,
         typer.Option(
-            help="What is routed: whole (the prompt), questions (of it, in turn), apart, or sentences (Eq. 6)."
+            help="Prompts of several questions: questions (each in turn), apart, whole, or sentences (Eq. 6)."
         ),
     ] = "questions",
 ) -> None:
@@ -88,7 +89,7 @@ def add_task(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Base model: folder or hub id. [default: the bundle's]")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the examples that are kept where there are many.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for the choice among many examples.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Add an adapter to a bundle, in seconds; 32 examples are often enough for its router.
@@ -116,7 +117,7 @@ def add_task(
 
 
 def remove_task(
-    name: Annotated[str, typer.Argument(help="The adapter to take out.")],
+    name: Annotated[str, typer.Argument(help="The adapter to remove.")],
     bundle: Annotated[Path, typer.Option("--bundle", "-b", help="The bundle.")],
 ) -> None:
     """Remove an adapter from a bundle and its router; the other adapters are routed as before.

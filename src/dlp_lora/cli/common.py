@@ -1,4 +1,4 @@
-"""What the commands share: consoles, options, the engine that a command runs, and commands to try next."""
+"""Shared parts of the commands: consoles, options, the engine of a command, and commands to try next."""
 
 import shlex
 import sys
@@ -33,11 +33,11 @@ DataOption = Annotated[
 ]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")]
 AdaptersOption = Annotated[
-    str | None, typer.Option("--adapters", "-a", help="PEFT adapter folders: the folder that holds them, or a hub id.")
+    str | None, typer.Option("--adapters", "-a", help="Folder or hub id with PEFT adapter folders.")
 ]
 RouterOption = Annotated[str | None, typer.Option("--router", "-r", help="Router: folder or hub id.")]
 BundleOption = Annotated[
-    str | None, typer.Option("--bundle", "-b", help="Bundle: folder or hub id, instead of the three.")
+    str | None, typer.Option("--bundle", "-b", help="Bundle: folder or hub id, instead of model, adapters and router.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 PolicyOption = Annotated[
@@ -47,7 +47,7 @@ PromptRoutingOption = Annotated[
     PromptRouting | None,
     typer.Option(
         "--prompt-routing",
-        help="What is routed: the prompt as one text, its questions in turn or apart, or its sentences. "
+        help="Prompts of several questions: routed as one text, by question in turn or apart, or by sentence. "
         "[default: questions]",
     ),
 ]
@@ -55,7 +55,7 @@ KVPolicyOption = Annotated[
     KVPolicy | None,
     typer.Option(
         "--kv-policy",
-        help="What a switch does to the KV cache: encode the context again, or keep it. [default: recompute]",
+        help="The KV cache at a switch: encode the context again, or keep it. [default: recompute]",
     ),
 ]
 TemplateOption = Annotated[
@@ -72,7 +72,7 @@ DeviceOption = Annotated[
 ]
 DtypeOption = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
-    typer.Option("--dtype", help="Precision of the base model; auto as it was saved."),
+    typer.Option("--dtype", help="Precision of the base model; auto keeps the saved one."),
 ]
 PrepackOption = Annotated[
     bool, typer.Option("--prepack", help="Decode faster on a CPU; needs a second copy of the linear layers' weights.")
@@ -82,7 +82,7 @@ BudgetOption = Annotated[
     typer.Option("--budget-mb", help="Keep adapters on disk, and at most this many megabytes of them in memory."),
 ]
 LogOption = Annotated[
-    Path | None, typer.Option("--log-routing", help="Add each decision of the router to this file of JSON lines.")
+    Path | None, typer.Option("--log-routing", help="Append each decision of the router to this file of JSON lines.")
 ]
 LogTextOption = Annotated[
     bool, typer.Option("--log-text", help="Write the texts that the router reads into the log, too.")
@@ -90,13 +90,13 @@ LogTextOption = Annotated[
 
 
 def of_hub(help: str, *names: str) -> Any:
-    """An option that says from where and how something comes from the Hugging Face hub."""
+    """An option about the Hugging Face hub."""
     return typer.Option(*names, help=help, rich_help_panel="Hugging Face hub")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelHubOptions:
-    """From where on the hub a base model comes, and how the hub is reached."""
+    """A base model's place on the hub, and the access to the hub."""
 
     revision: Annotated[str | None, of_hub("Branch, tag or commit of the base model.")] = None
     subfolder: Annotated[str | None, of_hub("Folder inside the base model.")] = None
@@ -110,16 +110,16 @@ class ModelHubOptions:
     )
 
     def given(self) -> dict[str, Any]:
-        """Those that were given, by name, as `dlp_lora.load` takes them."""
+        """The set options by name, for `dlp_lora.load`."""
         options = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in options.items() if value not in (None, False)}
 
     def hub(self) -> Hub:
-        """How the hub is reached."""
+        """The access to the hub."""
         return Hub(token=self.token, cache_dir=self.cache_dir, local_files_only=self.local_files_only)
 
     def folder(self, source: str | Path, *, files: Sequence[str], error: type[DLPLoRAError]) -> Path:
-        """The local folder of a path or hub id, at the revision and subfolder that were given.
+        """The local folder of a path or hub id, at the revision and subfolder of the options.
 
         Raises:
             DLPLoRAError: of the given kind, if there is no such folder or repository.
@@ -129,7 +129,7 @@ class ModelHubOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class HubOptions(ModelHubOptions):
-    """From where on the hub a bundle or its parts come."""
+    """The place of a bundle or its parts on the hub."""
 
     revision: Annotated[str | None, of_hub("Branch, tag or commit: of the bundle, else of the base model.")] = None
     subfolder: Annotated[str | None, of_hub("Folder inside: of the bundle, else of the base model.")] = None
@@ -143,7 +143,7 @@ class HubOptions(ModelHubOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """Which engine a command runs: a bundle, or its parts."""
+    """The engine of a command: a bundle, or its parts."""
 
     bundle: BundleOption = None
     model: ModelOption = None
@@ -228,7 +228,7 @@ def _routing_log(options: EngineOptions) -> "RoutingLog | None":
 
 
 def base_model(model: str | None) -> str:
-    """The base model that was named, else the embedded default one."""
+    """The named base model, else the default model."""
     from dlp_lora.default_model import default_model, is_converted
 
     if model is not None:
@@ -239,7 +239,7 @@ def base_model(model: str | None) -> str:
 
 
 def layers_of(model: str, hub: ModelHubOptions) -> "BaseLayers":
-    """The layers of a base model, which is not downloaded."""
+    """The layers of a base model, without a download of its weights."""
     from dlp_lora.bank.check import model_layout
 
     return model_layout(
@@ -252,7 +252,7 @@ def layers_of(model: str, hub: ModelHubOptions) -> "BaseLayers":
 
 
 def base_of(bundle: "Bundle", model: str | None) -> str:
-    """The base model that was named, else the bundle's.
+    """The named base model, else the bundle's.
 
     Raises:
         BundleError: if neither is here.
@@ -261,12 +261,12 @@ def base_of(bundle: "Bundle", model: str | None) -> str:
 
 
 def say(text: str) -> None:
-    """Prints a line on standard error as it is: paths may look like markup."""
+    """Prints a line on standard error without markup, because paths may look like markup."""
     stderr.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def to_try(*args: str | Path) -> str:
-    """A command of this program as a person can paste it into a shell."""
+    """A command of this program, quoted for a shell."""
     return shlex.join([*_program(), *map(str, args)])
 
 

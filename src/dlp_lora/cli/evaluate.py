@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from dlp_lora.lab.reproduce import Estimate
 
 TasksOption = Annotated[str | None, typer.Option("--tasks", help="Task names or composite-n, comma-separated.")]
-LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Examples per task, at most.")]
+LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Largest number of examples per task.")]
 FormatOption = Annotated[str | None, typer.Option("--prompt-format", help="auto, chat or plain.")]
 
 
@@ -120,7 +120,7 @@ def evaluate(
     prompt_format: FormatOption = None,
     chat_template_kwargs: TemplateOption = None,
     batch_size: Annotated[int, typer.Option(help="Questions per batch.")] = 32,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens per answer, at most.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(help="Largest number of tokens per answer.")] = 128,
     teacher_forced: Annotated[
         bool, typer.Option(help="Also score along the right answers, as the paper's code does.")
     ] = False,
@@ -188,7 +188,7 @@ class _Shown:
         self.stage, self.done, self.told_at = "", set[str](), time.monotonic()
 
     def show(self, now: Progress) -> None:
-        """Takes in what the run says."""
+        """Shows a message of the run."""
         self.estimate.note(now)
         if now.stage != self.stage:
             self.stage = now.stage
@@ -222,7 +222,7 @@ def _say_left_out(record: "RunRecord") -> None:
 
 
 def _report(out: Path) -> str:
-    """Writes the report beside the record, where it can be drawn; says what became of it."""
+    """Writes the report beside the record, if its extra is installed, and reports this."""
     from importlib.util import find_spec
 
     if find_spec("matplotlib") is None:

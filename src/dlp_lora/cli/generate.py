@@ -31,7 +31,7 @@ def generate(
         str | None, typer.Argument(help="The prompt; without it, JSON lines are read from stdin.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
-    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the chat template.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Send the prompt in the chat template.")] = False,
     chat_template_kwargs: TemplateOption = None,
     fixed: Annotated[
         str | None, typer.Option(help='Use this mixture instead of the router: "math=0.6,units=0.4".')
@@ -104,7 +104,7 @@ def chat(
 
 
 def say_answer(stream: "Stream", colours: Mapping[str, str]) -> str:
-    """Prints an answer as it comes; Ctrl-C stops it. Gives what was printed."""
+    """Prints an answer while it is generated; Ctrl-C stops it. Returns the printed text."""
     text = ""
     with stream:
         try:
@@ -121,7 +121,7 @@ def say_answer(stream: "Stream", colours: Mapping[str, str]) -> str:
 
 
 def _fitting(engine: "Engine", chat: Chat, max_new_tokens: int) -> tuple[Chat, int]:
-    """Drops the oldest turns until an answer fits into the model's context, and says so; gives room for an answer."""
+    """Drops the oldest turns until an answer fits into the model's context, and says so; returns the room."""
     from dlp_lora.engine.prompts import context_of, encode_prompt, fitting
 
     context = context_of(engine.model)
@@ -136,7 +136,7 @@ def _fitting(engine: "Engine", chat: Chat, max_new_tokens: int) -> tuple[Chat, i
 
 
 def routing_table(trace: tuple["Sentence", ...], *, of: str = "sentence") -> Table:
-    """A table of sentences with the adapters they used."""
+    """A table of sentences with their adapters."""
     rows = []
     for sentence in trace:
         used = ", ".join(f"{name} {weight:.0%}" for name, weight in sentence.mixture.items()) or "base model"

@@ -10,11 +10,11 @@ from dlp_lora.errors import PromptError
 from dlp_lora.files import parse_json
 
 OPTIONS = {"tools": list, "chat_template_kwargs": dict, "continue_final_message": bool}
-"""What may stand beside messages, as JSON."""
+"""The keys that a line may have beside messages."""
 
 
 def questions(prompt: str | None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Gives the prompt of the command line as line 0, or without one the JSON objects of standard input, one a line.
+    """Returns the prompt of the command line as line 0, or the JSON objects of standard input, one per line.
 
     Raises:
         ValueError: naming the line, if it is no question.
@@ -49,7 +49,7 @@ def questions(prompt: str | None) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def prompt_of(record: dict[str, Any], template_kwargs: dict[str, Any], *, is_chat: bool) -> str | Chat:
-    """Gives the prompt of a line of JSON with all that its chat template reads; a line's arguments win over others.
+    """Returns the prompt of a line of JSON with its arguments of the chat template, which win over the options.
 
     Raises:
         PromptError: if an option is of another kind, or there is one and no chat.

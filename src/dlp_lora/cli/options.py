@@ -1,4 +1,4 @@
-"""Options out of dataclasses: what several commands take is declared once, with its default and its help."""
+"""Options from dataclasses, so that options of several commands are declared once, with default and help."""
 
 import inspect
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def whole_numbers(option: str, text: str) -> tuple[int, ...]:
-    """The numbers that an option was given, with commas between them."""
+    """Reads numbers with commas between them."""
     try:
         return tuple(map(int, words(text)))
     except ValueError as error:
@@ -50,12 +50,12 @@ def whole_numbers(option: str, text: str) -> tuple[int, ...]:
 
 
 def words(text: str) -> tuple[str, ...]:
-    """What stands between the commas, without the spaces around it."""
+    """Reads words with commas between them, without the spaces around them."""
     return tuple(part.strip() for part in text.split(","))
 
 
 def json_object(option: str, text: str | None) -> dict[str, Any]:
-    """Reads an option whose value is a JSON object; nothing is an empty one."""
+    """Reads an option whose value is a JSON object; an empty text is an empty object."""
     if text is None:
         return {}
     try:

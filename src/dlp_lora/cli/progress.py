@@ -1,4 +1,4 @@
-"""Progress: how far the stages of a command are in, bars on a terminal out, or lines in a log file."""
+"""Progress: the stages of a command in, bars on a terminal or lines in a log file out."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,7 @@ LINE_WIDTH = 100  # of a line of another program that is shown
 
 @contextmanager
 def progress(stages: Sequence[str] = (), *, output: Console = stderr) -> Iterator[OnProgress]:
-    """Shows the progress of stages on standard error; those that are known beforehand have a bar from the start."""
+    """Shows the progress of stages on standard error; known stages have a bar from the start."""
     if not output.is_terminal:
         yield Lines(output)
         return
@@ -36,13 +36,13 @@ def progress(stages: Sequence[str] = (), *, output: Console = stderr) -> Iterato
 
 
 def bars(output: Console = stderr) -> RichProgress:
-    """Bars with a count, the time that is left, and a note."""
+    """Bars with a count, the remaining time, and a note."""
     columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return RichProgress(*columns, TextColumn("{task.fields[note]}"), console=output)
 
 
 def working(text: str) -> AbstractContextManager[Any]:
-    """Shows a stage that has no count."""
+    """Shows a stage without a count."""
     if stderr.is_terminal:
         return stderr.status(text)
     say(text)
@@ -51,7 +51,7 @@ def working(text: str) -> AbstractContextManager[Any]:
 
 @contextmanager
 def starting(text: str) -> Iterator[Callable[[str], None]]:
-    """Shows that another program starts, with the latest line that it has written."""
+    """Shows the start of another program, with its latest line."""
     if not stderr.is_terminal:
         say(text)
         yield lambda _: None
@@ -61,7 +61,7 @@ def starting(text: str) -> Iterator[Callable[[str], None]]:
 
 
 class Lines:
-    """A line for each stage that is done, and one a minute in between, for a log file or a pipe."""
+    """A line for each finished stage, and one per minute in between, for a log file or a pipe."""
 
     def __init__(self, output: Console = stderr) -> None:
         self._output = output
@@ -70,7 +70,7 @@ class Lines:
         self._told_at = time.monotonic()
 
     def __call__(self, now: Progress) -> None:
-        """Takes in how far a stage is."""
+        """Shows the progress of a stage."""
         at = time.monotonic()
         began = self._began.setdefault(now.stage, at)
         if now.stage in self._ended:

@@ -36,12 +36,12 @@ def route(
     model: ModelOption = None,
     p: PolicyOption = None,
 ) -> None:
-    """Say which adapters a prompt would use; the language model is loaded only for a router made from adapters.
+    """Show which adapters a prompt would use; only a router made from adapters loads the language model.
 
-    Reads lines `{"prompt": ...}` or `{"messages": [...]}`, optionally with `"history"`, what was said before the
-    prompt, and `"answer"`, what was answered so far (or a last message of the assistant). Prints one line each with
-    `probs` (among the adapters), `mixture`, `confidence`, `fits` (the probability that any of them does) and
-    `abstained`. Example: `echo '{"prompt": "Convert 3 km to metres."}' | dlp-lora route --router router/`
+    Reads lines `{"prompt": ...}` or `{"messages": [...]}`. Optional keys are `"history"`, the text before the prompt,
+    and `"answer"`, the answer so far (or a last message of the assistant). Prints one line for each, with `probs` (they
+    sum to 1), `mixture`, `confidence`, `fits` (the probability that any adapter fits) and `abstained`. Example: `echo
+    '{"prompt": "Convert 3 km to metres."}' | dlp-lora route --router router/`
     """
     from dlp_lora.engine.bundle import FILES, check_names, read_bundle
     from dlp_lora.errors import BundleError
@@ -69,7 +69,7 @@ def route(
 
 
 def context_of(record: dict[str, Any]) -> "Context":
-    """Reads a line of JSON as a router reads an answer while it is written: the newest sentence after those before."""
+    """Reads a line of JSON as a router reads a growing answer: the newest sentence apart from those before."""
     from dlp_lora.chat import Chat, check_text
     from dlp_lora.engine.turns import read_chat
     from dlp_lora.router import Context
@@ -95,7 +95,7 @@ def context_of(record: dict[str, Any]) -> "Context":
 
 
 def _load(source: str | Path, base: Callable[[], str], hub_options: HubOptions) -> "Router":
-    """Reads a router; only one made from adapters runs the base model, and imports what loads it."""
+    """Reads a router; only one made from adapters loads the base model."""
     from dlp_lora.errors import RouterError
     from dlp_lora.hub import is_repo_id
     from dlp_lora.router import load_text_router, router_type

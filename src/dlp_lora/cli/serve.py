@@ -24,7 +24,7 @@ BackendName = Literal["local", "vllm"]
 
 @dataclass(frozen=True, kw_only=True)
 class KeyOptions:
-    """Who may ask, and who may manage adapters. On a command line, keys can be read by others on the machine."""
+    """The keys of clients and of the admin. Others on the machine can read keys on a command line."""
 
     api_key: Annotated[
         str | None, typer.Option(help="Key that clients must send; better in DLP_LORA_API_KEY.", show_default=False)
@@ -40,26 +40,26 @@ class KeyOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class BackendOptions:
-    """What computes the answers."""
+    """The backend that computes the answers."""
 
     backend: Annotated[
-        BackendName, typer.Option(help="What computes the tokens: the model in this process, or vLLM servers.")
+        BackendName, typer.Option(help="The program that computes the tokens: this process, or vLLM servers.")
     ] = "local"
     backend_url: Annotated[
         tuple[str, ...],
-        typer.Option(help="Addresses of vLLM servers of the base model. [default: one is started and ended here]"),
+        typer.Option(help="Addresses of vLLM servers with the base model. [default: this command starts and ends one]"),
     ] = ()
     adapter_cache: Annotated[
-        Path | None,
-        typer.Option(help="Folder for mixtures that this server and vLLM see under one path. [default: in memory]"),
+        Path | None, typer.Option(help="Folder for mixtures that this server and vLLM see under the same path. [default:
+        in memory]"),
     ] = None
     adapter_cache_mb: Annotated[float, "Megabytes of mixtures that are kept there."] = 2048.0
     max_rank: Annotated[
-        int | None, typer.Option(help="Largest rank of a mixture in vLLM. [default: the three largest together]")
+        int | None, typer.Option(help="Largest rank of a mixture in vLLM. [default: sum of the three largest]")
     ] = None
     backend_timeout_s: Annotated[float, "How long a vLLM server may say nothing to a request."] = 120.0
     vllm_python: Annotated[
-        str | None, typer.Option(help="Python of an environment that has vLLM, to start one. [default: this one]")
+        str | None, typer.Option(help="Python of an environment with vLLM, to start it. [default: this one]")
     ] = None
     vllm_max_loras: Annotated[int, "Mixtures that a vLLM server started here computes at once."] = 16
     vllm_args: Annotated[
@@ -78,7 +78,7 @@ def serve(
     key_options: KeyOptions,
     settings: ServerSettings,
 ) -> None:
-    """Answer over HTTP as OpenAI's API does, with a playground at /; needs the extra `serve`.
+    """Answer over HTTP with OpenAI's API, and a playground at /; needs the extra `serve`.
 
     Examples: `dlp-lora serve --bundle demo/bundle`, or on vLLM
     `dlp-lora serve --bundle demo/bundle --backend vllm --backend-url http://localhost:8001`

@@ -52,7 +52,7 @@ def train_router(
     ] = None,
     routed: Annotated[
         Path | None,
-        typer.Option(help="Learn from this routing log, too: lines with text (--log-text), their `adapter` corrected."),
+        typer.Option(help="Learn from this routing log, too: lines with text (--log-text) and a corrected `adapter`."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

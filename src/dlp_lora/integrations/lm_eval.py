@@ -1,7 +1,7 @@
-"""lm-evaluation-harness: an engine in, a model of lm-eval out that chooses its adapters by itself.
+"""lm-evaluation-harness: an engine in, a model for lm-eval out.
 
-`generate_until` routes at the prompt and at every sentence, as `Engine.generate` does. A log-likelihood is measured
-under the mixture of its context alone: the continuation, which may be a wrong answer, has no say in it.
+`generate_until` routes at the prompt and at every sentence, as `Engine.generate` does. A log-likelihood uses the
+mixture of its context: the continuation, which may be a wrong answer, has no influence on it.
 """
 
 import logging
@@ -28,7 +28,7 @@ except ImportError as error:
 logger = logging.getLogger(__name__)
 
 NAME = "dlp_lora"
-# What of HFLM's arguments means something for a model already made; it would swallow any other word in silence.
+# HFLM's arguments that apply to a finished model; HFLM ignores unknown arguments silently.
 OPTIONS = (
     *("batch_size", "max_batch_size", "max_length", "truncation", "add_bos_token", "prefix_token_id", "logits_cache"),
     *("softmax_dtype", "think_end_token", "enable_thinking", "chat_template_args"),
@@ -39,7 +39,7 @@ Request = tuple[Any, list[int], list[int]]
 
 
 class EngineLM(HFLM):  # type: ignore[misc]
-    """An engine as a model of lm-eval. What is fixed from outside, by `engine.fixed` or `disabled`, holds here too.
+    """An engine as a model of lm-eval. The blocks `engine.fixed` and `disabled` apply here, too.
 
     Raises:
         RouterError: if the engine has no router.
@@ -67,7 +67,7 @@ class EngineLM(HFLM):  # type: ignore[misc]
         contexts = [context for (context, _), _, _ in requests]
         mixtures = {context: self._route(context) for context in dict.fromkeys(contexts)}
         # Requests of one mixture at a time: HFLM may then sort them, batch them and share logits as for any model.
-        # Across mixtures it must not share: it takes equal tokens for one request, wherever the context ends.
+        # Not across mixtures: HFLM takes equal tokens for one request, even if their contexts end at different places.
         alike: dict[Mixture, list[int]] = {}
         for i, context in enumerate(contexts):
             alike.setdefault(mixtures[context], []).append(i)
@@ -81,7 +81,7 @@ class EngineLM(HFLM):  # type: ignore[misc]
         return [answers[i] for i in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Refuses, unless a mixture is fixed: a whole text has no context to route on."""
+        """Works only under a fixed mixture, because a whole text has no context for the router."""
         if not self._is_fixed:
             tasks = ", ".join(sorted({request.task_name or "a task" for request in requests}))
             raise ValueError(
@@ -92,7 +92,7 @@ class EngineLM(HFLM):  # type: ignore[misc]
         return likelihoods
 
     def _route(self, context: str) -> Mixture:
-        return self.engine.start_row(self.tok_encode(context)).mixture  # an answer that was begun included
+        return self.engine.start_row(self.tok_encode(context)).mixture  # with the beginning of an answer
 
     def _score(self, requests: Sequence[Request], **settings: Any) -> list[tuple[float, bool]]:
         scored: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, **settings)
@@ -104,11 +104,11 @@ class EngineLM(HFLM):  # type: ignore[misc]
 
 
 class DLPLoRALM(EngineLM):
-    """What `--model dlp_lora` names; its arguments are those of `--model_args`.
+    """The model `--model dlp_lora`; its arguments are those of `--model_args`.
 
-    Either `bundle`, or `model`, `adapters` and `router`. A `model` beside a bundle takes the place of its base model;
-    `p` is `TopP.p`, in the place of the bundle's; `kv_policy` and `prompt_routing` are routing settings; `prepack` and
-    `budget_mb` are those of `dlp_lora.load`.
+    Pass either `bundle`, or `model`, `adapters` and `router`. A `model` with a bundle replaces its base model. `p`
+    replaces the bundle's `TopP.p`. `kv_policy` and `prompt_routing` are routing settings; `prepack` and `budget_mb` are
+    arguments of `dlp_lora.load`.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class DLPLoRALM(EngineLM):
     ) -> None:
         if str(device).startswith("cuda") and not torch.cuda.is_available():
             logger.warning("there is no CUDA device: running on the CPU")
-            device = "cpu"  # lm-eval's command line asks for cuda:0 unless told otherwise
+            device = "cpu"  # cuda:0 is the default of lm-eval's command line
         settings: dict[str, Any] = {
             "device": device,
             "dtype": dtype,
@@ -149,16 +149,16 @@ class DLPLoRALM(EngineLM):
 
 
 def register() -> None:
-    """Makes the model known to lm-eval, of which releases up to 0.4.13 read no entry points."""
+    """Registers the model in lm-eval, because releases up to 0.4.13 read no entry points."""
     if NAME not in model_registry:
         model_registry.register(NAME, target=DLPLoRALM)
 
 
 def run(args: Sequence[str]) -> None:
-    """Runs lm-eval's own command line, the model registered."""
+    """Runs lm-eval's command line with the model registered."""
     register()
     before = sys.argv
-    sys.argv = ["lm_eval", *args]  # all that lm-eval reads
+    sys.argv = ["lm_eval", *args]  # the part that lm-eval reads
     try:
         cli_evaluate()
     finally:

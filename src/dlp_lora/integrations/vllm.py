@@ -1,12 +1,12 @@
-"""vLLM: a plug-in by which any plain vLLM server answers under mixtures, as `model="dlp:math=0.6,units=0.4"`.
+"""vLLM: a plug-in with which any plain vLLM server answers under mixtures: `model="dlp:math=0.6,units=0.4"`.
 
-vLLM finds it by the entry point `vllm.general_plugins` where dlp-lora is installed beside it. It reads from the
-environment which adapters there are:
+vLLM finds it by the entry point `vllm.general_plugins` if dlp-lora is installed in its environment. An environment
+variable names the adapters:
 
     DLP_LORA_BUNDLE=bundle/ VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve MODEL --enable-lora --max-lora-rank 64
 
-A mixture is written as one PEFT adapter, whose path has a hash of what it is made of: vLLM knows blocks of its prefix
-cache by name and path. There is no routing here: the client names the mixture, and it holds for the whole answer.
+A mixture is written as one PEFT adapter. Its path has a hash of its content, because vLLM's prefix cache identifies
+adapters by name and path. There is no router here: the client names the mixture for the whole answer.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ from dlp_lora.engine.bundle import is_bundle, read_bundle
 from dlp_lora.errors import AdapterError, DLPLoRAError
 from dlp_lora.policy import Mixture, mixture_of
 
-logger = logging.getLogger("vllm.dlp_lora")  # below vLLM's own, which is shown
+logger = logging.getLogger("vllm.dlp_lora")  # below vLLM's logger, whose output is shown
 
 PREFIX = "dlp:"
 BUNDLE = "DLP_LORA_BUNDLE"  # a bundle, or a folder of PEFT adapter folders
@@ -36,7 +36,7 @@ DEFAULT_CACHE_MB = 2048.0
 
 
 def register() -> None:
-    """Has vLLM ask here for models of such names; vLLM calls it as it starts, in each of its processes."""
+    """Registers the resolver of such names; vLLM calls this at the start of each of its processes."""
     if BUNDLE not in os.environ:
         return
     from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
@@ -54,7 +54,7 @@ def register() -> None:
             try:
                 path = await asyncio.to_thread(mixtures.path, base_model_name, lora_name.removeprefix(PREFIX))
             except (DLPLoRAError, ValueError) as error:
-                logger.error("%s: %s", lora_name, error)  # the client is told that there is no such model
+                logger.error("%s: %s", lora_name, error)  # the client gets a 404
                 return None
             from vllm.lora.request import LoRARequest
 
@@ -65,10 +65,10 @@ def register() -> None:
 
 
 class ServedMixtures:
-    """Mixtures of the adapters of a bundle, written when they are first asked for.
+    """Mixtures of the adapters of a bundle, written at their first request.
 
-    vLLM reads a mixture again whenever it has dropped it from memory, and never says that it needs it no more. So none
-    is deleted: where the folder is full, further ones are refused.
+    vLLM reads a mixture again after it has dropped it from memory, and never reports that it needs it no more. So none
+    is deleted; if the folder is full, new ones are refused.
     """
 
     def __init__(self, bundle: Path, *, cache: Path | None, cache_mb: float) -> None:
@@ -81,10 +81,10 @@ class ServedMixtures:
         self._lock = threading.Lock()
 
     def path(self, base_model: str, text: str) -> Path:
-        """Gives the folder of a mixture that is written as "math=0.6,units=0.4".
+        """Returns the folder of a mixture such as "math=0.6,units=0.4".
 
         Raises:
-            ValueError: if it is no mixture.
+            ValueError: if the text is not a mixture.
             AdapterError: if there is no such adapter, it does not fit the base model, or there is no more room.
         """
         mixture = rounded(mixture_of(text))

@@ -1,4 +1,4 @@
-"""Tasks: examples with their answers, read from folders or the hub, or made by the package itself."""
+"""Tasks: examples with their answers, from folders, from the hub, or made by the package."""
 
 from dlp_lora.tasks.catalog import CATALOG, COMPOSITES, METRICS, CatalogTask, composite
 from dlp_lora.tasks.hub import read_data, read_hub_tasks

@@ -1,4 +1,4 @@
-"""The catalog: the 26 tasks of the paper's Table 8, with where their data is, and the composites made of them."""
+"""The catalog: the 26 tasks of the paper's Table 8, the places of their data, and the composites of these tasks."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,22 +9,22 @@ from dlp_lora.errors import TaskError
 Kind = Literal["mcq", "qa"]
 
 METRICS: dict[Kind, tuple[str, ...]] = {"mcq": ("accuracy",), "qa": ("bleu", "rouge1", "rougeL")}
-"""What the paper scores each kind of task by."""
+"""The paper's measures for each kind of task."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where a task's data is on the Hugging Face hub."""
+    """The place of a task's data on the Hugging Face hub."""
 
     dataset: str
     config: str | None = None
     train_split: str = "train"
     test_split: str | None = None
-    """The official test part; None where train and test are cut out of one split."""
+    """The official test part; None if train and test come from one split."""
     bigbench: str | None = None
     """The task's name in BIG-bench."""
     licence: str | None = None
-    """As the data set's card states it; None where it states none."""
+    """From the data set's card; None if the card has none."""
 
     def __str__(self) -> str:
         return f"{self.dataset} {self.config}" if self.config else self.dataset
@@ -32,7 +32,7 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class CatalogTask:
-    """One of the paper's tasks. `name` is that of its folder, `paper_name` that of the paper's tables."""
+    """One of the paper's tasks. `name` is its folder's name, `paper_name` its name in the paper's tables."""
 
     name: str
     paper_name: str
@@ -41,7 +41,7 @@ class CatalogTask:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """What the paper scores it by."""
+        """The paper's measures for it."""
         return METRICS[self.kind]
 
 
@@ -112,7 +112,7 @@ COMPOSITES: dict[str, tuple[str, ...]] = {
 
 
 def composite(names: str | Iterable[str]) -> tuple[str, ...]:
-    """The tasks of the catalog that a composite, a name or a comma-separated list of both stands for.
+    """The tasks of the catalog for a composite, a name, or a comma-separated list of both.
 
         >>> composite("composite-9")[:2]
         ('gsm8k', 'cnn_dailymail')
@@ -120,7 +120,7 @@ def composite(names: str | Iterable[str]) -> tuple[str, ...]:
         ('winowhy', 'strategyqa')
 
     Raises:
-        TaskError: for a name that is neither a composite nor in the catalog, or none at all.
+        TaskError: if a name is neither a composite nor in the catalog, or there is no name.
     """
     expanded = expand_composites(names)
     unknown = [name for name in expanded if name not in CATALOG]
@@ -131,7 +131,7 @@ def composite(names: str | Iterable[str]) -> tuple[str, ...]:
 
 
 def expand_composites(names: str | Iterable[str]) -> tuple[str, ...]:
-    """The names, each once, with every composite in them replaced by its tasks; other names are left as they are."""
+    """The names, each once, with composites replaced by their tasks; other names do not change."""
     listed = names.split(",") if isinstance(names, str) else names
     stripped = (name.strip() for name in listed)
     return tuple(dict.fromkeys(task for name in stripped if name for task in COMPOSITES.get(name, (name,))))

@@ -1,4 +1,4 @@
-"""How a task's prompt and answer become tokens: the one way for training, evaluation and the command line."""
+"""Turns a task's prompt and answer into tokens; training, evaluation and the command line all use this."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from dlp_lora.tasks.task import Example, PromptFormat
 
 
 def resolve_format(tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat) -> PromptFormat:
-    """Turns "auto" into "chat" where the tokenizer has a chat template, else into "plain".
+    """Turns "auto" into "chat" if the tokenizer has a chat template, else into "plain".
 
     Raises:
         TaskError: for "chat" without a chat template.
@@ -32,7 +32,7 @@ def as_prompt(
     tools: Sequence[Mapping[str, Any]] = (),
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> str | Chat:
-    """What `engine.generate` takes: a chat of one user message, or the text itself.
+    """The prompt for `engine.generate`: a chat of one user message, or the text.
 
     Raises:
         TaskError: if there are tools or arguments of a chat template, and no chat.
@@ -41,8 +41,8 @@ def as_prompt(
         messages = [{"role": "user", "content": prompt}]
         return Chat(messages=messages, tools=tools, chat_template_kwargs=chat_template_kwargs or {})
     if tools or chat_template_kwargs:
-        what = "the example has tools" if tools else "there are chat_template_kwargs"
-        raise TaskError(f"{what}, which only a chat template reads, but the prompt format is 'plain'; use 'chat'")
+        fault = "the example has tools" if tools else "there are chat_template_kwargs"
+        raise TaskError(f"{fault}, which only a chat template reads, but the prompt format is 'plain'; use 'chat'")
     return prompt
 
 
@@ -52,12 +52,12 @@ def encode_example(
     prompt_format: PromptFormat,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[list[int], list[int]]:
-    """Gives the tokens that are read, and those that are learned: the answer, then end-of-sequence if it is whole.
+    """Returns the tokens to read, and the tokens to learn: the answer, and end-of-sequence if the answer is complete.
 
-    After a plain prompt, what separates it from the answer is learned with the answer.
+    After a plain prompt, the separator is learned with the answer.
 
     Raises:
-        PromptError: if the chat template cannot write the prompt.
+        PromptError: if the chat template refuses the prompt.
     """
     prompt = as_prompt(
         tokenizer, example.prompt, prompt_format, tools=example.tools, chat_template_kwargs=chat_template_kwargs
@@ -76,5 +76,5 @@ def encode_example(
 
 
 def _separator(prompt: str) -> str:
-    # "A:" asks for its answer on the same line; any other prompt for one on the next.
+    # After "A:" the answer is on the same line; after any other prompt, on the next line.
     return "" if prompt[-1:].isspace() else " " if prompt.endswith(":") else "\n"

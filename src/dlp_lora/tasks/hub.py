@@ -1,6 +1,6 @@
 """The catalog's tasks from the Hugging Face hub: a task's name in, its data set's rows as Examples out.
 
-Prompts are built as BIG-bench builds them, with one option a line. What is left out is counted and logged.
+Prompts are built as in BIG-bench, with one option per line. Rows that are left out are counted and logged.
 """
 
 import logging
@@ -21,7 +21,7 @@ HUB = "hub"
 NUM_TRAIN = 900
 NUM_TEST = 100
 MAX_ROWS = 20_000
-"""Rows of a split that are looked at, drawn at random."""
+"""The number of rows of a split that are read, drawn at random."""
 MAX_TEST_PER_TEXT = 3
 MAX_PROMPT = 1200
 LONGER_PROMPTS = {"question_selection": 1600, "cnn_dailymail": 1600}
@@ -41,15 +41,15 @@ OPTIONS_IN_TEXT = (
     "vitaminc_fact_verification",
 )
 FREE_ANSWERS = ("disfl_qa", "object_counting")
-# The line that asks for the answer: options stand before it, and at the end of other prompts.
+# The line that asks for the answer: options go before it, or at the end of prompts without it.
 ASKS = re.compile(
     r"\n(A:|Answer:|Language:|The above reasoning is|Length of longest common subsequence:"
     r"|Choose the appropriate question which has the given answer\.)$"
 )
 OPTION_LINE = re.compile(r"\n *choice: ?(.*)")
 
-# Many questions are asked about one text. Its questions are all in train or all in test, or the adapter would be
-# scored on texts that it has learned. The group is the text, a run of rows where windows over it overlap.
+# Many questions are about one text. They are all in train or all in test; otherwise the adapter would be scored on
+# texts that it has learned. The group is the text, or a run of rows with overlapping windows of it.
 TEXTS = {
     "abstract_narrative_understanding": re.compile(r"\nNarrative: (.*)"),
     "contextual_parametric_knowledge_conflicts": re.compile(r"\nQuestion: (.*)"),
@@ -68,7 +68,7 @@ logger = logging.getLogger(__name__)
 
 
 def read_data(data: str | Path, names: str | Iterable[str] | None = None) -> list[Task]:
-    """The tasks of a data directory, or of the hub if `data` is "hub"; `names` may hold composites."""
+    """The tasks of a data directory, or of the hub if `data` is "hub"; `names` may have composites."""
     chosen = None if names is None else expand_composites(names)
     return read_hub_tasks(chosen) if is_hub(data) else read_tasks(data, names=chosen)
 
@@ -86,13 +86,13 @@ def read_hub_tasks(
     seed: int = 0,
     mirror: str | Path | None = None,
 ) -> list[Task]:
-    """Tasks of the catalog as the hub has them, the same ones for the same seed.
+    """Tasks of the catalog from the hub, the same ones for the same seed.
 
-    Test examples come from the official test part where there is one. No prompt is in both parts, nor are two
-    questions about the same text. A `mirror` is a folder of data set folders, `<owner>/<name>`, to read instead.
+    Test examples come from the official test part if there is one. No prompt is in both parts, nor are two questions
+    about the same text. A `mirror` is a folder of data set folders, `<owner>/<name>`, to read instead.
 
     Raises:
-        TaskError: for an unknown name, a data set that cannot be had or has too few rows, or without `datasets`.
+        TaskError: for an unknown name, a data set that is missing or has too few rows, or without `datasets`.
     """
     if num_train < 1 or num_test < 0:
         raise ValueError(f"num_train={num_train}, num_test={num_test}; expected at least 1 and 0")
@@ -106,7 +106,7 @@ def read_hub_tasks(
 class _Question:
     example: Example
     text: str
-    """The text that it is about: questions with the same one stay together."""
+    """The text of a question: questions with the same text stay together."""
 
 
 def _read_task(task: CatalogTask, *, num_train: int, num_test: int, seed: int, mirror: str | Path | None) -> Task:
@@ -127,7 +127,7 @@ def _read_task(task: CatalogTask, *, num_train: int, num_test: int, seed: int, m
 
 
 def _cut(questions: list[_Question], num_test: int, rng: random.Random) -> tuple[list[Example], list[Example]]:
-    """Takes texts, and a few test examples of each, until there are enough; gives train and test examples."""
+    """Takes texts, and a few test examples of each, until there are enough; returns train and test examples."""
     texts: dict[str, list[Example]] = {}
     for question in questions:
         texts.setdefault(question.text, []).append(question.example)
@@ -177,7 +177,7 @@ def _load(task: CatalogTask, split: str, mirror: str | Path | None) -> Any:
     path = source.dataset if mirror is None else str(Path(mirror) / source.dataset)
     try:
         return load_dataset(path, source.config, split=split)
-    except Exception as cause:  # datasets raises its own errors, the hub client's, pyarrow's and OSError
+    except Exception as cause:  # datasets raises many kinds of errors
         raise TaskError(
             f"{task.name}: {source} ({split}) cannot be had from {mirror or 'the hub'}: {cause}; "
             "check the connection, or give a folder of task folders"
@@ -188,7 +188,7 @@ def _text(name: str, example: Example, index: int) -> str:
     if name in RUNS:
         return str(index // RUNS[name])
     if name == "elementary_math_qa":
-        # A word problem is asked five ways, one of them by hints alone; the options are the same.
+        # A word problem has five forms, one of them with only hints; the options are the same.
         return "\n".join(sorted(example.choices or ()))
     match = TEXTS[name].search(example.prompt) if name in TEXTS else None
     return match[1] if match else example.prompt
@@ -202,7 +202,7 @@ def _read_bigbench(name: str, row: Mapping[str, Any]) -> Example | None:
     right = [option for option, score in scores.items() if score == max(scores.values())]
     if not prompt or len(right) == len(scores):
         return None
-    # A count is listed as "3" and as "three", both right: the digits do as options.
+    # A count is listed as "3" and as "three", both right; only the digits become options.
     listed = [option for option in scores if len(right) == 1 or option.isdigit()]
     if name == "logical_deduction":
         prompt += " Which choice is correct?"  # the source has statements only
@@ -261,7 +261,7 @@ def _example(prompt: str, answers: list[str], choices: list[str] | None = None) 
 
 
 def _tidy(text: str) -> str:
-    """No spaces at line ends, one empty line at most in a row, no blank space around the whole."""
+    """Removes spaces at line ends, repeated empty lines, and blank space around the whole."""
     return re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)).strip()
 
 
@@ -272,4 +272,4 @@ READERS: dict[str, Callable[[str, Mapping[str, Any]], Example | None]] = {
     "Helsinki-NLP/news_commentary": _read_news_commentary,
     "tatsu-lab/alpaca": _read_alpaca,
 }
-"""How the rows of each data set become Examples, by the data set's id; None for a row of no use."""
+"""Turns the rows of each data set into Examples, by the data set's id; None for a useless row."""

@@ -1,4 +1,4 @@
-"""The manifest of a data directory: what `manifest.json` says of its tasks, and what kind of task each is."""
+"""The manifest of a data directory: facts about its tasks in `manifest.json`, and the kind of each task."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from dlp_lora.tasks.task import Task
 
 MANIFEST_FILE = "manifest.json"
 MAX_SHORT_ANSWER = 60
-"""Characters up to which a free answer is one that can be scored by equality."""
+"""The largest number of characters of a free answer that is scored by equality."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskInfo:
-    """What a manifest says of one task, all of it optional."""
+    """The manifest's facts about one task, all optional."""
 
     paper_name: str | None = None
     kind: Kind | None = None
@@ -26,16 +26,16 @@ class TaskInfo:
     majority: float | None = None
     """Accuracy on the test examples of always giving the most common training answer."""
     stand_in: str | None = None
-    """What stands in for the paper's data, where it does."""
+    """The name of the data that replaces the paper's."""
 
 
 def read_manifest(data: str | Path) -> dict[str, TaskInfo]:
-    """What the data directory's manifest says, by task; nothing if there is no manifest.
+    """Reads the manifest of a data directory, by task; empty if there is no manifest.
 
-    Keys that are not ours are ignored, here and in each task's entry.
+    Unknown keys are ignored, here and in each task's entry.
 
     Raises:
-        TaskError: for a manifest that is not what docs/data-format.md describes.
+        TaskError: if the manifest differs from the format in docs/data-format.md.
     """
     file = Path(data) / MANIFEST_FILE
     if not file.is_file():

@@ -1,4 +1,4 @@
-"""The package's own tasks, made from a seed: a name in, a Task out, with nothing to download."""
+"""The package's tasks, made from a seed: a name in, a Task out, without a download."""
 
 import random
 from collections.abc import Callable
@@ -24,14 +24,14 @@ PROCEDURAL: dict[str, Callable[[random.Random], Question]] = {
     "sequence": questions.sequence,
     "code_word": questions.code_word,
 }
-"""How each task makes one question, by the task's name."""
+"""The function that makes one question, by the task's name."""
 
 
 def procedural_task(name: str, *, num_train: int = 400, num_test: int = 50, seed: int = 0) -> Task:
     """The named task of `PROCEDURAL`, the same one for the same seed in every process.
 
-    No prompt comes twice, and no test question is a training question in other words. More examples of the
-    same seed begin with the fewer.
+    No prompt comes twice, and no test question is a training question in other words. With more examples of the same
+    seed, the first ones stay the same.
     """
     if name not in PROCEDURAL:
         raise TaskError(f"no procedural task {name!r}; choose from {', '.join(PROCEDURAL)}")
@@ -58,7 +58,7 @@ def procedural_task(name: str, *, num_train: int = 400, num_test: int = 50, seed
 
 
 def _split(name: str, seed: int) -> Callable[[str], bool]:
-    """Says of a fact whether it is for testing. A draw that leaves too few there, of a task of few, is not taken."""
+    """Decides whether a fact is for testing. If a small task gets too few of these, the draw is repeated."""
     rng = random.Random(f"{name} {seed} facts")
     facts = {PROCEDURAL[name](rng).fact for _ in range(NUM_FACTS_TRIED)}
     draws = chain([f"{name} {seed}"], (f"{name} {seed} {draw}" for draw in count(1)))

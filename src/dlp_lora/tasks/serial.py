@@ -1,7 +1,7 @@
 """Questions in a row: several examples in, one prompt that asks them all and the parts of its answer out.
 
-A router can switch between the parts only where a sentence ends, so the answers should end in ".", "!" or
-"?"; nothing is added to those that do not.
+A router can switch between the parts only at the end of a sentence, so the answers should end in ".", "!" or "?".
+Nothing is added to the others.
 """
 
 from collections.abc import Sequence
@@ -19,10 +19,10 @@ def compose(examples: Sequence[Example], separator: str = " ") -> Example:
 
 
 def serial(*examples: Example, opener: str = " The") -> tuple[Example, ...]:
-    """What each question's own adapter learns from the joined prompt: its part of the answer.
+    """The training example of each question's adapter for the joined prompt: its part of the answer.
 
-    The answers before are given. Each part but the last goes on with the opener of the next one, and with no
-    end-of-sequence: that is where the next adapter takes over.
+    The earlier answers are a prefix. Each part but the last ends with the opener of the next one and without
+    end-of-sequence, because there the next adapter continues.
 
         >>> sums, days = serial(
         ...     Example(prompt="What is 1 + 2?", answer="The result is 3."),

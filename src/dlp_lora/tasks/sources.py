@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 def read_tasks(data_dir: str | Path, *, names: Iterable[str] | None = None) -> list[Task]:
     """The tasks of a data directory: those in `names`, in that order, or all of them, by name.
 
-    Every folder in it is a task, but for those whose name starts with a dot; files beside them are ignored.
+    Every folder in it is a task, except those whose names start with a dot; files beside them are ignored.
     """
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
@@ -65,7 +65,7 @@ def read_examples(file: str | Path) -> tuple[Example, ...]:
 def write_task(folder: str | Path, task: Task) -> None:
     """Write a task as plain train.jsonl and test.jsonl, each of them whole or not at all.
 
-    The folder's name becomes the task's when it is read. Files of the task that were there are replaced.
+    A reader gets the task's name from the folder. Older files of the task are replaced.
     """
     if not task.train:
         raise ValueError(f"the task {task.name!r} has no train examples; expected at least one")
@@ -95,7 +95,7 @@ def _read_split(path: Path) -> dict[int, Example]:
             example = Example.from_json(row)
         except TaskError as error:
             raise TaskError(f"{path}:{number}: {error}") from error
-        # Questions answered in a row share one prompt: what tells them apart is the answer so far.
+        # Questions of a serial prompt share the prompt and differ in the answer so far.
         key = (example.prompt, example.answer_prefix)
         if key in seen:
             num_repeated += 1
@@ -137,12 +137,12 @@ def _rows(path: Path) -> Iterator[tuple[int, object]]:
 
 
 def _reason(error: json.JSONDecodeError | RecursionError) -> str:
-    # json counts lines within the one line it was given: its own message would name line 1.
+    # json counts lines within this one line, so its message would name line 1.
     return f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    # Bytes, so that lines end at "\n" alone: text may hold the other line separators of Unicode.
+    # Bytes, so that lines end only at "\n": text may have the other line separators of Unicode.
     number = 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:

@@ -11,7 +11,7 @@ OPTIONAL_KEYS = ("choices", "references", "answer_prefix", "complete", "tools")
 IGNORED_KEYS = ("id", "meta")
 
 PromptFormat = Literal["auto", "chat", "plain"]
-"""How a prompt is put to the model: in its chat template, as it is, or in the template if there is one."""
+"""The form of a prompt for the model: in its chat template, as plain text, or in the template if there is one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,15 +21,15 @@ class Example:
     prompt: str
     answer: str
     choices: tuple[str, ...] | None = None
-    """The options to pick from; None where the answer is free text."""
+    """The options of a multiple-choice question; None if the answer is free text."""
     references: tuple[str, ...] = ()
     """All accepted answers; the answer itself always counts as one."""
     answer_prefix: str = ""
-    """The start of the answer that is given, not learned: the sentences of other tasks."""
+    """The start of the answer, which is read and not learned: the sentences of other tasks."""
     complete: bool = True
-    """False where the answer goes on in another task's sentence, so no end-of-sequence is learned."""
+    """False if the answer continues with another task's sentence, so that no end-of-sequence is learned."""
     tools: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
-    """JSON schemas of the tools that the answer may call; the chat template reads them beside the prompt."""
+    """JSON schemas of the tools that the answer may call, for the chat template."""
 
     def __post_init__(self) -> None:
         for key in REQUIRED_KEYS:
@@ -50,7 +50,7 @@ class Example:
 
     @classmethod
     def from_json(cls, row: object) -> "Example":
-        """The example that one decoded JSON line describes; a TaskError names the key that is wrong."""
+        """Makes an example from one decoded JSON line; a TaskError names the wrong key."""
         if not isinstance(row, dict):
             raise TaskError(f"found {_kind(row)}, expected a JSON object with 'prompt' and 'answer'")
         _check_keys(row)
@@ -65,7 +65,7 @@ class Example:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The example as a JSON object, without the keys that hold their default."""
+        """The example as a JSON object, without the keys that have their default."""
         row: dict[str, Any] = {"prompt": self.prompt, "answer": self.answer}
         if self.choices is not None:
             row["choices"] = list(self.choices)
@@ -90,7 +90,7 @@ class Task:
 
 
 def same_prompt(prompt: str) -> str:
-    """What two prompts share that differ in white space alone."""
+    """A key of a prompt: equal for prompts that differ only in white space."""
     return " ".join(prompt.split())
 
 
@@ -143,7 +143,7 @@ def _flag(row: Mapping[str, object], key: str, *, default: bool) -> bool:
 
 
 def _encodable(text: str, key: str) -> str:
-    # JSON can spell half a surrogate pair ("\ud83d"); no tokenizer and no UTF-8 file can hold one.
+    # JSON can spell half a surrogate pair ("\ud83d"), which no tokenizer and no UTF-8 file accepts.
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -155,7 +155,7 @@ def _encodable(text: str, key: str) -> str:
 
 
 def _kind(value: object) -> str:
-    """What JSON calls the value."""
+    """The JSON type of a value."""
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -1,8 +1,8 @@
-"""Questions of the package's own tasks: a random generator in, one question with its answer out.
+"""Questions of the package's tasks: a random generator in, one question with its answer out.
 
-Every answer is one sentence that begins with "The" and ends with a full stop, so that the answers to several
-questions can follow each other and the adapter can change where one ends. Prompts are short and come in many
-wordings, so that the router cannot go by a single phrase.
+Every answer is one sentence that begins with "The" and ends with a full stop. So answers to several questions can
+follow each other, and the adapter can change between them. Prompts are short and have many wordings, so that the router
+cannot learn a single phrase.
 """
 
 import random
@@ -14,7 +14,7 @@ MONTHS = (
 )  # fmt: skip
 NUMBER_WORDS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
 
-# From, to, how many of these in one of those, the largest number asked for.
+# From, to, the factor, the largest number in a question.
 UNITS = (
     ("kilometres", "metres", 1000, 99),
     ("kilograms", "grams", 1000, 99),
@@ -35,7 +35,7 @@ WORDS = (
     "queen", "quiet", "river", "rocket", "silver", "stone", "table", "tiger", "uncle", "umbrella",
     "valley", "village", "water", "window", "yard", "yellow", "zebra", "zero",
 )  # fmt: skip
-# A rule made up here, that no model can know beforehand: a code is the colour's initial and the shape's number.
+# A made-up rule that no model knows: a code is the colour's initial and the shape's number.
 COLOURS = (
     "red", "blue", "green", "yellow", "white", "pink", "amber", "violet",
     "orange", "silver", "navy", "cream", "lime", "teal", "khaki", "maroon",
@@ -155,7 +155,7 @@ def date_reasoning(rng: random.Random) -> Question:
 
 
 def letter_order(rng: random.Random) -> Question:
-    """The first by the alphabet of three words that begin with different letters."""
+    """The alphabetically first of three words that begin with different letters."""
     letters = rng.sample(sorted({word[0] for word in WORDS}), 3)
     words = [rng.choice([word for word in WORDS if word[0] == letter]) for letter in letters]
     wording = rng.choice((
