@@ -31,8 +31,7 @@ def bundle(
         int | None, typer.Option(help="Shortest sentence, in tokens, after which the mixture may change. [default: 1]")
     ] = None,
     margin: Annotated[
-        float | None, typer.Option(help="The mixture changes if another adapter is more probable by this. [default:
-        0.2]")
+        float | None, typer.Option(help="Lead of another adapter that changes the mixture. [default: 0.2]")
     ] = None,
     kv_policy: Annotated[
         str, typer.Option(help="The KV cache at a switch: recompute or keep.")

@@ -50,8 +50,8 @@ class BackendOptions:
         typer.Option(help="Addresses of vLLM servers with the base model. [default: this command starts and ends one]"),
     ] = ()
     adapter_cache: Annotated[
-        Path | None, typer.Option(help="Folder for mixtures that this server and vLLM see under the same path. [default:
-        in memory]"),
+        Path | None,
+        typer.Option(help="Folder for mixtures that server and vLLM see under one path. [default: in memory]"),
     ] = None
     adapter_cache_mb: Annotated[float, "Megabytes of mixtures that are kept there."] = 2048.0
     max_rank: Annotated[
