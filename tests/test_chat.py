@@ -46,7 +46,7 @@ class TestChatTokens:
 
     @pytest.mark.parametrize("name", ["chat_template", "tokenize", "tools", "add_generation_prompt"])
     def test_arguments_of_transformers_are_none_of_the_template(self, name: str) -> None:
-        with pytest.raises(PromptError, match=f"{name} cannot stand among the arguments"):
+        with pytest.raises(PromptError, match=f"{name} cannot be among the arguments"):
             text(chat_template_kwargs={name: "x"})
 
     def test_a_last_message_of_the_assistant_goes_on(self) -> None:

@@ -230,7 +230,7 @@ def test_a_folder_that_was_not_written_here_is_never_replaced(tmp_path: Path) ->
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "thesis.txt").write_text("years")
     with (
-        pytest.raises(ValueError, match=r"work is there and has no bundle\.json: it would be lost"),
+        pytest.raises(ValueError, match=r"work exists and has no bundle\.json, so it is something else"),
         replace_folder(tmp_path / "work", own=("bundle.json",)),
     ):
         pass

@@ -324,7 +324,7 @@ def test_where_none_of_them_is_the_likeliest_no_policy_chooses(policy: FusionPol
 
 @pytest.mark.parametrize("p", [math.nan, math.inf, -0.1, 1.5])
 def test_what_is_no_probability_is_the_routers_error_not_the_base_model(p: float) -> None:
-    with pytest.raises(RouterError, match="where a probability is expected; train it again"):
+    with pytest.raises(RouterError, match="expected a number from 0 to 1; train it again"):
         choose(TopP(), {"math": 0.5, "units": p})
 
 

@@ -128,7 +128,7 @@ def _check_arguments(tokenizer: Any, template: str, chat: Chat) -> None:
     reserved = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD} - {"documents"}
     if taken := sorted(reserved & set(chat.chat_template_kwargs)):
         raise PromptError(
-            f"{', '.join(taken)} cannot stand among the arguments of the template (chat_template_kwargs); tools and "
+            f"{', '.join(taken)} cannot be among the arguments of the template (chat_template_kwargs); tools and "
             "continue_final_message are arguments beside it"
         )
     read = template_arguments(template)

@@ -47,7 +47,7 @@ def cache_dir() -> Path:
 def _convert(folder: Path) -> None:
     package = find_spec(PACKAGE)
     if package is None or package.origin is None or find_spec("gguf") is None:
-        raise ModelError(f"the default model is not installed; run `{INSTALL}`, or name a model of your own")
+        raise ModelError(f"the default model is not installed; run `{INSTALL}`, or name another model")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -59,7 +59,7 @@ def check_replaceable(path: str | Path, marker: str) -> None:
     """
     path = Path(path)
     if path.exists() and not (path / marker).is_file() and (path.is_file() or any(path.iterdir())):
-        raise ValueError(f"{path} is there and has no {marker}: it would be lost; write somewhere else")
+        raise ValueError(f"{path} exists and has no {marker}, so it is something else; write to another place")
 
 
 def recover_folder(path: str | Path) -> None:
@@ -128,7 +128,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(data) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} stands in one object twice; leave one of them out")
+        raise ValueError(f"the key {twice!r} is in one object twice; leave one of them out")
     return data
 
 

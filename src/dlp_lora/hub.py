@@ -62,7 +62,7 @@ class Hub:
         except Exception as cause:  # the hub client raises many kinds of errors
             which = f"{source} at revision {revision!r}" if revision is not None else source
             reason = " ".join(str(cause).split())
-            raise error(f"{which} is not a folder, and cannot be had from the hub: {reason}") from cause
+            raise error(f"{which} is not a folder, and cannot be loaded from the hub: {reason}") from cause
         return self._inside(Path(folder), source, inside, error)
 
     def _inside(self, folder: Path, source: str | Path, inside: str, error: type[DLPLoRAError]) -> Path:

@@ -247,7 +247,7 @@ def choose(policy: FusionPolicy, row: Mapping[str, float], unsure: Unsure = "bas
     """
     if not all(0 <= p <= 1 + TOLERANCE for p in row.values()):  # false for NaN, too
         name = next(name for name, p in row.items() if not 0 <= p <= 1 + TOLERANCE)
-        raise RouterError(f"the router gave {name} {row[name]}, where a probability is expected; train it again")
+        raise RouterError(f"the router gave {name} {row[name]}, expected a number from 0 to 1; train it again")
     fits = math.fsum(row.values())
     sums_to_1 = fits <= 0 or abs(fits - 1) < TOLERANCE
     probabilities = dict(row) if sums_to_1 else {name: p / fits for name, p in row.items()}
@@ -260,7 +260,7 @@ def mixture_of(text: str) -> Mixture:
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, _, weight = part.partition("=")
         if name.strip() in mixture:
-            raise ValueError(f"{name.strip()!r} stands in the mixture twice; give each adapter one weight")
+            raise ValueError(f"{name.strip()!r} is in the mixture twice; give each adapter one weight")
         try:
             mixture[name.strip()] = float(weight or 1)
         except ValueError as error:

@@ -290,7 +290,7 @@ def test_a_config_with_a_byte_order_mark_is_read_and_a_key_twice_is_refused(squa
     (squad / CONFIG).write_bytes(b"\xef\xbb\xbf" + text.encode())
     assert len(read_adapter(squad).modules) == 4
     (squad / CONFIG).write_text(text.replace('"r": 4', '"r": 4, "r": 8'))
-    with pytest.raises(AdapterError, match=rf"{CONFIG} cannot be read as JSON: the key 'r' stands in one object twice"):
+    with pytest.raises(AdapterError, match=rf"{CONFIG} cannot be read as JSON: the key 'r' is in one object twice"):
         read_adapter(squad)
 
 
@@ -308,7 +308,9 @@ def test_a_config_with_a_byte_order_mark_is_read_and_a_key_twice_is_refused(squa
 )
 def test_a_pattern_that_is_no_regular_expression_is_refused_by_name(change: dict[str, Any], squad: Path) -> None:
     edit_config(squad, **change)
-    with pytest.raises(AdapterError, match=rf"{CONFIG} has {next(iter(change))} '.*', which is no regular expression"):
+    with pytest.raises(
+        AdapterError, match=rf"{CONFIG} has {next(iter(change))} '.*', which is not a regular expression"
+    ):
         read_adapter(squad)
 
 

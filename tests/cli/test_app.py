@@ -45,7 +45,7 @@ def test_a_command_whose_output_nobody_reads_ends_silently(
 @pytest.mark.parametrize(
     "line, message",
     [
-        ('{"prompt": "a", "prompt": "b"}', "line 2: the key 'prompt' stands in one object twice"),
+        ('{"prompt": "a", "prompt": "b"}', "line 2: the key 'prompt' is in one object twice"),
         ('{"messages": [{"role": "user", "role": "user", "content": "a"}]}', "line 2: the key 'role' stands in one"),
         ("[" * 100_000, "line 2: not JSON"),
     ],

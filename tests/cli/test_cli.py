@@ -527,7 +527,7 @@ ERRORS: dict[str, tuple[tuple[str, ...], str, str]] = {
     ),
     "no bundle": (("generate", "Hi", "--bundle", "{work}/nothing"), "", "nothing is not a folder"),
     "no bundle to route": (("route", "Hi", "--bundle", "{work}/nothing"), "", "nothing is not a folder"),
-    "not a bundle": (("generate", "Hi", "--bundle", "{work}/data"), "", "data is no bundle"),
+    "not a bundle": (("generate", "Hi", "--bundle", "{work}/data"), "", "data is not a bundle"),
     "nothing to load": (("generate", "Hi"), "", "give --bundle, or --adapters and --router"),
     "bundle and adapters": (
         ("generate", "Hi", "--bundle", "{work}/bundle", "--adapters", "{work}/adapters"),
@@ -565,7 +565,7 @@ ERRORS: dict[str, tuple[tuple[str, ...], str, str]] = {
     "adapter twice": (
         ("generate", "Hi", "--bundle", "{work}/bundle", "--fixed", "sums=0.5,days,sums=0.5"),
         "",
-        "'sums' stands in the mixture twice; give each adapter one weight",
+        "'sums' is in the mixture twice; give each adapter one weight",
     ),
     "tokenizer beside an encoder": (
         (

@@ -55,7 +55,7 @@ def test_each_part_comes_at_its_revision(hub: LocalHub, parts: Path) -> None:
     revisions = ("--revision", "v1", "--adapter-revision", "v2", "--router-revision", "v3", "--token", TOKEN)
     refused = run("generate", "Why?", *names, *revisions[:-2])
     assert refused.exit_code == 1
-    assert "owner/router at revision 'v3' is not a folder, and cannot be had from the hub" in refused.stderr
+    assert "owner/router at revision 'v3' is not a folder, and cannot be loaded from the hub" in refused.stderr
     (found,) = json_lines(ok("generate", "Why?", *names, *revisions, *QUICK))
     assert found["text"] == expected[0]["text"]
     bundle = ("--bundle", "owner/bundle", "--revision", "v4", "--model", "owner/base", "--base-revision", "v1")
@@ -107,7 +107,7 @@ def test_an_adapter_is_trained_on_the_revision_that_was_named(hub: LocalHub, tmp
 def test_no_server_is_asked_for_what_must_be_here(hub: LocalHub) -> None:
     result = run("generate", "Why?", "--bundle", "owner/bundle", "--revision", "v4", "--local-files-only")
     assert result.exit_code == 1
-    assert "owner/bundle at revision 'v4' is not a folder, and cannot be had from the hub" in result.stderr
+    assert "owner/bundle at revision 'v4' is not a folder, and cannot be loaded from the hub" in result.stderr
     assert not hub.requests
 
 
@@ -184,4 +184,4 @@ def test_a_router_is_trained_with_the_tokenizer_or_encoder_at_its_revision(
     assert "no tokenizer can be loaded from 'owner/tokenizer'" in refused.stderr
     ok(*train, "--tokenizer", "owner/tokenizer", *there)
     missing = run(*train, "--router-kind", "encoder", "--encoder", "owner/tokenizer", "--revision", "v6", *there[2:])
-    assert "owner/tokenizer at revision 'v6' is not a folder, and cannot be had from the hub" in missing.stderr
+    assert "owner/tokenizer at revision 'v6' is not a folder, and cannot be loaded from the hub" in missing.stderr

@@ -150,7 +150,7 @@ def test_a_bundle_and_its_base_have_a_revision_each(cache: Cache, lively_adapter
     again = cache.load("owner/bundle", revision="v1", base_revision="v1", base_model="owner/base")
     with again.disabled():
         assert torch.equal(logits(again.model), logits(lively_model(seed=5)))
-    with pytest.raises(ValueError, match="are for bundles, but the first argument is no bundle"):
+    with pytest.raises(ValueError, match="are for bundles, but the first argument is not a bundle"):
         cache.load("owner/base", adapters=lively_adapters, base_revision="v1")
 
 
@@ -158,9 +158,9 @@ def test_what_is_not_in_the_cache_is_refused_with_its_revision(cache: Cache, liv
     cache.add("owner/base", main=base())
     with pytest.raises(ModelError, match=r"'owner/base' \(revision 'v2', cache_dir .*\) cannot be loaded"):
         cache.load("owner/base", adapters=lively_adapters, revision="v2")
-    with pytest.raises(AdapterError, match="owner/none at revision 'v1' is not a folder, and cannot be had"):
+    with pytest.raises(AdapterError, match="owner/none at revision 'v1' is not a folder, and cannot be loaded"):
         cache.load("owner/base", adapters={"a": "owner/none"}, adapter_revision="v1")
-    with pytest.raises(RouterError, match="owner/none is not a folder, and cannot be had"):
+    with pytest.raises(RouterError, match="owner/none is not a folder, and cannot be loaded"):
         cache.load("owner/base", adapters=lively_adapters, router="owner/none")
 
 

@@ -188,7 +188,7 @@ class TestLoad:
             dlp_lora.load(tmp_path / "nowhere")
 
     def test_a_base_model_alone_is_refused(self, base: Path) -> None:
-        with pytest.raises(BundleError, match="tiny-base is no bundle; give adapters="):
+        with pytest.raises(BundleError, match="tiny-base is not a bundle; give adapters="):
             dlp_lora.load(base)
 
     def test_a_model_in_memory_without_adapters_is_refused_in_a_line(self) -> None:
@@ -210,7 +210,7 @@ class TestLoad:
             dlp_lora.load(base, adapters={"math": tmp_path / "nowhere"})
 
     def test_a_base_model_replaces_that_of_a_bundle_only(self, base: Path, lively_adapters: Path) -> None:
-        with pytest.raises(ValueError, match="the first argument is no bundle"):
+        with pytest.raises(ValueError, match="the first argument is not a bundle"):
             dlp_lora.load(base, adapters=lively_adapters, base_model=base)
 
     def test_a_model_is_attached_to_once_at_a_time(self, lively_adapters: Path) -> None:

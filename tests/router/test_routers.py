@@ -827,7 +827,7 @@ class TestCommands:
             ),
             (("router-from-descriptions", "{work}/model/config.json"), "config.json does not hold"),
             (("router-from-descriptions", "{work}/model/model.safetensors"), "is not JSON"),
-            (("router-from-descriptions", "{work}/twice.json"), "the key 'math' stands in one object twice"),
+            (("router-from-descriptions", "{work}/twice.json"), "the key 'math' is in one object twice"),
         ],
     )
     def test_wrong_calls_say_what_to_do(self, work: Path, args: tuple[str, ...], message: str, unchecked: None) -> None:

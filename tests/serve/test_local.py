@@ -280,7 +280,7 @@ def test_a_failure_of_the_model_ends_the_rows_of_the_step_and_not_the_server(eng
 def test_scores_that_are_no_numbers_spoil_no_other_row(engine: Engine, backend: LocalBackend) -> None:
     other = ask(engine, PROMPTS[1], max_tokens=40)
     stream = backend.open(other)
-    with pytest.raises(BackendError, match="scores that are no numbers"):
+    with pytest.raises(BackendError, match="scores that are not numbers"):
         list(backend.open(ask(engine, PROMPTS[0], mixture={"math": 1e200})))
     assert timeless(read(stream).generation) == timeless(alone(engine, other))
     assert timeless(read(backend.open(other)).generation) == timeless(alone(engine, other))

@@ -408,7 +408,7 @@ def test_a_silent_server_is_given_up_on(engine: Engine, outline: Outline, lively
         for replica in backend._replicas:
             replica.client.timeout_s = 0.3
         slow.faults += [Fault(slow_s=0.8)] * 2
-        with pytest.raises(UnavailableError, match="said nothing in time"):
+        with pytest.raises(UnavailableError, match="did not answer in time"):
             read(backend.open(ask(engine, PROMPTS[1], mixture={})))
         backend.close()
 
@@ -660,7 +660,7 @@ def test_what_is_slower_or_refused_is_noted(engine: Engine, outline: Outline, li
         notes = " ".join(backend.notes)
         assert "slots for 2 mixtures (--max-loras), and 64 requests may run" in notes
         assert "--enable-prompt-tokens-details" in notes
-        assert "no record of what its base model says" in notes
+        assert "no record of its base model's answers" in notes
         with pytest.raises(ValueError, match=r"kv_policy: .* use 'recompute'"):
             backend.open(ask(engine, PROMPTS[0], settings={"kv_policy": "keep"}))
         backend.close()

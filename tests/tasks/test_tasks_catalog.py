@@ -137,7 +137,7 @@ def test_a_folder_without_a_manifest_has_nothing_to_say(tmp_path: Path) -> None:
     "content, message",
     [
         ('{"tasks": ', r"not JSON \(Expecting value"),
-        ('{"tasks": {"a": {"kind": "qa"}, "a": {"kind": "mcq"}}}', "the key 'a' stands in one object twice"),
+        ('{"tasks": {"a": {"kind": "qa"}, "a": {"kind": "mcq"}}}', "the key 'a' is in one object twice"),
         ("[1, 2]", 'has no "tasks"'),
         ({"task": {}}, 'has no "tasks"'),
         ({"tasks": ["winowhy"]}, 'has no "tasks"'),

@@ -271,7 +271,7 @@ def test_an_unknown_task_lists_the_catalog(tmp_path: Path) -> None:
 
 
 def test_a_data_set_that_cannot_be_had_is_named(tmp_path: Path) -> None:
-    with pytest.raises(TaskError, match=r"gsm8k: openai/gsm8k main .* cannot be had from .*check the connection"):
+    with pytest.raises(TaskError, match=r"gsm8k: openai/gsm8k main .* cannot be loaded from .*check the connection"):
         read_hub_tasks("gsm8k", mirror=tmp_path)
 
 

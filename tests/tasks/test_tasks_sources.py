@@ -143,7 +143,7 @@ def test_a_task_without_train_examples_is_not_written(tmp_path):
 
 LINE_ERRORS = {
     "broken JSON": ('{"prompt": "x", "answer"', r"not JSON \(.*at column 25\).*expected one whole object"),
-    "a key twice": ('{"prompt": "x", "prompt": "y", "answer": "z"}', r"the key 'prompt' stands in one object twice"),
+    "a key twice": ('{"prompt": "x", "prompt": "y", "answer": "z"}', r"the key 'prompt' is in one object twice"),
     "too deep JSON": ("[" * 100_000, r"not JSON .*expected one whole object"),
     "a list": ("[1]", r"found a list, expected a JSON object with 'prompt' and 'answer'"),
     "a string": ('"hello"', r"found the string 'hello', expected a JSON object"),

@@ -379,7 +379,7 @@ def test_examples_of_tokens_that_the_model_has_no_embeddings_of_are_refused(tmp_
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<t1>", "<t2>"]})
     task = Task(name="toy", train=(Example(prompt="<t2> hi", answer="ok"),), test=())
-    with pytest.raises(TaskError, match=r"toy: the text holds '<t2>', token 260, .* embeddings of 260 tokens alone"):
+    with pytest.raises(TaskError, match=r"toy: the text holds '<t2>', token 260, .* embeddings of only 260 tokens"):
         train_adapter(lively_model(), tokenizer, task, tmp_path / "toy", QUICK)
 
 

@@ -280,8 +280,8 @@ def _check_patterns(file: Path, config: Mapping[str, Any]) -> None:
                 re.compile(pattern)
         except (re.error, RecursionError, OverflowError) as error:
             raise AdapterError(
-                f"{file} has {key} {written!r}, which is no regular expression ({error}); PEFT reads it as one, so "
-                f'write ".*" where any letters may stand'
+                f"{file} has {key} {written!r}, which is not a regular expression ({error}); PEFT reads it as one, so "
+                f'write ".*" for any letters'
             ) from error
 
 

@@ -105,7 +105,7 @@ def _of_one_adapter(
     if not usual:
         raise AdapterError(
             f"{path} holds the weights of several adapters ({', '.join(sorted(map(str, named)))}); save each in a "
-            f"folder of its own"
+            f"separate folder"
         )
     dropped = ", ".join(sorted(str(name) for name in named - usual))
     kept = [lora for lora in loras if lora[3] in usual]

@@ -155,7 +155,7 @@ def _copies(folder: AdapterFolder, layout: BaseLayers | None) -> Sequence[str]:
     for name in out_of_reach:
         if folder.base_copies[name].is_trained:
             raise AdapterError(
-                f"{folder.base_copies[name].reason} (whether it was changed cannot be told without the base)"
+                f"{folder.base_copies[name].reason} (only the base model can show whether it was changed)"
             )
     if layout is not None:
         from dlp_lora.bank.peft_format import Adapter, check_base_copies

@@ -103,11 +103,11 @@ class ModelHubOptions:
     trust_remote_code: Annotated[
         bool, of_hub("Run the code that the base model's repository brings.", "--trust-remote-code")
     ] = False
-    token: Annotated[str | None, of_hub("Of private repositories; others here can read it, HF_TOKEN is better.")] = None
+    token: Annotated[
+        str | None, of_hub("Token for private repositories; HF_TOKEN is safer, as others cannot read it.")
+    ] = None
     cache_dir: Annotated[Path | None, of_hub("Folder of downloads. [default: the hub's usual cache]")] = None
-    local_files_only: Annotated[bool, of_hub("Ask no server: what is not here is missing.", "--local-files-only")] = (
-        False
-    )
+    local_files_only: Annotated[bool, of_hub("Use only the cache and no server.", "--local-files-only")] = False
 
     def given(self) -> dict[str, Any]:
         """The set options by name, for `dlp_lora.load`."""

@@ -47,8 +47,8 @@ def demo(
     show_table(_accuracy_table(result.accuracy))
     show_table(_pairs_table(result.pairs))
     console.print(
-        "Right means that the value asked for stands in the answer. The base model is asked both ways; nobody told "
-        "DLP-LoRA which task a prompt belongs to.\n"
+        "An answer is right if it has the correct value. The base model gets the prompt in both formats. "
+        "DLP-LoRA does not know the task of a prompt.\n"
     )
     say(f"The bundle is in {result.bundle}. Try:")
     say(f"  {to_try('generate', '--bundle', result.bundle, '--show-routing', result.serial.prompt)}")

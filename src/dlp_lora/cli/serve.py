@@ -180,7 +180,7 @@ def keys_of(options: KeyOptions) -> "Keys":
     users = {} if options.keys is None else read_keys(options.keys)
     api_key = options.api_key or os.environ.get(API_KEY)
     if api_key in users:
-        raise ValueError("the key of --api-key stands in the file of --keys, too; take it out of one of them")
+        raise ValueError("the key of --api-key is also in the file of --keys; remove one of them")
     if api_key:
         users[api_key] = None
     return Keys(users, admin=options.admin_key or os.environ.get(ADMIN_KEY))

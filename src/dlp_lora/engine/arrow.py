@@ -231,7 +231,7 @@ def _prototypes(adapters: Sequence[Adapter], *, inside: str) -> tuple[dict[str, 
                 num_found += 1
         if not num_found:
             raise AdapterError(
-                f"{adapter.path} changes nothing inside the decoder, so its weights do not say what it is for; "
+                f"{adapter.path} changes nothing inside the decoder, so the router cannot use its weights; "
                 f"train it, or describe it: router-from-descriptions"
             )
     modules = sorted(vectors)

@@ -101,7 +101,7 @@ class Base:
     def from_source(cls, source: str) -> "Base":
         """Reads an older bundle's path or hub id, as it was on the machine that wrote it."""
         if not isinstance(source, str):
-            raise TypeError(f"{source!r} where a str is expected")
+            raise TypeError(f"expected a str, got {source!r}")
         if not source:
             return cls(name="", origin="memory")
         if _is_path(source):

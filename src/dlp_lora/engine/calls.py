@@ -179,7 +179,7 @@ def kept_tokens(
         return attended.diagonal(offset=first, dim1=-2, dim2=-1).expand(len(ids), -1)
     shape = f" of {mask.ndim} dimensions" if isinstance(mask, Tensor) else ""
     raise ValueError(
-        f"an attention mask of (batch, seq) or (batch, 1, seq, places) says what is padding, got a "
+        f"an attention mask must be (batch, seq) or (batch, 1, seq, places), got a "
         f"{type(mask).__name__}{shape}; pass one of these"
     )
 

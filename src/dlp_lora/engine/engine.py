@@ -404,7 +404,7 @@ class Engine:
             if not (has_beams or has_read_on or call.mixtures is not None):
                 raise ModelError(
                     f"the passes of {type(self.model).__name__} did not follow its answer token by token, so there is "
-                    "no trace of it; leave out what decodes in another way, or use engine.fixed()"
+                    "no trace of it; leave out the option that decodes in another way, or use engine.fixed()"
                 )
             rows = tuple(self._controller.replay(inputs, answers))
         masked = zip(inputs["input_ids"].tolist(), inputs["attention_mask"].tolist(), strict=True)

@@ -32,7 +32,7 @@ def check_config(source: str, config: PretrainedConfig) -> None:
     has_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if not has_code and type(config) not in AutoModelForCausalLM._model_mapping:
         raise ModelError(
-            f"the base model {source!r} is of type {config.model_type!r}, of which transformers has no "
+            f"the base model {source!r} is of type {config.model_type!r}, for which transformers has no "
             f"AutoModelForCausalLM; {_WHAT_TO_DO}, or load it with its class and give it with tokenizer="
         )
 

@@ -130,12 +130,12 @@ def load(
         revision, subfolder = base_revision, base_subfolder
     elif base_model is not None or base_revision is not None or base_subfolder is not None:
         raise ValueError(
-            "base_model, base_revision and base_subfolder are for bundles, but the first argument is no bundle"
+            "base_model, base_revision and base_subfolder are for bundles, but the first argument is not a bundle"
         )
     settings = replace(settings or RoutingSettings(), **changes)
     if adapters is None:
         what = model if isinstance(model, str | Path) else f"a {type(model).__name__} in memory"
-        raise BundleError(f"{what} is no bundle; give adapters=, a folder of PEFT adapters or {{name: path}}")
+        raise BundleError(f"{what} is not a bundle; give adapters=, a folder of PEFT adapters or {{name: path}}")
     where = {"revision": revision, "subfolder": subfolder}
     with _as_missing_base(bundle if base_model is None else None):
         model, tokenizer = load_model(
@@ -194,7 +194,7 @@ def load_model(
         if "torch_dtype" in kwargs:
             raise ValueError("the base model's precision is dtype= here, not torch_dtype=")
         if kwargs.get("device_map") is not None and device != "auto":
-            raise ValueError("device= and device_map= both say where the model goes; give one of them")
+            raise ValueError("device= and device_map= both choose the device; pass one of them")
         place = choose_device(device)
         model, tokenizer = _pretrained(str(model), tokenizer, dtype, {**_arguments(hub), **kwargs})
         # from_pretrained has already placed dispatched or quantised weights.
@@ -284,14 +284,14 @@ def load_router(
 
 def _arguments(hub: Hub) -> dict[str, Any]:
     """The hub's arguments of `from_pretrained`, without defaults."""
-    told = {"token": hub.token, "cache_dir": hub.cache_dir, "local_files_only": hub.local_files_only or None}
-    return {name: value for name, value in told.items() if value is not None}
+    options = {"token": hub.token, "cache_dir": hub.cache_dir, "local_files_only": hub.local_files_only or None}
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _reason(error: Exception) -> str:
     """The first line of an error, and the next ones if it ends in a colon."""
     if "trust_remote_code" in str(error):
-        return "it brings code of its own, which is not run; read it, and pass trust_remote_code=True if you trust it"
+        return "it brings code, which is not run; read the code, and pass trust_remote_code=True if you trust it"
     first, *others = str(error).strip().splitlines() or [type(error).__name__]
     return " ".join([first, *others]) if first.rstrip().endswith(":") else first
 

@@ -83,7 +83,7 @@ def check_embedded(model: Any, tokenizer: PreTrainedTokenizerBase, tokens: Colle
         text = tokenizer.convert_ids_to_tokens(unknown)
         what = f"token {unknown}" if text is None else f"{text!r}, token {unknown}"
         raise PromptError(
-            f"the text holds {what}, but the model has embeddings of {num_embeddings} tokens alone; leave it out, or "
+            f"the text holds {what}, but the model has embeddings of only {num_embeddings} tokens; leave it out, or "
             "use the tokenizer that the model was made with"
         )
 

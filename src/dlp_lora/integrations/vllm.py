@@ -93,7 +93,7 @@ class ServedMixtures:
             if unknown := sorted(mixture.keys() - self._sources.keys()):
                 raise AdapterError(f"no adapter {unknown[0]!r}; there are {', '.join(sorted(self._sources))}")
             if not mixture:
-                raise ValueError("the mixture is empty; ask for the base model by its own name")
+                raise ValueError("the mixture is empty; ask for the base model by its name")
             if folder.name_of(mixture, self._sources) not in self._nbytes:
                 self._check_room(mixture)
             entry = folder.claim(mixture, self._sources)

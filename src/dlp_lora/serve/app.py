@@ -347,7 +347,7 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     if error.status_code == 404:
         told = APIError(404, f"there is no route {path[:200]}; {_supported(request)}", code="route_not_found")
     elif error.status_code == 405:
-        told = APIError(405, f"{path} is not asked by {request.method}; {_supported(request)}", code="wrong_method")
+        told = APIError(405, f"{path} does not accept {request.method}; {_supported(request)}", code="wrong_method")
     else:
         told = APIError(error.status_code, str(error.detail))
     return _as_response(told, request)

@@ -79,7 +79,7 @@ class ModelNames:
             if name not in adapters:
                 raise self.unknown(name, adapters)
             if name in weights:
-                raise invalid(f"model: {name!r} stands in the mixture twice", "model")
+                raise invalid(f"model: {name!r} is in the mixture twice", "model")
             try:
                 weights[name] = float(weight)
             except ValueError:

@@ -400,7 +400,7 @@ class Scheduler:
             assert sampler is not None
             try:
                 if are_broken[i]:
-                    raise BackendError("the model gave scores that are no numbers; its weights or an adapter overflow")
+                    raise BackendError("the model gave scores that are not numbers; its weights or an adapter overflow")
                 token = likeliest[i] if sampler.is_argmax else sampler.sample(scores[i])
                 start = time.perf_counter()
                 with self.engine.bank.lock:  # as its adapters must not go before they are leased

@@ -179,7 +179,7 @@ def _load(task: CatalogTask, split: str, mirror: str | Path | None) -> Any:
         return load_dataset(path, source.config, split=split)
     except Exception as cause:  # datasets raises many kinds of errors
         raise TaskError(
-            f"{task.name}: {source} ({split}) cannot be had from {mirror or 'the hub'}: {cause}; "
+            f"{task.name}: {source} ({split}) cannot be loaded from {mirror or 'the hub'}: {cause}; "
             "check the connection, or give a folder of task folders"
         ) from cause
 

@@ -52,7 +52,7 @@ async def check(client: VLLMClient, outline: Outline, probe: ProbeAdapter, *, nu
     notes: list[str] = []
     await _check_tokenizer(client, outline, base)
     if outline.base.probe is None:
-        notes.append("the bundle has no record of what its base model says, so only the tokenizer was compared")
+        notes.append("the bundle has no record of its base model's answers, so only the tokenizer was compared")
     else:
         await _check_scores(client, outline, base)
     await _check_lora(client, probe)

@@ -195,7 +195,7 @@ class VLLMClient:
         try:
             return response.json()
         except ValueError as error:
-            raise FailedError(f"{response.request.url} gave no JSON: {response.text[:80]!r}") from error
+            raise FailedError(f"{response.request.url} did not answer with JSON: {response.text[:80]!r}") from error
 
     def _checked(self, response: httpx.Response) -> httpx.Response:
         status = response.status_code
@@ -215,7 +215,7 @@ class VLLMClient:
         try:
             yield
         except httpx.TimeoutException as error:
-            raise LostError(f"{self.url}{route} said nothing in time ({type(error).__name__})") from error
+            raise LostError(f"{self.url}{route} did not answer in time ({type(error).__name__})") from error
         except httpx.HTTPError as error:
             raise LostError(f"{self.url}{route}: {str(error) or type(error).__name__}") from error
 
