@@ -1,1 +1,1 @@
-"""The server: an OpenAI API in front of backends that answer, each sentence under its own mixture of adapters."""
+"""The server: an OpenAI API in front of backends, which answer each sentence under its mixture of adapters."""

@@ -1,4 +1,4 @@
-"""Adapters that come and go while a server runs: from folders that its owner named, and from nowhere else."""
+"""Adapters that are loaded and unloaded while a server runs, only from folders that its owner named."""
 
 import os
 import stat
@@ -20,14 +20,14 @@ from dlp_lora.serve.service import Service
 from dlp_lora.tasks import Example, Task
 from dlp_lora.training.extend import add_tasks, remove_tasks
 
-# Beside the adapter itself, what PEFT and people leave in its folder is not read.
+# The files of an adapter; others in its folder, from PEFT or people, are not read.
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
 class AdapterManager:
     """Loads, unloads and reloads adapters of a service, one after the other; each call may take seconds.
 
-    `folders` are where adapters may be loaded from; `bundle` is what `reload` reads again.
+    Adapters may be loaded from `folders`; `reload` reads the `bundle` again.
     """
 
     def __init__(self, service: Service, *, folders: Sequence[str | Path] = (), bundle: Path | None = None) -> None:
@@ -43,14 +43,14 @@ class AdapterManager:
         if bundle is not None:
             found = read_bundle(bundle)
             self._base, self._hashes, self._paths = found.base, _hashes(found), dict(found.adapters)
-        self._tasks: dict[str, Task] = {}  # that the router was taught, by adapter
+        self._tasks: dict[str, Task] = {}  # for the router, by adapter
         self._lock = threading.Lock()
 
     def load(self, body: LoadAdapterRequest) -> AdapterResponse:
         """Loads an adapter, and teaches the router its examples.
 
         Raises:
-            APIError: if its name is taken, or it lies elsewhere or does not fit.
+            APIError: if its name is taken, it is in another folder, or it does not fit.
         """
         name = body.lora_name
         with self._lock:
@@ -87,7 +87,7 @@ class AdapterManager:
             }
 
     def unload(self, name: str) -> AdapterResponse:
-        """Removes an adapter; answers that run with it keep it.
+        """Removes an adapter; running answers keep it.
 
         Raises:
             APIError: if there is none of this name.
@@ -113,12 +113,12 @@ class AdapterManager:
         }
 
     def reload(self) -> ReloadResponse:
-        """Reads the bundle again: its adapters, router and routing settings. Answers that run are not disturbed.
+        """Reads the bundle again: its adapters, router and routing settings. Running answers do not change.
 
-        Adapters that were loaded meanwhile stay, and its router learns the examples that came with them.
+        Adapters that were loaded by a request stay, and the new router learns their examples.
 
         Raises:
-            APIError: if there is no bundle, it is damaged, or has another base model. Then all is as it was.
+            APIError: if there is no bundle, it is damaged, or has another base model. Then nothing changes.
         """
         with self._lock:
             if self._bundle is None:
@@ -183,7 +183,7 @@ class AdapterManager:
         self._service.metrics.forget(name)
 
     def _put(self, name: str, folder: Path, *, is_there: bool) -> None:
-        """Adds an adapter, in the place of another of its name; that comes back if it fails."""
+        """Adds an adapter and replaces another of its name; in case of an error, the old one comes back."""
         before = self._paths.get(name)
         if is_there:
             self._service.backend.remove_adapter(name)
@@ -207,10 +207,10 @@ class AdapterManager:
             raise invalid(f"lora_name: {error}", "lora_name") from error
 
     def _folder(self, given: str) -> Path:
-        """Finds the folder of an adapter, inside one of those that may be loaded from.
+        """Finds the folder of an adapter inside one of the allowed folders.
 
         Raises:
-            APIError: if it is elsewhere, or there is a link on the way to it or in it.
+            APIError: if it is elsewhere, or its path or its content has a link.
         """
         if not self._folders:
             raise APIError(
@@ -220,7 +220,7 @@ class AdapterManager:
         if "\0" in given or ".." in path.parts:
             raise invalid('lora_path: must hold no ".."', "lora_path", "path_refused")
         for root in self._folders:
-            folder = root / path  # an absolute path stays what it is
+            folder = root / path  # an absolute path stays absolute
             if folder == root or not folder.is_relative_to(root):
                 continue
             parts = [root.joinpath(*folder.relative_to(root).parts[:n]) for n in range(1, len(folder.parts) + 1)]
@@ -237,10 +237,10 @@ class AdapterManager:
         )
 
     def _check_base(self, bundle: Bundle) -> None:
-        """Checks that a bundle is for the base model that it was for when the server began.
+        """Checks that a bundle still has the base model of the server's start.
 
         Raises:
-            BundleError: if it is for another one.
+            BundleError: if it has another one.
         """
         then, now = self._base, bundle.base
         assert then is not None
@@ -256,10 +256,10 @@ class AdapterManager:
 
 
 def _taught(router: Router | None, task: Task) -> MiniMLP:
-    """A router that knows the task of an adapter, too.
+    """Makes a router that also knows the task of an adapter.
 
     Raises:
-        APIError: if it cannot learn it.
+        APIError: if the router cannot learn it.
     """
     if not isinstance(router, MiniMLP):
         kind = "no router" if router is None else f"a {type(router).__name__}"

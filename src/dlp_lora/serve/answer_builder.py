@@ -1,4 +1,4 @@
-"""One answer, built token by token: tokens in, the events that its stream is told out, up to where it ends."""
+"""One answer, built token by token: tokens in, the events of its stream out."""
 
 import time
 from collections.abc import Mapping
@@ -14,21 +14,21 @@ from dlp_lora.serve.stream import EventStream
 
 
 class OneSentence:
-    """A segmenter for answers whose mixture stays: it finds no sentence but the first."""
+    """A segmenter for answers with one mixture: it finds no further sentence."""
 
     def push(self, text: str) -> list[int]:
         """Finds no start."""
         return []
 
     def copy(self) -> Segmenter:
-        """Gives itself, as it remembers nothing."""
+        """Returns itself, because it has no state."""
         return self
 
 
 @dataclass(eq=False)
 class AnswerBuilder:
-    """The answer to a request so far. `tokens` are those of the prompt and the answer, `num_prompt` of them the
-    prompt's, and `num_cached` of these were not encoded, as their KV was kept.
+    """The answer to a request so far. `tokens` are the prompt's and the answer's; `num_prompt` is the number of the
+    prompt's tokens, and `num_cached` of these came from stored KV.
     """
 
     request: Request
@@ -50,17 +50,17 @@ class AnswerBuilder:
 
     @property
     def num_tokens(self) -> int:
-        """How many tokens the answer has."""
+        """The number of tokens in the answer."""
         return len(self.tokens) - self.num_prompt
 
     @property
     def is_read(self) -> bool:
-        """Whether its prompt is being read, or has been."""
+        """Whether reading its prompt has begun."""
         return self._read_s is not None
 
     @property
     def routed(self) -> RowRouter:
-        """Its routing, which has begun."""
+        """Its routing, after its start."""
         assert self.router is not None
         return self.router
 
@@ -71,24 +71,24 @@ class AnswerBuilder:
         return sampling.stop_token_ids | (frozenset() if sampling.ignore_eos else self.request.call.endings.eos_ids)
 
     def begin(self, router: RowRouter) -> None:
-        """Takes the routing of its prompt, and tells the stream of its first sentence."""
+        """Stores the routing of its prompt, and sends the start of its first sentence to the stream."""
         self.router = router
         self._announce()
 
     def begin_reading(self) -> None:
-        """Notes that its prompt is read from now on."""
+        """Notes that reading its prompt begins."""
         if self._read_s is None:
             self._read_s = time.perf_counter()
 
     def add_prompt_scores(self, scores: PromptScores) -> None:
-        """Tells the stream of the prompt's log-probabilities."""
+        """Sends the prompt's log-probabilities to the stream."""
         self.stream.put(scores)
 
     def take(self, token: int, *, logprob: float | None = None, top: Mapping[int, float] | None = None) -> bool:
-        """Adds the token that was sampled, and routes the sentence that it opens; tells the stream.
+        """Adds a sampled token, routes the sentence that it begins, and sends both to the stream.
 
         Returns:
-            Whether the mixture changed. Where the token ends the answer, `has_ended` is true from then on.
+            Whether the mixture changed. If the token ends the answer, `has_ended` becomes true.
         """
         if self._answer_s is None:
             self._answer_s = time.perf_counter()
@@ -105,7 +105,7 @@ class AnswerBuilder:
         return switched
 
     def finish(self, reason: Literal["stop", "length", "abort"]) -> None:
-        """Ends the answer where it is: as long as it may be, or as its reader asked."""
+        """Ends the answer here: it has its full length, or its reader cancelled it."""
         self._finish(_End(reason=reason), None)
 
     def fail(self, error: BaseException) -> None:
@@ -139,7 +139,7 @@ class AnswerBuilder:
         return _End(reason="stop", stop=stop, at=at)
 
     def _settled(self) -> str:
-        """The text that is certain since it was last asked for."""
+        """The text that has become certain since the last call."""
         text = self.routed.text
         end = len(text) - _begun(text, self.request.sampling.stop, self._search_from)
         piece = text[self._num_sent : end]
@@ -192,7 +192,7 @@ class AnswerBuilder:
 
 @dataclass(frozen=True, kw_only=True)
 class _End:
-    """How an answer ends: `at` is the character before which a stop string begins."""
+    """The end of an answer: `at` is the offset of a stop string."""
 
     reason: Literal["stop", "length", "abort"]
     stop: str | int | None = None
@@ -200,7 +200,7 @@ class _End:
 
 
 def resolved(request: Request) -> Request:
-    """Gives the request with what its sampling says of its call: where no token ends it, or its mixture stays."""
+    """Applies the request's sampling to its call: no token ends it (`ignore_eos`), or its mixture stays (grammar)."""
     changes: dict[str, Any] = {"endings": Endings()} if request.sampling.ignore_eos else {}
     if request.sampling.grammar is not None:
         changes |= {"segmenter": OneSentence}
@@ -208,7 +208,7 @@ def resolved(request: Request) -> Request:
 
 
 def _begun(text: str, stops: tuple[str, ...], first: int) -> int:
-    """How many characters at the end of a text may be the beginning of a stop string."""
+    """The number of characters at the end of a text that may begin a stop string."""
     longest = max(map(len, stops), default=1) - 1
     for n in range(min(longest, len(text) - first), 0, -1):
         if any(stop.startswith(text[len(text) - n :]) for stop in stops):

@@ -1,4 +1,4 @@
-"""Answers: the streams of a request in, pieces of text as they come out; whatever ends it, the rows are freed."""
+"""Answers: the streams of a request in, pieces of text out; at the end, in any case, the rows are freed."""
 
 import asyncio
 import time
@@ -17,7 +17,7 @@ KEEPALIVE_S = 15.0
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """Text of one sentence; `sentence` is told with its first piece. `tokens` are those that it is the text of."""
+    """Text of one sentence with its `tokens`; the first piece has the `sentence`."""
 
     text: str
     sentence: SentenceStart | None = None
@@ -26,7 +26,7 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """The end of an answer, and how many characters of it there were."""
+    """The end of an answer, and the number of its characters."""
 
     done: Done
     num_characters: int
@@ -36,7 +36,7 @@ Item = Piece | PromptScores | Ended
 
 
 class Answers:
-    """The answers to one request, read together. Use it as a context manager: leaving it frees what still runs."""
+    """The answers to one request, read together. Use it as a context manager: its end frees running answers."""
 
     def __init__(self, service: Service, asked: Asked) -> None:
         self._service = service
@@ -66,7 +66,7 @@ class Answers:
             task.cancel()
 
     async def items(self) -> AsyncIterator[tuple[int, Item] | None]:
-        """Gives what comes of any answer, by its number; None where nothing came for a while.
+        """Yields the pieces of all answers, with their numbers; None if there was none for a while.
 
         Raises:
             APIError: if the time is up.
@@ -98,7 +98,7 @@ class Answers:
             yield index, item
 
     async def whole(self) -> list[tuple[list[Piece], PromptScores | None, Ended]]:
-        """Gives all answers at their ends."""
+        """Returns all answers when they are finished."""
         pieces: list[list[Piece]] = [[] for _ in self._streams]
         scores: list[PromptScores | None] = [None] * len(self._streams)
         ends: dict[int, Ended] = {}
@@ -140,7 +140,7 @@ class Answers:
             self._queue.put_nowait((index, error))
 
     def _cut(self, index: int, cutter: SentenceCutter, text: str, tokens: list[Token]) -> list[Token]:
-        """Hands on the pieces of a text; gives the tokens that are still without one."""
+        """Passes on the pieces of a text; returns the tokens that are still without text."""
         parts = list(cutter.cut(text))
         for i, (part, sentence) in enumerate(parts):
             is_last = i == len(parts) - 1

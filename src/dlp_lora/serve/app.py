@@ -1,4 +1,4 @@
-"""The application: routes, and what they have in common."""
+"""The application: routes, and their shared parts."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib.metadata import version
@@ -78,12 +78,12 @@ def make_app(service: Service, manager: AdapterManager) -> ASGIApp:
 
 
 def access_of(request: Request) -> Access:
-    """What the sender of a request may do, as the gate found."""
+    """The sender's rights, from the middleware."""
     return cast(Access, request.scope["state"]["access"])
 
 
 def admin_of(request: Request) -> Access:
-    """As `access_of`, of a sender who may manage adapters.
+    """As `access_of`, for a sender who may manage adapters.
 
     Raises:
         APIError: if the sender may not.
@@ -120,7 +120,7 @@ def _generation(service: Service) -> APIRouter:
 
     @router.post("/v1/completions", response_model=schema.CompletionResponse, responses={200: STREAM})
     async def complete(body: CompletionRequest, request: Request, sender: Sender) -> Response:
-        """Goes on with a prompt."""
+        """Continues a prompt."""
         service.check_open()
         asked = await to_thread.run_sync(service.completion, body, sender)
         answer = CompletionAnswer(service, body, asked)
@@ -128,7 +128,7 @@ def _generation(service: Service) -> APIRouter:
 
     @router.post("/v1/route")
     async def route(body: schema.RouteRequest, sender: Sender) -> schema.RouteResponse:
-        """Says which adapters would answer a prompt, without answering it."""
+        """Returns the adapters that would answer a prompt, without an answer."""
         routed = await to_thread.run_sync(service.route, body, sender)
         opening = routed.rows[0].decisions[0]
         return {
@@ -168,7 +168,7 @@ def _generation(service: Service) -> APIRouter:
 
     @router.get("/v1/models")
     async def models(sender: Sender) -> schema.ModelList:
-        """Lists the models that the key may use: the routed one, the base alone, and each adapter."""
+        """Lists the models for this key: the routed one, the base model, and each adapter."""
         names = service.names.listed(service.visible(sender))
         return {"object": "list", "data": [_card(service, name) for name in names]}
 
@@ -186,12 +186,12 @@ def _adapters(service: Service, manager: AdapterManager) -> APIRouter:
 
     @router.post("/v1/load_lora_adapter")
     async def load(body: schema.LoadAdapterRequest, _: Admin) -> schema.AdapterResponse:
-        """Loads an adapter from a folder inside --adapter-dir; `examples` teach the router when to choose it."""
+        """Loads an adapter from a folder inside --adapter-dir; `examples` teach it to the router."""
         return await to_thread.run_sync(manager.load, body)
 
     @router.post("/v1/unload_lora_adapter")
     async def unload(body: schema.UnloadAdapterRequest, _: Admin) -> schema.AdapterResponse:
-        """Removes an adapter; answers that run with it keep it."""
+        """Removes an adapter; running answers keep it."""
         return await to_thread.run_sync(manager.unload, body.lora_name)
 
     @router.post("/v1/reload")
@@ -207,7 +207,7 @@ def _operation(service: Service) -> APIRouter:
 
     @router.get("/health", responses={503: {"model": schema.HealthResponse}})
     async def health() -> Response:
-        """Says whether the server can answer."""
+        """Returns whether the server can answer."""
         found = service.backend.health
         told: schema.HealthResponse = {"status": "ok", "reason": ""}
         if service.is_draining:
@@ -218,12 +218,12 @@ def _operation(service: Service) -> APIRouter:
 
     @router.get("/version")
     async def tell_version() -> schema.VersionResponse:
-        """Says which release of dlp-lora this is."""
+        """Returns the release of dlp-lora."""
         return {"version": version("dlp-lora")}
 
     @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
-        """Gives metrics in Prometheus' text format."""
+        """Returns metrics in Prometheus' text format."""
         text = await to_thread.run_sync(service.metrics.text)
         return Response(text, media_type="text/plain; version=0.0.4")
 
@@ -283,7 +283,7 @@ async def _respond(
 
 
 class AnswerStream(StreamingResponse):
-    """A stream of answers that run; they end with it, even if the client has left before its first byte."""
+    """A stream of running answers; they end with it, even if the client leaves before its first byte."""
 
     def __init__(self, answers: Answers, content: AsyncIterator[bytes]) -> None:
         super().__init__(content, headers=HEADERS, media_type="text/event-stream")
@@ -298,7 +298,7 @@ class AnswerStream(StreamingResponse):
 
 
 async def _unless_gone(request: Request, work: Callable[[], Awaitable[Result]]) -> Result | None:
-    """Waits for work, unless the client leaves: then it is cancelled, and gives None."""
+    """Waits for work; if the client leaves, the work is cancelled, and the result is None."""
     done: list[Result] = []
     async with anyio.create_task_group() as group:
 

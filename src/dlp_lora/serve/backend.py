@@ -1,8 +1,8 @@
-"""Backends: a request in, a stream of events out. This is all that the HTTP front knows of what answers.
+"""Backends: a request in, a stream of events out. The HTTP front knows only this interface.
 
-A request is token ids, how its answer is routed, and how its tokens are sampled. Its stream gives a `SentenceStart`
-before the first token of each sentence, a `Token` for each token, and `Done` at the end. A failure is raised by the
-stream, from whichever event on.
+A request has token ids, and the settings of routing and sampling. Its stream has a `SentenceStart` before the first
+token of each sentence, a `Token` for each token, and `Done` at the end. If the request fails, the stream raises the
+error.
 """
 
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -21,25 +21,25 @@ from dlp_lora.policy import Mixture
 
 
 class BackendError(DLPLoRAError):
-    """A request that a backend could not answer; what led to it is the cause."""
+    """A request that a backend could not answer; `__cause__` has the error."""
 
 
 class QueueFullError(BackendError):
-    """As many requests wait as may; try again later."""
+    """The queue is full; try again later."""
 
 
 class ClosedError(BackendError):
-    """The backend is closing or closed: it takes no request, and cuts those that outlast the time to drain."""
+    """The backend is closing or closed: it takes no requests, and ends those that run longer than the drain time."""
 
 
 class UnavailableError(BackendError):
-    """What computes the answers is not there now; try again in a moment."""
+    """The vLLM servers are not available now; try again in a moment."""
 
 
 @runtime_checkable
 class Grammar(Protocol):
-    """Where one answer stands in a grammar; only the backend calls it, from one thread. A backend with grammars of
-    its own follows the schema instead.
+    """The state of one answer in a grammar; only the backend calls it, from one thread. A backend with other grammars
+    uses the schema instead.
     """
 
     @property
@@ -52,25 +52,25 @@ class Grammar(Protocol):
         ...
 
     def accept(self, token: int) -> bool:
-        """Adds the token that came; gives whether the answer is complete, so that nothing may follow."""
+        """Adds a token; returns whether the answer is complete, so that no token may follow."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the tokens of one answer are sampled, and where it ends.
+    """The sampling of one answer's tokens, and the conditions of its end.
 
     Scores are changed in this order: logit bias, repetition penalty (of prompt and answer), frequency and presence
     penalties (of the answer), temperature, top-k, top-p, min-p. A `temperature` of 0 is greedy; a `top_k` of 0, a
-    `top_p` of 1 and a `min_p` of 0 leave all tokens. A `seed` gives the same answer whatever else runs.
+    `top_p` of 1 and a `min_p` of 0 keep all tokens. With a `seed`, the answer does not depend on other requests.
 
-    An answer ends with a token that ends it (`Call.endings`, unless `ignore_eos`; `stop_token_ids`), where its text
-    holds one of `stop`, or after `max_tokens`; None goes on to the end of the model's context, and 0 reads the prompt
-    alone. Before `min_tokens` it ends with none of the former. The text of a stream ends before the stop string.
+    An answer ends with an ending token (`Call.endings`, unless `ignore_eos`; `stop_token_ids`), with one of the `stop`
+    strings, or after `max_tokens`. With None it may use the model's whole context, and with 0 only the prompt is read.
+    Ending tokens and stop strings count only after `min_tokens`. The text of a stream ends before the stop string.
 
-    `num_logprobs` asks for the log-probability of each token and of so many most likely ones, `num_prompt_logprobs`
-    for those of the prompt's tokens, by the model's own scores, before any of the above; None asks for none.
-    While a `grammar` holds, the mixture of the prompt stays for the whole answer.
+    `num_logprobs` adds the log-probability of each token and of so many most likely ones, `num_prompt_logprobs` the
+    same for the prompt's tokens. They use the model's scores before the changes above. With a `grammar`, the mixture of
+    the prompt stays for the whole answer.
     """
 
     temperature: float = 1.0
@@ -112,9 +112,9 @@ class Sampling:
 class Request:
     """A request to a backend.
 
-    `call` says how the answer is routed: settings, router, segmenter, endings; with `mixtures` of one mixture, it is
-    fixed. `adapters` are those that the router may choose among, None for all that there are. `prompt` is what the
-    router reads; None takes it from the tokens.
+    `call` has the settings of routing: settings, router, segmenter, endings; if it has `mixtures`, with one mixture,
+    this one is fixed. The router may choose among `adapters`, or all with None. `prompt` is the router's context; with
+    None it comes from the tokens.
     """
 
     tokens: tuple[int, ...]
@@ -127,10 +127,10 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class SentenceStart:
-    """A sentence of the answer opens; the next `Token` is its first.
+    """A sentence of the answer begins; the next `Token` is its first.
 
-    `position` counts the tokens of the answer before it, `offset` the characters: the text of the token that opens a
-    sentence may hold the end of the one before. The other fields are those of `trace.Sentence`, as far as known yet.
+    `position` is the number of the answer's tokens before it, `offset` the number of characters: the first token's text
+    may begin with the end of the sentence before. The other fields are those of `trace.Sentence` that are known.
     """
 
     number: int
@@ -145,8 +145,8 @@ class SentenceStart:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptScores:
-    """The log-probability of each token of the prompt given those before it, None for the first; and of the most
-    likely ones there, by token id, the likeliest first. It comes before the first token.
+    """The log-probability of each token of the prompt after those before it, None for the first; and of the most likely
+    ones there, by token id, the likeliest first. It comes before the first token.
     """
 
     logprobs: tuple[float | None, ...]
@@ -155,8 +155,8 @@ class PromptScores:
 
 @dataclass(frozen=True, kw_only=True)
 class Token:
-    """One token of the answer, and the text that is certain since: none while a character is not complete or a stop
-    string may have begun. The texts of a stream concatenate to the answer.
+    """One token of the answer, and its text. The text is empty if a character is not complete or may begin a stop
+    string; it then comes with a later token. Together, the texts of a stream are the answer.
 
     `top` are the log-probabilities of the most likely tokens, by token id, the likeliest first.
     """
@@ -170,7 +170,7 @@ class Token:
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """How many tokens a request took; `cached_tokens` of the prompt's were not encoded, as their KV was kept."""
+    """The numbers of a request's tokens; `cached_tokens` of the prompt's came from stored KV."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -179,7 +179,7 @@ class Usage:
 
 @dataclass(frozen=True, kw_only=True)
 class Times:
-    """How many seconds a request waited, how long its prompt was read, and how long it was answered."""
+    """The seconds that a request waited, that reading its prompt took, and that answering took."""
 
     queued_s: float
     prompt_s: float
@@ -190,9 +190,9 @@ class Times:
 class Done:
     """The end of a stream.
 
-    `reason` is "stop" (`stop` is the string or the token id that it was, None for an end-of-sequence token or the end
-    of a grammar), "length", or "abort" after `cancel`. `text` is what was held back until now.
-    `generation` is what `Engine.generate` would have given: its text goes on to the last token, stop strings included.
+    `reason` is "stop", "length", or "abort" after `cancel`. With "stop", `stop` is the string or the token id, or None
+    for an end-of-sequence token or the end of a grammar. `text` is the text that was held back. `generation` is the
+    result of `Engine.generate`: its text includes stop strings.
     """
 
     reason: Literal["stop", "length", "abort"]
@@ -208,9 +208,9 @@ Event = SentenceStart | PromptScores | Token | Done
 
 @runtime_checkable
 class Stream(Protocol):
-    """The events of one request as they come, to one reader: a thread iterates it, or a task does with `async for`.
+    """The events of one request, for one reader: a thread iterates it, or a task does with `async for`.
 
-    After `Done` it ends. It raises the DLPLoRAError that ended the request instead.
+    It ends after `Done`, or raises the DLPLoRAError that ended the request.
     """
 
     def __iter__(self) -> Iterator[Event]: ...
@@ -228,7 +228,7 @@ class Stream(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Stats:
-    """What a backend does now, and has done since it was made (`num_...`, `..._s`)."""
+    """A backend's state, and its totals since it was made (`num_...`, `..._s`)."""
 
     waiting: int  # requests whose prompt is not begun
     reading: int  # rows whose prompt is read, or whose context is under another mixture
@@ -257,12 +257,12 @@ class Backend(Protocol):
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """The names of the adapters that there are."""
+        """The names of the adapters."""
         ...
 
     @property
     def max_context(self) -> int:
-        """How many tokens a prompt and its answer may have."""
+        """The largest number of tokens of a prompt and its answer."""
         ...
 
     @property
@@ -271,7 +271,7 @@ class Backend(Protocol):
         ...
 
     def stats(self) -> Stats:
-        """What it does now, and has done."""
+        """Its state and its totals."""
         ...
 
     def open(self, request: Request) -> Stream:
@@ -300,7 +300,7 @@ class Backend(Protocol):
         ...
 
     def remove_adapter(self, name: str) -> None:
-        """Removes an adapter; requests that run with it keep it.
+        """Removes an adapter; running requests keep it.
 
         Raises:
             AdapterError: if there is none of this name.
@@ -308,5 +308,5 @@ class Backend(Protocol):
         ...
 
     def close(self, *, drain_s: float = 0.0) -> None:
-        """Takes no more requests, waits so long for those that run, and ends the others with a ClosedError."""
+        """Takes no more requests, waits so long for running ones, and ends the others with a ClosedError."""
         ...

@@ -1,4 +1,4 @@
-"""Bodies: the bytes of a request in, JSON out, without what JSON's readers let through and its writers cannot say."""
+"""Bodies: the bytes of a request in, strict JSON out: no NaN and no half characters."""
 
 import json
 import re
@@ -14,8 +14,8 @@ from starlette.responses import Response
 
 from dlp_lora.serve.errors import APIError, invalid, of_exception
 
-# curl sends the last one unless it is told otherwise. A web page may send it to any address without asking, so it is
-# refused where it comes from another site's page.
+# The last one is curl's default. A web page may send it to any address without permission, so it is refused if it comes
+# from another site's page.
 FORM = "application/x-www-form-urlencoded"
 MAX_DEPTH = 64
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -36,7 +36,7 @@ class JSONRequest(Request):
 
 
 class JSONRoute(APIRoute):
-    """A route whose bodies are JSON, read strictly, and whose errors all have an error object."""
+    """A route with strict JSON bodies, whose errors all have an error object."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Gives the handler of a request."""
@@ -45,7 +45,7 @@ class JSONRoute(APIRoute):
         async def checked(request: Request) -> Response:
             if self.body_field is not None:
                 check_type(request)
-                # FastAPI reads a body as JSON by its type alone.
+                # FastAPI decides only by the type that a body is JSON.
                 headers = [pair for pair in request.scope["headers"] if pair[0] != b"content-type"]
                 scope = {**request.scope, "headers": [*headers, (b"content-type", b"application/json")]}
                 request = JSONRequest(scope, request.receive)
@@ -60,10 +60,10 @@ class JSONRoute(APIRoute):
 
 
 def check_type(request: Request) -> None:
-    """Checks that a body says that it is JSON, or says nothing.
+    """Checks that a body's content type is JSON, or missing.
 
     Raises:
-        APIError: if it says otherwise.
+        APIError: if it is another type.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind in ("", "application/json") or (kind.startswith("application/") and kind.endswith("+json")):
@@ -101,7 +101,7 @@ def _refuse_constant(name: str) -> float:
 
 
 def _depth(body: bytes) -> int:
-    """How deep brackets are nested at most; those inside strings count, too, if they could matter."""
+    """The largest depth of brackets; those inside strings may count, too."""
     if body.count(b"[") + body.count(b"{") <= MAX_DEPTH:
         return 0
     depth = deepest = 0

@@ -1,8 +1,7 @@
-"""KV caches with room to spare: rows that join and leave, and tokens that are written in place.
+"""KV caches with spare room: rows join and leave, and tokens are written in place.
 
-All rows end in one column, so a row that is shorter than others is padded on the left, as transformers expects it. K
-and V of a step are written into the column behind; nothing is copied but where a row joins or leaves, or where the
-columns are used up.
+All rows end in the same column, so shorter rows are padded on the left, as transformers expects. K and V of a step are
+written into the next column. Tensors are copied only if a row joins or leaves, or if there are no more columns.
 """
 
 from collections.abc import Sequence
@@ -17,11 +16,11 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from dlp_lora.errors import ModelError
 
 PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
-ROOM = 64  # columns that a cache has to spare, at least, when it is laid out
+ROOM = 64  # smallest number of spare columns of a new buffer
 
 
 class Columns:
-    """Which columns of its buffers a cache uses: those from `start` to `end`, of `num_rows` rows."""
+    """The used columns of a cache's buffers: from `start` to `end`, in `num_rows` rows."""
 
     def __init__(self) -> None:
         self.lengths: list[int] = []  # by row
@@ -30,7 +29,7 @@ class Columns:
 
     @property
     def num_rows(self) -> int:
-        """How many rows there are."""
+        """The number of rows."""
         return len(self.lengths)
 
     @property
@@ -45,9 +44,9 @@ class Columns:
 
 
 class SpareLayer(DynamicLayer):  # type: ignore[misc]
-    """One layer of a cache: what attention sees are the columns in use, a view of its buffers.
+    """One layer of a cache: attention sees the used columns, a view of its buffers.
 
-    It keeps all tokens, also where a layer attends to a window of them: the model's mask leaves the others out.
+    It keeps all tokens, even for layers with an attention window: the model's mask leaves out the others.
     """
 
     is_croppable = False
@@ -60,7 +59,7 @@ class SpareLayer(DynamicLayer):  # type: ignore[misc]
         self.max_rows = max_rows
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Makes the buffers, of zeros: what a mask leaves out must be finite."""
+        """Makes buffers of zeros, because masked values must be finite."""
         self.device = key_states.device
         self.keys, self.values = (
             states.new_zeros(self.max_rows, states.shape[1], self.columns.capacity, states.shape[3])
@@ -69,7 +68,7 @@ class SpareLayer(DynamicLayer):  # type: ignore[misc]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """Writes K and V of new tokens, and gives those of all."""
+        """Writes K and V of new tokens, and returns those of all tokens."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         columns, stop = self.columns, self.columns.end + key_states.shape[2]
@@ -79,18 +78,18 @@ class SpareLayer(DynamicLayer):  # type: ignore[misc]
         return self.keys[rows, :, seen], self.values[rows, :, seen]
 
     def get_seq_length(self) -> int:
-        """How many columns are in use."""
+        """The number of used columns."""
         return self.columns.width
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """How many columns attention sees, and from which on."""
+        """The number of columns that attention sees, and the first one."""
         return self.columns.width + query_length, 0
 
 
 class SpareCache(Cache):  # type: ignore[misc]
-    """The KV cache of some rows; a model's forward may be given it, and `advance` says that the pass has ended.
+    """The KV cache of some rows; pass it to a model's forward, and call `advance` after the pass.
 
-    `max_rows` and `capacity` (in tokens) say for how much room is made at first; there is more when it is needed.
+    `max_rows` and `capacity` (in tokens) set the first size of the buffers, which grow if necessary.
     """
 
     layers: Any  # of SpareLayer
@@ -108,7 +107,7 @@ class SpareCache(Cache):  # type: ignore[misc]
 
     @property
     def lengths(self) -> Sequence[int]:
-        """How many tokens each row has."""
+        """The number of tokens in each row."""
         return self.columns.lengths
 
     @property
@@ -119,7 +118,7 @@ class SpareCache(Cache):  # type: ignore[misc]
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object
     ) -> tuple[Tensor, Tensor]:
-        """Writes K and V of new tokens of one layer, and gives those of all."""
+        """Writes K and V of new tokens of one layer, and returns those of all tokens."""
         while len(self.layers) <= layer_idx:
             self.layers.append(SpareLayer(self.columns, self.max_rows))
         layer: SpareLayer = self.layers[layer_idx]
@@ -132,7 +131,7 @@ class SpareCache(Cache):  # type: ignore[misc]
             return
         width = columns.width
         needed = width + num_tokens
-        # Half as much to spare, so that a token is moved a few times at most, however long its row grows.
+        # Half as much spare room, so that a token is moved only a few times, even in a long row.
         if needed + needed // 2 > columns.capacity:
             columns.capacity = max(needed + needed // 2, needed + ROOM)
         self._lay(columns.start, width, rows=self.max_rows)
@@ -143,7 +142,7 @@ class SpareCache(Cache):  # type: ignore[misc]
         self.columns.lengths = [length + num_tokens for length in self.columns.lengths]
 
     def mask(self, num_new: int, device: torch.device) -> Tensor | None:
-        """Which columns hold a token, those to come included: (rows, columns); None if all do."""
+        """Which columns have a token, with new ones: (rows, columns); None if all have."""
         columns = self.columns
         if min(columns.lengths) == columns.width:
             return None
@@ -151,17 +150,17 @@ class SpareCache(Cache):  # type: ignore[misc]
         return (torch.arange(columns.width + num_new, device=device) >= starts[:, None]).long()
 
     def positions(self, num_new: int, device: torch.device) -> Tensor:
-        """Where in its row each token to come stands: (rows, tokens)."""
+        """The positions of the new tokens in their rows: (rows, tokens)."""
         lengths = torch.tensor(self.columns.lengths, device=device)
         return lengths[:, None] + torch.arange(num_new, device=device)
 
     def append(self, row: "SpareCache") -> None:
-        """Takes the only row of another cache in, behind its own rows."""
+        """Appends the only row of another cache."""
         columns, (length,) = self.columns, row.lengths
         if columns.num_rows == self.max_rows:
             self.max_rows *= 2
             self._lay(columns.start, columns.width, rows=self.max_rows)
-        if length > columns.end:  # its first tokens would stand before the first column
+        if length > columns.end:  # its first tokens would be before the first column
             needed = length + max(ROOM, length // 2)
             columns.capacity = max(columns.capacity, needed)
             self._lay(columns.start, columns.width, rows=self.max_rows, end=length)
@@ -178,7 +177,7 @@ class SpareCache(Cache):  # type: ignore[misc]
                 target[i, :, columns.end - length : columns.end] = new[0, :, source.end - length : source.end]
 
     def take(self, i: int, *, num_tokens: int, capacity: int) -> "SpareCache":
-        """Gives a copy of the first tokens of a row, in a cache of its own with room for `capacity` tokens."""
+        """Copies the first tokens of a row to a new cache with room for `capacity` tokens."""
         taken = SpareCache(num_rows=1, capacity=capacity)
         taken.columns.lengths, taken.columns.end = [num_tokens], num_tokens
         first = self.columns.end - self.columns.lengths[i]
@@ -207,18 +206,18 @@ class SpareCache(Cache):  # type: ignore[misc]
         self._shrink()
 
     def wipe(self, i: int) -> None:
-        """Makes what a row holds zero: it was not finite, and would spoil what attends to it behind a mask."""
+        """Sets a row that is not finite to zero: even under a mask it would make other results NaN."""
         for layer in self._made():
             layer.keys[i].zero_()
             layer.values[i].zero_()
 
     def clear(self) -> None:
-        """Drops all rows, and the buffers, in which there may be anything after a failure."""
+        """Drops all rows and the buffers, whose content is unknown after an error."""
         self.layers.clear()
         self.columns.lengths, self.columns.end, self.columns.capacity = [], 0, 0
 
     def _shrink(self) -> None:
-        """Gives memory back where a quarter of the buffers would do."""
+        """Frees memory if a quarter of the buffers would be enough."""
         columns, rows = self.columns, max(1, self.columns.num_rows)
         capacity = columns.width + max(ROOM, columns.width // 2)
         if 4 * rows * capacity <= self.max_rows * columns.capacity:
@@ -229,9 +228,9 @@ class SpareCache(Cache):  # type: ignore[misc]
         return [layer for layer in self.layers if layer.is_initialized]
 
     def _lay(self, start: int, width: int, *, rows: int, end: int | None = None) -> None:
-        """Moves the columns in use so that they end at `end`, or begin at 0; into larger buffers where they need them.
+        """Moves the used columns so that they end at `end`, or begin at 0; if necessary, into larger buffers.
 
-        Layer by layer, so that no second copy of all is ever held.
+        This goes layer by layer, so that there is never a second copy of all.
         """
         end = width if end is None else end
         columns = self.columns
@@ -253,7 +252,7 @@ def check_layers(model: PreTrainedModel) -> None:
     """Checks that the rows of a model's KV cache can join and leave.
 
     Raises:
-        ModelError: if it keeps something else than K and V of each token.
+        ModelError: if it stores anything other than K and V of each token.
     """
     cache = DynamicCache(config=model.config)
     if strange := {type(layer).__name__ for layer in cache.layers if type(layer) not in PLAIN}:

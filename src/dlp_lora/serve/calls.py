@@ -13,7 +13,7 @@ from dlp_lora.serve.schema import AssistantMessage, CalledTool, FinishReason
 CALL_HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*')
 
 Delta = dict[str, Any]
-"""What a chunk adds to a message: `content`, or parts of `tool_calls`."""
+"""The addition of a chunk to a message: `content`, or parts of `tool_calls`."""
 
 
 @runtime_checkable
@@ -21,11 +21,11 @@ class MessageWriter(Protocol):
     """Turns the text of an answer into deltas of its message."""
 
     def push(self, text: str) -> list[Delta]:
-        """Adds text; gives the deltas that are certain since."""
+        """Adds text; returns the deltas that have become certain."""
         ...
 
     def end(self, reason: FinishReason) -> tuple[list[Delta], FinishReason]:
-        """Gives the last deltas, and why the answer ended."""
+        """Returns the last deltas, and the reason of the end."""
         ...
 
 
@@ -60,7 +60,7 @@ class ArgumentsWriter:
 
 
 class CallWriter:
-    """A call of one of several functions, as `Grammars.of_calls` has it written, however it is spaced."""
+    """A call of one of several functions, in the form of `Grammars.of_calls`, with any spaces."""
 
     def __init__(self) -> None:
         self._text = ""
@@ -89,7 +89,7 @@ class CallWriter:
 
 
 class TemplateWriter:
-    """An answer that may hold calls, which the tokenizer's response template tells from text: known at its end."""
+    """An answer that may have calls; at its end, the tokenizer's response template separates them from text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
@@ -102,7 +102,7 @@ class TemplateWriter:
         return []
 
     def end(self, reason: FinishReason) -> tuple[list[Delta], FinishReason]:
-        """Reads the answer; one that the template cannot read is text."""
+        """Reads the answer; if the template cannot read it, it is text."""
         try:
             message = self._tokenizer.parse_response(self._text, prefix=self._tokenizer.decode(list(self._prompt)))
         except Exception:  # a model may write anything

@@ -21,7 +21,7 @@ from dlp_lora.serve.wire import Chunk, envelope, finish_reason, sentence_field, 
 
 
 class ChatAnswer:
-    """How the answers to one chat are written."""
+    """Writes the answers to one chat."""
 
     def __init__(self, service: Service, body: ChatRequest, asked: Asked) -> None:
         self._tokenizer = service.encoder.tokenizer
@@ -30,7 +30,7 @@ class ChatAnswer:
         self._writers = [self._writer() for _ in asked.answers]
 
     async def whole(self, answers: Answers) -> ChatResponse:
-        """Gives all answers at their ends."""
+        """Returns all answers when they are finished."""
         choices: list[ChatChoice] = []
         for index, (pieces, _, ended) in enumerate(await answers.whole()):
             deltas = [delta for piece in pieces for delta in self._writers[index].push(piece.text)]
@@ -55,7 +55,7 @@ class ChatAnswer:
         }
 
     async def chunks(self, answers: Answers) -> AsyncIterator[Chunk | None]:
-        """Gives the chunks of a stream, up to the last choice's; None where nothing came for a while."""
+        """Yields the chunks of a stream, up to the last choice's; None if there was none for a while."""
         for index in range(len(self._asked.answers)):
             yield self._chunk(index, {"role": "assistant", "content": ""})
         async for got in answers.items():
@@ -65,7 +65,7 @@ class ChatAnswer:
             index, item = got
             if isinstance(item, Piece):
                 deltas = self._writers[index].push(item.text)
-                # Where a call is not certain yet, its sentence is told all the same.
+                # Even if a call is not certain yet, its sentence is sent.
                 for i, delta in enumerate(deltas or [{}]):
                     more = sentence_field(self._asked, item.sentence) if i == 0 else {}
                     if delta or more or self._body.logprobs:

@@ -13,7 +13,7 @@ from dlp_lora.serve.wire import Chunk, envelope, finish_reason, sentence_field, 
 
 
 class CompletionAnswer:
-    """How the answers to the prompts of one completion are written."""
+    """Writes the answers to the prompts of one completion."""
 
     def __init__(self, service: Service, body: CompletionRequest, asked: Asked) -> None:
         self._tokenizer = service.encoder.tokenizer
@@ -22,7 +22,7 @@ class CompletionAnswer:
         self._scores = [CompletionScores(self._tokenizer) for _ in asked.answers]
 
     async def whole(self, answers: Answers) -> CompletionResponse:
-        """Gives all answers at their ends."""
+        """Returns all answers when they are finished."""
         choices: list[CompletionChoice] = []
         for index, (pieces, scores, ended) in enumerate(await answers.whole()):
             parts = [] if scores is None else [self._prompt_scores(index, scores)]
@@ -46,7 +46,7 @@ class CompletionAnswer:
         }
 
     async def chunks(self, answers: Answers) -> AsyncIterator[Chunk | None]:
-        """Gives the chunks of a stream, up to the last choice's; None where nothing came for a while."""
+        """Yields the chunks of a stream, up to the last choice's; None if there was none for a while."""
         has_scores = self._body.logprobs is not None
         if self._body.echo and not has_scores:
             for index in range(len(self._asked.answers)):

@@ -1,4 +1,4 @@
-"""What goes wrong with a request, as OpenAI's clients expect to read it: a status, and an `error` object."""
+"""Errors of requests in OpenAI's format: a status, and an `error` object."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ RETRY_AFTER_S = 1
 
 
 class ErrorObject(TypedDict):
-    """What went wrong; `param` is the field of the request that is at fault, if one is."""
+    """The error; `param` is the wrong field of the request, if there is one."""
 
     message: str
     type: str
@@ -54,12 +54,12 @@ class APIError(HTTPException):
 
 
 def invalid(message: str, param: str | None = None, code: str = "invalid_value") -> APIError:
-    """A request whose field `param` cannot be followed."""
+    """A request with a wrong field `param`."""
     return APIError(400, message, param=param, code=code)
 
 
 def unsupported(param: str, message: str) -> APIError:
-    """A request for something that this server does not do."""
+    """A request for a feature that this server does not have."""
     return invalid(message, param, "unsupported_parameter")
 
 
@@ -79,7 +79,7 @@ def unavailable(message: str, code: str) -> APIError:
 
 
 def of_exception(error: BaseException, request_id: str) -> APIError:
-    """Says what went wrong, without what only the server's log should hold; that gets it."""
+    """Turns an exception into an APIError; details that are only for the server's log go there."""
     if isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:  # of a task group
         return of_exception(error.exceptions[0], request_id)
     if isinstance(error, APIError):
@@ -101,8 +101,8 @@ def of_exception(error: BaseException, request_id: str) -> APIError:
 
 
 def of_validation(errors: Sequence[Mapping[str, Any]]) -> APIError:
-    """A request that is not of the form that the API has; `errors` are pydantic's."""
-    # Where a field may be of several kinds, each is complained of: the error that lies deepest knows most.
+    """A request that does not have the API's form; `errors` are pydantic's."""
+    # If a field may have several types, there is an error for each: the deepest one is the most exact.
     error = max(errors, key=lambda error: (error["type"] == "unsupported", len(error["loc"])))
     context = error.get("ctx", {})
     places = [str(part) for part in error["loc"] if isinstance(part, int) or part.isidentifier()]

@@ -1,4 +1,4 @@
-"""Grammars: a response format or tools in, what an answer may be token by token out (llguidance)."""
+"""Grammars: a response format or tools in, the allowed tokens of an answer out (llguidance)."""
 
 import json
 import threading
@@ -18,7 +18,7 @@ from dlp_lora.serve.schema import FunctionDefinition
 
 
 class Grammars:
-    """Makes the grammars of answers; `vocab_size` is how many tokens the model scores."""
+    """Makes the grammars of answers; `vocab_size` is the number of tokens with scores."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
@@ -28,10 +28,10 @@ class Grammars:
         self._lock = threading.Lock()
 
     def of_format(self, response_format: Mapping[str, Any]) -> "AnswerGrammar | None":
-        """Gives the grammar of a response format, None for text.
+        """Makes the grammar of a response format, None for text.
 
         Raises:
-            APIError: if it is none, or its schema cannot be followed.
+            APIError: if it is not a response format, or its schema is not supported.
         """
         kind = response_format.get("type")
         if kind == "text":
@@ -51,11 +51,11 @@ class Grammars:
         )
 
     def of_call(self, function: FunctionDefinition) -> "AnswerGrammar":
-        """Gives the grammar of the arguments of one function."""
+        """Makes the grammar of the arguments of one function."""
         return self._of_schema(_arguments(function), "tools")
 
     def of_calls(self, functions: Sequence[FunctionDefinition]) -> "AnswerGrammar":
-        """Gives the grammar of a call of one of several functions, as `_call_prefix` begins it and "}" ends it."""
+        """Makes the grammar of a call of one of several functions; it begins with `_call_prefix` and ends with "}"."""
         rules = [f"start: {' | '.join(f'call_{i}' for i in range(len(functions)))}"]
         for i, function in enumerate(functions):
             rules.append(f'call_{i}: {json.dumps(_call_prefix(function.name))} args_{i} "}}"')
@@ -87,7 +87,7 @@ class Grammars:
 
 
 class AnswerGrammar:
-    """Where one answer stands in its grammar; `schema` is the JSON schema that it follows."""
+    """The state of one answer in its grammar; `schema` is its JSON schema."""
 
     def __init__(self, matcher: llguidance.LLMatcher, schema: Mapping[str, Any]) -> None:
         self.schema = schema
@@ -104,18 +104,18 @@ class AnswerGrammar:
         scores[len(is_allowed) :] = float("-inf")
 
     def accept(self, token: int) -> bool:
-        """Adds the token that came; gives whether the answer is complete."""
+        """Adds a token; returns whether the answer is complete."""
         if not self._matcher.consume_token(token):
             raise BackendError(f"the grammar does not allow the token {token}: {self._matcher.get_error()}")
         return self._matcher.is_stopped()
 
     def copy(self) -> "AnswerGrammar":
-        """Gives the grammar of another answer to the same request."""
+        """Makes the grammar of another answer to the same request."""
         return AnswerGrammar(self._matcher.deep_copy(), self.schema)
 
 
 def _call_prefix(name: str) -> str:
-    """What stands before the arguments in the call of a function."""
+    """The text before the arguments in the call of a function."""
     return f'{{"name": {json.dumps(name)}, "arguments": '
 
 
@@ -130,5 +130,5 @@ def _call(function: FunctionDefinition) -> dict[str, Any]:
 
 
 def _compact(schema: Mapping[str, Any]) -> dict[str, Any]:
-    # Where white space is free, a small model may write nothing else.
+    # If white space is allowed everywhere, a small model may write only white space.
     return {**schema, "x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}

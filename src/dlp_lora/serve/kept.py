@@ -1,8 +1,8 @@
-"""Kept KV: the KV of rows that have ended, for requests that begin with the same tokens.
+"""Stored KV: the KV of finished rows, for requests that begin with the same tokens.
 
-K and V of a token depend on the tokens up to it, and on the mixtures under which they were encoded. So an entry is
-found by both: `contents` says for each token what its mixture is made of, the weights of its adapters included. An
-adapter that was loaded again under its old name is another one.
+K and V of a token depend on the tokens up to it, and on their mixtures. So both are the key of an entry: `contents` has
+the content of each token's mixture, with hashes of the adapters' weights. An adapter that was loaded again under its
+old name is another one.
 """
 
 from collections import OrderedDict
@@ -13,7 +13,7 @@ from itertools import count
 from dlp_lora.serve.cache import SpareCache
 
 Content = bytes
-"""What a mixture is made of; equal where its adapters have equal weights, in equal parts."""
+"""The content of a mixture; equal for adapters with equal numbers and equal weights in the mixture."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +26,7 @@ class Entry:
 
 
 class KeptKV:
-    """KV of up to `budget_mb` megabytes; what was used longest ago goes first."""
+    """KV of up to `budget_mb` megabytes; the least recently used goes first."""
 
     def __init__(self, budget_mb: float) -> None:
         if budget_mb < 0:
@@ -40,7 +40,7 @@ class KeptKV:
         return len(self._entries)
 
     def find(self, tokens: Sequence[int], contents: Sequence[Content], *, capacity: int) -> SpareCache | None:
-        """Gives a copy of the KV of as many of the first tokens as an entry has; None if none has any."""
+        """Returns a copy of the KV of the longest beginning that an entry has, or None."""
         best, length = None, 0
         for number, entry in self._entries.items():
             if (same := shared(entry, tokens, contents)) > length:
@@ -51,7 +51,7 @@ class KeptKV:
         return self._entries[best].cache.take(0, num_tokens=length, capacity=capacity)
 
     def keep(self, tokens: Sequence[int], contents: Sequence[Content], cache: SpareCache, row: int) -> None:
-        """Keeps a copy of the KV of a row, unless another entry begins with it."""
+        """Stores a copy of the KV of a row, unless another entry begins with it."""
         if not self.budget or not tokens:
             return
         shorter: list[int] = []
@@ -75,7 +75,7 @@ class KeptKV:
 
 
 def shared(entry: Entry, tokens: Sequence[int], contents: Sequence[Content]) -> int:
-    """How many of the first tokens an entry has, under the same mixtures."""
+    """The number of first tokens that an entry has under the same mixtures."""
     low, high = 0, min(len(entry.tokens), len(tokens))
 
     def begins(n: int) -> bool:

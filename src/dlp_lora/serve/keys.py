@@ -1,4 +1,4 @@
-"""Keys: an Authorization header in, what its sender may do out."""
+"""Keys: an Authorization header in, its sender's rights out."""
 
 import hmac
 import json
@@ -10,21 +10,21 @@ from pathlib import Path
 from dlp_lora.files import parse_json
 
 API_KEY, ADMIN_KEY = "DLP_LORA_API_KEY", "DLP_LORA_ADMIN_KEY"
-BACKEND_KEY = "DLP_LORA_BACKEND_KEY"  # that vLLM servers ask for
+BACKEND_KEY = "DLP_LORA_BACKEND_KEY"  # the key of vLLM servers
 
 
 @dataclass(frozen=True, kw_only=True)
 class Access:
-    """What the sender of a request may do: use these adapters (None for all), and manage adapters."""
+    """The rights of a sender: to use these adapters (None for all), and to manage adapters."""
 
     adapters: frozenset[str] | None = None
     is_admin: bool = False
 
 
 class Keys:
-    """The keys of a server. Without any, everybody may ask and nobody may manage adapters.
+    """The keys of a server. Without keys, everybody may ask and nobody may manage adapters.
 
-    Only digests are kept, and compared in a time that does not depend on them.
+    Only digests are stored; a comparison always takes the same time.
     """
 
     def __init__(self, users: Mapping[str, Sequence[str] | None] | None = None, admin: str | None = None) -> None:
@@ -48,7 +48,7 @@ class Keys:
         return frozenset(name for _, access in self._accesses for name in access.adapters or ())
 
     def access(self, authorization: str | None) -> Access | None:
-        """Says what the sender of a header may do; None if its key is missing or wrong."""
+        """Returns the rights of a header's sender; None if its key is missing or wrong."""
         scheme, _, key = (authorization or "").partition(" ")
         digest = _digest(key.strip()) if scheme.lower() == "bearer" else b""
         found: Access | None = None
@@ -62,16 +62,16 @@ class Keys:
 
 
 def read_keys(path: str | Path) -> dict[str, list[str] | None]:
-    """Reads a file of keys: a JSON object that gives each key the adapters that it may use, or null for all.
+    """Reads a file of keys: a JSON object from each key to its adapters, or to null for all.
 
     Raises:
-        ValueError: if it is something else; the message holds no key.
+        ValueError: if it has another form; the message has no key.
     """
     try:
         data = parse_json(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is no JSON ({error.msg}, line {error.lineno}); {KEYS_FORM}") from None
-    except ValueError:  # a key twice: the message would hold it
+    except ValueError:  # a key twice: the message would have it
         raise ValueError(f"{path} holds a key twice; {KEYS_FORM}") from None
     if not isinstance(data, dict) or not data:
         raise ValueError(f"{path} holds no keys; {KEYS_FORM}")

@@ -1,4 +1,4 @@
-"""The local backend: requests answered by the engine of this process, batched by a scheduler in a thread of its own."""
+"""The local backend: the engine of this process answers requests; a scheduler in a separate thread batches them."""
 
 import threading
 import time
@@ -20,17 +20,17 @@ from dlp_lora.serve.stream import EventStream
 
 
 class LocalBackend:
-    """A Backend over an engine, whose model and bank belong to its scheduler from then on.
+    """A Backend with an engine, whose model and bank then belong to its scheduler.
 
     Args:
-        max_batch: how many requests are answered at once.
-        max_queue: how many more may wait.
-        max_context: tokens of a prompt and its answer, at most those of the model.
-        chunk_tokens: of a prompt that are read at once, between two steps of the others.
-        cache_mb: megabytes of KV of earlier requests that are kept for those that begin alike.
+        max_batch: largest number of requests that are answered at once.
+        max_queue: largest number of further requests that wait.
+        max_context: largest number of tokens of a prompt and its answer; by default the model's limit.
+        chunk_tokens: number of a prompt's tokens that are read in one pass.
+        cache_mb: megabytes of stored KV of earlier requests.
 
     Raises:
-        ModelError: if the model's cache holds something else than keys and values.
+        ModelError: if the model's cache stores anything other than keys and values.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class LocalBackend:
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """The names of the adapters that there are."""
+        """The names of the adapters."""
         return self.engine.bank.names
 
     @property
@@ -69,7 +69,7 @@ class LocalBackend:
         return Health(is_alive=True)
 
     def stats(self) -> Stats:
-        """What it does now, and has done."""
+        """Its state and its totals."""
         return self._scheduler.stats()
 
     def open(self, request: Request) -> EventStream:
@@ -77,7 +77,7 @@ class LocalBackend:
 
         Raises:
             PromptError: if the prompt is empty or does not fit into the model's context with `max_tokens`.
-            ValueError: if the logit bias names a token that there is not.
+            ValueError: if the logit bias names an unknown token.
             QueueFullError, ClosedError: if it takes none now.
         """
         max_tokens = room_for(request, max_context=self.max_context, vocab_size=self._vocab_size)
@@ -100,11 +100,11 @@ class LocalBackend:
         self.engine.add_adapter(path, name)
 
     def remove_adapter(self, name: str) -> None:
-        """Removes an adapter; requests that run with it keep it."""
+        """Removes an adapter; running requests keep it."""
         self.engine.remove_adapter(name)
 
     def close(self, *, drain_s: float = 0.0) -> None:
-        """Takes no more requests, waits so long for those that run, and ends the others with a ClosedError."""
+        """Takes no more requests, waits so long for running ones, and ends the others with a ClosedError."""
         with self._lock:
             self._is_closing = True
         deadline = time.monotonic() + drain_s

@@ -9,7 +9,7 @@ from dlp_lora.engine.text import decode
 from dlp_lora.serve.backend import PromptScores, Token
 from dlp_lora.serve.schema import CompletionLogprobs, TokenLogprob, TopLogprob
 
-LEAST = -9999.0  # stands for minus infinity, which JSON has not
+LEAST = -9999.0  # instead of minus infinity, which JSON does not have
 
 
 def chat_logprobs(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[Token], num_top: int) -> list[TokenLogprob]:
@@ -22,7 +22,7 @@ def chat_logprobs(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[Token], n
 
 
 class CompletionScores:
-    """The log-probabilities of a completion; `offset` is where in its text the next token begins."""
+    """The log-probabilities of a completion; `offset` is the place of the next token in its text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
@@ -56,7 +56,7 @@ class CompletionScores:
 
 
 def joined(parts: Sequence[CompletionLogprobs]) -> CompletionLogprobs:
-    """Puts log-probabilities one behind the other."""
+    """Concatenates log-probabilities."""
     return {
         "text_offset": [offset for part in parts for offset in part["text_offset"]],
         "token_logprobs": [logprob for part in parts for logprob in part["token_logprobs"]],
@@ -66,7 +66,7 @@ def joined(parts: Sequence[CompletionLogprobs]) -> CompletionLogprobs:
 
 
 def token_text(tokenizer: PreTrainedTokenizerBase, id_: int) -> str:
-    """The text of one token alone, special ones as they are written."""
+    """The text of one token, also of a special one."""
     return decode(tokenizer, [id_], skip_special_tokens=False)
 
 

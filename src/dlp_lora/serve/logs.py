@@ -11,10 +11,10 @@ STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "
 
 
 class JSONFormatter(logging.Formatter):
-    """Writes a record as one line of JSON, with what `extra` gave."""
+    """Writes a record as one line of JSON, with its `extra` fields."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Gives the line."""
+        """Returns the line."""
         line: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),

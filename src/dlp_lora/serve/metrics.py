@@ -1,4 +1,4 @@
-"""Metrics for Prometheus: vLLM's quantities under `dlp_lora_`, and what routing adds."""
+"""Metrics for Prometheus: vLLM's quantities under `dlp_lora_`, and those of routing."""
 
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -11,17 +11,17 @@ from prometheus_client.registry import Collector
 from dlp_lora.engine.trace import Sentence
 from dlp_lora.serve.backend import Done, Stats
 
-# From a step of a small model to a long queue.
+# from a step of a small model to a long queue
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 ROUTING_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
-BASE = "base"  # stands for the base model where sentences are counted by adapter
+BASE = "base"  # the label of the base model in the counts of sentences by adapter
 
 
 class Metrics:
-    """What a server has done; `stats` asks its backend what it does now.
+    """The totals of a server; `stats` returns its backend's state.
 
-    Names become labels only if something has them, and `forget` takes those of a removed adapter out.
+    Only existing names become labels, and `forget` removes those of a removed adapter.
     """
 
     def __init__(self, stats: Callable[[], Stats]) -> None:
@@ -56,11 +56,11 @@ class Metrics:
         self.encode_time = histogram("encode_seconds", "Encoding the context again at a switch.", SECONDS)
 
     def text(self) -> bytes:
-        """Gives all metrics in Prometheus' text format."""
+        """Returns all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
     def forget(self, adapter: str) -> None:
-        """Takes the series of an adapter out, as it is removed."""
+        """Removes the series of a removed adapter."""
         by_model = (
             *(self.prompt_tokens, self.generation_tokens, self.first_token, self.inter_token, self.latency),
             *(self.queue_time, self.prompt_time, self.answer_time, self.request_prompt, self.request_answer),
@@ -83,7 +83,7 @@ class Meter:
     _last_s: float | None = None
 
     def token(self) -> None:
-        """Notes that a token came."""
+        """Counts a token."""
         now = time.perf_counter()
         if self._last_s is None:
             self.metrics.first_token.labels(self.label).observe(now - self.since_s)
@@ -92,7 +92,7 @@ class Meter:
         self._last_s = now
 
     def done(self, done: Done) -> None:
-        """Notes that the answer ended."""
+        """Counts the end of the answer."""
         m, label = self.metrics, self.label
         m.succeeded.labels(label, done.reason).inc()
         m.prompt_tokens.labels(label).inc(done.usage.prompt_tokens)
@@ -123,7 +123,7 @@ class Meter:
 
 
 class _BackendStats(Collector):
-    """The backend's own numbers, asked for as they are read."""
+    """The backend's numbers at the time of reading."""
 
     def __init__(self, stats: Callable[[], Stats]) -> None:
         self._stats = stats
@@ -150,5 +150,5 @@ class _BackendStats(Collector):
             yield CounterMetricFamily(f"dlp_lora_{name}", text, value=value)
 
     def describe(self) -> Iterator[GaugeMetricFamily]:
-        """Names nothing beforehand: the backend may not run yet."""
+        """Describes no metrics in advance, because the backend may not run yet."""
         return iter(())

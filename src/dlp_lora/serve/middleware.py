@@ -1,4 +1,4 @@
-"""What every request passes: ids, limits, hosts, keys, headers, logs. Plain ASGI, so that disconnects are seen.
+"""The checks of every request: ids, limits, hosts, keys, headers, logs. Plain ASGI, so that disconnects are visible.
 
 (BaseHTTPMiddleware hides them: https://github.com/vllm-project/vllm/issues/10087.)
 """
@@ -21,7 +21,7 @@ from dlp_lora.serve.service import Service
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 GUARDED = ("/v1", "/tokenize", "/detokenize")
 LOOPBACK_NAMES = ("localhost",)
-QUIET = ("/health", "/metrics")  # asked for every few seconds: not in the log
+QUIET = ("/health", "/metrics")  # requested every few seconds: not in the log
 SECURITY_HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "
@@ -33,7 +33,7 @@ SECURITY_HEADERS = {
 
 
 class Gate:
-    """Lets requests through that may be answered, and writes down what became of them."""
+    """Passes on allowed requests, and logs their results."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
@@ -106,9 +106,9 @@ class Gate:
         return None
 
     def _is_known_host(self, header: str) -> bool:
-        """Whether a Host header is one of this server's.
+        """Whether a Host header names this server.
 
-        Without a key, a page of a name that is made to lead to 127.0.0.1 could else use a server on this machine.
+        Otherwise a web page whose name resolves to 127.0.0.1 could use a server on this machine that has no key.
         """
         name = _host_name(header)
         if self._hosts:

@@ -1,4 +1,4 @@
-"""Names of models: what a client calls `model` in, which mixture answers out."""
+"""Names of models: a client's `model` in, the mixture that answers out."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ BASE = "base"
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """Who answers: the router chooses where `mixture` is None. `asked` is echoed, `label` stands in metrics."""
+    """The choice of a request; if `mixture` is None, the router chooses. `asked` is echoed, `label` is for metrics."""
 
     asked: str
     label: str
@@ -20,13 +20,13 @@ class Choice:
 
 @dataclass(frozen=True)
 class ModelNames:
-    """The names that a server answers to; `served` is that of the routed model."""
+    """The model names of a server; `served` is the name of the routed model."""
 
     served: str
 
     @property
     def base(self) -> str:
-        """The name of the base model alone."""
+        """The name of the base model."""
         return f"{self.served}:{BASE}"
 
     def listed(self, adapters: Sequence[str]) -> tuple[str, ...]:
@@ -37,16 +37,16 @@ class ModelNames:
         """Checks that an adapter may have a name.
 
         Raises:
-            APIError: if clients could not tell it from another model's.
+            APIError: if it is equal to another model's name, or has forbidden characters.
         """
         if adapter == self.served or adapter.startswith(f"{self.served}:"):
             raise invalid(f"an adapter cannot be named {adapter!r}: {self.served} is the routed model", "lora_name")
 
     def choose(self, asked: str | None, adapters: Collection[str]) -> Choice:
-        """Finds who answers to a name, among the adapters that there are.
+        """Finds the choice for a name among the adapters.
 
         Raises:
-            APIError: if there is no model of this name, or the mixture is none.
+            APIError: if there is no model of this name, or the mixture is wrong.
         """
         if asked is None or asked == self.served:
             return Choice(asked=self.served, label=self.served, mixture=None)
@@ -60,7 +60,7 @@ class ModelNames:
         raise self.unknown(asked, adapters)
 
     def unknown(self, asked: str, adapters: Collection[str]) -> APIError:
-        """What to say of a name that nothing has."""
+        """The error for an unknown name."""
         listed = self.listed(sorted(adapters))
         some = ", ".join(listed[:12]) + (", ..." if len(listed) > 12 else "")
         return APIError(

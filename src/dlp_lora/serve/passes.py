@@ -1,9 +1,9 @@
 """Passes: new tokens of many rows in, scores out, in one forward pass of the model.
 
-A part is a KV cache with new tokens for each of its rows: the rows that decode are one part, a prompt that is read is
+A part is a KV cache with new tokens for each of its rows: the decoding rows are one part, and each new prompt is
 another. The tokens of all parts are packed into one sequence. So weights are read once and each layer is called once,
-and a prompt costs little where a pass runs anyway. Attention alone goes part by part, through the function and the
-masks of transformers that each part would have in a pass of its own.
+and a prompt costs little in a pass that runs anyway. Only attention is computed part by part, with the function and the
+masks of transformers that each part would have in a separate pass.
 """
 
 import logging
@@ -27,18 +27,18 @@ from dlp_lora.serve.cache import SpareCache
 
 logger = logging.getLogger(__name__)
 
-PACKED = "dlp_lora_packed"  # the name of the attention function of packs, and of the argument that brings it the pack
-SDPA = "sdpa"  # that of transformers which it calls for each part
-ROUNDING = 0.05  # of the largest score: how far those of a pack may be from those of its parts alone
+PACKED = "dlp_lora_packed"  # the name of the attention function of packs, and of its argument for the pack
+SDPA = "sdpa"  # transformers' function, called for each part
+ROUNDING = 0.05  # of the largest score: allowed difference between a pack and its parts alone
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Part:
-    """Rows of one KV cache, and as many new tokens of each, with the mixture of each token.
+    """Rows of one KV cache, and equally many new tokens of each, with the mixture of each token.
 
-    `wants` says whose scores are asked for: of no token, of the last one of each row, or of all.
+    `wants` selects scores: of no token, of the last one of each row, or of all.
     """
 
     cache: SpareCache
@@ -48,23 +48,23 @@ class Part:
 
     @property
     def num_rows(self) -> int:
-        """How many rows there are."""
+        """The number of rows."""
         return len(self.tokens)
 
     @property
     def num_new(self) -> int:
-        """How many new tokens each row has."""
+        """The number of new tokens in each row."""
         return len(self.tokens[0])
 
     @property
     def num_wanted(self) -> int:
-        """Of how many tokens of each row scores are asked for: the last ones."""
+        """The number of last tokens of each row with scores."""
         return {"none": 0, "last": 1, "all": self.num_new}[self.wants]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Scored:
-    """What a pass gives: for each part the scores that it asks for, and how long fusing and all of it took."""
+    """The result of a pass: the scores of each part, and the times of fusing and of the whole pass."""
 
     scores: Sequence[Tensor]  # (rows, tokens, vocab)
     fuse_ms: float
@@ -72,9 +72,9 @@ class Scored:
 
 
 class Passes:
-    """Runs parts through an engine's model: packed into one pass if the model allows it, else each in its own.
+    """Runs parts through an engine's model: packed into one pass if the model allows it, else in separate passes.
 
-    K and V of the new tokens are then in the caches, and count once the caller advances these.
+    K and V of the new tokens are then in the caches; the caller advances these.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -133,9 +133,9 @@ class Passes:
 
     @torch.no_grad()
     def _can_pack(self) -> bool:
-        """Whether the model scores parts in a pack as it scores them alone, which is tried.
+        """Tests whether the model's scores are the same in a pack.
 
-        Its attention must go through transformers' interface, and ask no more of a token's place than its position.
+        Its attention must use transformers' interface, and must need no more about a token's place than its position.
         """
         model: Any = self._engine.model
         config = model.config.get_text_config()
@@ -152,9 +152,9 @@ class Passes:
 
 
 class Pack(Cache):  # type: ignore[misc]
-    """Parts as one sequence, which ends with the tokens whose scores are asked for.
+    """Parts as one sequence, which ends with the tokens with scores.
 
-    It is the KV cache, too, that the model is given: one that hands on to the caches of the parts.
+    It is also the model's KV cache, and passes K and V on to the caches of the parts.
     """
 
     layers: Any
@@ -174,20 +174,20 @@ class Pack(Cache):  # type: ignore[misc]
         ]
         self._masks = [_masks(part, model, device) for part in parts]
         self._attention: Callable[..., Any] = AttentionInterface()[SDPA]
-        self._states: list[tuple[Tensor, Tensor]] | None = None  # K and V by part, of the layer that attends next
+        self._states: list[tuple[Tensor, Tensor]] | None = None  # K and V by part, of the next attention
 
     @property
     def positions(self) -> list[int]:
-        """Where in its row each token stands."""
+        """The position of each token in its row."""
         return [self._parts[p].cache.lengths[r] + t for p, r, t in self._order]
 
     def in_order(self, values: Sequence[Sequence[Sequence[T]]]) -> list[T]:
-        """Puts what there is by part, row and token into the order of the sequence."""
+        """Brings values by part, row and token into the order of the sequence."""
         return [values[p][r][t] for p, r, t in self._order]
 
     def scores(self, logits: Float[Tensor, "tokens vocab"]) -> list[Tensor]:
-        """Gives each part the scores that it asks for."""
-        wanted = logits[len(logits) - self.num_wanted :]  # of a model that scores all tokens in any case, too
+        """Distributes the scores to the parts."""
+        wanted = logits[len(logits) - self.num_wanted :]  # also for a model that scores all tokens
         each = wanted.split([part.num_rows * part.num_wanted for part in self._parts])
         return [
             scores.view(part.num_rows, part.num_wanted, logits.shape[1])
@@ -196,10 +196,10 @@ class Pack(Cache):  # type: ignore[misc]
 
     @contextmanager
     def attending(self) -> Iterator[None]:
-        """Has the model's attention go through packs, in the block.
+        """Lets the model's attention use packs in the block.
 
         Raises:
-            ModelError: if that of a layer did not.
+            ModelError: if a layer's attention did not.
         """
         before = self._config._attn_implementation
         self._config._attn_implementation = PACKED
@@ -221,7 +221,7 @@ class Pack(Cache):  # type: ignore[misc]
         return key_states, value_states
 
     def attend(self, module: Any, query: Tensor, **kwargs: Any) -> Float[Tensor, "1 tokens heads dim"]:
-        """Attends, part by part, to the K and V that were written last."""
+        """Attends, part by part, to the last written K and V."""
         self._check(list)
         states, self._states = self._states or [], None
         outputs: Tensor | None = None
@@ -245,8 +245,9 @@ class Pack(Cache):  # type: ignore[misc]
 
 
 def numbered(mixtures: Sequence[Sequence[Mixture]]) -> tuple[list[Mixture], Int[Tensor, "rows tokens"] | None]:
-    """Gives mixtures by row and token as `Engine.under` takes them: one a row, or all that there are and the number of
-    each token's."""
+    """Turns mixtures by row and token into the arguments of `Engine.under`: one per row, or all different ones and the
+    number of each token's.
+    """
     if all(len(set(row)) == 1 for row in mixtures):
         return [row[0] for row in mixtures], None
     numbers = {mixture: i for i, mixture in enumerate(dict.fromkeys(m for row in mixtures for m in row))}
@@ -254,7 +255,7 @@ def numbered(mixtures: Sequence[Sequence[Mixture]]) -> tuple[list[Mixture], Int[
 
 
 def _attend(module: nn.Module, query: Tensor, *_: object, **kwargs: Any) -> tuple[Tensor, None]:
-    """The attention function of packs; of keys, values and mask that it is given, the pack has better ones."""
+    """The attention function of packs; it ignores its keys, values and mask, because the pack has them."""
     pack: Pack = kwargs.pop(PACKED)
     return pack.attend(module, query, **kwargs), None
 
@@ -277,7 +278,7 @@ def _trial(run: Callable[[Sequence[Part]], Sequence[Tensor]]) -> Sequence[Tensor
 
 
 def _masks(part: Part, model: PreTrainedModel, device: torch.device) -> Any:
-    """The mask that the model's attention has for a part alone, or those of its kinds of layers; None for none."""
+    """The mask of the model's attention for a part alone, or one for each kind of layer; None for no mask."""
     make: Callable[..., Any] = getattr(model, "create_masks_for_generate", create_masks_for_generate)
     masks = make(
         config=model.config,
@@ -292,7 +293,7 @@ def _masks(part: Part, model: PreTrainedModel, device: torch.device) -> Any:
 
 
 def _index(places: Sequence[int], device: torch.device) -> slice | Tensor:
-    """Places in a sequence as an index: a slice where they lie side by side, which copies nothing."""
+    """Places in a sequence as an index; a slice, which copies nothing, if they are neighbours."""
     if places[-1] - places[0] == len(places) - 1:
         return slice(places[0], places[-1] + 1)
     return torch.tensor(places, device=device)

@@ -1,4 +1,4 @@
-"""Prompts: messages, text or token ids of a request in, the tokens that the model reads out."""
+"""Prompts: messages, text or token ids of a request in, the model's tokens out."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -14,7 +14,7 @@ from dlp_lora.serve.schema import ChatFields, ChatMessage, PromptRequest, Tool
 
 
 class PromptEncoder:
-    """Encodes the prompts of requests; `max_context` is how many tokens a prompt and its answer may have."""
+    """Encodes the prompts of requests; `max_context` is the largest number of tokens of a prompt and its answer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_context: int, vocab_size: int) -> None:
         self.tokenizer = tokenizer
@@ -23,7 +23,7 @@ class PromptEncoder:
 
     @cached_property
     def longest_token(self) -> int:
-        """How many characters the longest token stands for."""
+        """The number of characters in the longest token."""
         return max((len(token) for token in self.tokenizer.get_vocab()), default=1)
 
     @cached_property
@@ -72,7 +72,7 @@ class PromptEncoder:
         """Encodes text as it is.
 
         Raises:
-            APIError: if there is none, or it is too long.
+            APIError: if it is empty or too long.
         """
         self._check_length(len(text))
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
@@ -89,7 +89,7 @@ class PromptEncoder:
         return self._checked(tokens)
 
     def check_room(self, tokens: Sequence[int], num_new: int) -> None:
-        """Checks that an answer fits behind a prompt.
+        """Checks that an answer fits after a prompt.
 
         Raises:
             APIError: if it does not.
@@ -98,7 +98,7 @@ class PromptEncoder:
             raise too_long(f"{len(tokens)} tokens", num_new, self.max_context)
 
     def _check_length(self, num_characters: int) -> None:
-        """Refuses what cannot fit, before anybody reads it."""
+        """Refuses a text that cannot fit, before it is tokenized."""
         if num_characters > self.max_context * self.longest_token:
             least = num_characters // self.longest_token
             raise too_long(f"more than {least} tokens", 1, self.max_context)
@@ -111,7 +111,7 @@ class PromptEncoder:
 
 
 def _plain(message: ChatMessage) -> dict[str, Any]:
-    """A message as templates read it: a developer is the system, and parts of text are one."""
+    """A message for templates: a developer becomes the system, and parts of text are joined."""
     plain = message.model_dump(exclude_none=True)
     if message.role == "developer":
         plain["role"] = "system"
@@ -121,7 +121,7 @@ def _plain(message: ChatMessage) -> dict[str, Any]:
 
 
 def _with_tools(messages: list[dict[str, Any]], tools: Sequence[Tool]) -> list[dict[str, Any]]:
-    """Tells a model whose template reads no tools of them, in a system message."""
+    """Adds the tools to a system message, for a model whose template reads no tools."""
     listed = "\n".join(tool.function.model_dump_json(exclude_none=True) for tool in tools)
     told = f"You may call these functions:\n{listed}"
     if messages[0]["role"] == "system":

@@ -2,8 +2,8 @@
 
     serve run dlp_lora.serve.ray:build_app bundle=bundle/ num_replicas=2
 
-Each replica has an engine of its own, or is a front of vLLM servers; nothing is kept between requests. Adapters come
-with the bundle: replicas look at its number, and read it again once it has grown.
+Each replica has an engine, or is a front of vLLM servers; replicas keep nothing between requests. Adapters come with
+the bundle: replicas poll its number, and read the bundle again if the number has grown.
 """
 
 import os
@@ -25,10 +25,10 @@ from dlp_lora.serve.watch import watch
 
 
 class RayArgs(BaseModel):
-    """What `serve run` is told, as NAME=VALUE: a bundle folder that all hosts see, and how many replicas of it.
+    """The arguments of `serve run`, as NAME=VALUE: a bundle folder that all hosts see, and the number of replicas.
 
-    With `backend_url`, the addresses of vLLM servers with commas between them, replicas hold no model. Keys are read
-    from the environment of the replicas.
+    With `backend_url`, addresses of vLLM servers with commas between them, replicas have no model. Keys come from the
+    environment of the replicas.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -45,7 +45,7 @@ class RayArgs(BaseModel):
 
 
 def build_app(args: RayArgs) -> Any:
-    """Makes the application that `serve run` and `serve.run` take."""
+    """Makes the application for `serve run` and `serve.run`."""
     from ray import serve
 
     deployment = serve.deployment(
@@ -60,7 +60,7 @@ def build_app(args: RayArgs) -> Any:
 
 
 def _app_of(args: RayArgs) -> Callable[[], ASGIApp]:
-    """Gives what makes the application in a replica."""
+    """Returns a function that makes the application in a replica."""
 
     def build() -> ASGIApp:
         settings = ServerSettings(served_model_name=args.served_model_name, watch_s=args.watch_s, host="0.0.0.0")

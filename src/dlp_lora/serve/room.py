@@ -1,4 +1,4 @@
-"""Room: a request in, how many tokens its answer may have out, or why there are none."""
+"""Room: a request in, the largest number of its answer's tokens out, or an error."""
 
 from collections.abc import Iterable
 
@@ -7,11 +7,11 @@ from dlp_lora.serve.backend import Request
 
 
 def room_for(request: Request, *, max_context: int, vocab_size: int) -> int:
-    """Checks the tokens of a request; gives how many its answer may have.
+    """Checks the tokens of a request; returns the largest number of its answer's tokens.
 
     Raises:
-        PromptError: if the prompt is empty, holds a token that there is not, or leaves no room for `max_tokens`.
-        ValueError: if the logit bias names a token that there is not.
+        PromptError: if the prompt is empty, has an unknown token, or leaves no room for `max_tokens`.
+        ValueError: if the logit bias names an unknown token.
     """
     num_prompt, max_tokens = len(request.tokens), request.sampling.max_tokens
     if not num_prompt:

@@ -1,4 +1,4 @@
-"""One row: a request that is answered, and where it stands in the scheduler."""
+"""One row: a request with its answer, and its state in the scheduler."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -21,11 +21,11 @@ State = Literal["queued", "loading", "waiting", "reading", "decoding", "ended", 
 
 @dataclass(eq=False)
 class Row:
-    """A request whose answer is built from the scores of passes; `contents` says what each token in the KV cache was
-    encoded under.
+    """A request whose answer is built from the scores of passes; `contents` has the content of the mixture of each
+    token in the KV cache.
 
-    It is queued until its prompt is routed; loads adapters; waits until its prompt, or its context under another
-    mixture, is read; is read, into a cache of its own; decodes, in the batch's cache; and has ended or failed.
+    Its states: it is queued until its prompt is routed; loads adapters; waits for reading its prompt, or its context
+    under another mixture; is read, into a separate cache; decodes, in the batch's cache; and has ended or failed.
     """
 
     answer: AnswerBuilder
@@ -33,8 +33,8 @@ class Row:
     contents: list[Content] = field(default_factory=list)
     cache: SpareCache | None = None  # while it is read
     lease: Lease | None = None
-    content: Content = b""  # of the mixture in force
-    planned: list[Content] = field(default_factory=list)  # what `contents` will be when all is read
+    content: Content = b""  # of the current mixture
+    planned: list[Content] = field(default_factory=list)  # `contents` after all is read
 
     def __post_init__(self) -> None:
         self.sampler: Sampler | None = None
@@ -43,41 +43,41 @@ class Row:
 
     @property
     def request(self) -> Request:
-        """What is answered."""
+        """The request."""
         return self.answer.request
 
     @property
     def tokens(self) -> list[int]:
-        """Those of the prompt and of the answer so far."""
+        """The tokens of the prompt and of the answer so far."""
         return self.answer.tokens
 
     @property
     def has_answer(self) -> bool:
-        """Whether the prompt has been read once, and what is read now is its context under another mixture."""
+        """Whether the prompt was read before, and its context is now read under another mixture."""
         return self.answer.num_tokens > 0
 
     @property
     def has_ended(self) -> bool:
-        """Whether nothing is to be done for it any more."""
+        """Whether it has ended or failed."""
         return self.state in ("ended", "failed")
 
     @property
     def wants_prompt_scores(self) -> bool:
-        """Whether the scores of the prompt's tokens are asked for, and it is read the first time."""
+        """Whether the prompt's scores are needed, and it is read the first time."""
         return self.request.sampling.num_prompt_logprobs is not None and not self.has_answer
 
     @property
     def routed(self) -> RowRouter:
-        """Its routing, which has begun."""
+        """Its routing, after its start."""
         return self.answer.routed
 
     def leased(self, mixture: Mixture) -> Mixture:
-        """Gives a mixture of the row by the names that the bank calls its adapters by now."""
+        """Returns a mixture of the row with the adapters' current names in the bank."""
         assert self.lease is not None
         return self.lease.of(mixture)
 
     def mixtures(self, start: int, stop: int) -> list[Mixture]:
-        """Gives the mixture that each of the tokens from `start` to `stop` is encoded under, as `leased` does."""
+        """Returns the mixture of each token from `start` to `stop`, with names as by `leased`."""
         mixtures = [self.leased(self.routed.mixture)] * (stop - start)
         for sentence in self.routed.prompt_trace:
             for place in range(max(sentence.start, start), min(sentence.end, stop)):
@@ -85,17 +85,17 @@ class Row:
         return mixtures
 
     def begin(self, router: RowRouter, device: torch.device) -> None:
-        """Takes the routing of its prompt."""
+        """Stores the routing of its prompt."""
         self.sampler = Sampler(self.request.sampling, self.tokens, self.answer.end_ids, device)
         self.answer.begin(router)
 
     def begin_reading(self) -> None:
-        """Notes that its prompt is read from now on."""
+        """Notes that reading its prompt begins."""
         self.state = "reading"
         self.answer.begin_reading()
 
     def add_prompt_scores(self, logits: Float[Tensor, "seq vocab"]) -> None:
-        """Takes the scores that tokens of the prompt were given, chunk by chunk; the last ones are the answer's."""
+        """Adds the scores of the prompt's tokens, chunk by chunk; the last ones are for the answer."""
         num_top = self.request.sampling.num_prompt_logprobs or 0
         num_prompt = self.answer.num_prompt
         first = len(self.contents) - len(logits)
@@ -113,7 +113,7 @@ class Row:
             self.answer.add_prompt_scores(self.scores)
 
     def take(self, token: int, scores: Float[Tensor, " vocab"]) -> bool:
-        """Adds the token that was sampled, with its scores; says whether the mixture changed."""
+        """Adds a sampled token with its scores; returns whether the mixture changed."""
         assert self.sampler is not None
         self.sampler.add(token)
         num_top = self.request.sampling.num_logprobs
@@ -124,7 +124,7 @@ class Row:
         return switched
 
     def finish(self, reason: Literal["length", "abort"]) -> None:
-        """Ends the answer where it is: its prompt alone was to be read, or its reader asked for that."""
+        """Ends the answer here: only its prompt was needed, or its reader cancelled it."""
         self.answer.finish(reason)
         self._end("ended")
 

@@ -1,4 +1,4 @@
-"""Sampling for one row: the model's scores in, one token out; by rows of their own, so that none depends on another."""
+"""Sampling for one row: the model's scores in, one token out; rows are sampled separately and are independent."""
 
 import math
 from collections import Counter
@@ -20,10 +20,10 @@ from dlp_lora.serve.backend import BackendError, Sampling
 
 
 class Sampler:
-    """Samples the tokens of one answer, as `Sampling` says; with a generator of its own.
+    """Samples the tokens of one answer by its `Sampling`, with a separate random generator.
 
-    Each step is that of transformers' `generate`, in its order, so that a seed gives what it gives there.
-    `end_ids` are the tokens that end the answer.
+    The steps are those of transformers' `generate`, in its order, so that a seed gives the same answer. `end_ids` are
+    the tokens that end the answer.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Sampler:
 
     @property
     def is_argmax(self) -> bool:
-        """Whether the next token is the likeliest one, whatever came before."""
+        """Whether the next token is always the likeliest one."""
         s = self.sampling
         changes = s.logit_bias or s.presence_penalty or s.frequency_penalty or s.grammar
         return s.temperature == 0 and not changes and s.repetition_penalty == 1 and not self._is_too_short
@@ -53,7 +53,7 @@ class Sampler:
         """Samples a token; `scores` are the model's, in float32.
 
         Raises:
-            BackendError: if no token may come next.
+            BackendError: if no token is allowed.
         """
         scores = self._processed(scores.clone())
         if self._generator is None:
@@ -68,7 +68,7 @@ class Sampler:
         return token
 
     def add(self, token: int) -> None:
-        """Takes the token that came into account for those to come."""
+        """Notes a token, for the penalties of later tokens."""
         self._tokens.append(token)
         self._counts[token] += 1
 
@@ -96,7 +96,7 @@ class Sampler:
 
 
 def logprobs(scores: Float[Tensor, " vocab"], token: int, num_top: int) -> tuple[float, dict[int, float]]:
-    """Gives the log-probability of a token, and those of so many of the likeliest."""
+    """Returns the log-probability of a token, and those of the likeliest tokens."""
     all_logprobs = scores.float().log_softmax(dim=-1)
     values, ids = all_logprobs.topk(min(num_top, scores.shape[0]))
     return float(all_logprobs[token]), dict(zip(ids.tolist(), values.tolist(), strict=True))

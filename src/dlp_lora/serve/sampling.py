@@ -1,4 +1,4 @@
-"""Sampling: the fields of a request in, how a backend samples its answers out."""
+"""Sampling: the fields of a request in, a backend's Sampling out."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ NAMES = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presen
 
 
 def defaults_of(generation_config: Any) -> dict[str, Any]:
-    """What a model's generation config says of sampling, as `generate` follows it: greedy unless it says otherwise."""
+    """The sampling of a model's generation config, as in `generate`: greedy by default."""
     settings = generation_config.to_diff_dict()
     found = {name: settings[name] for name in ("repetition_penalty",) if settings.get(name) is not None}
     if not settings.get("do_sample"):
@@ -31,10 +31,10 @@ def sampling_of(
     num_prompt_logprobs: int | None = None,
     grammar: Grammar | None = None,
 ) -> Sampling:
-    """Gives the sampling of answer `number` of a request: with a seed, each answer has another one.
+    """Returns the sampling of answer `number` of a request; with a seed, each answer gets another one.
 
     Raises:
-        APIError: if a token of `logit_bias` is none.
+        APIError: if `logit_bias` names an unknown token.
     """
     values = {name: getattr(fields, name) for name in NAMES if getattr(fields, name) is not None}
     values = {**defaults, **values}

@@ -1,12 +1,12 @@
 """The scheduler: rows in, events out, one pass of the model after the other, all in one thread.
 
-A turn takes what other threads ask, routes prompts, and runs one pass: it gives each row of the batch one token, and
-reads at most one chunk of prompts. So a row waits for a chunk and a step at most, whatever else arrives. The token that
-opens a sentence is sampled before the pass that must run under its mixture, so rows are routed between two passes.
+A turn accepts calls of other threads, routes prompts, and runs one pass. The pass gives each row of the batch one
+token, and reads at most one chunk of prompts. So a row never waits longer than a chunk and a step. The first token of a
+sentence is sampled before the pass that runs under its mixture, so rows are routed between two passes.
 
-A row whose mixture changes under `kv_policy="recompute"` leaves the batch, and its context is read again, before new
-prompts are; every fourth chunk begins with a new prompt, if one waits. Adapters that are not in memory are loaded by
-another thread, and their row waits meanwhile.
+If the mixture of a row changes under `kv_policy="recompute"`, the row leaves the batch, and its context is read again.
+This comes before new prompts, but every fourth chunk begins with a waiting new prompt. Another thread loads adapters
+that are not in memory; their row waits.
 """
 
 import logging
@@ -33,12 +33,12 @@ from dlp_lora.serve.row import Row
 
 logger = logging.getLogger(__name__)
 
-MAX_AGAIN = 3  # chunks of contexts that are read again, in a row, while a new prompt waits
+MAX_AGAIN = 3  # consecutive chunks of contexts that are read again while a new prompt waits
 
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """What a pass does for some rows: the next tokens of each, as many of each, into the cache that holds them."""
+    """The work of a pass for some rows: equally many next tokens of each, into the rows' cache."""
 
     rows: list[Row]
     cache: SpareCache
@@ -50,7 +50,7 @@ class Work:
         return len(self.rows[0].contents) == len(self.rows[0].tokens)
 
     def part(self) -> Part:
-        """What the pass is given, with the names that adapters have now: the bank is to be locked."""
+        """The part for the pass, with the adapters' current names; the bank must be locked."""
         spans = [(len(row.contents), len(row.contents) + self.num_new) for row in self.rows]
         first, (_, stop) = self.rows[0], spans[0]
         return Part(
@@ -62,9 +62,9 @@ class Work:
 
 
 class Scheduler:
-    """Answers rows with an engine. `run` is for a thread of its own; `add`, `cancel`, `stop` may be called by any.
+    """Answers rows with an engine. `run` needs a separate thread; any thread may call `add`, `cancel` and `stop`.
 
-    `max_batch` rows are answered at once, others wait. `cache_mb` megabytes of KV are kept for later requests.
+    `max_batch` rows are answered at once, others wait. `cache_mb` megabytes of KV are stored for later requests.
     """
 
     def __init__(self, engine: Engine, *, max_batch: int, chunk_tokens: int, cache_mb: float) -> None:
@@ -96,12 +96,12 @@ class Scheduler:
 
     @property
     def batch_lengths(self) -> tuple[int, ...]:
-        """How many tokens the KV cache of the batch holds of each row in it."""
+        """The number of tokens of each row in the batch's KV cache."""
         return tuple(self._batch.lengths)
 
     @property
     def num_open(self) -> int:
-        """How many rows have not ended."""
+        """The number of rows that have not ended."""
         return len(self._rows)
 
     def add(self, row: Row) -> None:
@@ -125,7 +125,7 @@ class Scheduler:
         self._post(partial(self._end_all, error))
 
     def stats(self) -> Stats:
-        """What it does now, and has done; from any thread, so it may be a step old."""
+        """Its state and its totals; any thread may read it, so it may be a step old."""
         num_decoding, num_active = len(self._decoding), len(self._active)
         return Stats(
             waiting=max(0, len(self._rows) - num_active),
@@ -154,7 +154,7 @@ class Scheduler:
             self.close()
 
     def wait(self, *, timeout_s: float | None = None) -> None:
-        """Waits until another thread asks for something, or has loaded an adapter."""
+        """Waits for a call of another thread, or for a loaded adapter."""
         self._awake.wait(timeout_s)
         self._awake.clear()
 
@@ -164,8 +164,8 @@ class Scheduler:
 
     @torch.no_grad()
     def turn(self) -> bool:
-        """Does what is to do next; gives whether there was anything."""
-        # A list, as each of them is to be done.
+        """Does the next work; returns whether there was any."""
+        # A list, because each of them must run.
         return any([self._take_messages(), self._route(), self._run([*self._step(), *self._reads()])])
 
     def _post(self, message: Callable[[], None]) -> None:
@@ -210,7 +210,7 @@ class Scheduler:
         return has_any
 
     def _route_row(self, row: Row) -> None:
-        """Routes the prompt of a row, and has its adapters loaded."""
+        """Routes the prompt of a row, and requests its adapters."""
         request = row.request
         start = time.perf_counter()
         try:
@@ -226,7 +226,7 @@ class Scheduler:
         self._route_s += time.perf_counter() - start
 
     def _prepare(self, row: Row) -> None:
-        """Has a row wait to be read, once its adapters are in memory."""
+        """Queues a row for reading, after its adapters are in memory."""
         if self._are_ready(row):
             self._wait(row)
             return
@@ -256,14 +256,14 @@ class Scheduler:
         (self._again if row.has_answer else self._new).append(row)
 
     def _content(self, row: Row, mixture: Mixture) -> Content:
-        """What a mixture of a row is made of; unknown where no KV is kept."""
+        """The content of a row's mixture; unknown if no KV is stored."""
         if not self._kept.budget:
             return b""
         with self.engine.bank.lock:
             return self.engine.bank.content(row.leased(mixture))
 
     def _reads(self) -> list[Work]:
-        """The rows that are read next: as many of those that wait as one chunk holds."""
+        """The waiting rows that are read next, up to one chunk."""
         has_new = bool(self._new) and (self._new[0] in self._active or len(self._active) < self.max_batch)
         is_new_first = has_new and self._num_again >= MAX_AGAIN
         work: list[Work] = []
@@ -285,7 +285,7 @@ class Scheduler:
         return [Work(list(self._decoding), self._batch, 1)] if self._decoding else []
 
     def _run(self, work: list[Work]) -> bool:
-        """Runs a pass, samples the tokens that follow, and has rows join the batch and leave it."""
+        """Runs a pass, samples the next tokens, and lets rows join and leave the batch."""
         if not work:
             return False
         try:
@@ -311,7 +311,7 @@ class Scheduler:
         return True
 
     def _note(self, work: Work, scores: Float[Tensor, "rows tokens vocab"], done: Scored, *, share: float) -> None:
-        """Takes down what a pass has done for rows; each had a share of its time."""
+        """Adds the work of a pass to rows; each gets a share of its time."""
         work.cache.advance(work.num_new)
         if work.cache is self._batch:
             self._counts["steps"] += 1
@@ -332,8 +332,8 @@ class Scheduler:
             row.routed.charge(fuse_ms=row.fuse_ms, encode_ms=row.encode_ms if row.has_answer else 0.0)
 
     def _settle(self, work: Work, switched: Collection[Row]) -> None:
-        """Has rows that were given a token join the batch, stay in it, or leave."""
-        # From the last one on, which takes the number of one that leaves.
+        """Lets rows with a new token join the batch, stay in it, or leave."""
+        # Backwards, because the last row takes the number of a row that leaves.
         for i, row in reversed(list(enumerate(work.rows))):
             if not self._goes_on(row, row in switched):
                 self._leave(row, work.cache, i)
@@ -356,7 +356,7 @@ class Scheduler:
             self._fail(row, error)
 
     def _begin_reading(self, row: Row) -> bool:
-        """Plans what a row's tokens are encoded under, and begins with what was kept of them; not if that fails."""
+        """Plans the mixtures of a row's tokens, and starts with its stored KV; in case of an error, the row ends."""
         row.begin_reading()
         self._active.add(row)
         try:
@@ -377,7 +377,7 @@ class Scheduler:
             row.cache.reserve(len(row.tokens) - len(row.contents))
             return
         if self._kept.budget and row.request.sampling.num_prompt_logprobs is None:
-            # The last token is encoded in any case, as its scores are needed.
+            # The last token is always encoded, because its scores are needed.
             row.cache = self._kept.find(row.tokens[:-1], row.planned, capacity=len(row.tokens))
         if row.cache is None:
             row.cache = SpareCache(num_rows=1, capacity=len(row.tokens))
@@ -388,7 +388,7 @@ class Scheduler:
             self._counts["cached_tokens"] += num_tokens
 
     def _sample(self, rows: list[Row], scores: Float[Tensor, "rows vocab"]) -> set[Row]:
-        """Gives each row its next token; says whose mixture changes with it."""
+        """Gives each row its next token; returns the rows whose mixtures change."""
         scores = scores.float()
         likeliest, are_broken = scores.argmax(dim=-1).tolist(), scores.isnan().any(dim=-1).tolist()
         switched: set[Row] = set()
@@ -403,7 +403,7 @@ class Scheduler:
                     raise BackendError("the model gave scores that are not numbers; its weights or an adapter overflow")
                 token = likeliest[i] if sampler.is_argmax else sampler.sample(scores[i])
                 start = time.perf_counter()
-                with self.engine.bank.lock:  # as its adapters must not go before they are leased
+                with self.engine.bank.lock:  # its adapters must not be removed before they are leased
                     if row.take(token, scores[i]):
                         switched.add(row)
                         row.lease = self.engine.bank.lease(row.routed.mixtures, follows=True)
@@ -423,7 +423,7 @@ class Scheduler:
         return True
 
     def _leave(self, row: Row, cache: SpareCache, i: int) -> None:
-        """Goes on with a row that lies in a cache as number `i`, and has ended or is to be read again."""
+        """Handles row number `i` of a cache that has ended or must be read again."""
         if not row.has_ended and row.request.call.settings.kv_policy == "keep":
             if cache is self._batch:
                 row.cache = cache.take(i, num_tokens=len(row.contents), capacity=len(row.tokens))
@@ -450,7 +450,7 @@ class Scheduler:
         self._decoding.pop()
 
     def _withdraw(self, row: Row) -> None:
-        """Takes a row out of wherever it is."""
+        """Removes a row from its queue or the batch."""
         if row.state == "decoding":
             self._drop(self._decoding.index(row))
         queues: Collection[deque[Row]] = (self._queued, self._new, self._again)
@@ -459,7 +459,7 @@ class Scheduler:
                 rows.remove(row)
 
     def _fail(self, row: Row, error: BaseException) -> None:
-        """Ends a row with an error; where it lies in the batch, it is still to be dropped."""
+        """Ends a row with an error; if it is in the batch, the caller drops it."""
         if not isinstance(error, DLPLoRAError):
             logger.error("request %s failed", row.request.id, exc_info=error)
             failure = BackendError(f"the request failed: {type(error).__name__}: {error}")

@@ -1,1 +1,1 @@
-"""The vLLM backend: the same front, and stock vLLM servers that compute the tokens."""
+"""The vLLM backend: the same front, but ordinary vLLM servers compute the tokens."""

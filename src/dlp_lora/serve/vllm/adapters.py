@@ -1,7 +1,7 @@
-"""Adapters by mixture: what a request asks vLLM for, and what must be written and loaded before it may.
+"""Adapters by mixture: the adapter names for requests to vLLM, and writing and loading their files.
 
-Under `recompute`, answers of one mixture share an adapter that is named by its content. Under `keep`, each answer has a
-name and a path of its own, from its beginning to its end, and the weights behind them are replaced.
+Under `recompute`, answers of one mixture share an adapter, which is named after its content. Under `keep`, each answer
+has a separate name and path from its beginning to its end, and its weights are replaced.
 """
 
 import asyncio
@@ -16,21 +16,21 @@ from dlp_lora.serve.vllm.replicas import Replica, Replicas
 
 @runtime_checkable
 class AnswerAdapters(Protocol):
-    """The adapters of one answer; `keeps_name` says whether they have one name all along."""
+    """The adapters of one answer; `keeps_name` says whether they all have the same name."""
 
     keeps_name: bool
 
     async def prepare(self, replica: Replica, mixture: Mixture) -> str:
-        """Has a server be able to answer under a mixture; gives the name to ask for."""
+        """Prepares a server for a mixture; returns the name of its adapter."""
         ...
 
     async def close(self) -> None:
-        """Says that the answer has ended."""
+        """Notes the end of the answer."""
         ...
 
 
 class SharedAdapters:
-    """Mixtures by content, in one folder, loaded where they are asked for."""
+    """Mixtures by content, in one folder, loaded by the servers that need them."""
 
     def __init__(self, folder: MixtureFolder, replicas: Replicas) -> None:
         self.folder = folder
@@ -38,7 +38,7 @@ class SharedAdapters:
         self._writing: dict[str, asyncio.Lock] = {}
 
     async def have(self, mixture: Mixture, sources: Sources) -> Entry:
-        """Gives a mixture whose files are there; it stays until it is released.
+        """Returns a mixture with its files; it stays until it is released.
 
         Raises:
             AdapterError: if it cannot be written.
@@ -56,11 +56,11 @@ class SharedAdapters:
         return entry
 
     def release(self, entry: Entry) -> None:
-        """Says that a mixture is used no more by one of its users."""
+        """Releases a mixture for one of its users."""
         self.folder.release(entry)
 
     async def forget(self, content: str) -> None:
-        """Unloads and deletes the mixtures that an adapter is part of, but those in use."""
+        """Unloads and deletes the unused mixtures that contain an adapter."""
         await self._delete(self.folder.holding(content))
 
     async def _make_room(self) -> None:
@@ -74,7 +74,7 @@ class SharedAdapters:
 
 
 class ContentAdapters:
-    """An answer under `recompute`: each mixture is another adapter, and none at all is the base model."""
+    """An answer under `recompute`: each mixture is another adapter, and an empty one is the base model."""
 
     keeps_name = False
 
@@ -85,7 +85,7 @@ class ContentAdapters:
         self._mixture: Mixture | None = None
 
     async def prepare(self, replica: Replica, mixture: Mixture) -> str:
-        """Has a server be able to answer under a mixture; gives the name to ask for."""
+        """Prepares a server for a mixture; returns the name of its adapter."""
         if not mixture and not (replica.found.needs_zero_adapter and self._sources):
             return replica.found.base
         if self._entry is None or mixture != self._mixture:
@@ -95,14 +95,14 @@ class ContentAdapters:
         return self._entry.name
 
     async def close(self) -> None:
-        """Lets go of the mixture in use."""
+        """Releases the mixture in use."""
         if self._entry is not None:
             self._shared.release(self._entry)
             self._entry = None
 
 
 class KeptAdapter:
-    """An answer under `keep`: one name and one path, whose weights follow its mixture."""
+    """An answer under `keep`: one name and one path, whose weights change with its mixture."""
 
     keeps_name = True
 
@@ -115,7 +115,7 @@ class KeptAdapter:
         self._loaded: dict[Replica, Mixture] = {}
 
     async def prepare(self, replica: Replica, mixture: Mixture) -> str:
-        """Has a server be able to answer under a mixture; gives the name to ask for."""
+        """Prepares a server for a mixture; returns the name of its adapter."""
         if mixture != self._written:
             await asyncio.to_thread(rewrite_mixture, self._path, mixture, self._sources)
             self._written = mixture

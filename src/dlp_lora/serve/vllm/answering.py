@@ -1,12 +1,12 @@
-"""Answering one request: its tokens are read from vLLM's streams, each of which is cut where the mixture changes.
+"""Answering one request: its tokens come from vLLM's streams, and a stream ends when the mixture changes.
 
-The token that opens a sentence comes out of a stream under the mixture before. What follows it there is thrown away,
-and prompt and answer up to that token are sent again under the next mixture. Under `recompute` this is another adapter,
-whose blocks in vLLM's prefix cache are its own. Under `keep` it is the same name and path with other weights: vLLM
-knows its blocks by name and path, so those of the context stay as they were encoded.
+The first token of a sentence comes from a stream under the old mixture. Later tokens of this stream are dropped, and
+the prompt with the answer up to that token is sent again under the new mixture. Under `recompute` this is another
+adapter, with separate blocks in vLLM's prefix cache. Under `keep` it is the same name and path with other weights: vLLM
+identifies blocks by name and path, so the context's blocks stay as they are.
 
-vLLM runs ahead of its reader. Under `keep` it must not complete a block of the cache with tokens that are thrown away,
-as a later request could find that block; so a request ends where a block does, and the next one goes on.
+vLLM runs ahead of its reader. Under `keep` it must not complete a block of the cache with dropped tokens, because a
+later request could find this block. So a request ends at the end of a block, and another one continues.
 """
 
 import asyncio
@@ -26,14 +26,14 @@ from dlp_lora.serve.vllm.replicas import Replica, Replicas
 
 logger = logging.getLogger(__name__)
 
-BUSY_S = 30.0  # how long an answer that has begun waits for a place
+BUSY_S = 30.0  # how long a running answer waits for a place
 PAUSE_S = 0.2
-MAX_GONE = 2  # times that an adapter may be gone before one request
+MAX_GONE = 2  # how often an adapter may be missing for one request
 
 
 @dataclass
 class Counts:
-    """What a backend has done."""
+    """The totals of a backend."""
 
     chunks: int = 0
     tokens: int = 0
@@ -46,7 +46,7 @@ class Counts:
 
 @dataclass(eq=False)
 class Answering:
-    """One answer. `run` gives it token by token, up to its end."""
+    """One answer. `run` yields it token by token."""
 
     answer: AnswerBuilder
     adapters: AnswerAdapters
@@ -58,7 +58,7 @@ class Answering:
 
     @property
     def can_go_on(self) -> bool:
-        """Whether another request may go on where one was cut: vLLM forgets a grammar, and which tokens it saw."""
+        """Whether another request may continue the answer: vLLM forgets the state of a grammar and the seen tokens."""
         sampling = self.answer.request.sampling
         return not self.answer.num_tokens or (sampling.grammar is None and not sampling.presence_penalty)
 
@@ -96,7 +96,7 @@ class Answering:
             await self.adapters.close()
 
     async def _request(self, busy: set[Replica]) -> Replica:
-        """Asks once: for the rest of the answer, of which what comes until the mixture changes is taken."""
+        """Sends one request for the rest of the answer, and takes the tokens until the mixture changes."""
         answer, replica = self.answer, self.replica
         if replica is None:
             replica = self.replica = self.replicas.next(but=self._failed | busy)
@@ -117,7 +117,7 @@ class Answering:
         charge = _Charge(answer, fuse_ms=(fused - started) * 1e3, since_s=fused)
         if self.adapters.keeps_name:
             if answer.num_tokens and charge.is_due:
-                # The first token alone: no stream says how many tokens came from the cache before its end.
+                # Only the first token: a stream reports the number of cached tokens only at its end.
                 chunk, _ = await replica.client.complete(_shortened(body, 1))
                 charge.write(kept_tokens=chunk.cached_tokens or 0)
                 if self._take(chunk):
@@ -146,7 +146,7 @@ class Answering:
         return replica
 
     def _take(self, chunk: Chunk) -> bool:
-        """Adds what came; gives whether what comes behind it is to be thrown away."""
+        """Adds tokens; returns whether later ones must be dropped."""
         answer, num_top = self.answer, self.answer.request.sampling.num_logprobs
         self.counts.chunks += 1
         for i, token in enumerate(chunk.tokens):
@@ -162,7 +162,7 @@ class Answering:
         return False
 
     def _finish(self, reason: str) -> None:
-        """Ends an answer that vLLM has ended for a reason of its own, such as a shorter context."""
+        """Ends an answer that vLLM has ended for another reason, such as a shorter context."""
         if reason not in ("stop", "length"):
             raise LostError(f"vLLM ended an answer with {reason!r}")
         self.answer.finish("stop" if reason == "stop" else "length")
@@ -191,7 +191,7 @@ class Answering:
         await asyncio.sleep(PAUSE_S)
 
     async def _find_again(self, error: GoneError) -> None:
-        """Checks a server that has lost an adapter, as it may be another process or model by now."""
+        """Checks a server that has lost an adapter, because it may be another process or model."""
         replica = self.replica
         assert replica is not None
         logger.warning("%s; it is checked again", error)
@@ -201,7 +201,7 @@ class Answering:
             await self._move(why)
 
     async def _move(self, error: Exception) -> None:
-        """Goes on with another server, or the same if it is the only one and answers; once in an answer."""
+        """Continues with another server, or the same if it is the only one and answers; once per answer."""
         replica, self.replica = self.replica, None
         if replica is not None:
             if isinstance(error, LostError) and not await replica.client.is_healthy():
@@ -217,7 +217,7 @@ class Answering:
 
 @dataclass
 class _Charge:
-    """Writes down what a mixture cost, once, as the first token under it comes."""
+    """Notes the time of a mixture at its first token, once."""
 
     answer: AnswerBuilder
     fuse_ms: float
@@ -225,18 +225,18 @@ class _Charge:
 
     @property
     def is_due(self) -> bool:
-        """Whether the mixture is new, and it is not written down yet."""
+        """Whether the mixture is new and its time is not noted yet."""
         decisions = self.answer.routed.decisions
         return decisions[-1].fuse_ms is None and (decisions[-1].switched or len(decisions) == 1)
 
     def write(self, *, kept_tokens: int | None = None) -> None:
-        """Writes it down."""
+        """Notes the time."""
         if self.is_due:
             encode_ms = (time.perf_counter() - self.since_s) * 1e3 if self.answer.num_tokens else 0.0
             self.answer.routed.charge(fuse_ms=self.fuse_ms, encode_ms=encode_ms, kept_tokens=kept_tokens)
 
 
 def _shortened(body: dict[str, Any], num_tokens: int) -> dict[str, Any]:
-    """A request for no more than so many tokens."""
+    """A request for at most so many tokens."""
     num_tokens = max(1, min(num_tokens, body["max_tokens"]))
     return {**body, "max_tokens": num_tokens, "min_tokens": min(num_tokens, body["min_tokens"])}

@@ -1,6 +1,6 @@
-"""The vLLM backend: requests answered by stock vLLM servers, of which one or several run the base model.
+"""The vLLM backend: one or several ordinary vLLM servers with the base model answer requests.
 
-Routing, sentences and stop strings stay in this process; a thread with an event loop reads the streams of all answers.
+This process routes, finds sentences and stop strings; a thread with an event loop reads the streams of all answers.
 """
 
 import asyncio
@@ -39,16 +39,16 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, kw_only=True)
 class VLLMSettings:
-    """How vLLM servers are used.
+    """The settings for vLLM servers.
 
     Args:
         adapter_cache: a folder that both sides see; by default one in memory, for servers on this machine.
-        adapter_cache_mb: megabytes of mixtures that are kept there, beside those in use.
-        max_rank: of a mixture; by default the three largest ranks together.
-        timeout_s: how long a server may say nothing to a request.
-        targets: the ends of the names of the layers that the servers have slots for; None for all.
-        poll_s: how often servers are looked after.
-        key: what they ask for.
+        adapter_cache_mb: megabytes of unused mixtures that are kept there.
+        max_rank: of a mixture; by default the sum of the three largest ranks.
+        timeout_s: the longest silence of a server during a request.
+        targets: the ends of the names of the layers for which the servers have slots; None for all.
+        poll_s: seconds between checks of the servers.
+        key: the servers' key.
     """
 
     adapter_cache: Path | None = None
@@ -61,16 +61,16 @@ class VLLMSettings:
 
 
 class VLLMBackend:
-    """A Backend over vLLM servers that serve the base model of an outline.
+    """A Backend with vLLM servers that serve the base model of an outline.
 
     Args:
         outline: of the model, its adapters and their router.
         urls: of the servers.
-        max_running: how many requests are with the servers at once.
-        max_queue: how many more may wait.
+        max_running: largest number of requests at the servers.
+        max_queue: largest number of further requests that wait.
 
     Raises:
-        AdapterError: if an adapter cannot be read, or has a larger rank than mixtures may have.
+        AdapterError: if an adapter cannot be read, or has a larger rank than the limit of mixtures.
         ModelError: if a server cannot answer for this bundle.
         UnavailableError: if none of the servers can be reached.
     """
@@ -130,12 +130,12 @@ class VLLMBackend:
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """The names of the adapters that there are."""
+        """The names of the adapters."""
         return tuple(self._sources)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was found of the servers that their owner should know."""
+        """Notes about the servers for their owner."""
         return tuple(f"{replica.url}: {note}" for replica in self._replicas.up for note in replica.found.notes)
 
     @property
@@ -148,7 +148,7 @@ class VLLMBackend:
         return Health(is_alive=True)
 
     def stats(self) -> Stats:
-        """What it does now, and has done. Steps are what came at once of one answer."""
+        """Its state and its totals. A step is a group of tokens that came at once."""
         counts = self._counts
         running = [answer for answer in list(self._open) if answer.is_read]
         num_decoding = sum(answer.num_tokens > 0 for answer in running)
@@ -169,7 +169,7 @@ class VLLMBackend:
     def apart(
         self, prompt: EncodedPrompt, *, call: Call | None = None, among: Collection[str] | None = None
     ) -> list[EncodedPrompt]:
-        """Gives the prompts that are answered in the place of one, as `Engine.apart` does."""
+        """Returns the prompts to answer instead of one, as `Engine.apart` does."""
         with self._lock:
             return self._starter.apart(prompt, call or self.outline.call, among=among)
 
@@ -191,7 +191,7 @@ class VLLMBackend:
 
         Raises:
             PromptError: if the prompt is empty or does not fit into the model's context with `max_tokens`.
-            ValueError: if it asks for what these servers do not do.
+            ValueError: if these servers do not support it.
             QueueFullError, ClosedError: if it takes none now.
         """
         max_tokens = room_for(request, max_context=self.max_context, vocab_size=self.outline.vocab_size)
@@ -224,7 +224,7 @@ class VLLMBackend:
         self._read(path, name)
 
     def add_adapter(self, path: str | Path, name: str) -> None:
-        """Adds an adapter, and has every server load it.
+        """Adds an adapter, and loads it in every server.
 
         Raises:
             AdapterError: if it cannot be read or loaded, or its name is taken.
@@ -232,7 +232,7 @@ class VLLMBackend:
         self._wait_for(self._add(name, self._read(path, name)))
 
     def remove_adapter(self, name: str) -> None:
-        """Removes an adapter; requests that run with it keep it.
+        """Removes an adapter; running requests keep it.
 
         Raises:
             AdapterError: if there is none of this name.
@@ -240,7 +240,7 @@ class VLLMBackend:
         self._wait_for(self._remove(name))
 
     def close(self, *, drain_s: float = 0.0) -> None:
-        """Takes no more requests, waits so long for those that run, and ends the others with a ClosedError."""
+        """Takes no more requests, waits so long for running ones, and ends the others with a ClosedError."""
         with self._lock:
             self._is_closing = True
         deadline = time.monotonic() + drain_s
@@ -324,7 +324,7 @@ class VLLMBackend:
         try:
             async with self._places:
                 request = answer.request
-                sources = dict(self._sources)  # an answer keeps the adapters that it begins with
+                sources = dict(self._sources)  # an answer keeps its adapters
                 started = time.perf_counter()
                 with self._lock:
                     router = self._starter.start_row(
@@ -346,17 +346,17 @@ class VLLMBackend:
 
     def _adapters_of(self, answer: AnswerBuilder, sources: dict[str, Source]) -> AnswerAdapters:
         request = answer.request
-        # Of one mixture, both policies are the same.
+        # With one mixture, both policies are the same.
         may_switch = request.call.mixtures is None and request.call.segmenter is not OneSentence
         if request.call.settings.kv_policy == "keep" and may_switch and sources:
             return KeptAdapter(self._folder.path, f"keep-{uuid4().hex}", sources, self._replicas)
         return ContentAdapters(self._shared, sources)
 
     def _limited(self, call: Call) -> Call:
-        """A call whose mixtures the servers can hold.
+        """Returns a call whose mixtures fit into the servers' slots.
 
         Raises:
-            ValueError: if it fixes one of too large a rank.
+            ValueError: if a fixed mixture has too large a rank.
         """
         if call.mixtures is not None:
             self._check_known(call.mixtures)
@@ -390,14 +390,14 @@ class VLLMBackend:
         return 0 if source is None else source.rank  # removed a moment ago
 
     def _write_probe(self) -> ProbeAdapter:
-        """Writes the adapter that servers are checked with."""
+        """Writes the adapter for checks of servers."""
         name = f"probe-{uuid4().hex}"
         module, (d_in, d_out) = self._a_module()
         write_zeros(self._folder.path / name, module, d_in=d_in, d_out=d_out, rank=self.limits.max_rank)
         return ProbeAdapter(name=name, path=str(self._folder.path / name), max_rank=self.limits.max_rank)
 
     def _a_module(self) -> tuple[str, tuple[int, int]]:
-        """A module that adapters change, as not every one can be changed in vLLM."""
+        """A module that adapters change, because vLLM cannot adapt every module."""
         for source in self._sources.values():
             for module, lora in source.adapter.modules.items():
                 return module, (lora.a.shape[1], lora.b.shape[0])
@@ -413,19 +413,17 @@ class VLLMBackend:
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """What the adapters of an outline need of a server: the largest rank of a mixture, and the ends of the names of the
-    layers that they change.
-    """
+    """The needs of an outline's adapters: the largest rank of a mixture, and the ends of the names of their layers."""
 
     max_rank: int
     targets: frozenset[str]
 
     @classmethod
     def of(cls, outline: Outline, max_rank: int | None = None) -> "Needs":
-        """Those of an outline; without `max_rank`, a mixture may have the three largest ranks together.
+        """The needs of an outline; the default of `max_rank` is the sum of the three largest ranks.
 
         Raises:
-            ValueError: if an adapter alone has a larger one.
+            ValueError: if a single adapter has a larger rank.
         """
         sources = _read_sources(outline)
         targets = frozenset[str]().union(*(source.targets for source in sources.values()))
@@ -453,7 +451,7 @@ class _Followed:
     schema: Any
 
     def mask(self, scores: Any) -> None:
-        """Nothing: the scores are elsewhere."""
+        """Does nothing: the servers have the scores."""
 
     def accept(self, token: int) -> bool:
         """The server ends the answer."""
@@ -461,7 +459,7 @@ class _Followed:
 
 
 def _identity(outline: Outline) -> str:
-    """What tells the base model from others."""
+    """A key that identifies the base model."""
     marks = outline.base.fingerprint
     return outline.source if marks is None else f"{marks.tensors} {marks.values}"
 

@@ -1,7 +1,7 @@
-"""Bodies: a request and its answer so far in, what vLLM is asked next out.
+"""Bodies: a request and its answer so far in, the body of the next request to vLLM out.
 
-An answer may take several requests, one a mixture. Each goes on where the one before was cut, so what vLLM counts by
-request is told it: how many tokens are left, and how often those that came are to be punished.
+An answer may take several requests, one per mixture. Each continues the one before. vLLM counts per request, so the
+body has the number of remaining tokens, and the penalties of earlier tokens.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ MAX_BIAS = 100.0  # beyond, vLLM cuts
 
 
 def body_of(answer: AnswerBuilder, model: str) -> dict[str, Any]:
-    """Gives the body of the next request for an answer, to a model or adapter."""
+    """Makes the body of the next request for an answer, to a model or adapter."""
     sampling, num_tokens = answer.request.sampling, answer.num_tokens
     body: dict[str, Any] = {
         "model": model,
@@ -29,7 +29,7 @@ def body_of(answer: AnswerBuilder, model: str) -> dict[str, Any]:
         "repetition_penalty": sampling.repetition_penalty,
         "presence_penalty": sampling.presence_penalty,
         "frequency_penalty": sampling.frequency_penalty,
-        # The end of sequence is one of the tokens that end it, so that `min_tokens` holds it back, too.
+        # End-of-sequence is among the ending tokens, so that `min_tokens` applies to it, too.
         "ignore_eos": True,
         "stop_token_ids": sorted(answer.end_ids),
         "add_special_tokens": False,
@@ -47,7 +47,7 @@ def body_of(answer: AnswerBuilder, model: str) -> dict[str, Any]:
 
 
 def _biases(answer: AnswerBuilder) -> dict[int, float]:
-    """The caller's biases, and what the frequency penalty takes from tokens of earlier requests."""
+    """The caller's biases, and the frequency penalty for tokens of earlier requests."""
     sampling = answer.request.sampling
     biases = Counter(sampling.logit_bias)
     if sampling.frequency_penalty:
@@ -57,7 +57,7 @@ def _biases(answer: AnswerBuilder) -> dict[int, float]:
 
 
 def _seed(seed: int, num_tokens: int) -> int:
-    """The seed of a request: each draws other numbers, and the same ones whenever it begins at the same token."""
+    """The seed of a request, from the caller's seed and the place of its first token."""
     if num_tokens:
         seed = int.from_bytes(hashlib.sha256(f"{seed} {num_tokens}".encode()).digest()[:8])
     return seed % 2**63  # vLLM's are signed

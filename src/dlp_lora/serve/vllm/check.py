@@ -1,4 +1,4 @@
-"""Checks: whether a vLLM server can answer for this bundle, and if not, what to change."""
+"""Checks whether a vLLM server can answer for this bundle; errors name the remedy."""
 
 import asyncio
 import re
@@ -9,10 +9,10 @@ from dlp_lora.engine.outline import Outline
 from dlp_lora.errors import ModelError
 from dlp_lora.serve.vllm.client import FailedError, GoneError, LostError, Model, RefusedError, UpstreamError, VLLMClient
 
-# The same model in 16 or 8 bits differs by less on average; another one, fine-tuned from it, by more.
+# The same model in 16 or 8 bits has a smaller mean difference; a fine-tuned one has a larger one.
 MAX_MEAN_DIFFERENCE = 0.2
-# Before, on CPUs, rows without an adapter are computed wrongly beside rows with one, and log-probabilities of prompts
-# beside them end the server.
+# Earlier releases on CPUs compute rows without an adapter wrongly beside rows with one, and log-probabilities of
+# prompts beside them end the server.
 FIXED_ON_CPU = (0, 33)
 NUM_SCORED = 12  # tokens of the probe
 HOW = "docs/how-to-scale.md has the command"
@@ -20,7 +20,7 @@ HOW = "docs/how-to-scale.md has the command"
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeAdapter:
-    """An adapter that changes nothing, of the largest rank that mixtures may have: what loads it can load them."""
+    """An adapter that changes nothing, with the largest rank of mixtures: a server that loads it can load them."""
 
     name: str
     path: str
@@ -29,20 +29,20 @@ class ProbeAdapter:
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """What was found of a server. `notes` are what its owner should know."""
+    """The results of a server's check; `notes` are for its owner."""
 
-    base: str  # what it calls the base model
+    base: str  # its name for the base model
     max_context: int | None
     version: str
-    block_size: int | None  # of the prefix cache; None if there is none, or it is not told
+    block_size: int | None  # of the prefix cache; None if there is none or it is unknown
     tells_cached: bool  # tokens of a prompt that came from the cache
-    needs_zero_adapter: bool  # for answers of the base alone
-    breaks_on_prompt_scores: bool  # the whole server, where others run with adapters
+    needs_zero_adapter: bool  # for answers of the base model
+    breaks_on_prompt_scores: bool  # the whole server, if others run with adapters
     notes: tuple[str, ...] = ()
 
 
 async def check(client: VLLMClient, outline: Outline, probe: ProbeAdapter, *, num_running: int) -> Checked:
-    """Checks a server; `num_running` is how many requests it will get at once.
+    """Checks a server; `num_running` is the largest number of requests at once.
 
     Raises:
         LostError: if it does not answer.
@@ -129,7 +129,7 @@ async def _check_scores(client: VLLMClient, outline: Outline, base: Model) -> No
 
 
 async def _score(client: VLLMClient, base: Model, probe: Probe, place: int) -> float:
-    """The log-probability of a token of the probe, given those before it."""
+    """The log-probability of a token of the probe, after those before it."""
     body = {
         "model": base.name,
         "prompt": list(probe.tokens[: place + 1]),
@@ -175,7 +175,7 @@ async def _check_lora(client: VLLMClient, probe: ProbeAdapter) -> None:
 
 
 async def _tells_cached(client: VLLMClient, outline: Outline, probe: ProbeAdapter, block_size: int) -> bool:
-    """Asks the same prompt, longer than a block, twice; says whether it tells that the second came from the cache."""
+    """Sends a prompt longer than a block twice; returns whether the second answer reports cached tokens."""
     tokens = list(outline.tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"])[:PROBE_TOKENS]
     prompt = (tokens * (block_size // len(tokens) + 2))[: block_size + 2]
     body = {

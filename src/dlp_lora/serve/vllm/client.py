@@ -1,4 +1,4 @@
-"""A client of one vLLM server: its public routes, and what goes wrong with them by kind."""
+"""A client of one vLLM server: its public routes, and their errors by kind."""
 
 import json
 from collections.abc import AsyncGenerator, Iterator, Mapping
@@ -15,15 +15,15 @@ Body = Mapping[str, Any]
 
 
 class UpstreamError(BackendError):
-    """What a vLLM server did not do."""
+    """A request that a vLLM server did not fulfil."""
 
 
 class LostError(UpstreamError, UnavailableError):
-    """It is not there, went away, or said nothing for too long."""
+    """It is missing, went away, or was silent for too long."""
 
 
 class BusyError(UpstreamError):
-    """It takes no more for now (429, 503)."""
+    """It is busy (429, 503)."""
 
 
 class GoneError(UpstreamError):
@@ -35,12 +35,12 @@ class FailedError(UpstreamError):
 
 
 class RefusedError(UpstreamError):
-    """It refuses what was asked (any other 4xx)."""
+    """It refuses the request (any other 4xx)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """What came at once: tokens with their log-probabilities, if these were asked for, and what ended the answer."""
+    """Tokens that came at once, with their log-probabilities if requested, and the reason if the answer ended."""
 
     tokens: tuple[int, ...] = ()
     logprobs: tuple[float | None, ...] = ()
@@ -61,7 +61,7 @@ class Model:
 
 @dataclass
 class VLLMClient:
-    """Asks one server; `timeout_s` is how long it may say nothing."""
+    """A client of one server; `timeout_s` is its longest silence."""
 
     url: str
     key: str | None = None
@@ -75,7 +75,7 @@ class VLLMClient:
             headers={"Authorization": f"Bearer {self.key}"} if self.key else {},
             timeout=self._timeout,
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
-            trust_env=False,  # a proxy of this machine is not on the way to its own backends
+            trust_env=False,  # backends are reached without this machine's proxy
         )
 
     @property
@@ -87,7 +87,7 @@ class VLLMClient:
         await self._http.aclose()
 
     async def is_healthy(self) -> bool:
-        """Whether it says that it can answer."""
+        """Whether it reports that it can answer."""
         try:
             return (await self._http.get("/health", timeout=CONNECT_S)).status_code == 200
         except httpx.HTTPError:
@@ -116,7 +116,7 @@ class VLLMClient:
         return tuple((await self._post("/tokenize", body))["tokens"])
 
     async def load(self, name: str, path: str) -> None:
-        """Loads an adapter; one of its name that it has already is read again."""
+        """Loads an adapter; if it has one of this name, it reads it again."""
         body = {"lora_name": name, "lora_path": path}
         try:
             await self._post("/v1/load_lora_adapter", body)
@@ -134,17 +134,17 @@ class VLLMClient:
             return
 
     async def complete(self, body: Body) -> tuple[Chunk, Mapping[str, Any]]:
-        """Asks for an answer as a whole; gives it, and the choice as it came."""
+        """Requests a whole answer; returns it, and the raw choice."""
         answer = await self._post("/v1/completions", {**body, "stream": False})
         (choice,) = answer["choices"]
         return _chunk(choice, answer.get("usage")), choice
 
     async def stream(self, body: Body) -> AsyncGenerator[Chunk]:
-        """Asks for an answer as it comes; to leave it ends it. Close it with `contextlib.aclosing`.
+        """Streams an answer; closing the stream ends it. Close it with `contextlib.aclosing`.
 
         Raises:
             LostError: if it breaks off before its end.
-            UpstreamError: of another kind, as the server says.
+            UpstreamError: of another kind, depending on the server's error.
         """
         has_finished = False
         try:
@@ -165,7 +165,7 @@ class VLLMClient:
                         has_finished = has_finished or chunk.finish_reason is not None
                         yield chunk
         except LostError:
-            if not has_finished:  # else only the count of its tokens is missing
+            if not has_finished:  # otherwise only the count of its tokens is missing
                 raise
         if not has_finished:
             raise LostError(f"{self.url} ended a stream before the answer's end")
@@ -211,7 +211,7 @@ class VLLMClient:
 
     @contextmanager
     def _named(self, route: str) -> Iterator[None]:
-        """Says of whom it is that a connection failed."""
+        """Adds the server to a connection's error."""
         try:
             yield
         except httpx.TimeoutException as error:
@@ -233,13 +233,13 @@ def _chunk(choice: Mapping[str, Any], usage: Mapping[str, Any] | None) -> Chunk:
 
 
 def _top(scores: Mapping[str, float] | None) -> dict[int, float]:
-    """Reads log-probabilities by token, as `return_tokens_as_token_ids` has them; the likeliest first."""
+    """Reads log-probabilities by token in the form of `return_tokens_as_token_ids`; the likeliest first."""
     ids = {int(token.removeprefix("token_id:")): logprob for token, logprob in (scores or {}).items()}
     return dict(sorted(ids.items(), key=lambda pair: -pair[1]))
 
 
 def _reason(body: Any) -> str:
-    """The message of an error, wherever vLLM's releases have put it."""
+    """The message of an error, in the forms of vLLM's releases."""
     error = body.get("error", body) if isinstance(body, Mapping) else body
     message = error.get("message") or error.get("detail") if isinstance(error, Mapping) else error
     return " ".join(str(message or body).split())[:500]

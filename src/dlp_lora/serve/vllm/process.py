@@ -1,4 +1,4 @@
-"""A vLLM server of this server's own: started with the flags that a bundle needs, and ended with it."""
+"""A vLLM server that this server starts with the flags of its bundle, and ends with itself."""
 
 import contextlib
 import importlib.util
@@ -21,7 +21,7 @@ import httpx
 from dlp_lora.engine.outline import Outline
 from dlp_lora.errors import ModelError
 
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has slots of
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM's slots
 TOGETHER = (frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"gate_proj", "up_proj"}))
 STOP_S = 20.0
 POLL_S = 0.2
@@ -33,7 +33,7 @@ NOT_THERE = (
 
 @dataclass(frozen=True, kw_only=True)
 class VLLMFlags:
-    """How a vLLM server is started. `python` is that of its environment; `arguments` are any others of its own."""
+    """The start of a vLLM server. `python` is that of its environment; `arguments` are further arguments."""
 
     python: str | None = None
     max_loras: int = 16
@@ -43,7 +43,7 @@ class VLLMFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class Running:
-    """A vLLM server that runs."""
+    """A running vLLM server."""
 
     url: str
     key: str
@@ -53,7 +53,7 @@ def slot_rank(max_rank: int) -> int:
     """The rank of vLLM's slots that holds mixtures of `max_rank`.
 
     Raises:
-        ValueError: if it has none so large.
+        ValueError: if vLLM has no slots of this rank.
     """
     for rank in RANKS:
         if rank >= max_rank:
@@ -69,8 +69,8 @@ def slot_bytes(
     num_slots: int,
     bytes_each: int = 2,
 ) -> int:
-    """How much memory vLLM's slots take: A and B of each layer whose name ends in a target, and of those beside it that
-    vLLM computes together.
+    """The memory of vLLM's slots: A and B of each layer whose name ends in a target, and of layers that vLLM computes
+    together with it.
     """
     together = {name for group in TOGETHER if group & set(targets) for name in group} | set(targets)
     width = sum(d_in + d_out for name, (d_in, d_out) in layout.items() if name.rsplit(".", 1)[-1] in together)
@@ -78,10 +78,11 @@ def slot_bytes(
 
 
 def command(outline: Outline, flags: VLLMFlags, *, targets: Collection[str], max_rank: int, port: int) -> list[str]:
-    """Gives the command that starts a server for a bundle, whose adapters change the layers that end in `targets`.
+    """Returns the command that starts a server for a bundle, whose adapters change layers with names that end in
+    `targets`.
 
     Raises:
-        ModelError: if vLLM is not there.
+        ModelError: if vLLM is not installed.
     """
     python = flags.python or sys.executable
     if flags.python is None and importlib.util.find_spec("vllm") is None:
@@ -106,17 +107,17 @@ def vllm_server(
     max_rank: int,
     on_line: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Running]:
-    """Runs a vLLM server while the block lasts; it asks for a key that nobody else knows.
+    """Runs a vLLM server in the block, with a random key.
 
     Args:
         outline: of the model.
-        flags: how it is started.
-        targets: the ends of the names of the layers that adapters may change; it has slots for these alone.
+        flags: for its start.
+        targets: the ends of the names of the layers that adapters may change; it has slots only for these.
         max_rank: of mixtures.
-        on_line: told each line that it writes.
+        on_line: receives each line of its output.
 
     Raises:
-        ModelError: if it is not there, or ends before it can answer.
+        ModelError: if it is not installed, or ends before it can answer.
     """
     port, key = _free_port(), secrets.token_urlsafe(24)
     arguments = command(outline, flags, targets=targets, max_rank=max_rank, port=port)
@@ -158,13 +159,13 @@ def _is_up(url: str) -> bool:
 
 
 def _reason(lines: Sequence[str]) -> str:
-    """The last error that it wrote."""
+    """The last error in its output."""
     errors = [line for line in lines if "Error" in line]
     return (errors or list(lines) or ["it wrote nothing"])[-1].strip()
 
 
 def _end(process: "subprocess.Popen[str]") -> None:
-    """Ends it with the processes that it has started."""
+    """Ends it with its child processes."""
     for how, seconds in ((signal.SIGTERM, STOP_S), (signal.SIGKILL, STOP_S)):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, how)

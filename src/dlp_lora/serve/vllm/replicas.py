@@ -1,4 +1,4 @@
-"""Replicas: several vLLM servers of one model, of which each request gets one that can answer."""
+"""Replicas: several vLLM servers of one model; each request gets one that can answer."""
 
 import asyncio
 import logging
@@ -17,11 +17,11 @@ Check = Callable[[VLLMClient], Awaitable[Checked]]
 
 @dataclass(eq=False)
 class Replica:
-    """One server: what it was found to be, and which adapters it has. `reason` says why it gets no requests."""
+    """One server: the results of its check, and its adapters. `reason` is set if it gets no requests."""
 
     client: VLLMClient
     check: Check
-    mark: ProbeAdapter  # which it has while it is the process that was checked
+    mark: ProbeAdapter  # of this check: it has it as long as it is the same process
     checked: Checked | None = None
     reason: str = "not checked yet"
     num_running: int = 0
@@ -41,12 +41,12 @@ class Replica:
 
     @property
     def found(self) -> Checked:
-        """What it was found to be."""
+        """The results of its check."""
         assert self.checked is not None
         return self.checked
 
     async def verify(self) -> None:
-        """Checks it, from the beginning: it may be another process, or another model.
+        """Checks it completely, because it may be another process or another model.
 
         Raises:
             LostError, ModelError: if it cannot answer; it then gets no requests.
@@ -63,16 +63,16 @@ class Replica:
             logger.info("the backend %s is ready: vLLM %s", self.url, self.checked.version)
 
     def lose(self, error: BaseException) -> None:
-        """Notes that it failed; it gets no requests until it was checked again."""
+        """Notes its failure; it gets no requests until its next check."""
         if self.is_up:
             logger.warning("the backend %s is not used: %s", self.url, error)
         self.reason = str(error)
 
     async def have(self, name: str, path: str) -> None:
-        """Has it load an adapter, unless it has it.
+        """Loads an adapter in it, unless it has it.
 
         Raises:
-            UpstreamError: if it does not.
+            UpstreamError: if this fails.
         """
         if self.loaded.get(name) == path:
             return
@@ -82,20 +82,20 @@ class Replica:
                 self.loaded[name] = path
 
     async def reload(self, name: str, path: str) -> None:
-        """Has it read an adapter again, whose files were replaced."""
+        """Lets it read an adapter with new files again."""
         if self.loaded.pop(name, None) is not None:
             await self.client.unload(name)
         await self.have(name, path)
 
     async def drop(self, name: str) -> None:
-        """Has it unload an adapter, if it can be reached."""
+        """Unloads an adapter, if it can be reached."""
         self._locks.pop(name, None)
         if self.loaded.pop(name, None) is not None:
             with suppress(UpstreamError):
                 await self.client.unload(name)
 
     async def close(self) -> None:
-        """Unloads what was loaded, if it can be reached."""
+        """Unloads all adapters, if it can be reached."""
         if self.is_up:
             for name in [*self.loaded]:
                 await self.drop(name)
@@ -103,7 +103,7 @@ class Replica:
 
 
 class Replicas:
-    """All servers, in turn; every `poll_s` seconds they are looked after."""
+    """All servers, in turn; they are checked every `poll_s` seconds."""
 
     def __init__(self, replicas: Collection[Replica], *, poll_s: float) -> None:
         self._replicas = list(replicas)
@@ -120,11 +120,11 @@ class Replicas:
 
     @property
     def reason(self) -> str:
-        """Why none gets requests."""
+        """The reason if no server gets requests."""
         return "; ".join(replica.reason for replica in self._replicas if not replica.is_up)
 
     def next(self, *, but: Collection[Replica] = ()) -> Replica:
-        """Gives the next one that can answer, in turn; one of `but` only if there is no other.
+        """Returns the next server that can answer, in turn; one of `but` only if there is no other.
 
         Raises:
             LostError: if there is none.
@@ -154,7 +154,7 @@ class Replicas:
                 logger.warning("the backend %s is not there yet: %s", replica.url, replica.reason)
 
     async def watch(self) -> None:
-        """Looks after them, for good: one that went away, or is another process now, is checked again."""
+        """Polls them forever: a server that was away, or is another process, is checked again."""
         while True:
             await asyncio.sleep(self._poll_s)
             await asyncio.gather(*map(self._look_after, self))
@@ -169,5 +169,5 @@ class Replicas:
             replica.lose(error)
 
     async def _is_same(self, replica: Replica) -> bool:
-        """Whether it is the process that was checked: another one does not have the adapter of the check."""
+        """Whether it is still the checked process: another one does not have the adapter of the check."""
         return replica.mark.name in {model.name for model in await replica.client.models()}
