@@ -1,7 +1,7 @@
-"""The bodies of requests and answers: OpenAI's API as vLLM speaks it, with `dlp` beside it.
+"""The bodies of requests and answers: OpenAI's API as in vLLM, with the additional field `dlp`.
 
-Numbers and strings must be what they say they are; null stands for a field that is left out. Fields that nobody here
-knows are accepted, as clients send fields of many servers, but for those in REFUSED: they would change the answer.
+Types are strict; null means that a field is absent. Unknown fields are accepted, because clients send fields of many
+servers. Fields in REFUSED are refused, because they would change the answer.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 
-# Fields of other servers that are not done here, and the values that ask for nothing.
+# Fields of other servers that are not supported here, and their values without effect.
 REFUSED: Mapping[str, tuple[Any, ...]] = {
     "add_special_tokens": (),
     "allowed_token_ids": (),
@@ -60,14 +60,14 @@ REFUSED: Mapping[str, tuple[Any, ...]] = {
 
 
 class Body(BaseModel):
-    """A body: strict about types, open to fields that are not known."""
+    """A body: strict about types, open to unknown fields."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
     @model_validator(mode="after")
     def _refuse(self) -> "Body":
         for name, value in (self.model_extra or {}).items():
-            # By type, too: true is 1, and no beam search is not one beam.
+            # Types count, too: True equals 1, but `use_beam_search=False` is not one beam.
             neutral = any(value == other and type(value) is type(other) for other in REFUSED.get(name, ()))
             if name in REFUSED and value is not None and not neutral:
                 raise PydanticCustomError("unsupported", "{field} is not supported; leave it out", {"field": name})
@@ -75,13 +75,13 @@ class Body(BaseModel):
 
 
 class Closed(BaseModel):
-    """An object of this server's, whose fields are all known: a misspelt one would be lost."""
+    """An object of this server, without unknown fields: a misspelt field would be lost."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class SwitchingOptions(Closed):
-    """When a sentence may switch; what is left out is as the server has it."""
+    """When a sentence may switch; the server's settings are the defaults."""
 
     min_tokens: Annotated[int, Field(ge=1)] | None = None
     margin: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -89,33 +89,31 @@ class SwitchingOptions(Closed):
 
 
 class DLPOptions(Closed):
-    """How one answer is routed, and what is said of it; what is left out is as the server has it."""
+    """The routing of one answer, and its report; the server's settings are the defaults."""
 
     trace: bool = Field(default=True, description="Whether the answer says which sentence used which adapters.")
-    prompt_tokens: bool = Field(default=False, description="Whether it holds the token ids of the prompt.")
+    prompt_tokens: bool = Field(default=False, description="Whether the answer has the token ids of the prompt.")
     adapters: list[str] | None = Field(default=None, description="The adapters that the router may choose among.")
     fixed: dict[str, Annotated[float, Field(allow_inf_nan=False)]] | None = Field(
-        default=None, description="Weights by adapter, in the place of the router; {} is the base model."
+        default=None, description="Weights by adapter, instead of the router; {} is the base model."
     )
-    policy: dict[str, Any] | None = Field(
-        default=None, description='What turns probabilities into weights, as {"type": "TopP", "p": 0.9}.'
-    )
+    policy: dict[str, Any] | None = Field(default=None, description='The policy, such as {"type": "TopP", "p": 0.9}.')
     switching: SwitchingOptions | None = None
     kv_policy: KVPolicy | None = None
     prompt_routing: PromptRouting | None = None
     deadline_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
-        default=None, description="Longest time that the request may take, at most the server's."
+        default=None, description="Longest time of the request, at most the server's."
     )
 
 
 class StreamOptions(Body):
-    """What else a stream holds."""
+    """Further content of a stream."""
 
     include_usage: bool | None = Field(default=None, description="One more chunk, with usage and no choices.")
 
 
 class SamplingFields(Body):
-    """What the two ways to generate have in common."""
+    """The shared fields of both generating routes."""
 
     model: str | None = Field(default=None, description="The routed model, its base, an adapter or a mixture.")
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
@@ -139,7 +137,7 @@ class SamplingFields(Body):
 
     @property
     def options(self) -> DLPOptions:
-        """How the answer is routed."""
+        """The routing of the answer."""
         return self.dlp or DLPOptions()
 
 
@@ -207,20 +205,20 @@ class Tool(Body):
 
 
 class NamedFunction(Body):
-    """The function that is to be called."""
+    """The function to call."""
 
     name: str
 
 
 class NamedTool(Body):
-    """The tool that is to be called."""
+    """The tool to call."""
 
     type: Literal["function"] = "function"
     function: NamedFunction
 
 
 class ChatFields(Body):
-    """A chat, and what its template reads."""
+    """A chat, with the arguments of its template."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     tools: list[Tool] | None = None
@@ -248,9 +246,7 @@ class CompletionRequest(SamplingFields):
         | Annotated[list[TokenId], Field(min_length=1)]
         | Annotated[list[list[TokenId]], Field(min_length=1, max_length=MAX_CHOICES)]
     )
-    max_tokens: Annotated[int, Field(ge=0)] | None = Field(
-        default=None, description="16, unless given; 0 with echo alone."
-    )
+    max_tokens: Annotated[int, Field(ge=0)] | None = Field(default=None, description="16 by default; 0 only with echo.")
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
@@ -283,7 +279,7 @@ class TokenizeRequest(PromptRequest):
     """The body of /tokenize."""
 
     add_special_tokens: bool | None = Field(
-        default=None, description="As the tokenizer does, unless given; of a prompt alone."
+        default=None, description="By default as the tokenizer does; only for a prompt."
     )
     return_token_strs: bool | None = None
 

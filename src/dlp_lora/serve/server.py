@@ -1,4 +1,4 @@
-"""The server: a backend and settings in, a process that answers until it is told to end."""
+"""The server: a backend and settings in, a process that answers until a signal ends it."""
 
 import asyncio
 import contextlib
@@ -33,7 +33,7 @@ POLL_S = 0.02
 
 
 def local_service(engine: Engine, settings: ServerSettings, keys: Keys, *, name: str) -> Service:
-    """Makes the service of an engine of this process; `name` is what clients call it."""
+    """Makes the service of an engine in this process; `name` is its model name for clients."""
     backend = LocalBackend(
         engine,
         max_batch=settings.max_batch or LOCAL_BATCH,
@@ -54,7 +54,7 @@ def make_service(
     *,
     name: str,
 ) -> Service:
-    """Makes the service of a backend that answers for a model; `prompt_router` routes its prompts.
+    """Makes the service of a backend; `prompt_router` routes its prompts.
 
     Raises:
         APIError: if an adapter's name is the served one.
@@ -84,13 +84,13 @@ def serve(
     listener: socket.socket | None = None,
     on_ready: Callable[[str], None] = lambda _: None,
 ) -> None:
-    """Answers requests until SIGTERM or SIGINT; those that run then may end. A second signal ends the process at once.
+    """Answers requests until SIGTERM or SIGINT; running requests may finish. A second signal ends the process at once.
 
     Args:
         service: what answers.
         bundle: the folder that it is of, if it is one, so that it can be read again.
         listener: from `listen`; made here by default.
-        on_ready: told the address.
+        on_ready: gets the address.
     """
     settings, keys = service.settings, service.keys
     listener = listener or listen(settings)
@@ -105,10 +105,10 @@ def serve(
 
 
 def listen(settings: ServerSettings) -> socket.socket:
-    """Takes the address of a server, before anything is loaded.
+    """Binds the address of a server, before the model is loaded.
 
     Raises:
-        OSError: if it is taken, or is none of this machine's.
+        OSError: if the address is in use, or does not belong to this machine.
     """
     try:
         family, kind, protocol, _, place = socket.getaddrinfo(
@@ -123,7 +123,7 @@ def listen(settings: ServerSettings) -> socket.socket:
 
 
 def address_of(listener: socket.socket) -> str:
-    """The address of a listener as a browser takes it."""
+    """The address of a listener for a browser."""
     host, port = listener.getsockname()[:2]
     if host in ("0.0.0.0", "::"):
         host = "localhost"
@@ -131,7 +131,7 @@ def address_of(listener: socket.socket) -> str:
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn, which on a signal first lets the answers that run come to their ends."""
+    """Uvicorn, but a signal first lets running answers finish."""
 
     def __init__(self, app: ASGIApp, service: Service, on_ready: Callable[[], None]) -> None:
         config = uvicorn.Config(

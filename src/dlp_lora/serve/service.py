@@ -1,4 +1,4 @@
-"""The service: what answers, how it is asked, and what its clients may see of it."""
+"""The service: a backend, the checks of requests to it, and the names that clients may see."""
 
 import threading
 import time
@@ -31,17 +31,17 @@ from dlp_lora.serve.schema import (
 )
 from dlp_lora.serve.settings import ServerSettings
 
-DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as OpenAI has it
+DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as in OpenAI's API
 
 
 @runtime_checkable
 class PromptRouter(Protocol):
-    """What routes prompts without answering them: an Engine, or a backend that has none."""
+    """Routes prompts without answers: an Engine, or a backend without an engine."""
 
     def apart(
         self, prompt: EncodedPrompt, *, call: Call | None = None, among: Collection[str] | None = None
     ) -> list[EncodedPrompt]:
-        """Gives the prompts that are answered in the place of one, as `Engine.apart` does."""
+        """Returns the prompts to answer instead of one, as `Engine.apart` does."""
         ...
 
     def start_row(
@@ -58,8 +58,8 @@ class PromptRouter(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """A request that was checked. `answers` has a backend's requests for each answer: one, or one a question of a
-    prompt whose questions are answered apart. The answers to one prompt stand side by side.
+    """A checked request. `answers` has a backend's requests for each answer: one, or one per question if the questions
+    are answered apart. The answers to one prompt are neighbours.
     """
 
     id: str
@@ -76,14 +76,14 @@ class Asked:
 
     @property
     def num_prompt_tokens(self) -> int:
-        """How many tokens the prompts have, of questions apart in all of their contexts."""
+        """The number of the prompts' tokens; for questions apart, in all of their contexts."""
         one_each = self.answers[:: len(self.answers) // len(self.prompts)]
         return sum(len(request.tokens) for requests in one_each for request in requests)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoutedPrompt:
-    """How a prompt would be answered: by one row, or by one a question, with so many tokens together."""
+    """The routing of a prompt: one row, or one per question, and their number of tokens."""
 
     choice: Choice
     rows: Sequence[RowRouter]
@@ -91,16 +91,15 @@ class RoutedPrompt:
 
     @property
     def questions(self) -> tuple[str, ...]:
-        """Those of the prompt, if it asks several: answered apart, or in turn."""
+        """The questions of the prompt, if it asks several: answered apart, or in turn."""
         return self.rows[0].questions if len(self.rows) == 1 else tuple(row.prompt.text for row in self.rows)
 
 
 @dataclass(kw_only=True)
 class Service:
-    """A backend with all that turns requests of clients into its own.
+    """A backend, with the parts that turn clients' requests into its requests.
 
-    `call` is how answers are routed unless their requests say otherwise. `num_running` counts the requests that are
-    being answered.
+    `call` has the default settings of answers. `num_running` is the number of running requests.
     """
 
     backend: Backend
@@ -122,7 +121,7 @@ class Service:
         self.lock = threading.Lock()  # of changes to `call`
 
     def visible(self, access: Access) -> tuple[str, ...]:
-        """The adapters that a key may use."""
+        """The adapters for a key."""
         names = self.backend.adapters
         return names if access.adapters is None else tuple(name for name in names if name in access.adapters)
 
@@ -132,7 +131,7 @@ class Service:
             raise unavailable("the server is closing; try again in a moment", "shutting_down")
 
     def chat(self, body: ChatRequest, access: Access) -> Asked:
-        """Checks a request of /v1/chat/completions, and encodes its messages. It takes time: not for an event loop."""
+        """Checks a request of /v1/chat/completions and encodes its messages; too slow for an event loop."""
         tools = offered(body)
         grammar = self._grammar(body, tools)
         prompt = self.encoder.chat(body, tools)
@@ -151,7 +150,7 @@ class Service:
         )
 
     def completion(self, body: CompletionRequest, access: Access) -> Asked:
-        """Checks a request of /v1/completions, and encodes its prompts. It takes time: not for an event loop."""
+        """Checks a request of /v1/completions and encodes its prompts; too slow for an event loop."""
         given: Sequence[Any] = (
             [body.prompt] if isinstance(body.prompt, str) or not _is_nested(body.prompt) else body.prompt
         )
@@ -172,7 +171,7 @@ class Service:
         )
 
     def route(self, body: RouteRequest, access: Access) -> RoutedPrompt:
-        """Says how a prompt would be routed, without answering it. It takes time: not for an event loop."""
+        """Routes a prompt without an answer; too slow for an event loop."""
         choice = self.names.choose(body.model, self.visible(access))
         tools = body.tools or ()
         prompt = self.encoder.chat(body, tools) if body.prompt is None else self.encoder.text(body.prompt)
@@ -208,7 +207,7 @@ class Service:
             raise invalid(f"min_tokens: {body.min_tokens} is more than max_tokens, {max_tokens}", "min_tokens")
         if body.stream_options is not None and not body.stream:
             raise invalid("stream_options needs stream: true", "stream_options")
-        # What is asked of one answer cannot be given of several that are joined.
+        # These apply to one answer, not to several that are joined.
         may_be_parts = is_text and n == 1 and grammar is None and num_logprobs is None
         parts = [
             self.prompt_router.apart(prompt, call=call, among=among) if may_be_parts else [prompt] for prompt in prompts
@@ -277,7 +276,7 @@ class Service:
         return self.grammars.of_calls(functions) if choice == "required" else self.grammars.of_call(functions[0])
 
     def _routed(self, choice: Choice, options: DLPOptions, access: Access) -> tuple[Call, frozenset[str] | None]:
-        """How a request is routed, and the adapters that its router may choose among."""
+        """The call of a request, and the adapters among which its router may choose."""
         visible = self.visible(access)
         allowed = access.adapters
         if options.adapters is not None:
@@ -309,15 +308,15 @@ class Service:
 
 
 def offered(body: ChatRequest) -> Sequence[Tool]:
-    """The tools that the model is told of."""
+    """The tools for the model."""
     return () if body.tool_choice == "none" else body.tools or ()
 
 
 def called_tools(body: ChatRequest) -> Sequence[Tool]:
-    """The tools of which one must be called; none where the model may answer otherwise.
+    """The tools of which one must be called; none if the model may also answer with text.
 
     Raises:
-        APIError: if the one that is named is not there.
+        APIError: if the named tool does not exist.
     """
     choice, tools = body.tool_choice, body.tools or ()
     if choice is None or isinstance(choice, str):

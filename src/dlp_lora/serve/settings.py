@@ -1,4 +1,4 @@
-"""Settings of a server: what a person chooses as it is started."""
+"""Settings of a server, chosen at its start."""
 
 import re
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ SERVED_NAME = re.compile(r"[^\s,=]+")
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """Where a server listens, what it is called, and how much it takes on.
+    """A server's address, its model name and its limits.
 
-    Keys stand apart, in `Keys`: nothing that is printed or logged holds one.
+    Keys are in `Keys`, so that they are never printed or logged.
     """
 
     served_model_name: Annotated[
@@ -29,10 +29,12 @@ class ServerSettings:
     max_context: Annotated[
         int | None, typer.Option(help="Tokens of a prompt and its answer. [default: the model's context]")
     ] = None
-    chunk_tokens: Annotated[int, "Tokens of a prompt that are read between two steps of the others."] = 256
-    cache_mb: Annotated[float, "Megabytes of KV of earlier requests that are kept for those that begin alike."] = 256.0
+    chunk_tokens: Annotated[int, "Tokens of a new prompt that one pass reads beside the running answers."] = 256
+    cache_mb: Annotated[float, "Megabytes of stored KV of earlier requests, for requests with the same beginning."] = (
+        256.0
+    )
     max_body_mb: Annotated[float, "Largest body of a request."] = 16.0
-    deadline_s: Annotated[float, "Longest time that a request may take, waiting included."] = 600.0
+    deadline_s: Annotated[float, "Longest time of a request, with its time in the queue."] = 600.0
     shutdown_s: Annotated[float, "How long running requests may continue after SIGTERM."] = 30.0
     watch_s: Annotated[
         float | None,

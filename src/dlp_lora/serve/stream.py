@@ -1,4 +1,4 @@
-"""The stream of one request: events go in from the thread of a backend, and come out in the reader's thread or task."""
+"""The stream of one request: events from a backend's thread in, to the reader's thread or task out."""
 
 import asyncio
 import threading
@@ -17,7 +17,7 @@ class EventStream:
         self._events: deque[Event | BaseException] = deque()
         self._lock = threading.Lock()
         self._has_events = threading.Condition(self._lock)
-        self._waiter: asyncio.Future[None] | None = None  # of a task that waits
+        self._waiter: asyncio.Future[None] | None = None  # of a waiting task
         self._is_cancelled = False
         self._has_ended = False  # for the reader
 
@@ -57,11 +57,11 @@ class EventStream:
         self._on_cancel()
 
     def put(self, event: Event) -> None:
-        """Hands an event to the reader."""
+        """Passes an event to the reader."""
         self._hand(event)
 
     def fail(self, error: BaseException) -> None:
-        """Has the reader raise an error, after the events before it."""
+        """Lets the reader raise an error, after the earlier events."""
         self._hand(error)
 
     def _hand(self, event: Event | BaseException) -> None:
@@ -70,7 +70,7 @@ class EventStream:
             self._has_events.notify()
             waiter, self._waiter = self._waiter, None
         if waiter is not None:
-            with suppress(RuntimeError):  # the reader's loop is closed, and nobody waits
+            with suppress(RuntimeError):  # the reader's loop is closed
                 waiter.get_loop().call_soon_threadsafe(_wake, waiter)
 
     def _passed(self, event: Event | BaseException) -> Event:

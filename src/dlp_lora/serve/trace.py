@@ -1,4 +1,4 @@
-"""Traces: what a backend tells of an answer's sentences in, what its reader is told out."""
+"""Traces: a backend's sentences in, their JSON for the client out."""
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,17 +12,17 @@ from dlp_lora.serve.schema import SentenceTrace
 
 @dataclass
 class SentenceCutter:
-    """Cuts the text of a stream where sentences begin, so that each piece belongs to one."""
+    """Cuts the text of a stream at the beginnings of sentences, so that each piece belongs to one."""
 
     num_sent: int = 0  # characters
     _starts: deque[SentenceStart] = field(default_factory=deque)
 
     def begin(self, start: SentenceStart) -> None:
-        """Notes that a sentence begins, somewhere in the text to come."""
+        """Notes the start of a sentence in the next text."""
         self._starts.append(start)
 
     def cut(self, text: str) -> Iterator[tuple[str, SentenceStart | None]]:
-        """Gives the text in pieces, each with the sentence that begins with it, if one does."""
+        """Yields the text in pieces, each with the sentence that begins with it, if one does."""
         start: SentenceStart | None = None
         while self._starts and self._starts[0].offset < self.num_sent + len(text):
             length = max(0, self._starts[0].offset - self.num_sent)
@@ -37,7 +37,7 @@ class SentenceCutter:
 
 
 def start_of(start: SentenceStart) -> SentenceTrace:
-    """Says what is known of a sentence as it begins."""
+    """The facts about a sentence at its start."""
     told: SentenceTrace = {
         "sentence": start.number,
         "start": start.position,
@@ -52,7 +52,7 @@ def start_of(start: SentenceStart) -> SentenceTrace:
 
 
 def sentences_of(trace: Sequence[Sentence], num_characters: int | None = None) -> list[SentenceTrace]:
-    """Says what is known of the sentences of a text at its end; of the text, no more than is sent."""
+    """The facts about the sentences of an answer at its end, with only the sent text."""
     told: list[SentenceTrace] = []
     offset = 0
     for number, sentence in enumerate(trace):

@@ -1,4 +1,4 @@
-"""Watching a bundle folder: servers that have it read it again once it was written."""
+"""Watches a bundle folder: servers read a changed bundle again."""
 
 import threading
 from pathlib import Path
@@ -10,8 +10,8 @@ from dlp_lora.serve.logs import LOGGER
 
 
 def watch(manager: AdapterManager, bundle: Path, every_s: float) -> threading.Event:
-    """Reads a bundle again whenever its number has grown, in a thread that ends with the process, or once the event
-    that this gives is set.
+    """Reads a bundle again if its number has grown, in a thread that ends with the process, or when the returned event
+    is set.
     """
     ended = threading.Event()
     arguments = (manager, bundle, every_s, ended)
@@ -28,7 +28,7 @@ def _watch(manager: AdapterManager, bundle: Path, every_s: float, ended: threadi
             continue
         try:
             manager.reload()
-        except APIError as error:  # the next look may find it whole
+        except APIError as error:  # the next poll may find it complete
             if found != refused:
                 LOGGER.error("the bundle was written, and cannot be used: %s", error)
             refused = found

@@ -1,4 +1,4 @@
-"""What the answers of the two APIs have in common, and how a stream of chunks is written (server-sent events)."""
+"""The shared parts of both APIs' answers, and streams of chunks as server-sent events."""
 
 import json
 from collections.abc import AsyncIterator
@@ -15,11 +15,11 @@ Chunk = dict[str, Any]
 
 KEEPALIVE = b": keepalive\n\n"
 END = b"data: [DONE]\n\n"
-HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx would hold a stream back
+HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx would buffer a stream
 
 
 class Envelope(TypedDict):
-    """What every answer and every chunk of a stream begins with."""
+    """The first fields of every answer and every chunk."""
 
     id: str
     created: int
@@ -27,24 +27,24 @@ class Envelope(TypedDict):
 
 
 class TraceField(TypedDict, total=False):
-    """How an answer was routed, unless its request switched that off."""
+    """The routing of an answer, unless its request switched it off."""
 
     dlp: DLPTrace
 
 
 class SentenceField(TypedDict, total=False):
-    """How a sentence is routed, on its first chunk."""
+    """The routing of a sentence, for its first chunk."""
 
     dlp: SentenceTrace
 
 
 def envelope(asked: Asked) -> Envelope:
-    """Says which request is answered, and by whom."""
+    """The id, time and model of the answer to a request."""
     return {"id": asked.id, "created": asked.created, "model": asked.choice.asked}
 
 
 def usage_of(answers: Answers, asked: Asked) -> Usage:
-    """Counts the tokens of a request: those of a prompt once, however many answers it has."""
+    """Counts the tokens of a request; those of a prompt count once, even with several answers."""
     num_prompt = asked.num_prompt_tokens
     return {
         "prompt_tokens": num_prompt,
@@ -55,17 +55,17 @@ def usage_of(answers: Answers, asked: Asked) -> Usage:
 
 
 def finish_reason(done: Done) -> FinishReason:
-    """Why an answer ended; one that was cut off is too short."""
+    """The finish reason of an answer; "length" if it was cut off."""
     return "stop" if done.reason == "stop" else "length"
 
 
 def sentence_field(asked: Asked, sentence: SentenceStart | None) -> SentenceField:
-    """What a chunk tells of the sentence that begins with it."""
+    """A chunk's facts about the sentence that begins with it."""
     return {} if sentence is None or not asked.options.trace else {"dlp": start_of(sentence)}
 
 
 def trace_field(asked: Asked, index: int, ended: Ended) -> TraceField:
-    """What the end of an answer tells of all its sentences."""
+    """The facts about all sentences at the end of an answer."""
     told: DLPTrace = {}
     if asked.options.trace:
         told["trace"] = sentences_of(ended.done.generation.trace, ended.num_characters)
@@ -84,13 +84,13 @@ def event(data: Any) -> bytes:
 
 
 async def events(chunks: AsyncIterator[Chunk | None]) -> AsyncIterator[bytes]:
-    """Writes chunks as events, and comments where nothing came for a while."""
+    """Writes chunks as events, and comments if there was none for a while."""
     async for chunk in chunks:
         yield KEEPALIVE if chunk is None else event(chunk)
 
 
 def error_event(asked: Asked, error: APIError) -> bytes:
-    """Writes an error that comes after the status was sent; for clients that wait for a reason to finish, too."""
+    """Writes an error after the status was sent, with a finish reason for clients that wait for it."""
     choices = [{"index": 0, "delta": {}, "text": "", "logprobs": None, "finish_reason": "error"}]
     return event({**envelope(asked), "object": "error", **error.body, "choices": choices})
 
