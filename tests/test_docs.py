@@ -48,6 +48,7 @@ OTHER_COMMANDS = (
     "docker",
     "apt-get",
     "vllm",
+    "lm_eval",
     "serve",
 )
 
