@@ -144,9 +144,9 @@ def with_serial(tasks: Sequence[Task], args: DemoArgs) -> list[Task]:
         singles, spare = task.train[: args.num_train], task.train[args.num_train :]
         halves: list[Example] = []
         others = [other for other in tasks if other.name != task.name]
-        for i, own in enumerate(spare):
+        for i, example in enumerate(spare):
             other = rng.choice(rng.choice(others).train)
-            halves.append(serial(own, other)[0] if i % 2 else serial(other, own)[1])
+            halves.append(serial(example, other)[0] if i % 2 else serial(other, example)[1])
         extended.append(Task(name=task.name, train=(*singles, *halves), test=task.test))
     return extended
 
@@ -181,10 +181,10 @@ def _evaluate(
         batch = pooled[len(records) : len(records) + args.batch_size]
         texts = {method: _answers(engine, method, batch, args) for method in METHODS}
         for i, (name, example) in enumerate(batch):
-            said = {method: texts[method][i] for method in METHODS}
-            right = {method: contains(said[method], example.accepted) for method in METHODS}
+            answers = {method: texts[method][i] for method in METHODS}
+            right = {method: contains(answers[method], example.accepted) for method in METHODS}
             records.append(
-                {"task": name, "prompt": example.prompt, "answer": example.answer, "said": said, "right": right}
+                {"task": name, "prompt": example.prompt, "answer": example.answer, "said": answers, "right": right}
             )
         kept.put(answers=records)
         on_progress(Progress("answers", len(records), len(pooled)))
@@ -230,18 +230,18 @@ def _pairs(
     engine: Engine, tasks: Sequence[Task], file: Path, args: DemoArgs, on_progress: OnProgress
 ) -> dict[str, dict[str, float]]:
     kept = Kept(file, _identity(engine, args))
-    found: dict[str, dict[str, float]] = kept.values.get("shares", {})
+    shares: dict[str, dict[str, float]] = kept.values.get("shares", {})
     asked = _asked(tasks, args)
     prompts = [compose([q1, q2]).prompt for _, _, q1, q2 in asked]
-    on_progress(Progress("two questions", len(found), len(WAYS)))
-    for way in list(WAYS)[len(found) :]:
+    on_progress(Progress("two questions", len(shares), len(WAYS)))
+    for way in list(WAYS)[len(shares) :]:
         with engine.using(**WAYS[way]):
             answers = engine.generate(prompts, max_new_tokens=2 * args.max_new_tokens, do_sample=False)
         rows = [_scored(answer.trace, *pair) for answer, pair in zip(answers, asked, strict=True)]
-        found[way] = {key: _share(row[key] for row in rows) for key in rows[0]}
-        kept.put(shares=found)
-        on_progress(Progress("two questions", len(found), len(WAYS)))
-    return found
+        shares[way] = {key: _share(row[key] for row in rows) for key in rows[0]}
+        kept.put(shares=shares)
+        on_progress(Progress("two questions", len(shares), len(WAYS)))
+    return shares
 
 
 def _scored(trace: Sequence[Sentence], first: Task, second: Task, q1: Example, q2: Example) -> dict[str, bool]:

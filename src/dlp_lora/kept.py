@@ -26,16 +26,16 @@ def read_kept(file: Path, *keys: str) -> dict[str, Any]:
     """
     if not file.is_file():
         return {}
-    (found,) = _objects(file, [read_json(file)], keys)
-    return found
+    (data,) = _objects(file, [read_json(file)], keys)
+    return data
 
 
 def read_kept_list(file: Path, *keys: str) -> list[dict[str, Any]]:
     """As `read_kept`, for a list of such objects; an empty list if there is no such file."""
     if not file.is_file():
         return []
-    found = read_json(file)
-    return _objects(file, found if isinstance(found, list) else [found], keys)
+    data = read_json(file)
+    return _objects(file, data if isinstance(data, list) else [data], keys)
 
 
 class Kept:
@@ -69,13 +69,13 @@ def read_json(file: Path) -> Any:
         raise RecordError(f"{file} is damaged ({error}); remove it, and it is made again") from error
 
 
-def _objects(file: Path, found: list[Any], keys: Sequence[str]) -> list[dict[str, Any]]:
-    for one in found:
+def _objects(file: Path, objects: list[Any], keys: Sequence[str]) -> list[dict[str, Any]]:
+    for one in objects:
         if not isinstance(one, dict):
             raise RecordError(f"{file} is damaged (expected a JSON object); remove it, and it is made again")
         if missing := [key for key in keys if key not in one]:
             raise RecordError(f"{file} is damaged (it has no {', '.join(missing)}); remove it, and it is made again")
-    return found
+    return objects
 
 
 def keep_rows(
@@ -100,10 +100,10 @@ def keep_rows(
         if done <= num_done:
             continue
         on_progress(Progress(file.stem, done - len(batch), sum(map(len, batches))))
-        found = compute(batch)
+        new = compute(batch)
         with file.open("ab") as lines:
-            lines.write(b"".join(map(json_line, found)))
-        rows += found
+            lines.write(b"".join(map(json_line, new)))
+        rows += new
     on_progress(Progress(file.stem, done, done))
     return rows
 
@@ -124,8 +124,8 @@ def differences(before: Any, now: Any, key: str = "") -> str:
     """
     if isinstance(before, dict) and isinstance(now, dict):
         keys = [k for k in {**before, **now} if k in before or k not in NOT_RECORDED]
-        found = (differences(before.get(k), now.get(k), f"{key}.{k}".lstrip(".")) for k in keys)
-        return "; ".join(filter(None, found))
+        parts = (differences(before.get(k), now.get(k), f"{key}.{k}".lstrip(".")) for k in keys)
+        return "; ".join(filter(None, parts))
     return "" if before == now else f"{key} was {before!r} and is {now!r}"
 
 

@@ -20,10 +20,10 @@ def find_adapters(folder: str | Path) -> dict[str, Path]:
         raise AdapterError(
             f"{folder} is itself an adapter; expected a folder of adapter folders, or {{name: path}} for single ones"
         )
-    found = {p.name: p for p in sorted(folder.iterdir()) if p.name[0] != "." and _is_adapter(p)}
-    if not found:
+    folders = {p.name: p for p in sorted(folder.iterdir()) if p.name[0] != "." and _is_adapter(p)}
+    if not folders:
         raise AdapterError(f"{folder} holds no adapter: no folder in it has an {CONFIG_FILE}")
-    return found
+    return folders
 
 
 def check_adapter_name(name: str, path: str | Path) -> str:

@@ -67,8 +67,8 @@ def _no_pairs(path: Path, file: TensorFile, extras: Iterable[tuple[str, str, str
         return f"{path} holds lora_up and lora_down, as kohya's scripts write them; convert it to a PEFT adapter"
     if any(re.search(r"\.lora_[ab]$", key) for key in file.tensors):
         return f"{path} holds lora_a and lora_b, as mlx writes them; convert it to a PEFT adapter"
-    found = f"; it holds {next(iter(file.tensors))!r} and the like" if file.tensors else ""
-    return f"{path} holds no weights; expected lora_A and lora_B tensors{found}"
+    example = f"; it holds {next(iter(file.tensors))!r} and the like" if file.tensors else ""
+    return f"{path} holds no weights; expected lora_A and lora_B tensors{example}"
 
 
 def _without_wrappers(key: str, segments: frozenset[str]) -> str:

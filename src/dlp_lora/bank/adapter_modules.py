@@ -29,10 +29,10 @@ def adapted_modules(
         if set(pair) != {"A", "B"}:
             raise AdapterError(f"{path} has only lora_{next(iter(pair))} for {module}; expected both lora_A and lora_B")
     if layout is not None and _needs_peft(config, layout) and layout.skeleton is not None:
-        found, untargeted = _placed_by_peft(path, config, file, keys, layout)
+        modules, untargeted = _placed_by_peft(path, config, file, keys, layout)
     else:
-        found, untargeted = _placed_by_name(path, config, keys, layout)
-    if not found:
+        modules, untargeted = _placed_by_name(path, config, keys, layout)
+    if not modules:
         raise AdapterError(
             f"{path}: its settings target none of the {len(keys.pairs)} modules in its weights, such as "
             f"{next(iter(keys.pairs))}: {targets(config)}"
@@ -42,7 +42,7 @@ def adapted_modules(
             f"{path}: {len(untargeted)} of the {len(keys.pairs)} modules in its weights, such as {untargeted[0]}, are "
             f"not applied, as in PEFT: its settings leave them out ({targets(config)})"
         )
-    return found
+    return modules
 
 
 def _needs_peft(config: Mapping[str, Any], layout: BaseLayers) -> bool:
@@ -75,7 +75,7 @@ def _placed_by_peft(
             f"{path} cannot be fused exactly: {module} adapts {parameter}, which is no linear layer in this base but a "
             f"bare parameter (target_parameters), as PEFT adapts experts; retrain with target_modules of the attention"
         )
-    found = {new: old for old, new in (*placed.placed.items(), *linear.items())}
+    moved_from = {new: old for old, new in (*placed.placed.items(), *linear.items())}
     untargeted = []
     for module in keys.pairs:
         if module in placed.placed or module in linear:
@@ -84,17 +84,17 @@ def _placed_by_peft(
         moved = _in_text_model(name, layout) or name
         if name in layout.modules or not any(is_targeted(config, one) for one in {module, name, moved}):
             untargeted.append(module)
-        elif moved in found:
-            raise AdapterError(_two_for_one(path, found[moved], module, moved))
+        elif moved in moved_from:
+            raise AdapterError(_two_for_one(path, moved_from[moved], module, moved))
         else:
-            found[moved] = module  # if the base lacks it, it is refused with the others
-    return found, untargeted
+            moved_from[moved] = module  # if the base lacks it, it is refused with the others
+    return moved_from, untargeted
 
 
 def _placed_by_name(
     path: Path, config: Mapping[str, Any], keys: Keys, layout: BaseLayers | None
 ) -> tuple[dict[str, str], list[str]]:
-    found: dict[str, str] = {}
+    modules: dict[str, str] = {}
     untargeted = []
     for module in keys.pairs:
         name = module
@@ -102,11 +102,11 @@ def _placed_by_name(
             name = _in_text_model(module, layout) or module
         if not any(is_targeted(config, one) for one in {module, name}):
             untargeted.append(module)
-        elif name in found:
-            raise AdapterError(_two_for_one(path, found[name], module, name))
+        elif name in modules:
+            raise AdapterError(_two_for_one(path, modules[name], module, name))
         else:
-            found[name] = module
-    return found, untargeted
+            modules[name] = module
+    return modules, untargeted
 
 
 def check_shapes(

@@ -81,9 +81,9 @@ def _where(model: nn.Module) -> Callable[[], tuple[torch.dtype, torch.device]]:
     alive = weakref.ref(model)
 
     def where() -> tuple[torch.dtype, torch.device]:
-        found = alive()
-        assert found is not None
-        return pair_dtype(found), computing_device(found)
+        model = alive()
+        assert model is not None
+        return pair_dtype(model), computing_device(model)
 
     return where
 
@@ -100,13 +100,13 @@ def pair_dtype(model: nn.Module) -> torch.dtype:
 
 def siblings(model: nn.Module) -> list[tuple[str, ...]]:
     """Lists the linear layers of one parent that read one input and can be computed in one product."""
-    found = []
+    groups = []
     for parent, module in model.named_modules():
         for names in SIBLINGS:
             layers = [layer for name in names if isinstance(layer := getattr(module, name, None), nn.Module)]
             if len(layers) == len(names) and all(map(is_plain, layers)) and _can_be_stacked(layers):
-                found.append(tuple(f"{parent}.{name}".lstrip(".") for name in names))
-    return found
+                groups.append(tuple(f"{parent}.{name}".lstrip(".") for name in names))
+    return groups
 
 
 def attach(
@@ -180,10 +180,10 @@ def merged(model: nn.Module, bank: AdapterBank, mixture: Mixture) -> Iterator[No
     try:
         with bank.lock:
             bank.fuse([mixture])
-            found = list(_fused_pairs(model))
+            pairs = list(_fused_pairs(model))
             bank.clear()
-            _check_mergeable(model, [module for module, _ in found])
-            for module, (a, b, _) in found:
+            _check_mergeable(model, [module for module, _ in pairs])
+            for module, (a, b, _) in pairs:
                 pristine.append((module, module.weight.detach().clone()))
                 delta = a.detach().float() @ b.detach().float()  # (d_in, d_out)
                 delta = delta if isinstance(module.base_layer, Conv1D) else delta.T

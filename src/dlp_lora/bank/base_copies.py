@@ -99,8 +99,8 @@ def _like(name: str, parameters: Mapping[str, Any]) -> str | None:
         if parts[cut - 1] not in TEXT_PARTS:
             return None
         rest = ".".join(parts[cut:])
-        if found := [one for one in parameters if one == rest or one.endswith(f".{rest}")]:
-            return found[0] if len(found) == 1 else None
+        if matches := [one for one in parameters if one == rest or one.endswith(f".{rest}")]:
+            return matches[0] if len(matches) == 1 else None
     return None
 
 

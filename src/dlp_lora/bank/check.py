@@ -178,8 +178,8 @@ def _stored_weights(source: str, tied: Mapping[str, Any]) -> Callable[[str], Ten
             file = _file_of(folder, one) if folder is not None and isinstance(one, str) else None
             if file is not None:
                 with safe_open(file, framework="pt") as tensors:
-                    found: Tensor = tensors.get_tensor(one)
-                    return found
+                    weight: Tensor = tensors.get_tensor(one)
+                    return weight
         return None
 
     return tensor

@@ -53,14 +53,14 @@ class Fingerprint:
     def differences(self, other: "Fingerprint") -> list[str]:
         """Lists the differences between another model and this one."""
         both = [key for key in self.config if key in other.config]
-        found = [
+        changes = [
             f"its {key} is {other.config[key]!r}, not {self.config[key]!r}"
             for key in both
             if other.config[key] != self.config[key]
         ]
         if other.tensors != self.tensors:
-            return [*found, "its tensors have other names or shapes"]
-        return [*found, *(["its weights are others, or stored otherwise"] if other.values != self.values else [])]
+            return [*changes, "its tensors have other names or shapes"]
+        return [*changes, *(["its weights are others, or stored otherwise"] if other.values != self.values else [])]
 
 
 def _config(folder: Path) -> dict[str, Any]:

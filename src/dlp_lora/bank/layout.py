@@ -82,8 +82,8 @@ class Layout:
         Raises:
             AdapterError: if it does not.
         """
-        found = {module: (lora.a.shape[1], lora.b.shape[0]) for module, lora in adapter.modules.items()}
-        check_shapes(adapter.path, found, self._shapes, adapter.base_model)
+        shapes = {module: (lora.a.shape[1], lora.b.shape[0]) for module, lora in adapter.modules.items()}
+        check_shapes(adapter.path, shapes, self._shapes, adapter.base_model)
 
     def ranks(self, adapter: Adapter) -> dict[Place, int]:
         """The rank of an adapter at each place that it changes."""

@@ -74,11 +74,11 @@ def placement(path: Path, config: Mapping[str, Any], shapes: Mapping[str, Shapes
         weight = converted.get(f"base_model.model.{name}.lora_A.weight")
         if weight is None:
             continue
-        own = {module_of[number] for number in weight.unique().tolist() if number}
+        names = {module_of[number] for number in weight.unique().tolist() if number}
         if isinstance(layer, ParamWrapper):
-            parameters.update(dict.fromkeys(own, f"{name.replace('.base_layer', '')}.{layer.parameter_name}"))
+            parameters.update(dict.fromkeys(names, f"{name.replace('.base_layer', '')}.{layer.parameter_name}"))
         else:
-            placed.update(dict.fromkeys(own, name))
+            placed.update(dict.fromkeys(names, name))
     renamed = {
         module_of[number]: key.removeprefix("base_model.model.").rsplit(".lora_", 1)[0]
         for key, weight in converted.items()

@@ -53,15 +53,15 @@ class BaseTokens:
 
 def foreign_tokens(path: Path, base: BaseTokens) -> list[str]:
     """Lists the differences between the tokenizer and chat template in an adapter's folder and the base's."""
-    own = {name: _existing(path / name) for name in (_TEMPLATE, _CONFIG, _TOKENIZER, _ADDED)}
-    if not any(own.values()) or not base.source:
+    files = {name: _existing(path / name) for name in (_TEMPLATE, _CONFIG, _TOKENIZER, _ADDED)}
+    if not any(files.values()) or not base.source:
         return []
     notes = []
-    template = _template(own[_TEMPLATE], own[_CONFIG])
+    template = _template(files[_TEMPLATE], files[_CONFIG])
     if template is not None and template != base.template:
         than = "the base has none" if base.template is None else "differs from the base's"
         notes.append(f"{path} brings a chat template, which {than}: it is not used, and its adapter may expect it")
-    tokens = _tokens(own[_TOKENIZER], own[_CONFIG], own[_ADDED])
+    tokens = _tokens(files[_TOKENIZER], files[_CONFIG], files[_ADDED])
     if tokens and base.tokens:
         if missing := [token for token in tokens if token not in base.tokens]:
             notes.append(
@@ -73,7 +73,7 @@ def foreign_tokens(path: Path, base: BaseTokens) -> list[str]:
                 f"{path} brings a tokenizer in which {len(moved)} tokens have other numbers than in the base's "
                 f"({_shown(moved)}): it was trained with another tokenizer"
             )
-        if not missing and not moved and own[_TOKENIZER] and base.rules and _rules(own[_TOKENIZER]) != base.rules:
+        if not missing and not moved and files[_TOKENIZER] and base.rules and _rules(files[_TOKENIZER]) != base.rules:
             notes.append(f"{path} brings a tokenizer that cuts text otherwise than the base's, which is used")
     return notes
 

@@ -102,11 +102,11 @@ app.add_typer(
 )
 
 
-def _show_version(wanted: bool) -> bool:
-    if wanted:
+def _show_version(is_set: bool) -> bool:
+    if is_set:
         console.print(f"dlp-lora {dlp_lora.__version__}", highlight=False)
         raise typer.Exit
-    return wanted
+    return is_set
 
 
 def main() -> None:

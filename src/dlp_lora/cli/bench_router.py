@@ -61,11 +61,11 @@ def router(
         raise ValueError("--report is written from the record; give --json, too")
     if threads is not None:
         torch.set_num_threads(threads)
-    given: dict[str, Any] = {"seed": seed, "per_task": per_task, "encoder": encoder, "adapters": adapters}
+    options: dict[str, Any] = {"seed": seed, "per_task": per_task, "encoder": encoder, "adapters": adapters}
     if adapters is not None:
-        given["model"] = model
+        options["model"] = model
     args = RouterBenchArgs(
-        training=RouterTrainingArgs(seed=seed), **{key: value for key, value in given.items() if value is not None}
+        training=RouterTrainingArgs(seed=seed), **{key: value for key, value in options.items() if value is not None}
     )
     with progress() as show:
         setting = Setting(
@@ -90,7 +90,7 @@ def router(
 
 def _show_router(record: dict[str, Any]) -> None:
     title = f"router, {len(record['data']['tasks'])} tasks, {record['environment']['cpu']}"
-    rows = [(name, *finding) for name, found in record["scenarios"].items() for finding in _findings(found)]
+    rows = [(name, *finding) for name, results in record["scenarios"].items() for finding in _findings(results)]
     show_table(table_of(title, ("scenario", "of", "found"), rows, num_labels=3))
     targets = [
         (
@@ -105,14 +105,14 @@ def _show_router(record: dict[str, Any]) -> None:
     show_table(table_of("targets", ("target", "", "bound", "found"), targets, num_labels=2))
 
 
-def _findings(found: dict[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
+def _findings(results: dict[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
     """The accuracies of a scenario, with their intervals, and the numbers beside them."""
-    numbers = {key: value for key, value in found.items() if isinstance(value, int | float | str)}
-    if "interval" in found:
-        low, high = found["interval"]
+    numbers = {key: value for key, value in results.items() if isinstance(value, int | float | str)}
+    if "interval" in results:
+        low, high = results["interval"]
         numbers["accuracy"] = f"{numbers['accuracy']:.2%} ({low:.1%} to {high:.1%})"
     if numbers:
         yield path, ", ".join(f"{key} {value}" for key, value in numbers.items())
-    for key, value in found.items():
+    for key, value in results.items():
         if isinstance(value, dict) and key not in ("by_task", "confusion", "reliability"):
             yield from _findings(value, f"{path} {key}".strip())

@@ -54,8 +54,8 @@ def bundle(
     from dlp_lora.errors import AdapterError
 
     check_replaceable(out, BUNDLE_FILE)
-    given: dict[str, Any] = {"unsure": unsure, "min_tokens": min_tokens, "margin": margin}
-    switching = {key: value for key, value in given.items() if value is not None}
+    options: dict[str, Any] = {"unsure": unsure, "min_tokens": min_tokens, "margin": margin}
+    switching = {key: value for key, value in options.items() if value is not None}
     settings = RoutingSettings(
         policy=TopP(p, weighting=weighting, min_confidence=min_confidence),  # type: ignore[arg-type]
         switching=Switching(**switching),
@@ -67,17 +67,17 @@ def bundle(
     checks = check_adapters(layers, adapters)
     if refused := [check for check in checks if not check.fits]:
         raise AdapterError(refused[0].reason)
-    found = load_router(router) if router is not None else None
-    if found is not None:
-        check_names(found.names, [check.name for check in checks])
+    loaded = load_router(router) if router is not None else None
+    if loaded is not None:
+        check_names(loaded.names, [check.name for check in checks])
     write_bundle(
         out,
         base=Base.of(layers.source, bundle=out, folder=layers.folder),
         adapters={check.name: check.path for check in checks},
-        router=found,
+        router=loaded,
         settings=settings,
     )
-    say(f"wrote {out}: {len(checks)} adapters, {'a router' if found else 'no router'}, base {base}")
+    say(f"wrote {out}: {len(checks)} adapters, {'a router' if loaded else 'no router'}, base {base}")
 
 
 def add_task(

@@ -217,7 +217,7 @@ def _names(tasks: str | None) -> list[str] | None:
 def _say_left_out(record: "RunRecord") -> None:
     if record.left_out:
         say(f"questions left out, too long for the model or with an answer_prefix: {dict(record.left_out)}")
-    if unscored := [task for task in record.data.tasks if not any(task in own for own in record.scores.values())]:
+    if unscored := [task for task in record.data.tasks if not any(task in scores for scores in record.scores.values())]:
         say(f"not scored, for want of test questions: {', '.join(unscored)}")
 
 
@@ -234,7 +234,7 @@ def _report(out: Path) -> str:
 
 def _show_composites(record: "RunRecord") -> None:
     for title, means in record.composites.items():
-        metrics = list(dict.fromkeys(metric for own in means.values() for metric in own))
+        metrics = list(dict.fromkeys(metric for scores in means.values() for metric in scores))
 
         def cell(method: str, metric: str, title: str = title) -> str | None:
             value = record.composites[title][method].get(metric)

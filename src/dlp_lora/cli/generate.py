@@ -93,14 +93,14 @@ def chat(
             if raw:
                 say_answer(engine.stream(line, max_new_tokens=max_new_tokens), colours)
                 continue
-            asked = Chat(messages=[*messages, question], chat_template_kwargs=template)
-            asked, room = _fitting(engine, asked, max_new_tokens)
-            text = say_answer(engine.stream(asked, max_new_tokens=room), colours)
+            turn = Chat(messages=[*messages, question], chat_template_kwargs=template)
+            turn, room = _fitting(engine, turn, max_new_tokens)
+            text = say_answer(engine.stream(turn, max_new_tokens=room), colours)
         except (DLPLoRAError, ValueError, RuntimeError) as error:  # of this answer; the next may go well
             stderr.print(f"[bold red]error:[/] {escape(' '.join(str(error).split()))}", soft_wrap=True)
             continue
         if text:
-            messages = [*asked.messages, {"role": "assistant", "content": text}]
+            messages = [*turn.messages, {"role": "assistant", "content": text}]
 
 
 def say_answer(stream: "Stream", colours: Mapping[str, str]) -> str:

@@ -64,8 +64,8 @@ def prompt_of(record: dict[str, Any], template_kwargs: dict[str, Any], *, is_cha
         return Chat(messages=record["messages"], **options)
     if is_chat:
         return Chat(messages=[{"role": "user", "content": record["prompt"]}], **options)
-    if given := [name for name, value in options.items() if value]:
-        raise PromptError(f"{', '.join(given)}: only chats have them; give messages, or --chat")
+    if set_options := [name for name, value in options.items() if value]:
+        raise PromptError(f"{', '.join(set_options)}: only chats have them; give messages, or --chat")
     return str(record["prompt"])
 
 

@@ -110,5 +110,5 @@ def _load(source: str | Path, base: Callable[[], str], hub_options: HubOptions) 
     from dlp_lora.engine.loading import load_model, load_router
 
     of_model = {field.name for field in fields(ModelHubOptions)}
-    given = {name: value for name, value in hub_options.given().items() if name in of_model}
-    return load_router(folder, base=load_model(base(), **given)[0])
+    options = {name: value for name, value in hub_options.given().items() if name in of_model}
+    return load_router(folder, base=load_model(base(), **options)[0])

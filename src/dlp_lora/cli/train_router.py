@@ -140,9 +140,9 @@ def router_from_adapters(
     check_replaceable(out, CONFIG_FILE)
     base = base_model(model)
     with working("reading the adapters against the base model"):
-        given = hub_options.given()
+        options = hub_options.given()
         router = ArrowRouter.from_adapters(
-            adapters, load_model(base, **given)[0], load_tokenizer(base, **given), seed=seed
+            adapters, load_model(base, **options)[0], load_tokenizer(base, **options), seed=seed
         )
     router.save_pretrained(out)
     _show_made(router.names, "arrow", router.temperature, out, as_json=as_json)

@@ -24,8 +24,8 @@ def prompts_apart(read: Read, prompt: str | Chat, context: Context) -> list[str 
     text = context.prompt
     questions = questions_apart(read, context)
     if isinstance(prompt, str):
-        head, found, tail = prompt.rpartition(text)  # the chat template may add some around the turn
-        return [f"{head}{question}{tail}" for question in questions] if found and questions else [prompt]
+        head, match, tail = prompt.rpartition(text)  # the chat template may add some around the turn
+        return [f"{head}{question}{tail}" for question in questions] if match and questions else [prompt]
     *before, newest = prompt.messages
     if not questions or newest.get("role") != "user" or text_of(newest).strip() != text:
         return [prompt]

@@ -94,10 +94,10 @@ class ArrowRouter:
         Raises:
             AdapterError: if an adapter cannot be read, does not fit the base, or was never trained.
         """
-        found = adapters if isinstance(adapters, Mapping) else find_adapters(adapters)
+        folders = adapters if isinstance(adapters, Mapping) else find_adapters(adapters)
         base = base.eval()
         layout = linear_layers(base)
-        read = [read_adapter(found[name], name, layout=layout) for name in sorted(found)]
+        read = [read_adapter(folders[name], name, layout=layout) for name in sorted(folders)]
         AdapterBank(layout, read, device="meta")  # refuses adapters that do not fit
         names = check_labels([adapter.name for adapter in read])
         prototypes, owners = _prototypes(read, inside=base.base_model_prefix)
@@ -191,12 +191,12 @@ def excitation(
     base: PreTrainedModel, prototypes: Mapping[str, Tensor], ids: Int[Tensor, "batch seq"]
 ) -> Float[Tensor, "batch prototypes"]:
     """Measures how much texts excite each prototype: the mean over tokens of |cosine| with its module's input."""
-    found: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
 
     def reading(module: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def read(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = F.normalize(args[0].float(), dim=-1)
-            found[module] = (x @ prototypes[module].to(x.device).T).abs().mean(dim=1).cpu()
+            values[module] = (x @ prototypes[module].to(x.device).T).abs().mean(dim=1).cpu()
 
         return read
 
@@ -206,7 +206,7 @@ def excitation(
     finally:
         for handle in handles:
             handle.remove()
-    return torch.cat([found[module] for module in prototypes], dim=1)
+    return torch.cat([values[module] for module in prototypes], dim=1)
 
 
 def top_direction(lora: LoraWeights) -> Float[Tensor, " d_in"] | None:

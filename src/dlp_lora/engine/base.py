@@ -152,8 +152,12 @@ class Base:
     ) -> list[str]:
         """Lists the differences between the model at a path or hub id and this one, if its files are here."""
         folder = stored_folder(source, commit=commit, cache_dir=cache_dir)
-        found = Fingerprint.of(folder / (subfolder or "")) if folder is not None else None
-        return self.fingerprint.differences(found) if self.fingerprint is not None and found is not None else []
+        fingerprint = Fingerprint.of(folder / (subfolder or "")) if folder is not None else None
+        return (
+            self.fingerprint.differences(fingerprint)
+            if self.fingerprint is not None and fingerprint is not None
+            else []
+        )
 
 
 def _is_path(source: str) -> bool:

@@ -141,8 +141,8 @@ def write_bundle(
         _check_name(name)
     path = Path(path)
     has_card = is_card(path / CARD_FILE) or not (path / CARD_FILE).exists()
-    own = (BUNDLE_FILE, "adapters", "router", *([CARD_FILE] if has_card else []))
-    with replace_folder(path, own=own) as folder:
+    files = (BUNDLE_FILE, "adapters", "router", *([CARD_FILE] if has_card else []))
+    with replace_folder(path, own=files) as folder:
         hashes = {}
         for name, source in adapters.items():
             target = folder / "adapters" / name

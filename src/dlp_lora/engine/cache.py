@@ -171,8 +171,8 @@ def _followed(kind: type) -> type:
 
 def _tensors(layer: Any) -> list[Tensor]:
     """The tensors of a cache's layer with a row axis: keys, values, and the states of linear attention."""
-    found = [getattr(layer, name, None) for name in ("keys", "values", "conv_states", "recurrent_states")]
-    each = [part for value in found for part in (value.values() if isinstance(value, dict) else [value])]
+    tensors = [getattr(layer, name, None) for name in ("keys", "values", "conv_states", "recurrent_states")]
+    each = [part for value in tensors for part in (value.values() if isinstance(value, dict) else [value])]
     return [part for part in each if part is not None]
 
 

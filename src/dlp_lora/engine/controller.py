@@ -174,15 +174,15 @@ class Controller:
         with self.bank.lock:
             try:
                 # If the arguments have no names, the first are the token ids.
-                given = PassArguments.of({"input_ids": args[0], **kwargs} if args else kwargs)
-                rows = self._prepare(given)
+                arguments = PassArguments.of({"input_ids": args[0], **kwargs} if args else kwargs)
+                rows = self._prepare(arguments)
                 run = self._plain if self._compiled is None or not self.bank.is_padded else self._compiled
                 with self._keeping_mixtures():
                     output = run(*args, **kwargs)
             finally:
                 self.bank.clear()
-            if rows is not None and given.num_cached == 0:
-                self._keep_rows(rows, given, cache_of(output))
+            if rows is not None and arguments.num_cached == 0:
+                self._keep_rows(rows, arguments, cache_of(output))
         return output
 
     @contextmanager
@@ -229,7 +229,7 @@ class Controller:
 
     @torch.inference_mode(False)  # buffers outlive the call, and the next call may need gradients
     @torch.no_grad()
-    def _prepare(self, given: PassArguments) -> CachedRows | None:
+    def _prepare(self, arguments: PassArguments) -> CachedRows | None:
         """Routes the rows of a pass and fuses their mixtures; returns the rows, if they are known."""
         self.note_pass(None)  # in case of an error, nothing stays fused
         if self.merged is not None and not is_in_force(self.merged):
@@ -237,85 +237,87 @@ class Controller:
                 "the base weights hold a mixture while another context is inside engine.merged(); wait until it is left"
             )
         call = self.call
-        if given.ids is None:
-            self._fuse_embeddings(given, call)
+        if arguments.ids is None:
+            self._fuse_embeddings(arguments, call)
             return None
-        known = rows_of(given.cache)
+        known = rows_of(arguments.cache)
         if call.mixtures is None:
-            check_text_is_known(given, known, call)
-        match given.kind(known, call.generating):
+            check_text_is_known(arguments, known, call)
+        match arguments.kind(known, call.generating):
             case "step":
                 assert known is not None
-                rows, switched = known, self._step(known, given, call)
+                rows, switched = known, self._step(known, arguments, call)
             case "more":
                 assert known is not None
-                rows, switched = self._read_on(known, given, call)
+                rows, switched = self._read_on(known, arguments, call)
             case _:
-                rows, switched = self._start(given, call), []
+                rows, switched = self._start(arguments, call), []
         self.note_pass(rows.rows)
         if rows.lease is None or switched:
             rows.lease = self.bank.lease([mixture for row in rows.rows for mixture in row.mixtures])
-        if given.cache is not None:
-            bind(given.cache, rows)
+        if arguments.cache is not None:
+            bind(arguments.cache, rows)
         encode_ms = 0.0
         if switched and call.settings.kv_policy == "recompute":
-            encode_ms = self._encode_again(rows, switched, given)
-        fuse_ms = self._fuse(rows, given, call)
+            encode_ms = self._encode_again(rows, switched, arguments)
+        fuse_ms = self._fuse(rows, arguments, call)
         for i, row in enumerate(rows.rows):
             row.charge(fuse_ms=fuse_ms, encode_ms=encode_ms if i in switched else 0.0)
         return rows
 
-    def _start(self, given: PassArguments, call: Call) -> CachedRows:
+    def _start(self, arguments: PassArguments, call: Call) -> CachedRows:
         """Routes the prompts of a pass that starts rows."""
-        assert given.ids is not None
-        kept = given.kept(call)
+        assert arguments.ids is not None
+        kept = arguments.kept(call)
         if call.mixtures is None:
-            check_not_packed(given, kept)
+            check_not_packed(arguments, kept)
             if call.settings.kv_policy == "recompute":
-                check_rewritable(given.cache)
+                check_rewritable(arguments.cache)
         if call.generating is not None:
             call.generating.has_begun = True
-        return CachedRows(self._start_rows(given.ids, kept, call), given.ids, kept, others=other_inputs(given))
+        return CachedRows(
+            self._start_rows(arguments.ids, kept, call), arguments.ids, kept, others=other_inputs(arguments)
+        )
 
-    def _keep_rows(self, rows: CachedRows, given: PassArguments, cache: Cache | None) -> None:
+    def _keep_rows(self, rows: CachedRows, arguments: PassArguments, cache: Cache | None) -> None:
         """Ties rows to the KV cache that their first pass has made."""
         call = self.call
         if call.mixtures is None:
-            check_is_kept(cache, given, call, self._model)
-            if call.settings.kv_policy == "recompute" and given.cache is None:
+            check_is_kept(cache, arguments, call, self._model)
+            if call.settings.kv_policy == "recompute" and arguments.cache is None:
                 check_rewritable(cache)
         if cache is not None and rows_of(cache) is None:
             bind(cache, rows)
 
-    def _fuse_embeddings(self, given: PassArguments, call: Call) -> None:
+    def _fuse_embeddings(self, arguments: PassArguments, call: Call) -> None:
         if call.mixtures is None:
             raise PromptError("routing reads token ids, but got inputs_embeds; pass input_ids or use engine.fixed()")
-        batch, num_tokens = given.kwargs["inputs_embeds"].shape[:2]
+        batch, num_tokens = arguments.kwargs["inputs_embeds"].shape[:2]
         self._fused = call.mixtures_of(batch), None, Reads(num_tokens)
         self.bank.fuse(*self._fused)
 
-    def _step(self, known: CachedRows, given: PassArguments, call: Call) -> list[int]:
+    def _step(self, known: CachedRows, arguments: PassArguments, call: Call) -> list[int]:
         """Adds one token to each row; returns the numbers of the rows whose mixture changed."""
-        assert given.ids is not None
-        known.append(given.ids, torch.ones_like(given.ids, dtype=torch.bool))
+        assert arguments.ids is not None
+        known.append(arguments.ids, torch.ones_like(arguments.ids, dtype=torch.bool))
         routing, fixed = self.routing(call), call.mixtures_of(len(known.rows))
         changed = [False] * len(known.rows)
         for i, row in enumerate(known.rows):
             row.routing, row.is_fixed = routing, bool(fixed)
             changed[i] = bool(fixed) and row.fix(fixed[i])
-        pushed = push_tokens(known.rows, given.ids[:, 0].tolist())
+        pushed = push_tokens(known.rows, arguments.ids[:, 0].tolist())
         return [i for i, (a, b) in enumerate(zip(changed, pushed, strict=True)) if a or b]
 
-    def _read_on(self, known: CachedRows, given: PassArguments, call: Call) -> tuple[CachedRows, list[int]]:
+    def _read_on(self, known: CachedRows, arguments: PassArguments, call: Call) -> tuple[CachedRows, list[int]]:
         """Routes the whole text with its new part; returns the rows, and those whose mixtures changed."""
-        assert given.ids is not None
-        ids = torch.cat([known.ids[:, : given.num_cached], given.ids], dim=1)
-        kept = torch.cat([known.kept[:, : given.num_cached], given.kept(call)], dim=1)
+        assert arguments.ids is not None
+        ids = torch.cat([known.ids[:, : arguments.num_cached], arguments.ids], dim=1)
+        kept = torch.cat([known.kept[:, : arguments.num_cached], arguments.kept(call)], dim=1)
         if call.mixtures is None:
-            check_not_packed(given, kept[:, given.num_cached :])
+            check_not_packed(arguments, kept[:, arguments.num_cached :])
         others = known.others
-        if more := other_inputs(given):
-            others = more if others == {} and given.num_cached == 0 else None  # with both, the order is unknown
+        if more := other_inputs(arguments):
+            others = more if others == {} and arguments.num_cached == 0 else None  # with both, the order is unknown
         rows = CachedRows(self._start_rows(ids, kept, call), ids, kept, others=others)
         switched = [
             i
@@ -331,15 +333,15 @@ class Controller:
             check_embedded(self._model, self.tokenizer, tokens)
         return self.starter.start([self.starter.prompt(tokens, call) for tokens in prompts], call)
 
-    def _encode_again(self, rows: CachedRows, switched: Sequence[int], given: PassArguments) -> float:
+    def _encode_again(self, rows: CachedRows, switched: Sequence[int], arguments: PassArguments) -> float:
         """Encodes the cached tokens of some rows under their new mixtures, in place; returns milliseconds.
 
         This uses a separate cache, so that the next pass has its ordinary shape: the same for rows alone and in a
         batch, compiled or not, with the hidden states of its tokens.
         """
-        assert given.cache is not None
+        assert arguments.cache is not None
         start = time.perf_counter()
-        check_rewritable(given.cache)
+        check_rewritable(arguments.cache)
         if rows.others is None:
             raise ModelError(
                 "a row switches whose prompt held images, and beams or later images have changed their order, so it "
@@ -349,39 +351,39 @@ class Controller:
         numbers = list(range(len(rows.rows))) if rows.others else list(switched)
         some = CachedRows(
             [rows.rows[i] for i in numbers],
-            rows.ids[numbers, : given.num_cached],
-            rows.kept[numbers, : given.num_cached],
+            rows.ids[numbers, : arguments.num_cached],
+            rows.kept[numbers, : arguments.num_cached],
         )
         mask = some.kept.long()
-        apart = empty_like(given.cache)
+        apart = empty_like(arguments.cache)
         inputs = {
             "input_ids": some.ids,
             "attention_mask": as_wide_as(apart, mask),
             "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
             "use_cache": True,
             "logits_to_keep": 1,
-            **lengthened(rows.others, batch=len(numbers), num_tokens=given.num_cached),
+            **lengthened(rows.others, batch=len(numbers), num_tokens=arguments.num_cached),
         }
-        positions = given.kwargs.get("position_ids")
+        positions = arguments.kwargs.get("position_ids")
         if isinstance(positions, Tensor) and positions.ndim > 2:
             del inputs["position_ids"]  # of places in images, which the model computes itself
-        self._fuse_rows(some, num_tokens=given.num_cached, num_kept=1)
+        self._fuse_rows(some, num_tokens=arguments.num_cached, num_kept=1)
         optional = {"position_ids", "logits_to_keep"} - {*self._names}  # some models do not know it
         self._plain(**{name: inputs[name] for name in inputs.keys() - optional}, **cache_argument(apart))
-        write_rows(given.cache, switched, apart, source_rows=[numbers.index(i) for i in switched])
+        write_rows(arguments.cache, switched, apart, source_rows=[numbers.index(i) for i in switched])
         return (time.perf_counter() - start) * 1e3
 
-    def _fuse(self, rows: CachedRows, given: PassArguments, call: Call) -> float:
+    def _fuse(self, rows: CachedRows, arguments: PassArguments, call: Call) -> float:
         """Fuses for a pass; returns milliseconds."""
-        assert given.ids is not None
+        assert arguments.ids is not None
         start = time.perf_counter()
-        num_tokens = given.ids.shape[1]
-        if num_tokens > 1 and isinstance(given.kwargs.get("logits_to_keep"), Tensor) and _has_sentences(rows.rows):
+        num_tokens = arguments.ids.shape[1]
+        if num_tokens > 1 and isinstance(arguments.kwargs.get("logits_to_keep"), Tensor) and _has_sentences(rows.rows):
             raise ValueError("with prompt_routing='sentences', logits_to_keep must be a number, not positions")
         # A disabled pass is the base bit for bit, and a compiled pass is not.
         is_compiled = self.is_compiled and num_tokens == 1 and not call.is_base
-        is_static = given.cache is not None and bool(given.cache.is_compileable)
-        self._fuse_rows(rows, num_tokens=num_tokens, num_kept=given.num_kept, padded=is_compiled and is_static)
+        is_static = arguments.cache is not None and bool(arguments.cache.is_compileable)
+        self._fuse_rows(rows, num_tokens=num_tokens, num_kept=arguments.num_kept, padded=is_compiled and is_static)
         return (time.perf_counter() - start) * 1e3
 
     @contextmanager

@@ -71,23 +71,23 @@ class PassArguments:
         return kept_tokens(self.ids, self.mask, num_cached=self.num_cached, endings=call.endings)
 
 
-def other_inputs(given: PassArguments) -> dict[str, Any]:
+def other_inputs(arguments: PassArguments) -> dict[str, Any]:
     """The arguments of a pass over prompts beside the text, such as images, so that the prompts can be read again."""
     return {
         name: value
-        for name, value in given.kwargs.items()
+        for name, value in arguments.kwargs.items()
         if value is not None and name not in OF_TEXT and not name.startswith(("output_", "return_"))
     }
 
 
 def lengthened(others: Mapping[str, Any], *, batch: int, num_tokens: int) -> dict[str, Any]:
     """The arguments beside the text; those with one number per token, such as its type, get zeros for later tokens."""
-    found = dict(others)
+    inputs = dict(others)
     for name, value in others.items():
         is_by_token = isinstance(value, Tensor) and value.ndim == 2 and name.endswith("type_ids")
         if is_by_token and len(value) == batch and value.shape[1] < num_tokens:
-            found[name] = F.pad(value, (0, num_tokens - value.shape[1]))
-    return found
+            inputs[name] = F.pad(value, (0, num_tokens - value.shape[1]))
+    return inputs
 
 
 def check_keeps_cache(model: nn.Module) -> None:
@@ -108,61 +108,61 @@ def check_keeps_cache(model: nn.Module) -> None:
         )
 
 
-def check_text_is_known(given: PassArguments, known: CachedRows | None, call: Call) -> None:
+def check_text_is_known(arguments: PassArguments, known: CachedRows | None, call: Call) -> None:
     """Checks that a pass without a fixed mixture continues the known text of its rows.
 
     Raises:
         PromptError: if its text is not known.
     """
-    held = 0 if known is None else known.ids.shape[1]
-    if given.num_cached > held:
+    num_known = 0 if known is None else known.ids.shape[1]
+    if arguments.num_cached > num_known:
         raise PromptError(
-            f"the KV cache holds {given.num_cached} tokens, of which this engine has read {held}, so the router does "
-            "not know the text; start with the whole prompt and a new cache, or use engine.fixed()"
+            f"the KV cache holds {arguments.num_cached} tokens, of which this engine has read {num_known}, so the router "
+            "does not know the text; start with the whole prompt and a new cache, or use engine.fixed()"
         )
-    if given.num_cached == 0 and call.generating is not None and call.generating.has_begun:
+    if arguments.num_cached == 0 and call.generating is not None and call.generating.has_begun:
         raise PromptError(
             "a second prompt within one call of generate: a contrast pass, as of guidance, or a decoding step without "
             "a KV cache; routing cannot follow it: leave that setting out, or use engine.fixed()"
         )
 
 
-def check_not_packed(given: PassArguments, kept: Bool[Tensor, "batch seq"]) -> None:
+def check_not_packed(arguments: PassArguments, kept: Bool[Tensor, "batch seq"]) -> None:
     """Checks that each row of a pass is one text.
 
     Raises:
         PromptError: if several sequences are packed into one.
     """
-    positions = given.kwargs.get("position_ids")
+    positions = arguments.kwargs.get("position_ids")
     restarts = False
     if isinstance(positions, Tensor) and positions.ndim == 2 and positions.shape[1] == kept.shape[1]:
         falls = positions[:, 1:] < positions[:, :-1]
         restarts = bool((falls & kept[:, 1:] & kept[:, :-1]).any())
-    if restarts or any(given.kwargs.get(name) is not None for name in PACKING):
+    if restarts or any(arguments.kwargs.get(name) is not None for name in PACKING):
         raise PromptError(
             "several sequences are packed into one row, as continuous batching and packed training have it; routing "
             "needs one text a row: pass them as rows with padding, or use engine.fixed()"
         )
 
 
-def check_is_kept(cache: Cache | None, given: PassArguments, call: Call, model: nn.Module) -> None:
+def check_is_kept(cache: Cache | None, arguments: PassArguments, call: Call, model: nn.Module) -> None:
     """Checks that the KV cache has the tokens of a prompt after its pass.
 
     Raises:
         ModelError: if it has not; the next token would then look like another prompt.
     """
-    assert given.ids is not None
+    assert arguments.ids is not None
     if cache is None:
         if call.generating is None:
             return  # nothing follows
-        found = "no KV cache of transformers"
+        state = "no KV cache of transformers"
     else:
-        num_held, num_read = int(cache.get_seq_length()), given.ids.shape[1]
+        num_held, num_read = int(cache.get_seq_length()), arguments.ids.shape[1]
         if num_held == num_read:
             return
-        found = f"a {type(cache).__name__} of {num_held} tokens after a prompt of {num_read}"
+        state = f"a {type(cache).__name__} of {num_held} tokens after a prompt of {num_read}"
     raise ModelError(
-        f"{type(model).__name__} gives {found}, so its answers cannot be followed sentence by sentence; use "
+        f"{type(model).__name__} gives {state}, so its answers cannot be followed sentence by sentence; use "
         "engine.fixed(), or another model"
     )
 

@@ -50,18 +50,18 @@ def as_batch(
     single = isinstance(prompts, str | Chat)
     if not single and (isinstance(prompts, Mapping) or not isinstance(prompts, Iterable)):
         raise _strange(prompts)
-    found = [prompts] if single else list(prompts)
-    if not found:
+    batch = [prompts] if single else list(prompts)
+    if not batch:
         raise PromptError("there is no prompt; give a string, a list of strings, or messages")
-    if _is_chat(found):
-        found, single = [found], True
+    if _is_chat(batch):
+        batch, single = [batch], True
     options: dict[str, Any] = {
         "tools": tools,
         "chat_template_kwargs": chat_template_kwargs or {},
         "continue_final_message": continue_final_message,
     }
     options = {name: value for name, value in options.items() if value not in ((), [], {}, None)}
-    return [_with(prompt, options) for prompt in found], single
+    return [_with(prompt, options) for prompt in batch], single
 
 
 def check_embedded(model: Any, tokenizer: PreTrainedTokenizerBase, tokens: Collection[int]) -> None:
@@ -184,10 +184,10 @@ def fitting(tokenizer: PreTrainedTokenizerBase, chat: Chat, *, max_tokens: int) 
         PromptError: as `encode_prompt`.
     """
     while len(encode_prompt(tokenizer, chat).tokens) > max_tokens:
-        asked = [i for i, message in enumerate(chat.messages) if message.get("role") == "user"]
-        if len(asked) < 2:
+        questions = [i for i, message in enumerate(chat.messages) if message.get("role") == "user"]
+        if len(questions) < 2:
             break
-        chat = replace(chat, messages=[*chat.messages[: asked[0]], *chat.messages[asked[1] :]])
+        chat = replace(chat, messages=[*chat.messages[: questions[0]], *chat.messages[questions[1] :]])
     return chat
 
 

@@ -69,9 +69,9 @@ class Routing:
         bare = [replace(context, answer="", sentence="") for context in prompts]
         is_cut = self.call.settings.prompt_routing != "whole"
         begun = [i for i, context in enumerate(prompts) if is_cut and context != bare[i]]
-        found = list(self.read([*prompts, *sentences, *(bare[i] for i in begun)]))
-        rows: list[Mapping[str, float]] = list(found[: len(prompts) + len(sentences)])
-        whole = dict(enumerate(rows[: len(prompts)])) | dict(zip(begun, found[len(rows) :], strict=True))
+        read_rows = list(self.read([*prompts, *sentences, *(bare[i] for i in begun)]))
+        rows: list[Mapping[str, float]] = list(read_rows[: len(prompts) + len(sentences)])
+        whole = dict(enumerate(rows[: len(prompts)])) | dict(zip(begun, read_rows[len(rows) :], strict=True))
         questions: list[tuple[str, ...]] = [()] * len(prompts)
         if is_cut:
             questions = [questions_of(self.read, context, whole[i]) for i, context in enumerate(bare)]
@@ -322,9 +322,9 @@ def push_tokens(rows: Sequence[RowRouter], tokens: Sequence[int]) -> list[bool]:
         contexts = [rows[i].prompt.context(rows[i].text, at) for i, (_, at) in some.items()]
         decisions = routing.decide(contexts, list(some.values()), [rows[i].questions for i in some])
         for i, context, decision in zip(some, contexts, decisions, strict=True):
-            held = hold(rows[i].mixture, decision, routing.call.settings.switching)
-            switched[i] = held.mixture != rows[i].mixture
-            rows[i].decisions.append(replace(held, switched=switched[i]))
+            decided = hold(rows[i].mixture, decision, routing.call.settings.switching)
+            switched[i] = decided.mixture != rows[i].mixture
+            rows[i].decisions.append(replace(decided, switched=switched[i]))
             if (log := routing.call.routing_log) is not None:
                 number = len(rows[i].decisions) - 1
                 log.write(rows[i].decisions[-1], context, answer=rows[i].id, sentence=number)

@@ -54,17 +54,17 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, read: Callable[[list[int]], str]) -> None:
         self._bos = tokenizer.bos_token
-        found: dict[str, dict[str, str]] = {}  # by the previous speaker: the text, and the next speaker
+        by_speaker: dict[str, dict[str, str]] = {}  # by the previous speaker: the text, and the next speaker
         for roles, texts, then in _rendered(tokenizer, read):
             texts[0] = self.without_bos(texts[0])
             for before, text, after in zip([START, *roles], texts, [*roles, then], strict=True):
                 if before == START and not text.strip():
                     text = ""
                 if text.strip() or before == START:
-                    _note(found.setdefault(before, {}), text, after)
-        self._openings = found.pop(START, {})
-        self._following = found
-        self._glue = {role: _pattern(texts) for role, texts in found.items()}
+                    _note(by_speaker.setdefault(before, {}), text, after)
+        self._openings = by_speaker.pop(START, {})
+        self._following = by_speaker
+        self._glue = {role: _pattern(texts) for role, texts in by_speaker.items()}
 
     def spans(self, text: str) -> list[Span] | None:
         """Finds the turns of a conversation; None if the text is not in this template."""

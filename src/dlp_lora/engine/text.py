@@ -154,8 +154,8 @@ class PromptReader:
             self._day = date.today()
             read = partial(decode, self._tokenizer, skip_special_tokens=False)
             self._templates = [ChatTemplate(self._tokenizer, read), *self._templates[:1]]
-        found = (template.spans(text) for template in self._templates)
-        return next((spans for spans in found if spans is not None), None)
+        candidates = (template.spans(text) for template in self._templates)
+        return next((spans for spans in candidates if spans is not None), None)
 
     def _aligned(self, tokens: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
         """The whole text, and the offsets in it where a token, or a few tokens together, begin."""

@@ -33,17 +33,17 @@ def read_turns(turns: Sequence[Turn]) -> Context:
     If the last turn is the assistant's, it is the answer so far. If there is no user, the prompt is the latest turn of
     any role other than the assistant and its tools.
     """
-    said, answer = list(turns), ""
-    if said and said[-1].role == ASSISTANT:
-        answer = said.pop().text
-    said = [turn for turn in said if turn.text.strip()]
-    asked = (
-        [i for i, turn in enumerate(said) if turn.role == USER]
-        or [i for i, turn in enumerate(said) if turn.role not in (ASSISTANT, TOOL)]
-        or range(len(said))
+    history_turns, answer = list(turns), ""
+    if history_turns and history_turns[-1].role == ASSISTANT:
+        answer = history_turns.pop().text
+    history_turns = [turn for turn in history_turns if turn.text.strip()]
+    places = (
+        [i for i, turn in enumerate(history_turns) if turn.role == USER]
+        or [i for i, turn in enumerate(history_turns) if turn.role not in (ASSISTANT, TOOL)]
+        or range(len(history_turns))
     )
-    if not asked:
+    if not places:
         return Context("", answer if answer.strip() else "")
-    prompt = said.pop(asked[-1])
-    history = "\n".join(turn.text.strip() for turn in said)
+    prompt = history_turns.pop(places[-1])
+    history = "\n".join(turn.text.strip() for turn in history_turns)
     return Context(prompt.text.strip(), answer if answer.strip() else "", history=history)

@@ -73,11 +73,11 @@ class EngineLM(HFLM):  # type: ignore[misc]
             alike.setdefault(mixtures[context], []).append(i)
         answers: dict[int, tuple[float, bool]] = {}
         with tqdm(total=len(requests), desc="Running loglikelihood requests", disable=disable_tqdm) as progress:
-            for mixture, own in alike.items():
+            for mixture, places in alike.items():
                 with self.engine.fixed(mixture):
-                    found = self._score([requests[i] for i in own], disable_tqdm=True, override_bs=override_bs)
-                answers.update(zip(own, found, strict=True))
-                progress.update(len(own))
+                    scores = self._score([requests[i] for i in places], disable_tqdm=True, override_bs=override_bs)
+                answers.update(zip(places, scores, strict=True))
+                progress.update(len(places))
         return [answers[i] for i in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:

@@ -83,8 +83,8 @@ def reading_router(path: str | Path, type: str) -> Iterator[SavedRouter]:
     path = Path(path)
     with as_router_error(path):
         config = _read_config(path)
-        if (found := config.pop("type")) != type:
-            raise RouterError(f"{path} holds a router of type {found!r}, not {type!r}; read it with load_router")
+        if (kind := config.pop("type")) != type:
+            raise RouterError(f"{path} holds a router of type {kind!r}, not {type!r}; read it with load_router")
         if config.pop("tokenizer") != _hash(path / TOKENIZER_FILE):
             raise RouterError(
                 f"{path}/{TOKENIZER_FILE} is not the tokenizer that the router was trained with; copy the router again"

@@ -140,12 +140,14 @@ class MiniMLP(nn.Module):
         """Gives a probability per adapter, on the CPU."""
         logits = self.head(features := self._cached_features(contexts))
         scores = self._scores(contexts, features, logits)
-        found = self.calibration.probabilities(logits, scores)
+        probabilities = self.calibration.probabilities(logits, scores)
         if (joined := self._joined(contexts)) is not None:
             # The softmax of the log-odds of trained adapters, joined adapters and none; the log-odds of none are 0.
             lead = (joined.amax(dim=-1) - F.softplus(self.calibration.log_odds(scores)))[:, None]
-            found = torch.cat([found * (-lead).sigmoid(), joined.softmax(dim=-1) * lead.sigmoid()], dim=-1)
-        return found * has_text(contexts)[:, None]
+            probabilities = torch.cat(
+                [probabilities * (-lead).sigmoid(), joined.softmax(dim=-1) * lead.sigmoid()], dim=-1
+            )
+        return probabilities * has_text(contexts)[:, None]
 
     @torch.no_grad()
     def scores(self, contexts: Sequence[Context]) -> Float[Tensor, " batch"]:
@@ -156,10 +158,10 @@ class MiniMLP(nn.Module):
         later counts if its log-odds are higher.
         """
         features = self._cached_features(contexts)
-        found = self._scores(contexts, features, self.head(features))
+        scores = self._scores(contexts, features, self.head(features))
         if (joined := self._joined(contexts)) is not None:
-            found = torch.maximum(found, self.calibration.score(joined.amax(dim=-1)))
-        return found
+            scores = torch.maximum(scores, self.calibration.score(joined.amax(dim=-1)))
+        return scores
 
     def __repr__(self) -> str:
         measured = f"; {self.measured}" if self.measured is not None else ""
@@ -219,13 +221,13 @@ class MiniMLP(nn.Module):
         features: Float[Tensor, "batch hidden"],
         logits: Float[Tensor, "batch adapters"],
     ) -> Float[Tensor, " batch"]:
-        found = self.fit(features, logits)
+        scores = self.fit(features, logits)
         # A prompt that fits an adapter still fits after a foreign history.
         after = [i for i, c in enumerate(contexts) if c.history.strip() and (c.prompt + c.answer + c.sentence).strip()]
         if after:
             features = self._cached_features([replace(contexts[i], history="") for i in after])
-            found[after] = torch.maximum(found[after], self.fit(features, self.head(features)))
-        return found
+            scores[after] = torch.maximum(scores[after], self.fit(features, self.head(features)))
+        return scores
 
     def _joined(self, contexts: Sequence[Context]) -> Float[Tensor, "batch joined"] | None:
         """The log-odds of the adapters that joined; None if there is none."""
@@ -270,10 +272,10 @@ class MiniMLP(nn.Module):
             self._bags.update(zip(new, bags.split([len(LEANS[name]) for name, _ in new]), strict=True))
         for part in parts:
             self._bags.move_to_end(part)
-        found = torch.cat([self._bags[part] for part in parts])
+        rows = torch.cat([self._bags[part] for part in parts])
         while len(self._bags) > CACHE_SIZE:
             self._bags.popitem(last=False)
-        return found
+        return rows
 
     def _sum(self, texts: Sequence[tuple[str, Sequence[int]]]) -> Float[Tensor, "bags dim"]:
         ids: list[int] = []

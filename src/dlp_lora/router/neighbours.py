@@ -214,7 +214,7 @@ def _left_out(likeness: Float[Tensor, "examples examples"]) -> Float[Tensor, " s
 
 def _usual(likeness: Sequence[Float[Tensor, "_ _"]]) -> list[Usual]:
     """The usual numbers for each size; those of the next smaller size if no task has so many texts."""
-    found = [Usual(mean=0.5, deviation=0.1, least=-2.0, room=1.0)]  # if no task has two texts
+    numbers = [Usual(mean=0.5, deviation=0.1, least=-2.0, room=1.0)]  # if no task has two texts
     for size in SIZES:
         # Each text is compared with the texts before it in turn.
         rows = [
@@ -223,12 +223,12 @@ def _usual(likeness: Sequence[Float[Tensor, "_ _"]]) -> list[Usual]:
             if len(alike) > size
         ]
         if not rows:
-            found.append(found[-1])
+            numbers.append(numbers[-1])
             continue
         everything = torch.cat(rows)
         mean, deviation = float(everything.mean()), max(float(everything.std()), TINY)
-        scores = torch.cat([(own - (own.mean() + mean) / 2) / deviation for own in rows])
+        scores = torch.cat([(row - (row.mean() + mean) / 2) / deviation for row in rows])
         least = float(scores.quantile(LOST))
         room = max(float(scores.quantile(1 - SURE_SHARE)) - least, TINY)
-        found.append(Usual(mean=mean, deviation=deviation, least=least, room=room))
-    return found[1:]
+        numbers.append(Usual(mean=mean, deviation=deviation, least=least, room=room))
+    return numbers[1:]

@@ -352,10 +352,10 @@ def _spread(
     num_adapters = cosines.shape[1]
     if not has_examples:
         return torch.zeros(num_adapters), torch.full((num_adapters,), torch.inf)
-    found = cosines[torch.arange(len(labels)), labels]
-    typical, spreads = found.mean().repeat(num_adapters), found.std().repeat(num_adapters)
+    likeness = cosines[torch.arange(len(labels)), labels]
+    typical, spreads = likeness.mean().repeat(num_adapters), likeness.std().repeat(num_adapters)
     for owner in labels.unique().tolist():
-        texts = found[labels == owner]
+        texts = likeness[labels == owner]
         typical[owner] = texts.mean()
         spreads[owner] = (texts.std() + spreads[owner]) / 2
     return typical, spreads.clamp(min=TINY)

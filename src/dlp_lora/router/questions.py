@@ -194,8 +194,8 @@ def _runs(read: Read, context: Context) -> list[str]:
     before = ["", *accumulate(sentences)]
     rows = read(
         [
-            replace(context, prompt=sentence.strip(), history=f"{context.history}\n{said}".strip())
-            for sentence, said in zip(sentences, before, strict=False)
+            replace(context, prompt=sentence.strip(), history=f"{context.history}\n{earlier}".strip())
+            for sentence, earlier in zip(sentences, before, strict=False)
         ]
     )
     runs: list[str] = []

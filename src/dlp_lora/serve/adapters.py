@@ -41,8 +41,8 @@ class AdapterManager:
         self._hashes: dict[str, str] = {}
         self._paths: dict[str, Path] = {}
         if bundle is not None:
-            found = read_bundle(bundle)
-            self._base, self._hashes, self._paths = found.base, _hashes(found), dict(found.adapters)
+            parts = read_bundle(bundle)
+            self._base, self._hashes, self._paths = parts.base, _hashes(parts), dict(parts.adapters)
         self._tasks: dict[str, Task] = {}  # for the router, by adapter
         self._lock = threading.Lock()
 

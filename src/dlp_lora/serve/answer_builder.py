@@ -132,10 +132,10 @@ class AnswerBuilder:
         text = self.routed.text
         whole = text + self.routed.detokenizer.copy().push(token)
         first = max(self._search_from, len(text) - max(map(len, stops)) + 1)
-        found = [(at, stop) for stop in stops if (at := whole.find(stop, first)) >= 0]
-        if not found:
+        matches = [(at, stop) for stop in stops if (at := whole.find(stop, first)) >= 0]
+        if not matches:
             return None
-        at, stop = min(found, key=lambda pair: pair[0])
+        at, stop = min(matches, key=lambda pair: pair[0])
         return _End(reason="stop", stop=stop, at=at)
 
     def _settled(self) -> str:

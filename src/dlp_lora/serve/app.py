@@ -208,13 +208,13 @@ def _operation(service: Service) -> APIRouter:
     @router.get("/health", responses={503: {"model": schema.HealthResponse}})
     async def health() -> Response:
         """Returns whether the server can answer."""
-        found = service.backend.health
-        told: schema.HealthResponse = {"status": "ok", "reason": ""}
+        state = service.backend.health
+        answer: schema.HealthResponse = {"status": "ok", "reason": ""}
         if service.is_draining:
-            told = {"status": "draining", "reason": "the server is closing"}
-        elif not found.is_alive:
-            told = {"status": "unhealthy", "reason": found.reason}
-        return JSONResponse(told, 200 if told["status"] == "ok" else 503)
+            answer = {"status": "draining", "reason": "the server is closing"}
+        elif not state.is_alive:
+            answer = {"status": "unhealthy", "reason": state.reason}
+        return JSONResponse(answer, 200 if answer["status"] == "ok" else 503)
 
     @router.get("/version")
     async def tell_version() -> schema.VersionResponse:
@@ -270,9 +270,9 @@ async def _respond(
             yield END
         except Exception as error:
             has_ended = True
-            told = of_exception(error, request.scope["state"]["request_id"])
-            log["error"] = told.reason
-            yield error_event(asked, told)
+            failure = of_exception(error, request.scope["state"]["request_id"])
+            log["error"] = failure.reason
+            yield error_event(asked, failure)
             yield END
         finally:
             if not has_ended:
@@ -345,12 +345,12 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path = request.url.path
     if error.status_code == 404:
-        told = APIError(404, f"there is no route {path[:200]}; {_supported(request)}", code="route_not_found")
+        answer = APIError(404, f"there is no route {path[:200]}; {_supported(request)}", code="route_not_found")
     elif error.status_code == 405:
-        told = APIError(405, f"{path} does not accept {request.method}; {_supported(request)}", code="wrong_method")
+        answer = APIError(405, f"{path} does not accept {request.method}; {_supported(request)}", code="wrong_method")
     else:
-        told = APIError(error.status_code, str(error.detail))
-    return _as_response(told, request)
+        answer = APIError(error.status_code, str(error.detail))
+    return _as_response(answer, request)
 
 
 def _supported(request: Request) -> str:

@@ -74,8 +74,8 @@ class ChatAnswer:
                 deltas, reason = self._writers[index].end(finish_reason(item.done))
                 for delta in deltas:
                     yield self._chunk(index, delta)
-                told = trace_field(self._asked, index, item)
-                yield self._chunk(index, {}, finish_reason=reason, stop_reason=item.done.stop, **told)
+                field = trace_field(self._asked, index, item)
+                yield self._chunk(index, {}, finish_reason=reason, stop_reason=item.done.stop, **field)
 
     def _chunk(self, index: int, delta: Delta, *, tokens: Sequence[Token] = (), **more: Any) -> Chunk:
         choice = {

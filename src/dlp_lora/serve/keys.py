@@ -51,11 +51,11 @@ class Keys:
         """Returns the rights of a header's sender; None if its key is missing or wrong."""
         scheme, _, key = (authorization or "").partition(" ")
         digest = _digest(key.strip()) if scheme.lower() == "bearer" else b""
-        found: Access | None = None
+        rights: Access | None = None
         for expected, access in self._accesses:  # all of them, whichever it is
             if hmac.compare_digest(expected, digest):
-                found = access
-        return Access() if found is None and not self.has_users else found
+                rights = access
+        return Access() if rights is None and not self.has_users else rights
 
     def __repr__(self) -> str:
         return f"Keys({len(self._accesses)} keys)"

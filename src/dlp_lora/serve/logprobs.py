@@ -38,15 +38,15 @@ class CompletionScores:
         return self._of([(token.id, token.logprob, token.top) for token in tokens])
 
     def _of(self, rows: Sequence[tuple[int, float | None, Mapping[int, float]]]) -> CompletionLogprobs:
-        found: CompletionLogprobs = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
+        logprobs: CompletionLogprobs = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
         for id_, logprob, top in rows:
             text = token_text(self._tokenizer, id_)
-            found["text_offset"].append(self._offset)
-            found["tokens"].append(text)
-            found["token_logprobs"].append(None if logprob is None else _finite(logprob))
-            found["top_logprobs"].append(None if logprob is None else self._top({**top, id_: logprob}))
+            logprobs["text_offset"].append(self._offset)
+            logprobs["tokens"].append(text)
+            logprobs["token_logprobs"].append(None if logprob is None else _finite(logprob))
+            logprobs["top_logprobs"].append(None if logprob is None else self._top({**top, id_: logprob}))
             self._offset += len(text)
-        return found
+        return logprobs
 
     def _top(self, top: Mapping[int, float]) -> dict[str, float]:
         told: dict[str, float] = {}

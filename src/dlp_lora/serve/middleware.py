@@ -49,9 +49,9 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        given = headers.get("x-request-id", "")
+        sent = headers.get("x-request-id", "")
         state = scope.setdefault("state", {})
-        state["request_id"] = request_id = given if REQUEST_ID.fullmatch(given) else uuid4().hex
+        state["request_id"] = request_id = sent if REQUEST_ID.fullmatch(sent) else uuid4().hex
         state["log"] = log = dict[str, Any]()
         start, status, num_read = time.perf_counter(), 0, 0
 

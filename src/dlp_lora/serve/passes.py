@@ -187,8 +187,8 @@ class Pack(Cache):  # type: ignore[misc]
 
     def scores(self, logits: Float[Tensor, "tokens vocab"]) -> list[Tensor]:
         """Distributes the scores to the parts."""
-        wanted = logits[len(logits) - self.num_wanted :]  # also for a model that scores all tokens
-        each = wanted.split([part.num_rows * part.num_wanted for part in self._parts])
+        chosen = logits[len(logits) - self.num_wanted :]  # also for a model that scores all tokens
+        each = chosen.split([part.num_rows * part.num_wanted for part in self._parts])
         return [
             scores.view(part.num_rows, part.num_wanted, logits.shape[1])
             for part, scores in zip(self._parts, each, strict=True)

@@ -123,7 +123,7 @@ def _plain(message: ChatMessage) -> dict[str, Any]:
 def _with_tools(messages: list[dict[str, Any]], tools: Sequence[Tool]) -> list[dict[str, Any]]:
     """Adds the tools to a system message, for a model whose template reads no tools."""
     listed = "\n".join(tool.function.model_dump_json(exclude_none=True) for tool in tools)
-    told = f"You may call these functions:\n{listed}"
+    text = f"You may call these functions:\n{listed}"
     if messages[0]["role"] == "system":
-        return [{**messages[0], "content": f"{messages[0]['content']}\n\n{told}"}, *messages[1:]]
-    return [{"role": "system", "content": told}, *messages]
+        return [{**messages[0], "content": f"{messages[0]['content']}\n\n{text}"}, *messages[1:]]
+    return [{"role": "system", "content": text}, *messages]

@@ -13,11 +13,11 @@ NAMES = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presen
 def defaults_of(generation_config: Any) -> dict[str, Any]:
     """The sampling of a model's generation config, as in `generate`: greedy by default."""
     settings = generation_config.to_diff_dict()
-    found = {name: settings[name] for name in ("repetition_penalty",) if settings.get(name) is not None}
+    defaults = {name: settings[name] for name in ("repetition_penalty",) if settings.get(name) is not None}
     if not settings.get("do_sample"):
-        return {**found, "temperature": 0.0}
+        return {**defaults, "temperature": 0.0}
     chosen = ("temperature", "top_p", "top_k", "min_p")
-    return {**found, **{name: settings[name] for name in chosen if settings.get(name) is not None}}
+    return {**defaults, **{name: settings[name] for name in chosen if settings.get(name) is not None}}
 
 
 def sampling_of(

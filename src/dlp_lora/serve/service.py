@@ -288,8 +288,8 @@ class Service:
         if options.policy is not None:
             changes["policy"] = _policy(options.policy, visible)
         if options.switching is not None:
-            given = options.switching.model_dump(exclude_none=True)
-            changes["switching"] = replace(self.call.settings.switching, **given)
+            changed = options.switching.model_dump(exclude_none=True)
+            changes["switching"] = replace(self.call.settings.switching, **changed)
         mixture = choice.mixture
         if options.fixed is not None:
             if mixture is not None:

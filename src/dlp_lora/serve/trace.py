@@ -38,7 +38,7 @@ class SentenceCutter:
 
 def start_of(start: SentenceStart) -> SentenceTrace:
     """The facts about a sentence at its start."""
-    told: SentenceTrace = {
+    fields: SentenceTrace = {
         "sentence": start.number,
         "start": start.position,
         "offset": start.offset,
@@ -48,12 +48,12 @@ def start_of(start: SentenceStart) -> SentenceTrace:
         "abstained": start.abstained,
         "route_ms": round(start.route_ms, 3),
     }
-    return _with_left_out(told, start.mixture)
+    return _with_left_out(fields, start.mixture)
 
 
 def sentences_of(trace: Sequence[Sentence], num_characters: int | None = None) -> list[SentenceTrace]:
     """The facts about the sentences of an answer at its end, with only the sent text."""
-    told: list[SentenceTrace] = []
+    sentences: list[SentenceTrace] = []
     offset = 0
     for number, sentence in enumerate(trace):
         end = offset + len(sentence.text)
@@ -74,13 +74,13 @@ def sentences_of(trace: Sequence[Sentence], num_characters: int | None = None) -
         }
         if sentence.kept_tokens is not None:
             entry["kept_tokens"] = sentence.kept_tokens
-        told.append(_with_left_out(entry, sentence.mixture))
+        sentences.append(_with_left_out(entry, sentence.mixture))
         offset = end
-    return told
+    return sentences
 
 
-def _with_left_out(told: SentenceTrace, mixture: Mixture) -> SentenceTrace:
-    return {**told, "left_out": list(mixture.left_out)} if mixture.left_out else told
+def _with_left_out(fields: SentenceTrace, mixture: Mixture) -> SentenceTrace:
+    return {**fields, "left_out": list(mixture.left_out)} if mixture.left_out else fields
 
 
 def _rounded(probabilities: Mapping[str, float]) -> dict[str, float]:

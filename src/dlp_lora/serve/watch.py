@@ -23,14 +23,14 @@ def _watch(manager: AdapterManager, bundle: Path, every_s: float, ended: threadi
     known = generation_of(bundle)
     refused = known
     while not ended.wait(every_s):
-        found = generation_of(bundle)
-        if found < 0 or found == known:
+        number = generation_of(bundle)
+        if number < 0 or number == known:
             continue
         try:
             manager.reload()
         except APIError as error:  # the next poll may find it complete
-            if found != refused:
+            if number != refused:
                 LOGGER.error("the bundle was written, and cannot be used: %s", error)
-            refused = found
+            refused = number
         else:
-            known = found
+            known = number

@@ -66,16 +66,16 @@ def sentence_field(asked: Asked, sentence: SentenceStart | None) -> SentenceFiel
 
 def trace_field(asked: Asked, index: int, ended: Ended) -> TraceField:
     """The facts about all sentences at the end of an answer."""
-    told: DLPTrace = {}
+    fields: DLPTrace = {}
     if asked.options.trace:
-        told["trace"] = sentences_of(ended.done.generation.trace, ended.num_characters)
+        fields["trace"] = sentences_of(ended.done.generation.trace, ended.num_characters)
         if ended.done.generation.prompt_trace:
-            told["prompt_trace"] = sentences_of(ended.done.generation.prompt_trace)
+            fields["prompt_trace"] = sentences_of(ended.done.generation.prompt_trace)
         if ended.done.generation.parts:
-            told["parts"] = [part.text for part in ended.done.generation.parts]
+            fields["parts"] = [part.text for part in ended.done.generation.parts]
     if asked.options.prompt_tokens:
-        told["prompt_tokens"] = [token for request in asked.answers[index] for token in request.tokens]
-    return {"dlp": told} if told else {}
+        fields["prompt_tokens"] = [token for request in asked.answers[index] for token in request.tokens]
+    return {"dlp": fields} if fields else {}
 
 
 def event(data: Any) -> bytes:

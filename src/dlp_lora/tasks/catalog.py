@@ -125,8 +125,8 @@ def composite(names: str | Iterable[str]) -> tuple[str, ...]:
     expanded = expand_composites(names)
     unknown = [name for name in expanded if name not in CATALOG]
     if unknown or not expanded:
-        found = f"no task {', '.join(map(repr, unknown))} in the catalog" if unknown else "no task is named"
-        raise TaskError(f"{found}; choose from {', '.join((*COMPOSITES, *CATALOG))}")
+        fault = f"no task {', '.join(map(repr, unknown))} in the catalog" if unknown else "no task is named"
+        raise TaskError(f"{fault}; choose from {', '.join((*COMPOSITES, *CATALOG))}")
     return expanded
 
 

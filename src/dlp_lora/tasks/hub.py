@@ -144,7 +144,7 @@ def _cut(questions: list[_Question], num_test: int, rng: random.Random) -> tuple
 def _questions(task: CatalogTask, split: str, rng: random.Random, mirror: str | Path | None) -> list[_Question]:
     rows = _load(task, split, mirror)
     chosen = sorted(rng.sample(range(len(rows)), min(len(rows), MAX_ROWS)))
-    found: dict[str, _Question] = {}
+    questions: dict[str, _Question] = {}
     ambiguous: set[str] = set()
     left_out: Counter[str] = Counter()
     for index, row in zip(chosen, rows.select(chosen), strict=True):
@@ -153,9 +153,9 @@ def _questions(task: CatalogTask, split: str, rng: random.Random, mirror: str | 
             left_out["unusable"] += 1
         elif len(example.prompt) > LONGER_PROMPTS.get(task.name, MAX_PROMPT):
             left_out["too long"] += 1
-        elif example.prompt not in found:
-            found[example.prompt] = _Question(example=example, text=_text(task.name, example, index))
-        elif found[example.prompt].example.answer == example.answer:
+        elif example.prompt not in questions:
+            questions[example.prompt] = _Question(example=example, text=_text(task.name, example, index))
+        elif questions[example.prompt].example.answer == example.answer:
             left_out["repeated"] += 1
         else:
             ambiguous.add(example.prompt)
@@ -165,7 +165,7 @@ def _questions(task: CatalogTask, split: str, rng: random.Random, mirror: str | 
     if left_out:
         counts = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         logger.warning("%s: left out %d of %d rows (%s)", task.name, left_out.total(), len(chosen), counts)
-    return [question for prompt, question in found.items() if prompt not in ambiguous]
+    return [question for prompt, question in questions.items() if prompt not in ambiguous]
 
 
 def _load(task: CatalogTask, split: str, mirror: str | Path | None) -> Any:

@@ -79,10 +79,10 @@ def write_task(folder: str | Path, task: Task) -> None:
 
 
 def _split_file(folder: Path, split: str) -> Path | None:
-    found = [path for suffix in SUFFIXES if (path := folder / f"{split}{suffix}").is_file()]
-    if len(found) > 1:
-        raise TaskError(f"{folder} has both {found[0].name} and {found[1].name}; expected one; delete the other")
-    return found[0] if found else None
+    files = [path for suffix in SUFFIXES if (path := folder / f"{split}{suffix}").is_file()]
+    if len(files) > 1:
+        raise TaskError(f"{folder} has both {files[0].name} and {files[1].name}; expected one; delete the other")
+    return files[0] if files else None
 
 
 def _read_split(path: Path) -> dict[int, Example]:

@@ -115,12 +115,12 @@ async def _check_scores(client: VLLMClient, outline: Outline, base: Model) -> No
     last = len(probe.logprobs) - 1
     places = sorted({last * i // (NUM_SCORED - 1) for i in range(NUM_SCORED)})
     try:
-        found = await asyncio.gather(*(_score(client, base, probe, place) for place in places))
+        scores = await asyncio.gather(*(_score(client, base, probe, place) for place in places))
     except (RefusedError, KeyError, IndexError) as error:
         raise ModelError(f"{client.url} gives no log-probabilities: {error}") from error
-    if not any(found):
+    if not any(scores):
         raise ModelError(f"{client.url} gives log-probabilities of what it sampled: leave --logprobs-mode out")
-    mean = sum(abs(score - probe.logprobs[place]) for score, place in zip(found, places, strict=True)) / len(found)
+    mean = sum(abs(score - probe.logprobs[place]) for score, place in zip(scores, places, strict=True)) / len(scores)
     if not mean <= MAX_MEAN_DIFFERENCE:
         raise ModelError(
             f"{client.url} serves {base.root!r}, which is another model than {outline.base.name!r}: its "
@@ -198,8 +198,8 @@ async def _tells_cached(client: VLLMClient, outline: Outline, probe: ProbeAdapte
 
 def _label(metrics: str, name: str, label: str) -> str | None:
     """A label of a metric, in Prometheus' text format."""
-    found = re.search(rf'^{re.escape(name)}{{[^}}]*\b{label}="([^"]*)"', metrics, re.MULTILINE)
-    return None if found is None else found[1]
+    match = re.search(rf'^{re.escape(name)}{{[^}}]*\b{label}="([^"]*)"', metrics, re.MULTILINE)
+    return None if match is None else match[1]
 
 
 def _number(metrics: str, name: str, label: str) -> int | None:

@@ -143,8 +143,8 @@ class Replicas:
             ModelError: if one cannot answer for this bundle.
             LostError: if none can be reached.
         """
-        found = await asyncio.gather(*(replica.verify() for replica in self), return_exceptions=True)
-        for error in found:
+        results = await asyncio.gather(*(replica.verify() for replica in self), return_exceptions=True)
+        for error in results:
             if isinstance(error, BaseException) and not isinstance(error, LostError):
                 raise error
         if not self.up:
