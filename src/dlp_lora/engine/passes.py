@@ -117,8 +117,8 @@ def check_text_is_known(arguments: PassArguments, known: CachedRows | None, call
     num_known = 0 if known is None else known.ids.shape[1]
     if arguments.num_cached > num_known:
         raise PromptError(
-            f"the KV cache holds {arguments.num_cached} tokens, of which this engine has read {num_known}, so the router "
-            "does not know the text; start with the whole prompt and a new cache, or use engine.fixed()"
+            f"the KV cache holds {arguments.num_cached} tokens, of which this engine has read {num_known}, so the "
+            "router does not know the text; start with the whole prompt and a new cache, or use engine.fixed()"
         )
     if arguments.num_cached == 0 and call.generating is not None and call.generating.has_begun:
         raise PromptError(

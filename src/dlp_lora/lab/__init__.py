@@ -1,1 +1,1 @@
-"""The laboratory: what measures the method, and what writes and shows the records."""
+"""The laboratory: measures the method, and writes and shows the records."""

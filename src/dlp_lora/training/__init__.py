@@ -1,1 +1,1 @@
-"""Training: one LoRA a task through PEFT, and the router."""
+"""Training: one LoRA per task with PEFT, and the router."""

@@ -1,9 +1,9 @@
-"""Trains one LoRA on one task through PEFT and saves it as an ordinary PEFT folder.
+"""Trains one LoRA on one task with PEFT and saves it as an ordinary PEFT folder.
 
-One plain loop (`loop.py`). What makes it fast on a small machine: the loss and the language-model head on answer tokens
-only, batches of like lengths, what all examples of a batch begin with encoded once, a bfloat16 base under float32 LoRA
-weights where the hardware is fast at it, passes through PEFT's layers, attention and norms that copy little (`lora.py`,
-`cpu.py`), and freed memory that is kept for the next step.
+The loop is in `loop.py`. Training is fast on a small machine for these reasons: the loss and the language-model head
+are computed only for answer tokens; examples of a batch have similar lengths; their common beginning is encoded once;
+the base is in bfloat16 if the hardware is fast at it; PEFT's layers, attention and norms copy little (`lora.py`,
+`cpu.py`); and freed memory is kept for the next step.
 """
 
 import json
@@ -39,7 +39,7 @@ from dlp_lora.training.lora import compute_together
 
 TRAINING_FILE = "training.json"
 LOSS_FILE = "loss.csv"
-# Names that PEFT takes for experts of a mixture where a model has these, whatever else is called so.
+# Names that PEFT takes for experts of a mixture, if a model has experts.
 _PEFT_EXPERTS = {"gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj", "gate_up_proj", "lm_head"}
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedAdapter:
-    """A finished adapter: where it is, how long it took and what its last losses were."""
+    """A finished adapter: its folder, its training time and its last loss."""
 
     name: str
     path: Path
@@ -69,20 +69,20 @@ def train_adapter(
     trunk: str | Path | None = None,
     on_progress: OnProgress = unseen,
 ) -> TrainedAdapter:
-    """Trains one LoRA on a task and writes it to the folder `out`; goes on where an interrupted run stopped.
+    """Trains one LoRA on a task and writes it to the folder `out`; continues an interrupted run.
 
-    A finished adapter of the same settings and examples is left as it is. The model comes back as it was given.
+    A finished adapter with the same settings and examples does not change. Afterwards the model is as before.
 
     Args:
-        trunk: with the schedule warmup_stable_decay, a folder that keeps the run as it is before its rate falls. A run
-            of more epochs begins there instead of at its first step, to the same result.
+        trunk: with the schedule warmup_stable_decay, a folder for the state before the learning rate falls. A run of
+            more epochs starts from this state, with the same result.
 
     Raises:
         AdapterError: if the folder's name cannot name an adapter.
-        TrainingError: if `out` was trained with other settings or examples and `overwrite` is false, it holds
-            something else, the model lacks the target modules or has them in a form that no engine could fuse, or the
-            loss or the weights are not finite.
-        TaskError: if no example is short enough, or one holds a token that the model has no embedding of.
+        TrainingError: if `out` was trained with other settings or examples and `overwrite` is false, `out` has other
+            files, the model lacks the target modules or an engine could not fuse them, or the loss or the weights are
+            not finite.
+        TaskError: if no example is short enough, or one has a token without an embedding in the model.
     """
     args, out = args or AdapterTrainingArgs(), Path(out)
     check_adapter_name(name_of(out), out)
@@ -135,7 +135,7 @@ def check_lengths(
     """Checks that each task has a training example that is short enough.
 
     Raises:
-        TaskError: naming the first that has none.
+        TaskError: naming the first task without one.
     """
     context = context_of(model)
     for task in tasks:
@@ -154,7 +154,7 @@ def train_adapters(
     overwrite: bool = False,
     on_progress: OnProgress = unseen,
 ) -> Iterator[TrainedAdapter]:
-    """Trains one LoRA a task into folders of the tasks' names inside `out`, yielding each as it is finished."""
+    """Trains one LoRA per task, into folders with the tasks' names inside `out`; yields each when it is finished."""
     for task in tasks:
         yield train_adapter(
             model, tokenizer, task, Path(out) / task.name, args, overwrite=overwrite, on_progress=on_progress
@@ -195,7 +195,7 @@ def _too_long(task: Task, args: AdapterTrainingArgs, context: int) -> TaskError:
 
 @contextmanager
 def lora_on(model: PreTrainedModel, args: AdapterTrainingArgs) -> Iterator[PeftModel]:
-    """Puts a LoRA on the model; afterwards the model is as it was given, whatever went wrong."""
+    """Puts a LoRA on the model in the block; afterwards the model is as before, even after an error."""
     required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     was_training = model.training
     peft_model = None
@@ -212,7 +212,7 @@ def lora_on(model: PreTrainedModel, args: AdapterTrainingArgs) -> Iterator[PeftM
 
 
 def lora_config(args: AdapterTrainingArgs) -> LoraConfig:
-    """PEFT's settings of the LoRA that is trained."""
+    """PEFT's settings of the LoRA."""
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=args.r,
@@ -226,7 +226,7 @@ def lora_config(args: AdapterTrainingArgs) -> LoraConfig:
 def _with_lora(model: PreTrainedModel, args: AdapterTrainingArgs) -> PeftModel:
     names = [name for name, _ in model.named_modules()]
     asked = () if isinstance(args.target_modules, str) else args.target_modules
-    # PEFT takes those that there are.
+    # PEFT uses those that exist.
     if missing := [target for target in asked if not any(f".{name}".endswith(f".{target}") for name in names)]:
         raise _no_modules(model, missing)
     torch.manual_seed(args.seed)
@@ -242,10 +242,10 @@ def _with_lora(model: PreTrainedModel, args: AdapterTrainingArgs) -> PeftModel:
 
 
 def _check_usable(model: PreTrainedModel, args: AdapterTrainingArgs, layout: BaseLayers) -> None:
-    """Checks that an adapter that is trained so can be fused.
+    """Checks that an adapter with these settings can be fused.
 
     Raises:
-        TrainingError: if it would be refused when it is loaded.
+        TrainingError: if an engine would refuse it.
     """
     assert layout.skeleton is not None
     start = f"{type(model).__name__}: a LoRA on {_asked(args)} could not be used"
@@ -298,7 +298,7 @@ def _finished(name: str, out: Path, identity: dict[str, Any]) -> TrainedAdapter:
         ) from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise TrainingError(
-            f"{out / TRAINING_FILE} is damaged ({error!r}), so nobody knows how the adapter was trained; pass "
+            f"{out / TRAINING_FILE} is damaged ({error!r}), so the adapter's settings are unknown; pass "
             "overwrite or another out"
         ) from error
     if {**identity, **known} != identity:

@@ -1,4 +1,4 @@
-"""How an adapter is trained: this package's recipe and the paper's."""
+"""The settings of an adapter's training: this package's and the paper's."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -12,7 +12,7 @@ Schedule = Literal["cosine", "constant", "warmup_stable_decay"]
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterTrainingArgs:
-    """How a LoRA is trained. The defaults are this package's recipe; `PAPER` is the paper's."""
+    """The settings of a LoRA's training. The defaults are this package's recipe; `PAPER` is the paper's."""
 
     r: int = 8
     lora_alpha: int = 16
@@ -48,7 +48,7 @@ class AdapterTrainingArgs:
                 raise ValueError(f"AdapterTrainingArgs.{name} must be one of {choices}, got {getattr(self, name)!r}")
 
     def identity(self) -> dict[str, Any]:
-        """What the trained weights depend on, as JSON data."""
+        """The settings on which the trained weights depend, as JSON data."""
         found: dict[str, Any] = as_json(asdict(self))
         del found["checkpoint_seconds"]
         if self.cpu_tricks:  # as adapters of before have it

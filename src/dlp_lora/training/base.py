@@ -1,4 +1,4 @@
-"""The base model for training, in the precision that its hardware is fast at."""
+"""The base model for training, in the precision that is fast on its hardware."""
 
 import hashlib
 from pathlib import Path
@@ -16,8 +16,7 @@ NUM_SAMPLES = 64  # of each parameter
 def load_base(
     model: str | Path, *, dtype: torch.dtype | None = None, cpu_tricks: bool = True, **kwargs: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a base model for training, in the dtype of `training_dtype` unless one is given; `kwargs` are those of
-    `load_model`.
+    """Loads a base model for training, by default in the dtype of `training_dtype`; `kwargs` are those of `load_model`.
 
     Without `cpu_tricks`, it is float32 on a CPU.
 
@@ -31,9 +30,9 @@ def load_base(
 
 
 def model_hash(model: PreTrainedModel) -> str:
-    """A hash of values out of every parameter: the same for the same weights, whatever float they were loaded in.
+    """A hash of some values of every parameter; it does not depend on the dtype of the loaded weights.
 
-    Of a model with adapters attached, it is that of the model below them.
+    For a model with adapters, it is the hash of the model below them.
     """
     found = hashlib.sha256()
     parameters = {name.replace(".base_layer.", "."): parameter for name, parameter in model.named_parameters()}

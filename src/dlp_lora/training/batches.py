@@ -14,17 +14,17 @@ from transformers import DynamicCache
 
 from dlp_lora.engine.cache import cache_argument
 
-MIN_SHARED = 8  # tokens: a pass of its own costs more than fewer of them
+MIN_SHARED = 8  # tokens: with fewer, a separate pass costs more than it saves
 
 
 def answer_loss(model: Any, batch: Sequence[tuple[list[int], list[int]]], *, share: bool = False) -> Float[Tensor, ""]:
-    """Gives the mean loss over the answers' tokens of a batch of (read, learned) token lists.
+    """Returns the mean loss over the answers' tokens of a batch of (read, learned) token lists.
 
-    Rows are padded on the left, so all answers end together, and the model is asked for the last positions alone. Of
-    these the head reads those that an answer's token follows: beside a long answer, short ones are mostly padding.
+    Rows are padded on the left, so all answers end together, and only the last positions have logits. Of these, the
+    head reads only positions before a token of an answer, because short answers beside a long one are mostly padding.
 
-    Where `share`, the tokens that all rows begin with (a chat template's, a task's instruction) are encoded once for
-    all of them; gradients flow back through their KV cache. With dropout the rows would share its noise, too.
+    If `share`, the common beginning of all rows (a chat template's, a task's instruction) is encoded once; gradients
+    flow back through its KV cache. With dropout, the rows would also share its noise.
     """
     start = num_shared(batch) if share else 0
     cache = _encoded(model, batch[0][0][:start], len(batch)) if start else None
@@ -35,7 +35,7 @@ def answer_loss(model: Any, batch: Sequence[tuple[list[int], list[int]]], *, sha
     if cache is not None:
         mask = F.pad(mask, (start, 0), value=1)
     learned = labels != -100
-    with _head_reads(model, F.pad(learned, (0, 1))):  # what follows the last token is not asked for
+    with _head_reads(model, F.pad(learned, (0, 1))):  # the last token has no next one
         logits = model(
             input_ids=ids,
             attention_mask=mask,
@@ -49,9 +49,9 @@ def answer_loss(model: Any, batch: Sequence[tuple[list[int], list[int]]], *, sha
 
 @contextmanager
 def _head_reads(model: Any, positions: Bool[Tensor, "batch kept"]) -> Iterator[None]:
-    """Lets the language-model head read these of the last positions alone, as one row of logits.
+    """Lets the language-model head read only these of the last positions, as one row.
 
-    The row is contiguous, too: a frozen head would multiply a slice row by row through copies of its weight.
+    The row is contiguous, because a frozen head would multiply a slice row by row with copies of its weight.
     """
     head, kept = model.get_output_embeddings(), positions.shape[1]
     hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, -kept:][positions][None],))
@@ -62,20 +62,20 @@ def _head_reads(model: Any, positions: Bool[Tensor, "batch kept"]) -> Iterator[N
 
 
 def num_shared(batch: Sequence[tuple[list[int], list[int]]]) -> int:
-    """How many tokens of each row `answer_loss` encodes once for all rows; 0 where that does not pay."""
+    """The number of common tokens that `answer_loss` encodes once for all rows; 0 if this does not pay."""
     start = len(shared_prefix([read for read, _ in batch])) if len(batch) > 1 else 0
     return start if start >= MIN_SHARED else 0
 
 
 def shared_prefix(texts: Sequence[list[int]]) -> list[int]:
-    """The tokens that all texts begin with, the last of the shortest left out: it is what an answer follows."""
+    """The common first tokens of all texts, without the last token of the shortest, before which no answer begins."""
     length = min(map(len, texts)) - 1
     columns = zip(*(text[:length] for text in texts), strict=True)
     return [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
 
 
 def has_dropout(model: nn.Module) -> bool:
-    """Whether a model in training drops anything by chance."""
+    """Whether a model in training has dropout."""
     return any(
         (isinstance(module, nn.Dropout) and module.p > 0) or getattr(module, "attention_dropout", 0)
         for module in model.modules()
@@ -83,7 +83,7 @@ def has_dropout(model: nn.Module) -> bool:
 
 
 def _encoded(model: Any, tokens: list[int], num_rows: int) -> DynamicCache | None:
-    """The KV cache of tokens, for each of so many rows; None where none is kept, as with checkpointed layers."""
+    """The KV cache of tokens, for each of so many rows; None if the model keeps none, as with checkpointed layers."""
     cache = DynamicCache()
     ids = torch.tensor([tokens], device=model.device)
     model(input_ids=ids, use_cache=True, **cache_argument(cache), logits_to_keep=1)
@@ -96,9 +96,9 @@ def _encoded(model: Any, tokens: list[int], num_rows: int) -> DynamicCache | Non
 def micro_batches(
     batch: Sequence[tuple[list[int], list[int]]], max_tokens: int
 ) -> list[list[tuple[list[int], list[int]]]]:
-    """Splits a batch into parts of at most `max_tokens` tokens, padding included, the short examples together.
+    """Splits a batch into parts of at most `max_tokens` tokens with padding, short examples together.
 
-    What a pass holds for its gradients grows with its tokens, and the attention's with their square.
+    A pass's memory for gradients grows with its tokens, and that of attention with their square.
     """
     parts: list[list[tuple[list[int], list[int]]]] = []
     for example in sorted(batch, key=lambda pair: len(pair[0]) + len(pair[1])):
@@ -113,7 +113,7 @@ def micro_batches(
 def left_padded(
     batch: Sequence[tuple[list[int], list[int]]], device: torch.device
 ) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"], Int[Tensor, "batch kept"]]:
-    """Pads rows on the left; gives ids, mask and the labels of the last positions, -100 where there is none."""
+    """Pads rows on the left; returns ids, mask and the labels of the last positions, -100 for none."""
     width = max(len(read) + len(learned) for read, learned in batch)
     kept = max(len(learned) for _, learned in batch)
     ids = torch.zeros(len(batch), width, dtype=torch.long)

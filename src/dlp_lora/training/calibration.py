@@ -1,4 +1,4 @@
-"""Calibration: how sure a router is against how often it is right."""
+"""Calibration: a router's confidence compared with its accuracy."""
 
 import numpy as np
 from jaxtyping import Bool, Float

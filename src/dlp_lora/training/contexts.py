@@ -1,7 +1,7 @@
-"""The contexts that a router learns from: what it will meet in prompts, in conversations and while a model writes.
+"""The contexts for a router's training, as they occur in prompts, in conversations and while a model writes.
 
-Examples are single questions with their answers. Out of them come conversations that change task, single sentences of
-a prompt, prompts cut short or disguised, answers half written, and prompts of two questions in a row.
+Examples are single questions with their answers. From these come conversations with changes of task, single sentences
+of a prompt, short or disguised prompts, incomplete answers, and prompts of two questions.
 """
 
 import logging
@@ -42,7 +42,7 @@ SMALL_TALK = (
     "No, that is wrong.\nI am sorry. Let me try again.",
     "Let us talk about something else.\nGladly. What about?",
 )
-"""What people and models say before it comes to anything, with system prompts: it speaks for no task."""
+"""Small talk of people and models, and system prompts: texts without a task."""
 
 OPENINGS = (
     "You are a knowledgeable assistant.",
@@ -104,24 +104,24 @@ CLOSINGS = (
     "Напиши только результат.",
     "結果だけを書いてください。",
 )
-"""What people write around a prompt, whatever its task."""
+"""Texts around a prompt of any task."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A context and the task whose adapter fits it, as its place among the tasks."""
+    """A context, and the index of its task."""
 
     context: Context
     label: int
 
 
 def whole_examples(examples: Sequence[Example]) -> tuple[Example, ...]:
-    """Those that are no part of a longer answer: the prompt of a part is of several tasks, and says nothing of one."""
+    """The examples that are no part of a longer answer: the prompt of a part has several tasks."""
     return tuple(example for example in examples if example.complete and not example.answer_prefix)
 
 
 def routable(task: Task) -> Task:
-    """The task without parts of longer answers, which adapters alone learn from.
+    """The task without parts of longer answers, which are only for adapters.
 
     Raises:
         TrainingError: if no training example is left.
@@ -147,10 +147,10 @@ def draw_contexts(
     *,
     at_least: int = 0,
 ) -> list[Sample]:
-    """Draws `num_draws` contexts of each example, of the kinds and with the frequencies of `mix` (see KINDS).
+    """Draws `num_draws` contexts per example on average, of the kinds and with the frequencies of `mix` (see KINDS).
 
-    Each task gets as many as all others: where their sizes differ, examples of small ones are drawn more often, lest
-    the router starves them (the paper's appendix A), and those of large ones less. No task gets fewer than `at_least`.
+    Each task gets equally many, and at least `at_least`: examples of small tasks are drawn more often. Otherwise the
+    router would neglect small tasks (the paper's appendix A).
     """
     draw = _Draw(tasks, rng)
     kinds, shares = list(mix), list(mix.values())
@@ -197,17 +197,17 @@ class _Draw:
         return Context(" ".join(example.prompt.split(" ")[: self.rng.choice(CUTS)]))
 
     def disguised(self, label: int, example: Example) -> Context:
-        """The prompt with slips of the pen, or among words that say nothing of its task."""
+        """The prompt with typing errors, or among words that do not belong to its task."""
         if self.rng.random() < 0.3:
             return Context(_with_typos(example.prompt, self.rng.choice(TYPOS), self.rng))
         return Context(f"{self._noise()}\n{example.prompt}\n{self._noise()}".strip())
 
     def instructed(self, label: int, example: Example) -> Context:
-        """The prompt among instructions that say nothing of its task."""
+        """The prompt among instructions that do not belong to its task."""
         return Context("\n".join([*self._some(OPENINGS), example.prompt, *self._some(CLOSINGS)]))
 
     def answer(self, label: int, example: Example) -> Context:
-        """A sentence that opens in the middle of the answer."""
+        """A new sentence in the middle of the answer."""
         history = self._history(label) if self.rng.random() < 0.3 else ""
         sentences = self.sentences(example.answer)
         if len(sentences) < 2:
@@ -218,7 +218,7 @@ class _Draw:
 
     def serial(self, label: int, example: Example) -> Context:
         """Two questions in one prompt, this one the first, or the second with the first answered."""
-        # Of more, bags of tokens lose the order.
+        # With more questions, bags of tokens lose the order.
         other = self.rng.choice(self.tasks[self._other(label)])
         is_first = self.rng.random() < 0.5
         space = self.rng.choice((" ", "\n", "\n", "\n\n", "\n\n"))
@@ -235,7 +235,7 @@ class _Draw:
         return self.rng.sample(texts, self.rng.choice((0, 1, 1, 2)))
 
     def _sentences(self, label: int) -> list[str]:
-        # Any other example of the task would do as well, so that fewer prompts are cut into sentences.
+        # A few examples are enough for this, so that fewer prompts are cut into sentences.
         examples = self.tasks[label]
         some = examples[: max(1, round(SPLIT_SHARE * len(examples)))]
         return self.sentences(self.rng.choice(some).prompt)
@@ -250,7 +250,7 @@ class _Draw:
 
     def _conversation(self) -> str:
         turns = [self.rng.choice(self.rng.choice(self.tasks)) for _ in range(self.rng.choice((1, 1, 2, 3, 4)))]
-        # Without answers, too: what the last adapter wrote may not show its task.
+        # Also without answers, because the last adapter's text may not show its task.
         parts = [f"{e.prompt}\n{e.answer}" if self.rng.random() < 0.5 else e.prompt for e in turns]
         return "\n".join(parts)[-HISTORY_CHARS:]
 
@@ -266,7 +266,7 @@ def _with_typos(text: str, share: float, rng: random.Random) -> str:
 
 
 def first_word(text: str) -> str:
-    """Gives the first word of a text, which is what is known of a sentence where it opens."""
+    """Returns the first word of a text, as a router sees the beginning of a sentence."""
     return text.split(maxsplit=1)[0] if text.split() else text
 
 
@@ -281,8 +281,8 @@ MIX: Mapping[str, float] = {
     "answer": 1,
     "serial": 0,
 }
-"""How often each kind is drawn, unless said otherwise. Whose turn it is among two long questions, bags of tokens hardly
-tell, and trying makes the router unsure of all else: `serial` is for short ones."""
+"""The default frequency of each kind. `serial` is for short questions: with long ones, bags of tokens hardly show the
+question in turn, and the router becomes unsure of all others."""
 
 KINDS: Mapping[str, Callable[[_Draw, int, Example], Context]] = {
     "whole": _Draw.whole,
@@ -298,4 +298,4 @@ KINDS: Mapping[str, Callable[[_Draw, int, Example], Context]] = {
 """Every kind of context by name."""
 
 GENERATION = ("whole", "after_history", "answer", "serial")
-"""The kinds that a router is asked about while a model writes."""
+"""The kinds that occur while a model writes."""

@@ -1,7 +1,7 @@
-"""What makes training fast on CPUs, behind one switch (`AdapterTrainingArgs.cpu_tricks`): precision, passes, memory.
+"""Fast training on CPUs, behind one switch (`AdapterTrainingArgs.cpu_tricks`): precision, passes, memory.
 
-Plain eager attention and RMSNorm are computed by passes that copy little, instead of those that autograd puts together:
-the backward pass of fused attention is slow on CPUs, in bfloat16 always, in float32 for short texts.
+Plain eager attention and RMSNorm use hand-written passes that copy less than autograd's. The backward pass of fused
+attention is slow on CPUs: in bfloat16 always, in float32 for short texts.
 """
 
 import ctypes
@@ -31,7 +31,7 @@ NEVER = -1
 
 @contextmanager
 def fast_on_cpu(model: PreTrainedModel) -> Iterator[None]:
-    """Computes a model on a CPU by the passes here for a while; one on another device computes as it does."""
+    """Uses these passes for a model on a CPU in the block; a model on another device does not change."""
     config: Any = model.config
     with ExitStack() as after:
         if model.device.type == "cpu":
@@ -44,11 +44,11 @@ def fast_on_cpu(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def kept_memory(*, is_on: bool = True) -> Iterator[Callable[[], object]]:
-    """Keeps freed memory in this process for a while, instead of giving it back to the system at each free.
+    """Keeps freed memory in this process in the block, instead of returning it to the system.
 
-    Where it is not `is_on`, or the C library is not glibc, it does nothing. A step frees gigabytes and asks for as many
-    again, and faulting their pages in took a fifth of its time (docs/log.md). The heap grows as it fragments: what is
-    yielded gives back all that is free at that moment.
+    If it is not `is_on`, or the C library is not glibc, it does nothing. A step frees gigabytes and allocates as many
+    again; page faults took a fifth of its time (docs/log.md). The heap fragments and grows, so the block gets a
+    function that returns all free memory.
     """
     libc = ctypes.CDLL(None) if is_on and sys.platform == "linux" else None
     if libc is None or not hasattr(libc, "gnu_get_libc_version"):
@@ -60,16 +60,16 @@ def kept_memory(*, is_on: bool = True) -> Iterator[Callable[[], object]]:
     try:
         yield give_back
     finally:
-        libc.mallopt(M_TRIM_THRESHOLD, 2 * LARGEST_THRESHOLD)  # twice the other, as glibc has it
+        libc.mallopt(M_TRIM_THRESHOLD, 2 * LARGEST_THRESHOLD)  # twice the other, as in glibc
         give_back()
 
 
 @cache
 def training_dtype(device: str) -> torch.dtype:
-    """Gives the dtype to train a frozen base in: bfloat16 where the hardware multiplies it, and no slower than float32.
+    """Returns the dtype for training with a frozen base: bfloat16 if the hardware multiplies it as fast as float32.
 
-    CPUs with instructions for bfloat16 but without AMX may take twice as long as in float32 (docs/log.md); a product
-    in each tells, timed once on one thread.
+    CPUs with instructions for bfloat16 but without AMX may take twice as long as in float32 (docs/log.md). So a product
+    in each dtype is timed once, on one thread.
     """
     if device == "cuda":
         return torch.bfloat16
@@ -80,27 +80,27 @@ def training_dtype(device: str) -> torch.dtype:
 
 
 def _seconds_of_products(*dtypes: torch.dtype) -> list[float]:
-    """How long the tokens of a small batch times a layer's weight take on the CPU in each dtype, at best."""
+    """The shortest time of a small batch's tokens times a layer's weight on the CPU, in each dtype."""
     num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # several wait for each other where the machine is busy
+    torch.set_num_threads(1)  # several threads wait for each other on a busy machine
     try:
         seconds: list[list[float]] = [[] for _ in dtypes]
         for _ in range(16):  # in turns, so that a busy moment hits all
-            for dtype, own in zip(dtypes, seconds, strict=True):
+            for dtype, times in zip(dtypes, seconds, strict=True):
                 x, weight = torch.ones(512, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
                 start = time.perf_counter()
                 torch.nn.functional.linear(x, weight)
-                own.append(time.perf_counter() - start)
+                times.append(time.perf_counter() - start)
     finally:
         torch.set_num_threads(num_threads)
-    return [min(own) for own in seconds]
+    return [min(times) for times in seconds]
 
 
 @contextmanager
 def lean_passes(model: PreTrainedModel) -> Iterator[None]:
-    """Computes a model's eager attention and its norms, which must be frozen, by the functions here for a while.
+    """Uses these functions for a model's eager attention and its frozen norms in the block.
 
-    Others than the plain ones, which transformers copies from architecture to architecture, are left as they are.
+    Only the plain forms, which transformers copies between architectures, are replaced.
     """
     config: Any = model.config
     own = getattr(sys.modules[type(model).__module__], "eager_attention_forward", None)
@@ -145,7 +145,7 @@ def _attend(
 
 
 class _Attention(torch.autograd.Function):
-    """`softmax(Q K^T scaling + mask) V`, the queries that share keys in one product."""
+    """`softmax(Q K^T scaling + mask) V`, with queries that share keys in one product."""
 
     @staticmethod
     def forward(

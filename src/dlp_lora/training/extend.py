@@ -1,4 +1,4 @@
-"""New adapters for a trained router, in a moment: it learns nothing more, and knows them by their examples."""
+"""New adapters for a trained router, in seconds: it recognises them by their examples, without training."""
 
 import random
 import time
@@ -19,18 +19,18 @@ from dlp_lora.router.neighbours import Neighbours
 from dlp_lora.tasks.task import Task
 from dlp_lora.training.contexts import routable
 
-MAX_EXAMPLES = 128  # of a new task, that prompts are compared with
-MIN_LEFT_OUT = 4  # fewer examples say little about accuracy
+MAX_EXAMPLES = 128  # of a new task, for comparison with prompts
+MIN_LEFT_OUT = 4  # with fewer examples the accuracy is too uncertain
 
 
 def add_tasks(router: MiniMLP, tasks: Sequence[Task], *, seed: int = 0) -> MiniMLP:
-    """Gives a router that knows the given tasks, too; the old one is left as it is.
+    """Returns a router that also knows these tasks; the old router does not change.
 
-    Of a task with many examples, `seed` draws those that are kept.
+    If a task has many examples, some are drawn with `seed`.
 
     Raises:
         TrainingError: if a task is known already, or has no training examples.
-        RouterError: if the router has not learned how prompts of a task vary.
+        RouterError: if the router comes from a version that could not do this.
     """
     for task in tasks:
         if task.name in router.names:
@@ -49,10 +49,10 @@ def add_tasks(router: MiniMLP, tasks: Sequence[Task], *, seed: int = 0) -> MiniM
 
 
 def remove_tasks(router: MiniMLP, names: Sequence[str]) -> MiniMLP:
-    """Gives a router that no longer knows some tasks; between the others it decides as before.
+    """Returns a router without some tasks; it distinguishes the others as before.
 
     Raises:
-        RouterError: if it does not know one of them, or none would be left.
+        RouterError: if it does not know one of them, or no task would remain.
     """
     if unknown := [name for name in names if name not in router.names]:
         raise RouterError(f"the router does not know {unknown[0]!r}; it knows {', '.join(router.names)}")
@@ -67,8 +67,9 @@ def remove_tasks(router: MiniMLP, names: Sequence[str]) -> MiniMLP:
 
 @dataclass(frozen=True, kw_only=True)
 class Extension:
-    """What a task that joined a bundle came to; `accuracy` is that of a fifth of the examples, left out for a first
-    try (None where there are too few), before all of them were learned."""
+    """The result of adding a task to a bundle. `accuracy` comes from a fifth of the examples, which a first try leaves
+    out; None if there are too few. The final router has all examples.
+    """
 
     names: tuple[str, ...]
     num_examples: int
@@ -84,7 +85,7 @@ def add_to_bundle(path: str | Path, task: Task, adapter: str | Path, *, seed: in
     """Puts an adapter, named after its task, into a bundle; the router learns it from the task's examples.
 
     Raises:
-        AdapterError: if no mixture could name the adapter.
+        AdapterError: if a mixture cannot name the adapter.
         BundleError: if the bundle has no router.
         TrainingError: if the router knows such a name already, or there is no example.
         RouterError: if the router is no mini-MLP.
@@ -111,7 +112,7 @@ def add_to_bundle(path: str | Path, task: Task, adapter: str | Path, *, seed: in
 
 
 def remove_from_bundle(path: str | Path, name: str) -> tuple[str, ...]:
-    """Takes an adapter out of a bundle and its router; gives the names that are left.
+    """Removes an adapter from a bundle and its router; returns the remaining names.
 
     Raises:
         BundleError: if the bundle has no router.
@@ -147,7 +148,7 @@ def _rewrite(path: str | Path, bundle: Bundle, router: MiniMLP, adapters: dict[s
 
 
 def _with(router: MiniMLP, trained: Sequence[str], near: Nearness | None, neighbours: Neighbours | None) -> MiniMLP:
-    """The router with some of its trained adapters, and others that joined."""
+    """The router with some of its trained adapters, and joined ones."""
     other = MiniMLP(
         trained,
         router.tokenizer,

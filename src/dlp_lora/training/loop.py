@@ -21,13 +21,13 @@ from dlp_lora.training.args import AdapterTrainingArgs
 from dlp_lora.training.batches import answer_loss, bucketed, has_dropout, micro_batches
 from dlp_lora.training.cpu import kept_memory
 
-MAX_TOKENS = 2048  # of one pass; larger batches are summed up part by part
+MAX_TOKENS = 2048  # of one pass; larger batches are computed in parts
 
 logger = logging.getLogger(__name__)
 
 
 class Run:
-    """The state of one training run, which a checkpoint holds in full."""
+    """The complete state of one training run, for checkpoints."""
 
     def __init__(
         self, model: PeftModel, examples: Sequence[tuple[list[int], list[int]]], args: AdapterTrainingArgs
@@ -41,7 +41,7 @@ class Run:
         )
         per_epoch = math.ceil(len(examples) / args.batch_size)
         self.num_steps = max(1, round(per_epoch * args.epochs))
-        stable = args.schedule == "warmup_stable_decay"  # a run of more epochs begins with the very same steps
+        stable = args.schedule == "warmup_stable_decay"  # a run of more epochs begins with the same steps
         self.num_warm = max(1, round(args.warmup * (per_epoch if stable else self.num_steps)))
         self.num_stable = self.num_steps - round(args.decay * self.num_steps) if stable else self.num_steps
         self.share = not has_dropout(model)
@@ -50,7 +50,7 @@ class Run:
 
     @property
     def step(self) -> int:
-        """How many steps are done."""
+        """The number of finished steps."""
         return len(self.losses)
 
     def save(self, work: Path, identity: dict[str, Any]) -> None:
@@ -65,7 +65,7 @@ class Run:
             write_json(folder / "state.json", state)
 
     def resume(self, work: Path, identity: dict[str, Any], *, at_most: int | None = None) -> None:
-        """Reads the checkpoint of the same run, if there is one, of `at_most` so many steps.
+        """Reads the checkpoint of the same run, if there is one with at most `at_most` steps.
 
         Raises:
             TrainingError: naming the checkpoint, if it is damaged.
@@ -124,10 +124,10 @@ def fit(
     *,
     on_stable: Callable[[], None] = lambda: None,
 ) -> None:
-    """Takes the steps that are left, with checkpoints in the folder `work`.
+    """Takes the remaining steps, with checkpoints in the folder `work`.
 
     Args:
-        on_stable: called where the learning rate is about to fall, with the schedule warmup_stable_decay.
+        on_stable: called before the learning rate falls, with the schedule warmup_stable_decay.
 
     Raises:
         TrainingError: if the loss is not finite.
@@ -152,8 +152,8 @@ def fit(
 
 
 def _step(run: Run) -> float:
-    """Learns the next batch, unless its loss is not finite; gives the loss."""
-    torch.manual_seed(run.args.seed * 1_000_003 + run.step)  # dropout, too, is the same after a resumption
+    """Learns the next batch, unless its loss is not finite; returns the loss."""
+    torch.manual_seed(run.args.seed * 1_000_003 + run.step)  # so that dropout is the same after a resumption
     for group in run.optimizer.param_groups:
         group["lr"] = run.learning_rate()
     loss = backward(run.model, run.batch(), share=run.share)
@@ -165,7 +165,7 @@ def _step(run: Run) -> float:
 
 
 def backward(model: torch.nn.Module, batch: Sequence[tuple[list[int], list[int]]], *, share: bool) -> float:
-    """Adds the gradients of the batch's mean loss a token, part by part; gives the loss."""
+    """Adds the gradients of the batch's mean loss per token, part by part; returns the loss."""
     num_tokens = sum(len(learned) for _, learned in batch)
     total = 0.0
     for part in micro_batches(batch, MAX_TOKENS):

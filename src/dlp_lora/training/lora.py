@@ -1,7 +1,7 @@
-"""The arithmetic of LoRA in training: PEFT's layers and float32 parameters, our own forward and backward pass.
+"""The arithmetic of LoRA in training: PEFT's layers and float32 parameters, with our forward and backward passes.
 
 PEFT multiplies by A and B layer by layer, on float32 copies of the input and of the gradient. Here layers that read one
-input share one product with their stacked A, all in the base's dtype, and a pass keeps only x and x A.
+input share one product with their stacked A, all in the base's dtype, and a pass stores only x and x A.
 """
 
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ from dlp_lora.bank.linear import Outputs, is_plain
 
 
 def compute_together(model: nn.Module, siblings: Sequence[Sequence[str]]) -> None:
-    """Lets PEFT's plain LoRA layers compute as `_LowRank`, siblings in one; the others go on as they are.
+    """Lets PEFT's plain LoRA layers compute with `_LowRank`, siblings together; other layers do not change.
 
-    `siblings` names layers that read one input, in the order they are called. When PEFT unloads its layers, nothing is
-    left of this.
+    `siblings` names layers that read one input, in the order of their calls. When PEFT unloads its layers, this ends,
+    too.
     """
     plain = {name: layer for name, layer in model.named_modules() if _is_plain_lora(layer)}
     for names in siblings:
@@ -38,7 +38,7 @@ def _is_plain_lora(layer: nn.Module) -> bool:
 
 
 def _share(layers: Sequence[nn.Module]) -> None:
-    """Gives each layer a forward pass of its own; the one that is called first computes all of them."""
+    """Replaces the forward pass of each layer; the layer that is called first computes all of them."""
     outputs = Outputs()
 
     def forward(x: Tensor, own: int) -> Tensor:
@@ -65,7 +65,7 @@ def _project(layers: Sequence[Any], x: Float[Tensor, "*batch d_in"]) -> list[Ten
 class _LowRank(torch.autograd.Function):
     """`y_i = W_i x + scale_i B_i A_i x` for the layers i that read one x; every W is frozen.
 
-    One product with all W stacked is no faster than one each.
+    One product with all W stacked is not faster than separate ones.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Logged decisions as lessons: the lines of a routing log that a person has looked through, samples out."""
+"""Training from a routing log: the lines that a person has corrected in, samples out."""
 
 import json
 import logging
@@ -14,13 +14,12 @@ logger = logging.getLogger(__name__)
 
 
 def read_routed(path: str | Path, names: Sequence[str]) -> list[Sample]:
-    """Reads a log of `RoutingLog`: each text once, with the adapter that its line names, by its place among `names`.
+    """Reads a log of `RoutingLog`: each text once, with the index in `names` of the adapter that its line names.
 
-    Lines for the base model alone (`adapter` is null) are left out, as a router learns adapters only.
+    Lines for the base model (`adapter` is null) are left out, because a router learns only adapters.
 
     Raises:
-        TrainingError: naming the line, if it has no text, an adapter of another name, or another one than the same
-            text has elsewhere.
+        TrainingError: naming the line, if it has no text or an unknown adapter, or if the same text has two adapters.
     """
     path = Path(path)
     adapters: dict[Context, tuple[str, int]] = {}

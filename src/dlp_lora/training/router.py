@@ -1,7 +1,7 @@
 """Trains a router, mini-MLP or encoder, on the tasks' texts (section 3.1), and measures it on held-out ones.
 
-What it learns from is drawn by `dlp_lora.training.contexts`. Held-out texts of the training part then fit how sure it
-may be: a temperature, and the logit of "none of them".
+`dlp_lora.training.contexts` draws the texts. Held-out texts of the training part then set the temperature and the
+threshold for "no adapter fits".
 """
 
 import math
@@ -23,7 +23,7 @@ from dlp_lora.errors import TrainingError
 from dlp_lora.files import write_json
 from dlp_lora.progress import OnProgress, Progress, unseen
 from dlp_lora.router import Calibration, Context, Encoded, EncoderRouter, Measured, MiniMLP, MiniMLPConfig, TextEncoder
-from dlp_lora.router import load_tokenizer as load_tokenizer  # for those who train
+from dlp_lora.router import load_tokenizer as load_tokenizer  # for callers of this module
 from dlp_lora.router.context import fit_temperature
 from dlp_lora.router.encoder import albert_config
 from dlp_lora.router.nearness import Nearness
@@ -47,11 +47,11 @@ TrainedRouter = MiniMLP | EncoderRouter
 
 @dataclass(frozen=True, kw_only=True)
 class RouterTrainingArgs:
-    """How a router is trained, and of which kind it is.
+    """The settings of a router's training, and its kind.
 
-    `encoder` is the folder or hub id that an "encoder" starts from, weights and tokenizer; None is ALBERT-base with
-    random weights, reading through the tokenizer that it is given. In each epoch as many contexts are drawn as there
-    are examples, as many of each task; tasks of few examples are drawn from more often, `draws` times in all.
+    `encoder` is the folder or hub id with the first weights and the tokenizer of an "encoder"; None is ALBERT-base with
+    random weights and the `tokenizer` argument. Each epoch draws as many contexts as there are examples, equally many
+    per task, but at least `draws` per task in all epochs together.
     """
 
     kind: Kind = "mini-mlp"
@@ -91,7 +91,7 @@ class RouterTrainingArgs:
 
 @dataclass(frozen=True, kw_only=True)
 class RouterReport:
-    """What a router got right on the tasks' test prompts, or without any on the training prompts that were held out.
+    """A router's results on the tasks' test prompts, or on held-out training prompts if there are no test prompts.
 
     `confusion[i][j]` counts prompts of task i that went to task j. The calibration error is the mean gap between
     confidence and accuracy over 15 bins of confidence (ECE), before and after the temperature.
@@ -111,7 +111,7 @@ class RouterReport:
     losses: list[float] = field(repr=False, default_factory=list)
 
     def mistakes(self) -> list[tuple[str, float, dict[str, int]]]:
-        """Lists the tasks that lost test prompts, worst first: name, accuracy, and where they went."""
+        """Lists the tasks with wrong test prompts, worst first: name, accuracy, and the chosen tasks."""
         rows = []
         for i, name in enumerate(self.names):
             others = {o: n for o, n in zip(self.names, self.confusion[i], strict=True) if n and o != name}
@@ -133,19 +133,18 @@ def train_router(
     routed: Sequence[Sample] = (),
     on_progress: OnProgress = unseen,
 ) -> tuple[TrainedRouter, RouterReport]:
-    """Trains a router over the tasks, named after them, and measures it on their test prompts.
+    """Trains a router for the tasks and measures it on their test prompts.
 
-    If no task has any, it is measured on the training prompts that were held out: the router did not learn them, but
-    they fitted how sure it may be. A task of a single example is then measured on this one, which was learned.
+    If no task has test prompts, it is measured on the held-out training prompts. The router did not learn these, but
+    they set its threshold. A task with a single example is measured on this example, which was learned.
 
     Args:
-        tokenizer: what a mini-MLP, or an encoder of random weights, reads text through.
+        tokenizer: for a mini-MLP, or for an encoder with random weights.
         config: of a mini-MLP.
-        routed: texts with the task that each belongs to, as `read_routed` gives them; each is learned as it is,
-            `ROUTED_DRAWS` times an epoch.
+        routed: texts with their tasks, from `read_routed`; each is learned unchanged, `ROUTED_DRAWS` times per epoch.
 
     Raises:
-        RouterError: if the encoder to start from cannot be loaded.
+        RouterError: if the encoder cannot be loaded.
         TrainingError: with fewer than two tasks, or if one has no whole example.
     """
     args = args or RouterTrainingArgs()
@@ -188,7 +187,7 @@ def train_router_into(
 ) -> RouterReport:
     """Trains a router as `train_router` does, and writes it into a folder with the report beside it.
 
-    `about` is what else the report says.
+    `about` are further entries of the report.
     """
     router, report = train_router(tasks, tokenizer, args, routed=routed, on_progress=on_progress)
     router.save_pretrained(folder)
@@ -203,7 +202,7 @@ def _split(tasks: Sequence[Task], share: float, rng: random.Random) -> tuple[lis
         rng.shuffle(examples)
         size = min(max(round(share * len(examples)), share > 0), len(examples) - 1)
         train.append(examples[size:])
-        held_out.append(examples[:size] or examples)  # there is nothing better for a single one
+        held_out.append(examples[:size] or examples)  # a single prompt must also be trained on
     return train, held_out
 
 
@@ -226,7 +225,7 @@ def _fit(
     optimizers = _optimizers(router, args)
     rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     num_steps = (len(encoded) + args.batch_size - 1) // args.batch_size
-    # An encoder tells texts of no adapter by its logits, which smoothing would make alike.
+    # An encoder recognises foreign texts by its logits, and smoothing would make these similar.
     smoothing = args.label_smoothing if isinstance(router, MiniMLP) else 0.0
     losses: list[float] = []
     router.train()
@@ -275,7 +274,7 @@ def _dropped(context: Encoded, share: float, rng: random.Random) -> Encoded:
     prompt = context.prompt
     if share == 0:
         return context
-    # A stretch of the prompt is left out as often as scattered tokens: texts come cut short, too.
+    # Half of the time a stretch is left out instead of scattered tokens, because texts may be cut short.
     if len(prompt) > 8 and rng.random() < 0.5:
         size = rng.randrange(len(prompt) // 2)
         begin = rng.randrange(len(prompt) - size)
@@ -305,7 +304,7 @@ def _calibrate(
 
 
 def _abstaining(router: TrainedRouter, contexts: Sequence[Context], temperature: float, coverage: float) -> Calibration:
-    """Fits the threshold of the score, which tells texts of no task; confidence takes them for texts between two."""
+    """Fits the threshold of the score for foreign texts; confidence cannot distinguish them from texts of two tasks."""
     scores = torch.cat([router.scores(part) for part in _parts(contexts)])
     # Half of the texts are to fit with at least MEDIAN_FIT; few and like texts say little about others.
     median = scores.median().item()

@@ -27,11 +27,11 @@ SCALES = tuple(2.0**i for i in range(5, 12))
 
 @dataclass(frozen=True)
 class Twin:
-    """A model that must compute what the engine does under these weights, given for each row or for all at once."""
+    """A model that must give the engine's results under these weights, which are for each row or for all."""
 
     model: Any
     mixtures: Mapping[str, float] | list[dict[str, float]]
-    inputs: Mapping[str, Any] = field(default_factory=dict)  # what it is given besides
+    inputs: Mapping[str, Any] = field(default_factory=dict)  # further arguments
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The bank benchmark (Table 6): what decoding and fusing cost as the bank grows, in memory and on disk."""
+"""The bank benchmark (Table 6): the cost of decoding and fusing with growing banks, in memory and on disk."""
 
 import time
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ NUM_HITS = 48
 
 @dataclass(frozen=True, kw_only=True)
 class BankArgs(DecodingArgs):
-    """What is measured; a bank of fewer than `selected` fuses them all."""
+    """The settings; a bank with fewer than `selected` adapters fuses all of them."""
 
     sizes: Annotated[tuple[int, ...], "Adapters in memory."] = (1, 5, 10, 20, 50, 100)
     on_disk: Annotated[tuple[int, ...], "Adapters in their files."] = (1000,)
@@ -58,7 +58,7 @@ bench_bank = Benchmark(
 
 
 def _open(case: Case, size: int, selected: int, budget_mb: float | None) -> tuple[Engine, Row]:
-    """Loads a bank and fuses all its adapters in turn; gives the engine and what that took."""
+    """Loads a bank and fuses all its adapters in turn; returns the engine and the times."""
     base = base_model(case)
     grown = growth_mb(case.device)
     start = time.perf_counter()
@@ -71,7 +71,7 @@ def _open(case: Case, size: int, selected: int, budget_mb: float | None) -> tupl
     kept_mb = _kept_mb(engine)
     if budget_mb and kept_mb > budget_mb:
         raise DLPLoRAError(f"the bank keeps {kept_mb:.1f} MB under a budget of {budget_mb} MB; no figures are given")
-    # What was fused last is still in place, so one mixture alone takes turns with another.
+    # The last mixture is still in the buffers, so two mixtures take turns.
     turns = recent if len(recent) > 1 else [*recent, Mixture({names[-1]: 1.0})]
     times = [(turn, _fuse_ms(engine, turn)) for _ in range(NUM_HITS // len(recent)) for turn in turns]
     hits = [ms for turn, ms in times if turn in recent]
@@ -88,13 +88,13 @@ def _open(case: Case, size: int, selected: int, budget_mb: float | None) -> tupl
 
 
 def _kept_mb(engine: Engine) -> float:
-    """Megabytes of adapters that the bank has ready, without what is fused of them."""
+    """Megabytes of the bank's adapters, without fused ones."""
     buffers = {tensor.data_ptr() for group in engine.bank.groups for tensor in group.buffers()}
     return sum(t.nbytes for t in engine.bank.tensors() if t.data_ptr() not in buffers) / MB
 
 
 def _fuse_ms(engine: Engine, mixture: Mixture) -> float:
-    engine.bank.forget()  # what is fused already is not fused again
+    engine.bank.forget()  # otherwise a fused mixture is not fused again
     start = time.perf_counter()
     engine.bank.fuse([mixture])
     synchronise(engine.model.device)

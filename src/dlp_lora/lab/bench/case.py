@@ -1,4 +1,4 @@
-"""What the benchmarks share: settings in, a case to measure for each precision, and a record out."""
+"""The shared parts of the benchmarks: settings in, a case for each precision, and a record out."""
 
 import tempfile
 from collections.abc import Callable, Mapping
@@ -69,9 +69,7 @@ class AdapterBenchArgs(BenchArgs):
     r: Annotated[int, "Rank of the adapters."] = 8
     target_modules: Annotated[tuple[str, ...], 'Adapted modules, or "all-linear".'] = ("q_proj", "v_proj")
     dtypes: Dtypes = ("bfloat16",)
-    prompts: Annotated[
-        str | None, "Folder of task folders whose questions are asked. [default: the package's own prompts]"
-    ] = None
+    prompts: Annotated[str | None, "Folder of task folders with questions. [default: the package's prompts]"] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,7 +81,7 @@ class AdapterBenchArgs(BenchArgs):
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One precision of a benchmark: what its variants are made of, and what they read."""
+    """One precision of a benchmark: the parts of its variants, and their prompts."""
 
     benchmark: str
     model: str | Path
@@ -97,7 +95,7 @@ class Case:
 
     @property
     def scenario(self) -> str:
-        """What a progress bar calls it."""
+        """Its name for a progress bar."""
         return f"{self.benchmark}, {self.dtype}"
 
     @property
@@ -190,7 +188,7 @@ def begin(args: BenchArgs) -> torch.device:
 def record(
     benchmark: str, model: str | Path, args: BenchArgs, rows: list[Row], *, bandwidth: float, does_not_measure: str
 ) -> dict[str, Any]:
-    """Gives what was measured, and on what, as JSON data."""
+    """Returns the results, the settings and the environment as JSON data."""
     settings = asdict(args)
     if settings.get("prompts"):
         settings["prompts"] = Path(settings["prompts"]).name
@@ -206,7 +204,7 @@ def record(
 
 
 def read_prompts(data: str | None) -> tuple[str, ...]:
-    """The package's own prompts, or questions of a data folder, one of each task in turn."""
+    """The package's prompts, or questions of a data folder, one of each task in turn."""
     if data is None:
         return PROMPTS
     examples = zip_longest(*(task.test or task.train for task in read_data(data)))

@@ -1,4 +1,4 @@
-"""The context benchmark: what a switch costs in the middle of a long text, under each KV policy, beside a sentence."""
+"""The context benchmark: the cost of a switch in a long text, under each KV policy, compared with a sentence."""
 
 import time
 from typing import Any, get_args

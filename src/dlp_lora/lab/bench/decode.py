@@ -28,7 +28,7 @@ from dlp_lora.lab.bench.timing import BASE
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeArgs(DecodingArgs):
-    """What is measured."""
+    """The settings."""
 
     num_adapters: NumAdapters = 26
     batch: Batch = 1

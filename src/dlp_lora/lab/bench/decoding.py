@@ -81,7 +81,7 @@ def _alike(name: str) -> str:
 def _switches(variant: Any) -> dict[str, Any]:
     """How many sentences a row of the last answer had, how often it switched, and the ways that layers were multiplied.
 
-    So what is timed is live.
+    So the timed mixture changes.
     """
     each = variant.last_traces if isinstance(variant, Engine) else None
     if each is None:

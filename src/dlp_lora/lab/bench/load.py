@@ -20,7 +20,7 @@ Body = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A server: what a table calls it, its address, which ends with /v1, and the model to ask for."""
+    """A server: its name for tables, its address, which ends with /v1, and the model name."""
 
     name: str
     url: str
@@ -29,7 +29,7 @@ class Target:
 
 @dataclass(kw_only=True)
 class Answer:
-    """A streamed answer: when it was asked for, when its pieces came, and what they said.
+    """A streamed answer: the times of the request and of its pieces, and their texts.
 
     `routing` has the `dlp` objects of its pieces, in their order.
     """

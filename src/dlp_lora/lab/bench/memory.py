@@ -1,4 +1,4 @@
-"""Memory: what a variant holds, what a run takes on top of it, and how fast the machine reads it.
+"""Memory: the tensors of a variant, the additional memory of a run, and the machine's reading speed.
 
 The variants of a benchmark live in one process, so its resident memory says nothing about one of them. Counted are
 the bytes of tensors: those that a model holds, and the most that PyTorch's allocator gave out at a time in one run.
@@ -33,7 +33,7 @@ class Memory:
     peak_mb: float
 
     def columns(self, base: "Memory") -> dict[str, float]:
-        """What a table says of it, over the base."""
+        """Its columns in a table, over the base."""
         return {
             "held_mb": round(self.held_mb, 2),
             "peak_mb": round(self.peak_mb, 2),
@@ -73,7 +73,7 @@ def held_mb(*models: nn.Module, tensors: Iterable[Tensor] = ()) -> float:
 
 
 def held_nbytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of memory that tensors keep; what storages share, as fused layers and their base do, counts once."""
+    """Bytes of tensors; a shared storage, as of fused layers and their base, counts once."""
     storages = [tensor.untyped_storage() for tensor in tensors]
     total = 0
     for device in {storage.device for storage in storages}:
@@ -93,7 +93,7 @@ def read_mb(model: nn.Module) -> float:
 
 
 def peak_mb(run: Callable[[], object], device: torch.device) -> float:
-    """The most megabytes that a run has allocated at a time, beyond what there was before."""
+    """The largest number of megabytes that a run has allocated in addition."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)

@@ -1,4 +1,4 @@
-"""What is measured against what: a base model with nothing on it, our engine, and PEFT's own ways.
+"""The compared models: a plain base model, our engine, and PEFT's ways.
 
 Each variant has a model of its own.
 """
@@ -58,7 +58,8 @@ def mini_mlp(names: Sequence[str], tokenizer: Tokenizer) -> Router:
     torch.manual_seed(0)
     router = MiniMLP(names, tokenizer).eval()
     with torch.no_grad():
-        # Of random weights, the biases outweigh the text. Without what it says of any text, it goes by what differs.
+        # With random weights, the biases outweigh the text. Without the mean over texts, the router depends on the
+        # text.
         router.head.bias.sub_(router(router.encode_all([Context(text) for text in PROMPTS])).mean(dim=0))
         router.near = Nearness.of(torch.randn(len(names), 4, router.config.hidden))  # which a trained one asks, too
     return router
@@ -90,7 +91,7 @@ def engine_with(
         policy=TopK(selected),
         # A router of random weights is never sure: without a margin it switches at every sentence.
         switching=Switching(min_tokens=4, margin=0.0),
-        kv_policy="keep",  # a token's own cost; `bench switch` has what a switch costs under either
+        kv_policy="keep",  # the cost of a token; `bench switch` measures switches
         budget_mb=budget_mb,
         prepack=prepack,
     )

@@ -35,7 +35,7 @@ COMPILERS = ("g++", "clang++")
 
 @dataclass(frozen=True, kw_only=True)
 class PathsArgs(DecodingArgs):
-    """What is measured."""
+    """The settings."""
 
     num_adapters: NumAdapters = 26
     compiled: Annotated[bool, "Compiled steps, too; on a CPU they need a C++ compiler."] = True
@@ -80,7 +80,7 @@ def _measure(case: Case, args: PathsArgs) -> list[Row]:
         )
         for name, variant in ((COMPILED, compiled_base(case)), ("dlp-lora, compiled", compiled)):
             variants[name], given[name] = variant, static
-            # Once before memory is counted: what compiling takes is not the price of a token.
+            # Once before memory is counted, because compiling does not belong to a token.
             own = variant.model if variant is compiled else variant
             generation(own, [{**prompts[0], **static}], 3)(0, lambda: None)
     with merged.merged(dict.fromkeys(case.names[: args.selected], 1 / args.selected)):

@@ -34,7 +34,7 @@ PEFT_ACTIVE = "peft several active"
 
 @dataclass(frozen=True, kw_only=True)
 class PeersArgs(DecodingArgs):
-    """What is measured. Every method holds `num_adapters` and uses `selected` at a time."""
+    """The settings. Every method has `num_adapters` and uses `selected` at a time."""
 
     num_adapters: NumAdapters = 8
     selected: Annotated[int, "Adapters used at a time."] = 2
@@ -73,7 +73,7 @@ bench_peers = Benchmark(
 
 
 def _arrow(case: Case, args: PeersArgs) -> Any:
-    # PEFT takes the adapter's type from the first path's name unless it is told.
+    # By default, PEFT takes the adapter's type from the first path's name.
     paths = [str(path) for path in case.adapters.values()]
     return create_arrow_model(
         base_model(case), task_specific_adapter_paths=paths, arrow_config=ArrowConfig(top_k=args.selected)
@@ -120,4 +120,4 @@ PEERS: dict[str, Callable[[Case, PeersArgs], Any]] = {
     "pesc (ours)": _baseline(attach_pesc),
     "lora-switch (ours)": _baseline(attach_lora_switch),
 }
-"""Every peer by name; "(ours)" marks what this package wrote from a paper."""
+"""Every peer by name; "(ours)" marks methods that this package wrote from a paper."""

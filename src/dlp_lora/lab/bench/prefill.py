@@ -42,7 +42,7 @@ CHECKED_LENGTH = 64  # tokens of the prompts on which paths are compared
 
 @dataclass(frozen=True, kw_only=True)
 class PrefillArgs(AdapterBenchArgs):
-    """What is measured."""
+    """The settings."""
 
     rounds: Rounds = 5
     num_adapters: NumAdapters = 26
@@ -134,7 +134,7 @@ def _logit_errors(
 ) -> dict[str, float]:
     """How far the logits of each prompt's last token are from those of the same variant in float32, of their size.
 
-    What is computed is the same but for the precision, so the base's own error beside ours says what ours costs.
+    Only the precision differs, so the base's error is the measure for ours.
     """
     wide, k = replace(case, dtype="float32"), args.selected
 

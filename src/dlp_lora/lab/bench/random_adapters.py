@@ -1,4 +1,4 @@
-"""Random adapters: a base model's shapes in, PEFT folders out. They cost what trained ones do."""
+"""Random adapters: a base model's shapes in, PEFT folders out. They cost as much as trained ones."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -20,7 +20,7 @@ NUM_SWITCHES = 16
 
 @dataclass(frozen=True, kw_only=True)
 class RoutersArgs(DecodingArgs):
-    """What is measured."""
+    """The settings."""
 
     num_adapters: NumAdapters = 26
     new_tokens: NewTokens = 64

@@ -33,7 +33,7 @@ from dlp_lora.policy import Mixture
 from dlp_lora.progress import OnProgress, unseen
 from dlp_lora.tasks import PROCEDURAL, procedural_task
 
-MODEL = "bench"  # what clients call the routed model
+MODEL = "bench"  # the routed model's name
 ENGINE, BASE = "engine.stream", "base, generate"
 LOADS = ("fixed", "keep", "recompute")
 PARTS = ("load", "chunk", "memory", "disk")
@@ -51,7 +51,7 @@ ASKED_ON_DISK = 16
 
 @dataclass(frozen=True, kw_only=True)
 class ServeArgs(BenchArgs):
-    """What is measured."""
+    """The settings."""
 
     rounds: Annotated[int, "Rounds after the warm-up."] = 3
     bundle: Annotated[str, "Bundle whose adapters and router are served."] = "runs/demo/bundle"
@@ -103,7 +103,7 @@ def bench_serve(
 
 @dataclass(frozen=True, kw_only=True)
 class _Case:
-    """One precision: the servers that are started, and what they are asked."""
+    """One precision: the servers, and the requests to them."""
 
     model: str
     args: ServeArgs

@@ -139,7 +139,7 @@ def _ended_by_sigterm() -> Iterator["list[subprocess.Popen[bytes]]"]:
 
 
 def agree(before: Mapping[float, float], after: Mapping[float, float], values: Sequence[float]) -> bool:
-    """Whether percentiles of what a histogram has counted meanwhile are those of the values, within one bucket."""
+    """Whether the percentiles of a histogram's new counts are those of the values, within one bucket."""
     bounds = sorted(after)
     counts = [after[bound] - before.get(bound, 0) for bound in bounds]
     for share in PERCENTILES:

@@ -187,7 +187,7 @@ class _Soak:
             await asyncio.sleep(LOOK_S)
 
     def _idle(self) -> dict[str, int]:
-        """Rows, threads and sockets of a server that nobody asks; waits until its rows have ended."""
+        """Rows, threads and sockets of an idle server; waits until its rows have ended."""
         until = time.monotonic() + IDLE_S
         while (rows := self.server.num_rows()) and time.monotonic() < until:
             time.sleep(0.1)
@@ -205,7 +205,7 @@ def _is_socket(fd: Path) -> bool:
 
 
 def _read(answer: Answer) -> tuple[Any, Any]:
-    """What was read, and under which mixture the answer began."""
+    """The text of the answer, and its first mixture."""
     last: Mapping[str, Any] = answer.routing[-1] if answer.routing else {}
     trace = last.get("trace") or [{}]
     return last.get("prompt_tokens"), trace[0].get("mixture")

@@ -24,7 +24,7 @@ OWN_TASKS = ("unit_conversion", "object_counting")
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """Where the benchmarks run, and what only some of them vary."""
+    """The machine's settings, and those that only some benchmarks vary."""
 
     device: str
     dtypes: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""The switch benchmark: what a sentence pays for another mixture, in parts, beside PEFT's own way to mix adapters."""
+"""The switch benchmark: the parts of a switch's cost, compared with PEFT's way to mix adapters."""
 
 import time
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ PEFT_MIXTURE = "mixture"
 
 @dataclass(frozen=True, kw_only=True)
 class SwitchArgs(AdapterBenchArgs):
-    """What is measured: mixtures of 1, 2, ... `selected` adapters."""
+    """The settings: mixtures of 1, 2, ... `selected` adapters are measured."""
 
     sizes: Annotated[tuple[int, ...], "Adapters in the bank."] = (10, 26, 100)
     num_switches: Annotated[int, "Switches during which nothing may grow or move."] = 1000
@@ -74,7 +74,7 @@ bench_switch = Benchmark(
 
 
 def context_at(texts: Sequence[str], turn: int) -> Context:
-    """What a router reads at the beginning of a sentence: a prompt that it knows, and an answer that it does not."""
+    """A router's context at the beginning of a sentence: a known prompt, and a new answer."""
     answer = "".join(f"That is good question number {turn}, in part {i}. " for i in range(turn % 5 + 1))
     return Context(texts[turn % len(texts)], answer, "The")
 
@@ -135,7 +135,7 @@ def _peft_switch(peft: Any, names: Sequence[str]) -> Mixture:
 
 
 def _check_steady(engine: Engine, case: Case, args: SwitchArgs) -> dict[str, Any]:
-    """Switches many times between mixtures of all sizes; gives what that allocated, moved and kept."""
+    """Switches many times between mixtures of all sizes; counts allocations, moves and remaining memory."""
     groups = engine.bank.groups
 
     def go(num: int) -> None:

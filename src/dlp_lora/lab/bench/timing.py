@@ -21,7 +21,7 @@ BASE = "base"
 Run = Callable[[int], Mapping[str, float]]
 """Measures one round, of that number; gives milliseconds by quantity."""
 Stepwise = Callable[[int, Callable[[], None]], None]
-"""Does one round, of that number, and calls what it is given after every step."""
+"""Runs the round of this number, and calls its argument after every step."""
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,12 @@ def _in_turns(variants: Mapping[str, Stepwise], i: int) -> dict[str, list[float]
         for turn in turns.values():
             if not turn.is_done:
                 turn.take()
-    # What follows the last step, such as the sampling of the last token, is no step.
+    # Work after the last step, such as the sampling of the last token, is not a step.
     return {name: turn.seconds[:-1] for name, turn in turns.items()}
 
 
 class _Turn:
-    """A variant in a thread of its own, which runs only while it is its turn."""
+    """A variant in a separate thread, which runs only in its turn."""
 
     def __init__(self, run: Stepwise, i: int) -> None:
         self.seconds: list[float] = []

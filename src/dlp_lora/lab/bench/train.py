@@ -32,18 +32,18 @@ from dlp_lora.training.loop import MAX_TOKENS
 
 TRAINER = "transformers Trainer + PEFT"
 OURS = "dlp-lora"
-TOLERANCE = 0.05  # of what training takes off the loss: batches are drawn in another order
+TOLERANCE = 0.05  # of the decrease of the loss, because batches have another order
 
 # The two count the steps of a warm-up differently, which would show in the loss after few samples.
 RECIPE = AdapterTrainingArgs(warmup=0.0, schedule="constant", learning_rate=1e-3)
 
 Encoded = Sequence[tuple[list[int], list[int]]]
-"""Examples as token lists: what is read, and what is learned."""
+"""Examples as token lists: the tokens to read, and those to learn."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainArgs(BenchArgs):
-    """What is measured: training by the same recipe on `num_samples` examples of each task."""
+    """The settings: training with the same recipe on `num_samples` examples of each task."""
 
     rounds: Rounds = 3
     num_samples: Annotated[int, "Training examples of each task."] = 48

@@ -43,7 +43,7 @@ class AnswerArgs:
     likelihoods: bool = True  # score the choices of multiple-choice questions as well
 
     def identity(self) -> dict[str, Any]:
-        """What answers depend on, as JSON data."""
+        """The settings on which answers depend, as JSON data."""
         found = asdict(self)
         if not self.chat_template_kwargs:  # as answers of before have it
             del found["chat_template_kwargs"]
@@ -75,7 +75,7 @@ class Question:
 
     @property
     def key(self) -> Key:
-        """What tells it from all others."""
+        """A key that identifies it."""
         return self.task, self.index
 
 
@@ -84,7 +84,7 @@ def batches(
 ) -> tuple[list[list[Question]], dict[str, int]]:
     """Pools the tasks' test questions into batches of like lengths.
 
-    Also counts what is left out: what does not fit the context, and answers whose beginning is given.
+    Also counts questions that are left out: those that are too long, and those with an `answer_prefix`.
 
     Raises:
         TaskError: if no question is left.
@@ -113,7 +113,7 @@ def batches(
 
 
 def identity_of(engine: Engine, tasks: Sequence[Task], method: Method) -> dict[str, Any]:
-    """What answers depend on beside their arguments; what was kept under another is not used."""
+    """The other settings on which answers depend; stored rows with others are not used."""
     found: dict[str, Any] = {
         "model": Path(engine.model.config._name_or_path).name,
         "model_hash": model_hash(engine.model),
@@ -132,14 +132,14 @@ def rounded(mixture: Mixture) -> Mixture:
 
 
 Known = dict[tuple[str, int, Mixture], Any]
-"""What was computed for a question, by its task, its place there and the mixture, its weights to four digits."""
+"""The result for a question, by its task, its index there and the mixture (weights with four digits)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
     """A way to answer questions: how a batch is, and which column of its rows depends on the mixture alone.
 
-    That is not computed again for another method. What was kept under other settings is an error, or is replaced.
+    It is not computed again for another method. Stored rows with other settings are an error, or are replaced.
     """
 
     name: str
@@ -148,7 +148,7 @@ class Way:
     replaces: bool = False
 
     def known(self, rows: Sequence[Mapping[str, Any]]) -> Known:
-        """What another method may take from rows."""
+        """The results that another method may use."""
         kept = [row for row in rows if self.column in row]
         return {(row["task"], row["index"], Mixture(row["mixture"])): row[self.column] for row in kept}
 
@@ -169,7 +169,7 @@ def answer_all(
 
     Args:
         way: to answer; freely by default.
-        known: what was computed for other methods.
+        known: results of other methods.
 
     Raises:
         RecordError: if the file was begun with other settings.

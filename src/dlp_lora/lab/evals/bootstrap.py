@@ -1,4 +1,4 @@
-"""Bootstrap: what each example contributes in, 95 % intervals out.
+"""Bootstrap: each example's contribution in, 95 % intervals out.
 
 Whoever asks gets the same draws of as many examples: that pairs methods that answered the same questions.
 """

@@ -1,4 +1,4 @@
-"""What answering without a model would score, for tasks whose manifest does not say."""
+"""The scores of answers without a model, for tasks whose manifest does not have them."""
 
 from collections import Counter
 from dataclasses import replace
@@ -12,7 +12,7 @@ from dlp_lora.tasks.task import Task
 
 
 def described(task: Task, info: TaskInfo, kind: str) -> TaskInfo:
-    """Fills in what a manifest leaves out: the paper's name from the catalog, chance and majority from the examples."""
+    """Completes a manifest: the paper's name from the catalog, chance and majority from the examples."""
     listed = CATALOG.get(task.name)
     chance, majority = (_chance(task), _majority(task)) if kind == "mcq" else (None, None)
     return replace(
@@ -24,7 +24,7 @@ def described(task: Task, info: TaskInfo, kind: str) -> TaskInfo:
 
 
 def _chance(task: Task) -> float | None:
-    """The accuracy of picking a choice at random; None where a test question has none."""
+    """The accuracy of a random choice; None if a test question has no choices."""
     if not task.test or not all(example.choices for example in task.test):
         return None
     shares = [np.mean([exact_match(c, example.accepted) for c in example.choices or ()]) for example in task.test]

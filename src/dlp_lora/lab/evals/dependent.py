@@ -82,7 +82,7 @@ def first_word_and_length(rng: random.Random) -> Dependent:
 
 
 def count_and_give(rng: random.Random) -> Dependent:
-    """A count of objects, and what is left of them."""
+    """A count of objects, and of the remaining ones."""
     first = object_counting(rng)
     (count,) = map(int, first.values)
     n = rng.randint(1, count)
@@ -126,7 +126,7 @@ def sequence_and_more(rng: random.Random) -> Dependent:
 
 
 def translate_and_count(rng: random.Random) -> Dependent:
-    """A Spanish translation, and what it is made of."""
+    """A Spanish translation, and its parts."""
     english, spanish, gender = rng.choice(NOUNS)
     adjective = rng.choice(ADJECTIVES)
     translation = f"{spanish} es {adjective[1 + gender]}."

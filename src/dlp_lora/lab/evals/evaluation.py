@@ -39,7 +39,7 @@ class Evaluation:
         forced: Collection[str] = (),
         on_progress: OnProgress = unseen,
     ) -> None:
-        """Adds the answers of methods, or what is left of those kept in `folder`; along the gold ones for `forced`.
+        """Adds the answers of methods that `folder` lacks; teacher-forced ones for `forced`.
 
         Raises:
             RecordError: if answers were kept there under other settings.
@@ -62,7 +62,7 @@ class Evaluation:
                 known |= way.known(rows)
 
     def record(self) -> Answered:
-        """The scores of all methods with intervals and differences, what was cut short, and the time it took."""
+        """The scores of all methods with intervals and differences, the number of cut answers, and the time."""
         by_name = {task.name: task for task in self.tasks}
         tables = {name: tabulate(rows, by_name, self.kinds) for name, rows in self.free.items()}
         return Answered(

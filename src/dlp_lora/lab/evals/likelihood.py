@@ -43,7 +43,7 @@ def choice_likelihoods(
 def teacher_forced(engine: Engine, read: Sequence[int], learned: Sequence[int], mixture: Mixture) -> list[int]:
     """Gives the likeliest token at each place of the gold answer, with the gold tokens before it given.
 
-    This is what the paper's released code measures: one forward pass over prompt and gold answer. It flatters every
+    The paper's released code measures this: one forward pass over prompt and gold answer. It flatters every
     method, as each token is guessed after a correct beginning.
     """
     model: Any = engine.model

@@ -22,7 +22,7 @@ Key = tuple[str, int]
 class Method:
     """One way to choose adapters: a mixture for each question, or settings under which the router chooses.
 
-    `label` is what tables call it, if they have a shorter word than `about`, which says who chooses.
+    `label` is its short name in tables, if there is one; `about` says who chooses.
     """
 
     name: str
@@ -120,7 +120,7 @@ _SERIAL = {
 
 
 def label(method: str) -> str:
-    """What tables call a method: its name, if they have no other word for it."""
+    """A method's name in tables: its label, else its name."""
     return (METHODS[method].label if method in METHODS else "") or method
 
 

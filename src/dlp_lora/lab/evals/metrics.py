@@ -26,7 +26,7 @@ class Rouge:
 
 
 def normalise(text: str) -> str:
-    """Lower case, single spaces, no full stop at the end: what two equal answers share."""
+    """The form in which answers are compared: lower case, single spaces, no full stop at the end."""
     return " ".join(text.lower().split()).removesuffix(".")
 
 
@@ -44,7 +44,7 @@ def contains(answer: str, references: Sequence[str]) -> bool:
 
 
 def text_after(answer: str, reference: str) -> str | None:
-    """What stands in the answer behind the first place of a reference as whole words; None if it is not there."""
+    """The text of the answer after the first occurrence of a reference as whole words; None if there is none."""
     wanted = normalise(reference)
     # "3" does not stand in "3.5", nor "5".
     found = re.search(rf"(?<!\w)(?<!\d\.){re.escape(wanted)}(?!\w|\.\d)", normalise(answer)) if wanted else None
@@ -59,10 +59,10 @@ def bleu_signature() -> str:
 
 
 def check_scoring(kinds: Iterable[str]) -> None:
-    """Checks that what scores answers is installed, before there are any.
+    """Checks that the packages for scores are installed, before any answer.
 
     Raises:
-        DLPLoRAError: naming what to install.
+        DLPLoRAError: naming the packages to install.
     """
     if "qa" in kinds:
         rouge_each([""], [[""]])
@@ -70,7 +70,7 @@ def check_scoring(kinds: Iterable[str]) -> None:
 
 
 def bleu_statistics(answers: Sequence[str], references: Sequence[Sequence[str]]) -> Int[np.ndarray, "answers 10"]:
-    """What each answer contributes to corpus BLEU: its length, the closest reference's, n-grams matched, n-grams.
+    """Each answer's contribution to corpus BLEU: its length, the closest reference's, matching n-grams, n-grams.
 
     `bleu_of` turns sums of rows into scores, so that resampling tokenises nothing.
     """
@@ -96,7 +96,7 @@ def bleu_of(sums: Num[np.ndarray, "draws 10"]) -> Float[np.ndarray, " draws"]:
 
 
 def bleu_letters_each(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """BLEU of each answer alone over its letters, spaces among them, 0 to 1: what the paper's code averages.
+    """BLEU of each answer alone over its letters, with spaces, 0 to 1, as the paper's code averages it.
 
     Without smoothing, so that an answer that shares no four letters in a row scores zero.
     """

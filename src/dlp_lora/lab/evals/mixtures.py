@@ -1,4 +1,4 @@
-"""Do mixtures matter: questions that ask for two adapters at once, and what single adapters and mixtures make of them.
+"""Do mixtures matter: questions that need two adapters at once, answered by single adapters and by mixtures.
 
 Three kinds. Made: a skill of one procedural task, answered in the format of another. Crossed: a question of one of the
 paper's tasks in the format of another. Near: tasks that no adapter learned, between several that some did. Adapters and
@@ -84,7 +84,7 @@ def _formatted(example: Example, form: Format) -> Example:
 # Crossed: a question of a task in the format of another
 
 Cross = Callable[[Example, random.Random], Example | None]
-"""Rewrites an example; None where it cannot be."""
+"""Rewrites an example; None if this is impossible."""
 
 NUMBERS = (
     "one",
@@ -251,7 +251,7 @@ PAIRS: Mapping[str, tuple[float, float]] = {
     "the pair, 1/3 and 2/3": (1 / 3, 2 / 3),
     "the pair, 1 each": (1.0, 1.0),
 }
-"""Weights of the two adapters, whatever the router says: what the best of choices could reach."""
+"""Fixed weights of the two adapters, for the best possible choice."""
 
 
 def methods(mixed: Sequence[Mixed], rows: Mapping[Key, Mapping[str, float]]) -> dict[str, list[Method]]:
@@ -295,7 +295,7 @@ def _singles(mixed: Mixed, rows: Mapping[Key, Mapping[str, float]]) -> list[str]
 
 
 def right(rows: Sequence[Mapping[str, Any]], task: Task) -> Bool[np.ndarray, " questions"]:
-    """Where a method answers right: by the likeliest choice, else by the text, of steps by their result."""
+    """The right answers of a method: by the likeliest choice, else by the text; for steps, by their result."""
     found = np.zeros(len(task.test), dtype=bool)
     for row in rows:
         example = task.test[row["index"]]
@@ -350,7 +350,7 @@ def compared(
 def _difference(
     pairs: Sequence[tuple[Bool[np.ndarray, " tested"], Bool[np.ndarray, " tested"]]],
 ) -> dict[str, Any]:
-    """The mean over tasks of what the first gets right more than the second, with its 95 % interval over questions."""
+    """The mean over tasks of the first's lead over the second, with its 95 % interval over questions."""
     gaps: list[Float[np.ndarray, " tested"]] = [a.astype(float) - b.astype(float) for a, b in pairs]
     places_of = draws(*map(len, gaps), num_resamples=NUM_RESAMPLES)
     drawn = [own[places].mean(axis=1) for own, places in zip(gaps, places_of, strict=True)]

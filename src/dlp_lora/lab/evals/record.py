@@ -37,7 +37,7 @@ def compared(tables: Mapping[str, ValuesByTask], kinds: Mapping[str, str]) -> Co
 def teacher_forced_scores(
     rows: Mapping[str, Sequence[Mapping[str, Any]]], tasks: Mapping[str, Task], kinds: Mapping[str, str]
 ) -> TeacherForced:
-    """What the methods' teacher-forced answers score, by task and pooled."""
+    """The scores of the methods' teacher-forced answers, by task and pooled."""
     tables = {name: tabulate(own, tasks, kinds, forced=True) for name, own in rows.items()}
     means = {
         pool: {name: pooled(table, names) for name, table in tables.items()}
@@ -54,7 +54,7 @@ def teacher_forced_scores(
 def composites_of(tables: Mapping[str, ValuesByTask], kinds: Mapping[str, str]) -> dict[str, list[str]]:
     """The tasks that are pooled: those of choice and the free ones that every method has answers to.
 
-    A pool is called after its size, and after its kind too where both are of one size.
+    A pool is named after its size, and also after its kind if both kinds have the same size.
     """
     answered = [name for name in kinds if all(name in table for table in tables.values())]
     by_kind = {kind: [name for name in answered if kinds[name] == kind] for kind in ("mcq", "qa")}
@@ -94,7 +94,7 @@ def _mean(found: Sequence[Any]) -> Any:
 
 
 def serial_scores(rows: Sequence[dict[str, Any]], n: int) -> Serial:
-    """What answers to prompts of `n` questions score."""
+    """The scores of answers to prompts of `n` questions."""
     right = np.array([row["right"] for row in rows], dtype=float).reshape(-1, n)  # (prompts, questions)
 
     def share(key: str, digits: int = 5) -> float:

@@ -19,7 +19,7 @@ from dlp_lora.tasks.task import Task
 
 @dataclass(frozen=True)
 class Values:
-    """What each question of one task contributes to one metric, and how the sums over questions become a number."""
+    """Each question's contribution to one metric for one task, and the function from the sums to a number."""
 
     each: Float[np.ndarray, "questions parts"]
     score_of: Callable[[Float[np.ndarray, "draws parts"]], Float[np.ndarray, " draws"]]
@@ -43,7 +43,7 @@ def tabulate(
 ) -> ValuesByTask:
     """Gathers the answers of one method by task, in the order of the questions.
 
-    Where they are teacher-forced (`forced`), the BLEU of the paper's code stands beside sacrebleu's.
+    For teacher-forced answers (`forced`), the BLEU of the paper's code is added to sacrebleu's.
     """
     by_task: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:

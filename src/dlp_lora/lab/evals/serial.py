@@ -89,10 +89,10 @@ def fitting(engine: Engine, prompts: Sequence[SerialPrompt], args: AnswerArgs) -
 
 
 def serial_methods(names: Sequence[str], prompts: Sequence[SerialPrompt]) -> list[SerialMethod]:
-    """The methods: base, each question's own adapter by its label, and routed by what the router reads.
+    """The methods: base, each question's adapter by its label, and routed ones that differ in the router's input.
 
-    `dlp` cuts the prompt into its questions, `apart` answers each in a context of its own, `whole` reads it as one
-    text, `prompt-only` never switches. `alone` asks each question by itself: what the others are to come near.
+    `dlp` cuts the prompt into its questions, `apart` answers each in a separate context, `whole` reads it as one text,
+    `prompt-only` never switches. `alone` asks each question by itself: the goal of the others.
     """
     lines = {"segmenter": LineSegmenter, "switching": Switching(min_tokens=1, margin=0.0)}
     told = _Told(names, prompts)
@@ -170,7 +170,7 @@ def generate_serial(
 
 
 class LineBreaks(LogitsProcessor):
-    """Where an answer would end, writes a line break until there are `n` answers, and ends the text after the last."""
+    """Replaces the end of an answer by a line break until there are `n` answers, and ends the text after the last."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_ids: Iterable[int], n: int) -> None:
         self._eos = sorted(eos_ids)
@@ -205,7 +205,7 @@ def _line_breaks(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[in
 
 
 class _Told:
-    """A router that is told the tasks: it counts the lines that are written."""
+    """A router that knows the tasks: it counts the written lines."""
 
     def __init__(self, names: Sequence[str], prompts: Sequence[SerialPrompt]) -> None:
         self.names = tuple(names)
@@ -220,11 +220,11 @@ class _Told:
         return found
 
     def save_pretrained(self, path: str | Path) -> None:
-        raise ValueError("a router that is told the answers cannot be saved")
+        raise ValueError("a router that knows the answers cannot be saved")
 
 
 def _as_read(text: str) -> str:
-    """What a prompt and its decoded tokens share: some tokenizers normalise letters and spaces."""
+    """The form in which a prompt and its decoded tokens are compared: some tokenizers normalise letters and spaces."""
     return same_prompt(unicodedata.normalize("NFKC", text))
 
 

@@ -1,1 +1,1 @@
-"""Records: what a measurement was made on."""
+"""Records: the environment and the results of a measurement."""

@@ -1,4 +1,4 @@
-"""What a measurement was made on: hardware and versions, for the record."""
+"""The environment of a measurement: hardware and versions, for the record."""
 
 import os
 import platform

@@ -1,4 +1,4 @@
-"""The record of a run as dataclasses: what was measured, and on what; here alone it is read from JSON and written.
+"""The record of a run as dataclasses: results and environment; only this module reads and writes its JSON.
 
 What was not measured is null or empty, or not there; what is there must be well formed.
 """
@@ -37,7 +37,7 @@ IntervalsByTask = Mapping[str, Mapping[str, Interval]]
 
 @dataclass(frozen=True, kw_only=True)
 class TaskRecord:
-    """What is known of a task; chance and majority are the accuracies of answering without a model."""
+    """The facts about a task; chance and majority are the accuracies of answers without a model."""
 
     kind: str | None = None
     paper_name: str | None = None
@@ -77,7 +77,7 @@ class Compared:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherForced:
-    """What teacher-forced answers score, under names that say so."""
+    """The scores of teacher-forced answers, with names that say so."""
 
     teacher_forced: Mapping[str, ByTask] = field(default_factory=dict)
     teacher_forced_intervals: Mapping[str, IntervalsByTask] = field(default_factory=dict)
@@ -87,7 +87,7 @@ class TeacherForced:
 
 @dataclass(frozen=True, kw_only=True)
 class Answered(Compared, TeacherForced):
-    """What answers score, how many were cut short or have no choices, and the seconds that they took."""
+    """The scores of answers, the numbers of cut ones and of those without choices, and the seconds."""
 
     cut_short: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # by method, then task
     without_choices: Mapping[str, float] = field(default_factory=dict)
@@ -96,7 +96,7 @@ class Answered(Compared, TeacherForced):
 
 @dataclass(frozen=True, kw_only=True)
 class Serial:
-    """Prompts of several questions: shares that are right, right after the first one, and routed to their own task.
+    """Prompts of several questions: shares that are right, right after the first one, and routed to their task.
 
     `cut` is the share of prompts that were answered apart, `seconds` is the time a question took.
     """
@@ -113,7 +113,7 @@ class Serial:
 
 @dataclass(frozen=True, kw_only=True)
 class RouterRecord:
-    """What a router got right, and what it cost; `confusion` counts test prompts by task, then by its first choice."""
+    """A router's accuracy and cost; `confusion` counts test prompts by task, then by its first choice."""
 
     accuracy: float | None = None
     ece: float | None = None
@@ -125,7 +125,7 @@ class RouterRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What the training of an adapter took."""
+    """The time and settings of an adapter's training."""
 
     seconds: float | None = None
     final_loss: float | None = None
@@ -143,7 +143,7 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class Spoken:
-    """A sentence of an answer, and what led to its mixture."""
+    """A sentence of an answer, with its mixture and probabilities."""
 
     text: str = ""
     start: float | None = None
@@ -168,7 +168,7 @@ class Conversation:
 
 @dataclass(frozen=True, kw_only=True)
 class Larger:
-    """What a larger model answers without adapters."""
+    """The scores of a larger model without adapters."""
 
     model: str | None = None
     seconds: float | None = None
@@ -179,7 +179,7 @@ class Larger:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord(Answered):
-    """What a run of `reproduce`, or an evaluation of a bundle, found, and on what."""
+    """The results of a run of `reproduce`, or of an evaluation of a bundle, with the environment."""
 
     format: int = FORMAT
     name: str | None = None

@@ -18,7 +18,7 @@ class Measure:
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """A number, how it is printed, what warns of it, and its relative change."""
+    """A number, its format, its warning, and its relative change."""
 
     measure: Measure
     mark: str = ""

@@ -32,8 +32,8 @@ class Report:
 def write_report(record: Path, out: Path | None = None) -> Report:
     """Writes the report of a record: a JSON file, or a folder that holds record.json.
 
-    It lies beside the record unless `out` names another folder. What a record lacks is left open and said to be.
-    A record of `bench router` has a report of its own kind.
+    By default it is written beside the record. The report says which parts the record lacks. A record of
+    `bench router` has another kind of report.
 
     Raises:
         RecordError: if the record is missing, damaged or of a later format.

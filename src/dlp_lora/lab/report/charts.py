@@ -64,7 +64,7 @@ _LINES = (
 
 
 def pictures(record: Record) -> tuple[Picture, ...]:
-    """Draws what the record has numbers for.
+    """Draws the charts for which the record has numbers.
 
     Raises:
         DLPLoRAError: if matplotlib is not installed.
@@ -77,7 +77,7 @@ def pictures(record: Record) -> tuple[Picture, ...]:
 
 
 def radar(labels: Sequence[str], series: Mapping[str, Sequence[float | None]], *, name: str = "radar") -> str:
-    """One spoke a task, one line a method, broken where a score is missing."""
+    """One spoke per task, one line per method, with a gap if a score is missing."""
     angles = [2 * math.pi * i / len(labels) for i in range(len(labels))]
     highest = max((value for values in series.values() for value in values if value is not None), default=0)
     ring = 20 if highest > 50 else 10

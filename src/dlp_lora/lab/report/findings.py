@@ -1,4 +1,4 @@
-"""What the paper has no table for: a record in, differences, ablations, several questions, router and seeds out."""
+"""The findings beyond the paper's tables: a record in, differences, ablations, several questions, router, seeds out."""
 
 from collections.abc import Iterable, Sequence
 from statistics import fmean
@@ -46,7 +46,7 @@ def difference_table(record: Record) -> Table:
 
 
 def verdict(difference: Measure) -> str:
-    """What a difference's interval shows: which side of zero it is on, or nothing ("") without an interval."""
+    """The conclusion from a difference's interval: its side of zero, or "" without an interval."""
     if difference.interval is None:
         return ""
     low, high = difference.interval
@@ -109,7 +109,7 @@ THEIRS = {"bleu": "", "bleu_letters": "bleu"}
 
 
 def teacher_forced_table(record: Record) -> Table:
-    """The paper's own protocol: each token predicted from the right ones before it, beside the paper's numbers."""
+    """The paper's protocol: each token is predicted from the right ones before it, beside the paper's numbers."""
     methods = main_first(record.run.teacher_forced)
     rows = []
     for task in record.tasks:

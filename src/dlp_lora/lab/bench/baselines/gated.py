@@ -1,4 +1,4 @@
-"""What the token-level methods share: a gate that chooses adapters for each token, and a linear layer that adds them.
+"""The shared parts of token-level methods: a gate that chooses adapters for each token, and a layer that adds them.
 
 What is added is held in the dtype in which our own engine holds adapters (`fused.pair_dtype`), so that none is slow
 for bfloat16 on a CPU. Adapters of a module lie in one tensor, padded to one rank; one that leaves the module alone is
@@ -37,7 +37,7 @@ class Part(NamedTuple):
 
 
 Add = Callable[[Tensor, Choice, Tensor, Tensor], Tensor]
-"""Gives what the chosen adapters add to each token's output, from x, the choice, and A and B of all adapters."""
+"""The chosen adapters' addition to each token's output, from x, the choice, and A and B of all adapters."""
 
 
 class TopKGate(nn.Module):
@@ -77,7 +77,7 @@ class Wrapped(nn.Module, ABC):
 
 
 class GatedLinear(Wrapped):
-    """A linear layer, its adapters and a gate of its own: `y = W x + sum of w_i B_i A_i x` over the chosen."""
+    """A linear layer, its adapters and its gate: `y = W x + sum of w_i B_i A_i x` over the chosen."""
 
     a: Tensor
     b: Tensor
@@ -140,7 +140,7 @@ def add_parts(
     a: Float[Tensor, "adapters rank d_in"],
     b: Float[Tensor, "adapters rank d_out"],
 ) -> Float[Tensor, "tokens d_out"]:
-    """Sums what each adapter adds to its tokens."""
+    """Sums the additions of the adapters to their tokens."""
     total = x.new_zeros(len(x), b.shape[-1])
     for i, tokens, weights in parts:
         total.index_add_(0, tokens, (x[tokens] @ a[i].T @ b[i]) * weights)
@@ -163,7 +163,7 @@ def attach_gated(
 
 
 def detach(model: PreTrainedModel) -> PreTrainedModel:
-    """Takes whichever baseline is attached off again: the base's own modules, bit for bit as they were."""
+    """Removes the attached baseline: the base's modules are bit for bit as before."""
     for name, module in list(model.named_modules()):
         if isinstance(module, Wrapped):
             model.set_submodule(name, module.release())
@@ -179,7 +179,7 @@ def touched(model: PreTrainedModel, adapters: Mapping[str, Adapter]) -> list[str
     """
     check(model, adapters)
     layout = linear_layers(model)
-    AdapterBank(layout, adapters.values(), device="meta")  # refuses what does not fit
+    AdapterBank(layout, adapters.values(), device="meta")  # refuses adapters that do not fit
     return [name for name in layout if any(name in adapter.modules for adapter in adapters.values())]
 
 

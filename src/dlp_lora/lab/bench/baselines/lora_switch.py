@@ -51,7 +51,7 @@ class Stack:
 
 
 class Switch:
-    """The model's one gate, and what it chose for the pass under way."""
+    """The model's only gate, and its choice for the current pass."""
 
     def __init__(self, gate: nn.Module, stacks: Sequence[Stack]) -> None:
         self.gate = gate
@@ -61,7 +61,7 @@ class Switch:
 
     @torch.no_grad()
     def decide(self, x: Float[Tensor, "tokens d_in"]) -> None:
-        """Chooses for the tokens of a pass, from what the first adapted layer reads; merges where there is one."""
+        """Chooses for the tokens of a pass, from the input of the first adapted layer; merges for a single token."""
         first = self.stacks[0]
         choice: Choice = self.gate(x.to(first.a.dtype))
         self.is_merged = len(x) == 1

@@ -1,4 +1,4 @@
-"""MeteoRA: in every adapted module, a gate of its own chooses adapters for every token.
+"""MeteoRA: in every adapted module, a separate gate chooses adapters for every token.
 
 Xu, Lai and Huang: MeteoRA: Multiple-tasks Embedded LoRA for Large Language Models. arXiv 2405.13053, ICLR 2025.
 

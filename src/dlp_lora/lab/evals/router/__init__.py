@@ -1,4 +1,4 @@
-"""The router benchmark: tasks and a router in, a record of what it gets right, how sure it is and what it costs out."""
+"""The router benchmark: tasks and a router in, a record of its accuracy, calibration and cost out."""
 
 from dlp_lora.lab.evals.router.run import SCENARIOS, bench_router
 from dlp_lora.lab.evals.router.setting import RouterBenchArgs, Setting, Trained, read_trained

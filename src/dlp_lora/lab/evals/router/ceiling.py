@@ -1,4 +1,4 @@
-"""The ceiling: what a much larger classifier makes of the very same samples, trained on nothing else.
+"""The ceiling: the accuracy of a much larger classifier on the same samples, trained only for this.
 
 Logistic regression over TF-IDF of words and word pairs, of 2 to 5 letters too where it matters most, each part of the
 context apart: up to a million features. What it gets wrong is mostly not in the text.
@@ -20,7 +20,7 @@ INSTALL = "the ceiling needs scikit-learn; run `pip install 'dlp-lora[eval]'`"
 
 
 def ceiling(train: Sequence[Sample], test: Sequence[Sample], *, seed: int = 0) -> Bool[np.ndarray, " test"]:
-    """Where a large classifier that learned from `train` is right on `test`.
+    """The samples of `test` that a large classifier trained on `train` gets right.
 
     Raises:
         DLPLoRAError: if scikit-learn is not installed.

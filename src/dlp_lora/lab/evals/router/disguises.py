@@ -12,7 +12,7 @@ from dlp_lora.sentences import split
 Disguise = Callable[[str, Question, random.Random], str]
 """Takes a prompt, a question of another task and a source of chance."""
 
-# Words and labels that carry no content, and what stands as well in their place.
+# Words and labels without content, and their replacements.
 PARAPHRASES: Mapping[str, str] = {
     r"\bQ:": "Question:",
     r"\bA:": "My answer is",

@@ -1,4 +1,4 @@
-"""Measures: what a router said of samples in, numbers out. Accuracies, rates and errors are fractions, 0 to 1."""
+"""Measures: a router's results for samples in, numbers out. Accuracies, rates and errors are fractions, 0 to 1."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,9 +20,9 @@ COVERAGE = 0.95  # of the in-domain texts, at which false routes are counted
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What a router said of `n` samples; a label is the index of the right name.
+    """A router's results for `n` samples; a label is the index of the right name.
 
-    A score tells how surely a text belongs to any of the tasks: the router's own, else its highest probability.
+    A score says how surely a text belongs to any of the tasks: the router's score, else its highest probability.
     """
 
     names: tuple[str, ...]
@@ -39,7 +39,7 @@ class Reading:
 
     @property
     def right(self) -> Bool[np.ndarray, " n"]:
-        """Where the most likely name is the right one."""
+        """Whether the most likely name is the right one."""
         found: Bool[np.ndarray, " n"] = self.chosen == self.labels
         return found
 
@@ -118,7 +118,7 @@ def false_route_rate(
 
 
 def abstention(reading: Reading, outside: Float[np.ndarray, " m"] | None = None) -> list[dict[str, float | None]]:
-    """Of thresholds from routing little to routing all: coverage, accuracy of what is routed, false routes."""
+    """Coverage, accuracy of routed samples, and false routes, for thresholds from strict to none."""
     points = []
     for coverage in np.linspace(1 / NUM_POINTS, 1, NUM_POINTS):
         threshold = _threshold(reading.scores, coverage)

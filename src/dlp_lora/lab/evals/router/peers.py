@@ -57,7 +57,7 @@ Choose = Callable[[Sequence[str]], Choice]
 
 @dataclass(frozen=True, kw_only=True)
 class Peer:
-    """One way to choose, and what it needs."""
+    """One way to choose, and its needs."""
 
     choose: Choose
     names: Sequence[str]
@@ -70,7 +70,7 @@ class MissingError(DLPLoRAError):
 
 
 def peers(setting: Setting) -> dict[str, Any]:
-    """The measured router and other ways: accuracy, foreign texts, milliseconds a prompt, and what each needs."""
+    """The measured router and other ways: accuracy, foreign texts, milliseconds per prompt, and needs."""
     encoder = _encoder(setting)
     found: dict[str, Any] = {}
     for i, (name, make) in enumerate(PEERS.items()):
@@ -137,7 +137,7 @@ def _ours(setting: Setting, _: "Encoder | None", *, among: Sequence[str] = ()) -
     def choose(texts: Sequence[str]) -> Choice:
         reading = setting.read([Sample(Context(text), "") for text in texts])
         rows = (reading.probabilities * reading.fits[:, None])[:, places]
-        # Of some adapters, what the others would get is the probability that none of these fits.
+        # With some adapters, the others' probability counts as the probability that none fits.
         return Choice(rows.argmax(axis=1), rows.sum(axis=1) if among else reading.scores)
 
     parameters = f"{setting.main.num_parameters or 0:,} parameters"

@@ -44,7 +44,7 @@ SCENARIOS: Mapping[str, Scenario] = {
 def bench_router(
     setting: Setting, *, only: Sequence[str] = (), file: Path | None = None, overwrite: bool = False
 ) -> dict[str, Any]:
-    """Measures a router in the scenarios, all of them unless told otherwise; gives the record as JSON data.
+    """Measures a router in the scenarios, by default in all; returns the record as JSON data.
 
     Args:
         file: the record, which is written after each scenario; those that it has already are not measured again.

@@ -1,4 +1,4 @@
-"""Samples: test questions in, what a router reads out with the task that it belongs to.
+"""Samples: test questions in, a router's contexts with their tasks out.
 
 Pure functions, the same samples for the same seed. `serial` and `junctions` give texts that are routed sentence by
 sentence: what is routed is then the context's prompt, what came before is its history.
@@ -20,7 +20,7 @@ from dlp_lora.training.contexts import first_word, whole_examples
 BETWEEN_QUESTIONS = "\n\n"
 MIN_WORDS = 6  # of a sentence that is cut in half
 
-# What is said in a chat before a question, in other words than those that routers are trained with.
+# Small talk before a question, in other words than those of the routers' training.
 SMALL_TALK = {
     "a greeting": "Hi there!\nHello! How can I help you today?",
     "thanks": "Thanks!\nYou're welcome.",
@@ -33,7 +33,7 @@ SMALL_TALK = {
 
 @dataclass(frozen=True)
 class Sample:
-    """What a router reads, and the task that it should name."""
+    """A router's context, and the right task."""
 
     context: Context
     task: str
@@ -55,10 +55,10 @@ Walk = tuple[Sample, ...]
 
 @dataclass(frozen=True)
 class Junction:
-    """A sentence that begins in one task and ends in another, and what follows in the latter.
+    """A sentence that begins in one task and ends in another, and the next sentences of the latter.
 
     `words` has one sample a word, each with the sentence up to that word. `others` are the sentences that follow;
-    `apart` are the same ones where the second task's sentence stood whole, on its own.
+    `apart` are the same sentences if the second task's sentence stands alone.
     """
 
     words: Walk

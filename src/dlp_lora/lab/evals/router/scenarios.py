@@ -124,7 +124,7 @@ def questions(setting: Setting) -> dict[str, Any]:
 
 
 def junctions(setting: Setting) -> dict[str, Any]:
-    """Changes of task in the middle of a sentence: what deciding once a sentence loses against deciding at each word.
+    """Changes of task in the middle of a sentence: the loss of one decision per sentence against one per word.
 
     `sentence` decides at the sentence's first word and keeps to it, `word` decides again at each; both are accuracies
     per word. `delay_words` is how many words of the second task pass before the latter names it. `next` are the
@@ -151,7 +151,7 @@ def junctions(setting: Setting) -> dict[str, Any]:
 
 
 def outside(setting: Setting) -> dict[str, Any]:
-    """The extra tasks, which no adapter was trained for: does the router tell them from its own."""
+    """The extra tasks, for which no adapter was trained: does the router recognise them as foreign."""
     if not setting.asked_outside:
         return skipped("no extra tasks were given (--extra)")
     return outside_of(
@@ -160,7 +160,7 @@ def outside(setting: Setting) -> dict[str, Any]:
 
 
 def outside_of(router: Router, inside: Reading, found: Reading, asked: Sequence[Question]) -> dict[str, Any]:
-    """How well scores part the tasks' own texts from others: for all others, and for each task of them."""
+    """How well scores separate the tasks' texts from foreign ones: for all foreign tasks, and for each."""
     names = np.array([q.task for q in asked])
     return {
         **_parted(inside.scores, found.scores),
@@ -216,7 +216,7 @@ def timing(setting: Setting) -> dict[str, Any]:
 def sentence_ms(router: Router, asked: Sequence[Question]) -> dict[str, Any]:
     """Times a router on one thread, warm: prompts as they come, then the sentences of their answers one by one.
 
-    An answer of one or two is repeated: what is timed is a sentence after others, whatever it says.
+    An answer of one or two sentences is repeated, so that each timed sentence follows others.
     """
     step = max(2, len(asked) // NUM_TIMED)
     threads = torch.get_num_threads()
@@ -250,7 +250,7 @@ def _timed(router: Router, asked: Sequence[Question]) -> tuple[list[float], list
 
 
 def skipped(reason: str) -> dict[str, Any]:
-    """What stands in the record for a scenario that was not measured."""
+    """The entry of the record for a scenario that was not measured."""
     return {"skipped": reason}
 
 
@@ -283,7 +283,7 @@ def _serial(setting: Setting, walks: Sequence[Walk]) -> dict[str, Any]:
 
 
 def _cut(setting: Setting, contexts: Sequence[Context], tasks: Sequence[Sequence[str]] = ()) -> dict[str, Any]:
-    """`exact` are the prompts of which each question goes to its own task, in order."""
+    """`exact` are the prompts whose questions all go to their tasks, in order."""
     router = setting.main.router
 
     def read(asked: Sequence[Context]) -> list[dict[str, float]]:
@@ -308,12 +308,12 @@ def _parted(inside: Float[np.ndarray, " n"], outside: Float[np.ndarray, " m"]) -
 
 
 def _as_it_abstains(inside: Reading, found: Reading) -> dict[str, float]:
-    """What is routed where the router itself says whether any adapter fits."""
+    """The routed samples, by the router's own decision whether any adapter fits."""
     return {"coverage": rounded((inside.fits > 0.5).mean()), "false_routes": rounded((found.fits > 0.5).mean())}
 
 
 def _each(setting: Setting, walks: Sequence[Walk]) -> list[tuple[Walk, list[bool], list[str]]]:
-    """Of each walk its samples, where the router is right, and what it chose."""
+    """The samples of each walk, whether the router is right, and its choices."""
     reading = setting.read([sample for walk in walks for sample in walk])
     right, chosen = reading.right.tolist(), [reading.names[i] for i in reading.chosen]
     found, start = [], 0

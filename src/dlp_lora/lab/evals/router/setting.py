@@ -1,4 +1,4 @@
-"""The setting: what the scenarios share. Data, tokenizer, the measured router, and others trained on the way."""
+"""The setting, shared by the scenarios: data, tokenizer, the measured router, and further trained routers."""
 
 import hashlib
 import time
@@ -61,14 +61,14 @@ class RouterBenchArgs:
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """A router and how long its training took; None if nobody knows."""
+    """A router and its training time; None if it is unknown."""
 
     router: Router
     seconds: float | None
 
     @property
     def num_parameters(self) -> int | None:
-        """How many parameters the router has, if it tells."""
+        """The number of the router's parameters, if it is known."""
         found: int | None = getattr(self.router, "num_parameters", None)
         return found
 
@@ -129,7 +129,7 @@ class Setting:
 
     @cached_property
     def whole(self) -> Reading:
-        """What the measured router says of the whole prompts."""
+        """The measured router's results for the whole prompts."""
         return self.read(whole(self.asked))
 
     @property
@@ -149,7 +149,7 @@ class Setting:
         return self._trained[name]
 
     def read(self, samples: Sequence[Sample], router: Router | None = None) -> Reading:
-        """Asks a router, the measured one unless told otherwise, about samples of tasks that it knows or not.
+        """Runs a router, by default the measured one, on samples of known or unknown tasks.
 
         The label of a task that it does not know is -1.
         """
@@ -178,7 +178,7 @@ class Setting:
         return _reading(router.names, samples, np.array(rows))
 
     def key(self) -> str:
-        """What tells this setting from others, so that no record mixes two: data, settings and router."""
+        """The identity of this setting, so that no record mixes two: data, settings and router."""
         given = router_hash(self.given.router) if self.given else None
         return _hash(self.args, data_hash(self.tasks), data_hash(self.extra), self.tokenizer.to_str(), given)
 
@@ -204,7 +204,7 @@ def _reading(
     rows: Float[np.ndarray, "samples adapters"],
     scores: Float[np.ndarray, " samples"] | None = None,
 ) -> Reading:
-    """What a router says of samples; without scores of its own, a sample's is the probability that any adapter fits."""
+    """A router's results for samples; without scores, a sample's score is the probability that any adapter fits."""
     index = {name: i for i, name in enumerate(names)}
     fits = rows.sum(axis=1)
     return Reading(

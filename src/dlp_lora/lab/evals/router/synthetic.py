@@ -1,4 +1,4 @@
-"""Synthetic tasks: up to a thousand, each an action on a kind of text, told apart by no single word.
+"""Synthetic tasks: up to a thousand, each an action on a kind of text; no single word identifies a task.
 
 Every action and every kind is shared by many tasks and the text itself says nothing, so a router must put two cues
 together. They measure how many adapters a router can tell apart, and what that costs; not how people write.

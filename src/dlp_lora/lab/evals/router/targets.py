@@ -1,4 +1,4 @@
-"""The targets: a record in, what was aimed at, what was found and whether it is enough, out."""
+"""The targets: a record in, each target with its measured value and whether it is met out."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ Unit = Literal["%", "points", "s", "ms", "", "M"]
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A bound on a number of the record, and where the number stands; fractions are bounded as such."""
+    """A bound on a number of the record, and the number's place; fractions have bounds from 0 to 1."""
 
     name: str
     bound: float
@@ -20,7 +20,7 @@ class Target:
     at_least: bool = True
 
     def judge(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Gives the target and what was found as JSON data; `value` and `met` are None where nothing was."""
+        """Returns the target and the measured value as JSON data; `value` and `met` are None without a measurement."""
         found: Any = record
         for key in self.at:
             found = found.get(key) if isinstance(found, Mapping) else None
@@ -39,7 +39,7 @@ class Target:
 
 
 def judged(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """All targets with what the record has for them."""
+    """All targets with the record's values."""
     scenarios = record["scenarios"]
     sizes = {int(n): own for n, own in scenarios.get("scale", {}).items() if n.isdigit()}
     most = max(sizes, default=0)

@@ -21,12 +21,12 @@ from dlp_lora.sentences import split
 from dlp_lora.tasks.task import Task
 from dlp_lora.training.extend import add_tasks, remove_tasks
 
-MIDDLE = 50  # tasks: a size between the data's own and all
+MIDDLE = 50  # tasks: a size between the data's and all
 MAX_LEARNED = 30_000  # samples that the ceiling learns from
 
 
 def left_out(setting: Setting) -> dict[str, Any]:
-    """Tasks that are left out of the training: does the router tell their texts from its own tasks'."""
+    """Tasks that are left out of the training: does the router recognise their texts as foreign."""
     splits = _splits(setting)
     if not splits:
         return skipped(f"{len(setting.tasks)} tasks are too few to leave some out")
@@ -48,7 +48,7 @@ def left_out(setting: Setting) -> dict[str, Any]:
 
 
 def scale(setting: Setting) -> dict[str, Any]:
-    """The data's tasks alone, with some of the extra tasks, and with all of them: what more adapters cost."""
+    """The data's tasks alone, with some of the extra tasks, and with all of them: the cost of more adapters."""
     everything = (*setting.tasks, *setting.extra)
     sizes = {len(setting.tasks), len(everything)}
     if len(setting.tasks) < MIDDLE < len(everything):
@@ -161,7 +161,7 @@ def _splits(setting: Setting) -> dict[str, tuple[list[Task], list[Task]]]:
     if len(tasks) - k < 2:
         return {}
     parts = [tasks[i * k : (i + 1) * k] for i in range(min(setting.args.splits, len(tasks) // k))]
-    # In their own order: what is trained on must not depend on the shuffle.
+    # In their original order, because the training must not depend on the shuffle.
     return {f"without-{i}": ([t for t in setting.tasks if t not in left], left) for i, left in enumerate(parts)}
 
 
