@@ -181,7 +181,7 @@ def prefill(args: PrefillArgs, output: Output, model: ModelOption = None) -> Non
 def switch(args: SwitchArgs, output: Output, model: ModelOption = None) -> None:
     """Time of each part of a switch, for mixtures of 1 to --selected adapters, beside PEFT's add_weighted_adapter.
 
-    With `--context`, what a switch costs in the middle of a text under each KV policy, beside a sentence of 25 tokens.
+    With `--context`, the cost of a switch in the middle of a text, under each KV policy, over a sentence of 25 tokens.
     Examples: `dlp-lora bench switch --sizes 10,100`, or `dlp-lora bench switch --context 128,512,2048`
     """
     measure = bench_contexts if args.context else bench_switch

@@ -19,7 +19,7 @@ def check(
     model: ModelOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check adapter folders against a base model: say what is refused and why. Exit code 1 if any is.
+    """Check adapter folders against a base model; show refused adapters with the reasons. Exit code 1 if there is one.
 
     Example: `dlp-lora check adapters/ --model Qwen/Qwen2-1.5B`
     """

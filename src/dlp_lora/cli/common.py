@@ -131,8 +131,12 @@ class ModelHubOptions:
 class HubOptions(ModelHubOptions):
     """The place of a bundle or its parts on the hub."""
 
-    revision: Annotated[str | None, of_hub("Branch, tag or commit: of the bundle, else of the base model.")] = None
-    subfolder: Annotated[str | None, of_hub("Folder inside: of the bundle, else of the base model.")] = None
+    revision: Annotated[
+        str | None, of_hub("Branch, tag or commit of the bundle, or of the base model without a bundle.")
+    ] = None
+    subfolder: Annotated[str | None, of_hub("Folder inside the bundle, or inside the base model without a bundle.")] = (
+        None
+    )
     base_revision: Annotated[str | None, of_hub("Branch, tag or commit of the base model of a bundle.")] = None
     base_subfolder: Annotated[str | None, of_hub("Folder inside the base model of a bundle.")] = None
     adapter_revision: Annotated[str | None, of_hub("Branch, tag or commit of --adapters.")] = None

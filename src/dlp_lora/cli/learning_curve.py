@@ -25,7 +25,7 @@ def learning_curve(
     held_out: Annotated[int, typer.Option(min=1, help="Training questions per task that are held out.")] = 100,
     as_json: JsonOption = False,
 ) -> None:
-    """Choose epochs and learning rate on held-out training questions, for own adapters and for one LoRA on all tasks.
+    """Choose epochs and learning rate on held-out training questions, for adapters and for one LoRA on all tasks.
 
     After an interruption, run it again to continue. Example:
     `dlp-lora learning-curve --data data/ --out runs/curve --tasks winowhy,object_counting`

@@ -32,7 +32,7 @@ class AdapterOptions:
     """How adapters are trained, as changes to a preset."""
 
     preset: Annotated[
-        str, "What is not given: default, or paper (q_proj and v_proj, AdamW 5e-5, batch 1, dropout 0.1)."
+        str, "Values of the other options: default, or paper (q_proj and v_proj, AdamW 5e-5, batch 1, dropout 0.1)."
     ] = "default"
     r: Annotated[int | None, f"Rank. [default: {DEFAULT.r}]"] = None
     lora_alpha: Annotated[int | None, f"Scaling is lora_alpha / r. [default: {DEFAULT.lora_alpha}]"] = None

@@ -58,7 +58,7 @@ def train_router(
 ) -> None:
     """Train a router on the task folders' texts; report held-out accuracy, confusion and calibration.
 
-    The hub's options are those of the model, or of --tokenizer or --encoder if one is given. Without task folders, see
+    The hub's options apply to the model, or to --tokenizer or --encoder if you pass one. Without task folders, see
     `router-from-descriptions` and `router-from-adapters`. Example:
     `dlp-lora train-router --data data/ --out router/`
     """

@@ -17,7 +17,7 @@ class ServerSettings:
     """
 
     served_model_name: Annotated[
-        str | None, typer.Option(help="What clients call the routed model. [default: the bundle folder's name]")
+        str | None, typer.Option(help="Model name of the routed model. [default: the bundle folder's name]")
     ] = None
     host: Annotated[str, "Address to listen on; 0.0.0.0 for all."] = "127.0.0.1"
     port: Annotated[int, "Port to listen on; 0 takes any free one."] = 8000
@@ -41,10 +41,10 @@ class ServerSettings:
         typer.Option(help="Look at the bundle so often, and read it again once it was written. [default: never]"),
     ] = None
     adapter_dir: Annotated[
-        tuple[str, ...], typer.Option(help="Folders that adapters may be loaded from while the server runs.")
+        tuple[str, ...], typer.Option(help="Folders from which adapters may be loaded at run time.")
     ] = ()
     allow_origin: Annotated[
-        tuple[str, ...], typer.Option(help="Web pages of which origins may call the server, as https://chat.example.")
+        tuple[str, ...], typer.Option(help="Origins whose web pages may call the server, such as https://chat.example.")
     ] = ()
     allow_host: Annotated[
         tuple[str, ...],

@@ -30,7 +30,7 @@ def add_tasks(router: MiniMLP, tasks: Sequence[Task], *, seed: int = 0) -> MiniM
 
     Raises:
         TrainingError: if a task is known already, or has no training examples.
-        RouterError: if the router comes from a version that could not do this.
+        RouterError: if the router does not know the variation within its tasks; train it again.
     """
     for task in tasks:
         if task.name in router.names:

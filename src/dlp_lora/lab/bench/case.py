@@ -37,10 +37,10 @@ Row = dict[str, Any]
 # The texts are the help of the command line's options.
 Rounds = Annotated[int, "Rounds after the warm-up."]
 NumAdapters = Annotated[int, "Adapters in the bank."]
-NewTokens = Annotated[int, "Tokens a run generates."]
+NewTokens = Annotated[int, "Tokens per run."]
 Batch = Annotated[int, "Prompts at once."]
 Dtypes = Annotated[tuple[str, ...], "Precisions of the base model."]
-Prepacked = Annotated[bool, "With prepacked weights, too, on a CPU."]
+Prepacked = Annotated[bool, "Also measure prepacked weights, on a CPU."]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class BenchArgs:
 
     rounds: Rounds = 7
     device: Annotated[str, "cpu or cuda."] = "cpu"
-    threads: Annotated[int | None, "Threads of torch. [default: its own choice]"] = None
+    threads: Annotated[int | None, "Threads of torch. [default: torch's choice]"] = None
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -38,7 +38,7 @@ class PeersArgs(DecodingArgs):
 
     num_adapters: NumAdapters = 8
     selected: Annotated[int, "Adapters used at a time."] = 2
-    methods: Annotated[tuple[str, ...], "Peers by name; all where none is given."] = ()
+    methods: Annotated[tuple[str, ...], "Names of the other methods. [default: all]"] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -54,16 +54,18 @@ class ServeArgs(BenchArgs):
     """The settings."""
 
     rounds: Annotated[int, "Rounds after the warm-up."] = 3
-    bundle: Annotated[str, "Bundle whose adapters and router are served."] = "runs/demo/bundle"
+    bundle: Annotated[str, "Bundle to serve."] = "runs/demo/bundle"
     num_adapters: NumAdapters = 26
-    streams: Annotated[tuple[int, ...], "Clients at once; each asks again after an answer."] = (1, 8, 16)
+    streams: Annotated[tuple[int, ...], "Clients at once; each sends its next request after an answer."] = (1, 8, 16)
     requests: Annotated[int, "Requests of each client in a round."] = 2
     new_tokens: NewTokens = 48
     dtypes: Dtypes = ("bfloat16",)
-    loads: Annotated[tuple[str, ...], "Eight mixtures by name, or questions routed under either KV policy."] = LOADS
-    parts: Annotated[tuple[str, ...], "load, chunk (waiting while a long prompt is read), memory, disk."] = PARTS
+    loads: Annotated[tuple[str, ...], "Eight named mixtures, or questions that are routed under each KV policy."] = (
+        LOADS
+    )
+    parts: Annotated[tuple[str, ...], "load, chunk (the wait while a long prompt is read), memory, disk."] = PARTS
     peers: Annotated[
-        tuple[str, ...], "Other servers that run and are asked the same: name|http://host:port/v1|model."
+        tuple[str, ...], "Other running servers that get the same requests: name|http://host:port/v1|model."
     ] = ()
 
     def __post_init__(self) -> None:

@@ -40,10 +40,10 @@ SLACK = {"rows": 0, "threads": 40, "sockets": 0}  # the web framework keeps a po
 class SoakArgs(BenchArgs):
     """How long and with whom."""
 
-    rounds: Annotated[int, "Times that the server is killed and started again on its port."] = 1
-    bundle: Annotated[str, "Bundle whose adapters and router are served."] = "runs/demo/bundle"
-    minutes: Annotated[float, "How long."] = 30.0
-    clients: Annotated[int, "Clients at once; each asks again after an answer."] = 32
+    rounds: Annotated[int, "How often the server is killed and started again on its port."] = 1
+    bundle: Annotated[str, "Bundle to serve."] = "runs/demo/bundle"
+    minutes: Annotated[float, "Length of the test."] = 30.0
+    clients: Annotated[int, "Clients at once; each sends its next request after an answer."] = 32
     leaving: Annotated[float, "Share of requests whose client hangs up."] = 0.01
     dtype: Annotated[str, "Precision of the base model."] = "float32"
 
