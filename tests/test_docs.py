@@ -158,6 +158,13 @@ def test_every_block_names_its_language_and_every_exception_its_reason() -> None
         assert re.fullmatch(r"|run: models|not run: .{8,}", block.note), block.place
 
 
+def test_no_command_stands_outside_a_fenced_block() -> None:
+    """An indented block would be neither run nor checked."""
+    for page in PAGES:
+        prose = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+        assert not re.search(r"^ {4}(dlp-lora|pip|curl|python|from|import)\b", prose, re.MULTILINE), page
+
+
 def test_the_readme_shows_what_the_demo_recorded() -> None:
     """The example of the README is the demo's prompt of two questions."""
     example = json.loads((ROOT / "results" / "demo.json").read_text())["serial"]
