@@ -20,11 +20,11 @@ from dlp_lora.sentences import split
 Read = Callable[[Sequence[Context]], Sequence[Mapping[str, float]]]
 """A router: for each context, the probability of each adapter by name; the rest to 1 is that none fits."""
 
-SURE = 0.99  # a prompt that fits so well is one question, and its parts are not read
-FITS_ALONE = 0.8  # questions are answered apart only if each of them fits an adapter so well
-MAX_SENTENCES = 256  # a longer prompt is one text
-EDGE = 4  # largest number of sentences at either end of a prompt that may be instructions
-MARGIN = 0.2  # a new part begins if another adapter is more probable by this much
+SURE = 0.99  # how well a prompt fits to be one question without a look at its parts
+FITS_ALONE = 0.8  # how well each question fits an adapter to be answered without the others
+MAX_SENTENCES = 256  # beyond, a prompt is one text
+EDGE = 4  # sentences at either end of a prompt that may be instructions, at most
+MARGIN = 0.2  # by which another adapter is more probable where another question begins
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +125,7 @@ def _surely_one(row: Mapping[str, float]) -> bool:
 
 
 def _several(read: Read, context: Context, *, better_than: float) -> tuple[str, ...]:
-    """The questions of a prompt, if there are several and each of them fits an adapter better than `better_than`."""
+    """The questions of a prompt, if there are several and each of them fits an adapter so well."""
     parts = _runs(read, context)
     while len(parts) > 1:
         rows = read([replace(context, prompt=part.strip()) for part in parts])

@@ -33,7 +33,7 @@ from dlp_lora.policy import Mixture
 from dlp_lora.progress import OnProgress, unseen
 from dlp_lora.tasks import PROCEDURAL, procedural_task
 
-MODEL = "bench"  # the routed model's name
+MODEL = "bench"  # what clients call the routed model
 ENGINE, BASE = "engine.stream", "base, generate"
 LOADS = ("fixed", "keep", "recompute")
 PARTS = ("load", "chunk", "memory", "disk")
@@ -51,21 +51,19 @@ ASKED_ON_DISK = 16
 
 @dataclass(frozen=True, kw_only=True)
 class ServeArgs(BenchArgs):
-    """The settings."""
+    """What is measured."""
 
     rounds: Annotated[int, "Rounds after the warm-up."] = 3
-    bundle: Annotated[str, "Bundle to serve."] = "runs/demo/bundle"
+    bundle: Annotated[str, "Bundle whose adapters and router are served."] = "runs/demo/bundle"
     num_adapters: NumAdapters = 26
-    streams: Annotated[tuple[int, ...], "Clients at once; each sends its next request after an answer."] = (1, 8, 16)
+    streams: Annotated[tuple[int, ...], "Clients at once; each asks again after an answer."] = (1, 8, 16)
     requests: Annotated[int, "Requests of each client in a round."] = 2
     new_tokens: NewTokens = 48
     dtypes: Dtypes = ("bfloat16",)
-    loads: Annotated[tuple[str, ...], "Eight named mixtures, or questions that are routed under each KV policy."] = (
-        LOADS
-    )
-    parts: Annotated[tuple[str, ...], "load, chunk (the wait while a long prompt is read), memory, disk."] = PARTS
+    loads: Annotated[tuple[str, ...], "Eight mixtures by name, or questions routed under either KV policy."] = LOADS
+    parts: Annotated[tuple[str, ...], "load, chunk (waiting while a long prompt is read), memory, disk."] = PARTS
     peers: Annotated[
-        tuple[str, ...], "Other running servers that get the same requests: name|http://host:port/v1|model."
+        tuple[str, ...], "Other servers that run and are asked the same: name|http://host:port/v1|model."
     ] = ()
 
     def __post_init__(self) -> None:
@@ -105,7 +103,7 @@ def bench_serve(
 
 @dataclass(frozen=True, kw_only=True)
 class _Case:
-    """One precision: the servers, and the requests to them."""
+    """One precision: the servers that are started, and what they are asked."""
 
     model: str
     args: ServeArgs
