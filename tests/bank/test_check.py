@@ -76,7 +76,7 @@ def test_one_bad_folder_never_ends_the_check_of_the_others(adapters: Mapping[str
     (root / "folder" / WEIGHTS_FILE).mkdir()
     checks = {check.name: check for check in check_adapters(linear_layers(tiny_model()), root)}
     assert {name for name, check in checks.items() if check.fits} == {"math", "poems", "units", "deep"}
-    assert "no regular expression" in checks["glob"].reason
+    assert "not a regular expression" in checks["glob"].reason
     assert all(check.reason for check in checks.values() if not check.fits)
 
 

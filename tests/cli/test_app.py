@@ -46,7 +46,7 @@ def test_a_command_whose_output_nobody_reads_ends_silently(
     "line, message",
     [
         ('{"prompt": "a", "prompt": "b"}', "line 2: the key 'prompt' is in one object twice"),
-        ('{"messages": [{"role": "user", "role": "user", "content": "a"}]}', "line 2: the key 'role' stands in one"),
+        ('{"messages": [{"role": "user", "role": "user", "content": "a"}]}', "line 2: the key 'role' is in one"),
         ("[" * 100_000, "line 2: not JSON"),
     ],
     ids=["prompt", "message", "deep"],
