@@ -203,6 +203,12 @@ def test_a_question_among_instructions_is_read_without_them(around: str) -> None
     assert cut(around.format("Add sum add."), SureRouter()) == ("Add sum add.",)
 
 
+def test_instructions_that_are_a_little_like_an_adapters_texts_are_no_question_beside_one_that_surely_fits() -> None:
+    like_poems, like_math = "Rhyme verse rhyme verse rhyme please.", "Add sum add sum add now."
+    assert cut(f"{like_poems} Add sum add.", SureRouter()) == ("Add sum add.",)
+    assert cut(f"{like_poems} {like_math}", SureRouter()) == (like_poems, like_math)
+
+
 def test_a_question_among_instructions_goes_to_its_adapter_with_all_its_answer() -> None:
     read = reading(SureRouter())
     context = Context("Be kind. Add sum add.", "One line.\nAnother line.\n", "T")

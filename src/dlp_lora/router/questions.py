@@ -97,7 +97,12 @@ def questions_of(read: Read, context: Context, row: Mapping[str, float]) -> tupl
     """
     if _surely_one(row):
         return ()
-    return _several(read, context, better_than=sum(row.values())) or _among_instructions(read, context)
+    whole = sum(row.values())
+    several, fit = _several(read, context)
+    if fit > max(whole, FITS_ALONE):
+        return several
+    # Instructions are a little like the texts of an adapter that translates from their language.
+    return _among_instructions(read, context) or (several if fit > whole else ())
 
 
 def questions_apart(read: Read, context: Context) -> tuple[str, ...]:
@@ -110,8 +115,8 @@ def questions_apart(read: Read, context: Context) -> tuple[str, ...]:
     (row,) = read([context])
     if _surely_one(row):
         return ()
-    questions = _several(read, context, better_than=max(sum(row.values()), FITS_ALONE))
-    if not questions:
+    questions, fit = _several(read, context)
+    if fit <= max(sum(row.values()), FITS_ALONE):
         return ()
     head, first = _line_off(read, context, questions[0], first=True)
     tail, last = _line_off(read, context, questions[-1], first=False)
@@ -124,17 +129,16 @@ def _surely_one(row: Mapping[str, float]) -> bool:
     return not row or sum(row.values()) > SURE
 
 
-def _several(read: Read, context: Context, *, better_than: float) -> tuple[str, ...]:
-    """The questions of a prompt, if there are several and each of them fits an adapter so well."""
+def _several(read: Read, context: Context) -> tuple[tuple[str, ...], float]:
+    """The questions of a prompt, if there are several, and how well that one fits an adapter which fits worst."""
     parts = _runs(read, context)
     while len(parts) > 1:
         rows = read([replace(context, prompt=part.strip()) for part in parts])
         joined = _joined(parts, rows)
         if len(joined) == len(parts):
-            is_several = min(sum(row.values()) for row in rows) > better_than
-            return tuple(part.strip() for part in parts) if is_several else ()
+            return tuple(part.strip() for part in parts), min(sum(row.values()) for row in rows)
         parts = joined
-    return ()
+    return (), 0.0
 
 
 def _line_off(read: Read, context: Context, question: str, *, first: bool) -> tuple[str, str]:
