@@ -27,7 +27,7 @@ pytest.importorskip("fastapi", reason="needs the extra serve: pip install 'dlp-l
 
 NAMES = ("math", "poems", "units")
 SMALL = ServeArgs(
-    rounds=1, num_adapters=4, streams=(1, 2), requests=1, new_tokens=4, dtypes=("float32",), loads=("fixed", "keep")
+    rounds=1, num_adapters=4, streams=(1, 2), requests=2, new_tokens=4, dtypes=("float32",), loads=("fixed", "keep")
 )
 
 

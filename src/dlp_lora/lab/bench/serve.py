@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +23,7 @@ from dlp_lora.bank.adapter_files import CONFIG_FILE
 from dlp_lora.engine.bundle import Bundle, read_bundle
 from dlp_lora.engine.loading import load
 from dlp_lora.engine.prompts import as_batch, encode_prompt
-from dlp_lora.lab.bench.case import PROMPTS, BenchArgs, Dtypes, NewTokens, NumAdapters, Row, begin, record
+from dlp_lora.lab.bench.case import PROMPTS, BenchArgs, Dtypes, NumAdapters, Row, begin, record
 from dlp_lora.lab.bench.load import Answer, Body, Target, ask, ask_beside, latency, ms_per_token, tokens_per_s
 from dlp_lora.lab.bench.memory import bandwidth_gb_s
 from dlp_lora.lab.bench.models import mini_mlp
@@ -38,7 +39,8 @@ ENGINE, BASE = "engine.stream", "base, generate"
 LOADS = ("fixed", "keep", "recompute")
 PARTS = ("load", "chunk", "memory", "disk")
 WEIGHTS = ((0.6, 0.4), (0.7, 0.3))
-NUM_QUESTIONS = 16  # of each task
+BESIDE = 8  # of the requests in a round: so many are answered by the engine and by the base, too
+OURS = ("model", "ignore_eos")  # fields of a request that not every other server knows
 WARM_UP_TOKENS = 8
 CHUNK_TOKENS = 256  # of a prompt that the server reads at once
 LONG_TOKENS = 1000  # of a prompt that is read while another answer runs
@@ -57,8 +59,8 @@ class ServeArgs(BenchArgs):
     bundle: Annotated[str, "Bundle whose adapters and router are served."] = "runs/demo/bundle"
     num_adapters: NumAdapters = 26
     streams: Annotated[tuple[int, ...], "Clients at once; each asks again after an answer."] = (1, 8, 16)
-    requests: Annotated[int, "Requests of each client in a round."] = 2
-    new_tokens: NewTokens = 48
+    requests: Annotated[int, "Requests in a round, the same ones for any number of streams."] = 32
+    new_tokens: Annotated[int, "Tokens of an answer; routed ones may end before."] = 32
     dtypes: Dtypes = ("bfloat16",)
     loads: Annotated[tuple[str, ...], "Eight mixtures by name, or questions routed under either KV policy."] = LOADS
     parts: Annotated[tuple[str, ...], "load, chunk (waiting while a long prompt is read), memory, disk."] = PARTS
@@ -177,13 +179,13 @@ class _Case:
         streams: dict[tuple[str, int], _Streams] = {}
         for target, ours in targets:
             for number in args.streams:
-                some = [bodies[i % len(bodies)] for i in range(number * args.requests)]
-                if ours is None:  # one that knows no mixtures
-                    some = [{key: value for key, value in body.items() if key != "model"} for body in some]
-                streams[target.name, number] = _Streams(target, some, number, ours)
+                asked = bodies
+                if ours is None:
+                    asked = [{key: value for key, value in body.items() if key not in OURS} for body in bodies]
+                streams[target.name, number] = _Streams(target, asked, number, ours)
         runs: dict[str, Run] = {_key(*key): run for key, run in streams.items()}
         if 1 in args.streams:
-            runs |= self.alone(name, bodies[: args.requests])
+            runs |= self.alone(name, bodies[:BESIDE])
         scenario = f"serve, {name}, {self.dtype}"
         times = interleave(runs, rounds=args.rounds, scenario=scenario, on_progress=self.on_progress)
         rows: list[Row] = []
@@ -196,29 +198,38 @@ class _Case:
             if 1 in args.streams:
                 row |= _called("speedup", times.ratio(key, "tokens_per_s", over=_key(label, 1)))
             if number == 1:
-                row |= _called("over_engine", times.ratio(key, "ms_per_token", over=ENGINE))
-                row |= _called("over_base", times.ratio(key, "ms_per_token", over=BASE))
+                row |= _called("over_engine", times.ratio(key, "beside_ms", over=ENGINE))
+                row |= _called("over_base", times.ratio(key, "beside_ms", over=BASE))
             rows.append(row)
         alone = (ENGINE, BASE) if 1 in args.streams else ()
-        return rows + [{"name": f"{key}, {name}", "streams": 1, **times.spread(key, "ms_per_token")} for key in alone]
+        return rows + [
+            {
+                "name": f"{key}, {name}",
+                "streams": 1,
+                **_called("ms_per_token", times.spread(key, "beside_ms"), "beside_ms"),
+            }
+            for key in alone
+        ]
 
     def bodies(self, name: str) -> list[dict[str, Any]]:
-        """The requests: chats that name mixtures of the bundle's adapters, or pairs of questions of their tasks."""
-        names = list(self.bundle.adapters)
-        same = {"max_tokens": self.args.new_tokens, "temperature": 0, "ignore_eos": True}
+        """The requests: chats of one length that name mixtures of the bundle's adapters, or pairs of questions of their
+        tasks, whose answers end where they end."""
+        names, number = list(self.bundle.adapters), self.args.requests
+        same = {"max_tokens": self.args.new_tokens, "temperature": 0}
         if name == "fixed":
             pairs = [(names[i], names[(i + 1) % len(names)]) for i in range(len(names))]
             mixtures = [f"{a}={x},{b}={y}" for x, y in WEIGHTS for a, b in pairs if a != b] or names
+            chats = [[{"role": "user", "content": text}] for text in PROMPTS]
+            pairs_of = zip(cycle(mixtures), cycle(chats), strict=False)
             return [
-                {"model": mixtures[i % len(mixtures)], "messages": [{"role": "user", "content": text}], **same}
-                for i, text in enumerate(PROMPTS)
+                {"model": mixture, "messages": chat, "ignore_eos": True, **same}
+                for mixture, chat in islice(pairs_of, number)
             ]
-        tasks = [procedural_task(n, num_train=1, num_test=NUM_QUESTIONS) for n in names if n in PROCEDURAL]
-        questions = [task.test[i].prompt for i in range(NUM_QUESTIONS) for task in tasks] or list(PROMPTS)
-        return [
-            {"prompt": f"{a}\n{b}", "dlp": {"kv_policy": name}, **same}
-            for a, b in zip(questions, [*questions[1:], questions[0]], strict=True)
-        ]
+        tasks = [procedural_task(n, num_train=1, num_test=number) for n in names if n in PROCEDURAL]
+        questions = [task.test[i].prompt for i in range(number) for task in tasks] or list(PROMPTS)
+        two = zip(cycle(questions), cycle([*questions[1:], questions[0]]), strict=False)
+        asked = [[{"role": "user", "content": f"{a}\n{b}"}] for a, b in islice(two, number)]
+        return [{"messages": chat, "dlp": {"kv_policy": name}, **same} for chat in asked]
 
     def alone(self, name: str, bodies: Sequence[Body]) -> dict[str, Run]:
         """The engine and the plain base, in this process, which answer the same."""
@@ -229,19 +240,20 @@ class _Case:
         base = base.to(self.args.device).eval()
 
         def by_engine(body: Body, num_tokens: int) -> Answer:
-            answer = Answer(num_tokens=num_tokens)
+            answer = Answer()
             stream = engine.stream(
-                body.get("messages") or body["prompt"],
+                body["messages"],
                 mixture=_mixture(body.get("model")),
                 max_new_tokens=num_tokens,
-                min_new_tokens=num_tokens,
+                min_new_tokens=num_tokens if body.get("ignore_eos") else None,
                 do_sample=False,
             )
             answer.times_s = [time.perf_counter() for _ in stream]
+            answer.num_tokens = len(stream.generation.tokens)
             return answer
 
         def by_base(body: Body, num_tokens: int) -> Answer:
-            prompts, _ = as_batch(body.get("messages") or body["prompt"])
+            prompts, _ = as_batch(body["messages"])
             tokens = [encode_prompt(engine.tokenizer, prompt).tokens for prompt in prompts]
             ids, clock = torch.tensor(tokens, device=self.args.device), _Clock(num_tokens)
             length = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens}
@@ -250,8 +262,8 @@ class _Case:
 
         def run(answer: Callable[[Body, int], Answer]) -> Run:
             def measure(i: int) -> dict[str, float]:
-                num_tokens = self.args.new_tokens if i else WARM_UP_TOKENS
-                return {"ms_per_token": ms_per_token([answer(body, num_tokens) for body in bodies])}
+                num_tokens, asked = (self.args.new_tokens, bodies) if i else (WARM_UP_TOKENS, bodies[:1])
+                return {"beside_ms": ms_per_token([answer(body, num_tokens) for body in asked])}
 
             return measure
 
@@ -339,7 +351,8 @@ class _Streams:
                 firsts, gaps = [a.first_ms / 1e3 for a in found], [gap / 1e3 for a in found for gap in a.gaps_ms]
                 pairs = zip(before, self._server.histograms(), (firsts, gaps), strict=True)
                 self.metrics_agree = bool(self.metrics_agree) and all(agree(*pair) for pair in pairs)
-        return {"tokens_per_s": tokens_per_s(found), "ms_per_token": ms_per_token(found)}
+        beside_ms = ms_per_token(found[:BESIDE])  # one stream is answered in order
+        return {"tokens_per_s": tokens_per_s(found), "ms_per_token": ms_per_token(found), "beside_ms": beside_ms}
 
 
 class _Clock(BaseStreamer):
@@ -370,8 +383,8 @@ def _key(label: str, streams: int) -> str:
     return f"{label}, {streams} streams"
 
 
-def _called(name: str, spread: Mapping[str, float]) -> dict[str, float]:
-    return {key.replace("ratio", name): value for key, value in spread.items()}
+def _called(name: str, spread: Mapping[str, float], instead_of: str = "ratio") -> dict[str, float]:
+    return {key.replace(instead_of, name): value for key, value in spread.items()}
 
 
 def _mixture(name: str | None) -> Mixture | None:
