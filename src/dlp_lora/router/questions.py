@@ -22,6 +22,7 @@ Read = Callable[[Sequence[Context]], Sequence[Mapping[str, float]]]
 
 SURE = 0.99  # how well a prompt fits to be one question without a look at its parts
 FITS_ALONE = 0.8  # how well each question fits an adapter to be answered without the others
+SURELY_SEVERAL = 0.87  # how well each question fits an adapter if none of them can be an instruction
 MAX_SENTENCES = 256  # beyond, a prompt is one text
 EDGE = 4  # sentences at either end of a prompt that may be instructions, at most
 MARGIN = 0.2  # by which another adapter is more probable where another question begins
@@ -99,7 +100,7 @@ def questions_of(read: Read, context: Context, row: Mapping[str, float]) -> tupl
         return ()
     whole = sum(row.values())
     several, fit = _several(read, context)
-    if fit > max(whole, FITS_ALONE):
+    if fit > max(whole, SURELY_SEVERAL):
         return several
     # Instructions are a little like the texts of an adapter that translates from their language.
     return _among_instructions(read, context) or (several if fit > whole else ())
