@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import cycle, islice, pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,6 +41,7 @@ PARTS = ("load", "chunk", "memory", "disk")
 WEIGHTS = ((0.6, 0.4), (0.7, 0.3))
 BESIDE = 8  # of the requests in a round: so many are answered by the engine and by the base, too
 OURS = ("model", "ignore_eos")  # fields of a request that not every other server knows
+KEEPS_NO_KV = ("--cache-mb", "0")  # where prompts come again
 WARM_UP_TOKENS = 8
 CHUNK_TOKENS = 256  # of a prompt that the server reads at once
 LONG_TOKENS = 1000  # of a prompt that is read while another answer runs
@@ -49,6 +50,9 @@ MEMORY_TOKENS = 400  # of each prompt while memory is measured
 ON_DISK = 1000
 BUDGET_MB = 64
 ASKED_ON_DISK = 16
+
+Draws = Callable[[int], list[dict[str, Any]]]
+"""Gives the requests of a round."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +63,7 @@ class ServeArgs(BenchArgs):
     bundle: Annotated[str, "Bundle whose adapters and router are served."] = "runs/demo/bundle"
     num_adapters: NumAdapters = 26
     streams: Annotated[tuple[int, ...], "Clients at once; each asks again after an answer."] = (1, 8, 16)
-    requests: Annotated[int, "Requests in a round, the same ones for any number of streams."] = 32
+    requests: Annotated[int, "Requests in a round, over any number of streams."] = 48
     new_tokens: Annotated[int, "Tokens of an answer; routed ones may end before."] = 32
     dtypes: Dtypes = ("bfloat16",)
     loads: Annotated[tuple[str, ...], "Eight mixtures by name, or questions routed under either KV policy."] = LOADS
@@ -116,16 +120,13 @@ class _Case:
     def rows(self) -> list[Row]:
         args = self.args
         rows: list[Row] = []
-        if set(args.parts) - {"disk"}:
-            with (
-                self.random_adapters(args.num_adapters - len(self.bundle.adapters)) as more,
-                self.server(more) as server,
-            ):
+        if "load" in args.parts:
+            with self.server() as server:
                 rows.append(_start(server, len(self.bundle.adapters)))
-                for name in more:
-                    server.load_adapter(name)
-                for name in args.loads if "load" in args.parts else ():
+                for name in args.loads:
                     rows += self.load(name, server)
+        if {"chunk", "memory"} & set(args.parts):
+            with self.server(*KEEPS_NO_KV) as server:
                 if "chunk" in args.parts:
                     rows.append(self.chunk(server))
                 if "memory" in args.parts:
@@ -147,14 +148,15 @@ class _Case:
             yield write_random_adapters(self.model, path, max(0, number), r=config["r"], target_modules=targets)
 
     @contextmanager
-    def server(self, more: Mapping[str, Path]) -> Iterator[Server]:
-        """A server of the bundle, which may load more adapters; it keeps no KV, as questions come again."""
-        options = ["--bundle", str(self.args.bundle), *self.options()]
-        options += [
-            option for path in {path.parent for path in more.values()} for option in ("--adapter-dir", str(path))
-        ]
-        with serving(options, model=MODEL, threads=self.args.threads) as server:
-            yield server
+    def server(self, *options: str) -> Iterator[Server]:
+        """A server of the bundle, and of random adapters beside its adapters."""
+        with self.random_adapters(self.args.num_adapters - len(self.bundle.adapters)) as more:
+            folders = [option for path in {p.parent for p in more.values()} for option in ("--adapter-dir", str(path))]
+            options = ("--bundle", str(self.args.bundle), *self.options(), *folders, *options)
+            with serving(options, model=MODEL, threads=self.args.threads) as server:
+                for name in more:
+                    server.load_adapter(name)
+                yield server
 
     @contextmanager
     def server_on_disk(self, adapters: Mapping[str, Path]) -> Iterator[Server]:
@@ -163,29 +165,26 @@ class _Case:
         mini_mlp(tuple(adapters), AutoTokenizer.from_pretrained(self.model).backend_tokenizer).save_pretrained(
             folder.parent / "router"
         )
-        options = ["--adapters", str(folder), "--router", str(folder.parent / "router"), *self.options()]
+        options = ["--adapters", str(folder), "--router", str(folder.parent / "router"), *self.options(), *KEEPS_NO_KV]
         with serving([*options, "--budget-mb", str(BUDGET_MB)], model=MODEL, threads=self.args.threads) as server:
             yield server
 
     def options(self) -> list[str]:
-        return ["--model", self.model, "--dtype", self.dtype, "--device", self.args.device, "--cache-mb", "0"]
+        return ["--model", self.model, "--dtype", self.dtype, "--device", self.args.device]
 
     def load(self, name: str, server: Server) -> list[Row]:
         """Tokens a second and latency by the number of streams; one stream beside the engine and the base."""
-        args, bodies = self.args, self.bodies(name)
+        args = self.args
         targets: list[tuple[Target, Server | None]] = [(server.target, server)]
         if name == "fixed":
             targets += [(_peer(text), None) for text in args.peers]
         streams: dict[tuple[str, int], _Streams] = {}
         for target, ours in targets:
             for number in args.streams:
-                asked = bodies
-                if ours is None:
-                    asked = [{key: value for key, value in body.items() if key not in OURS} for body in bodies]
-                streams[target.name, number] = _Streams(target, asked, number, ours)
+                streams[target.name, number] = _Streams(target, self.draws(name, number), number, ours)
         runs: dict[str, Run] = {_key(*key): run for key, run in streams.items()}
         if 1 in args.streams:
-            runs |= self.alone(name, bodies[:BESIDE])
+            runs |= self.alone(name)
         scenario = f"serve, {name}, {self.dtype}"
         times = interleave(runs, rounds=args.rounds, scenario=scenario, on_progress=self.on_progress)
         rows: list[Row] = []
@@ -211,28 +210,40 @@ class _Case:
             for key in alone
         ]
 
-    def bodies(self, name: str) -> list[dict[str, Any]]:
-        """The requests: chats of one length that name mixtures of the bundle's adapters, or pairs of questions of their
-        tasks, whose answers end where they end."""
+    def draws(self, name: str, streams: int) -> Draws:
+        """The requests of each round over so many streams; none comes twice, so no server has read one before."""
+
+        def draw(i: int) -> list[dict[str, Any]]:
+            return self.bodies(name, seed=i * (max(self.args.streams) + 1) + streams)
+
+        return draw
+
+    def bodies(self, name: str, *, seed: int) -> list[dict[str, Any]]:
+        """Chats of one length that name mixtures of the bundle's adapters, or pairs of questions of their tasks, whose
+        answers end where they end."""
         names, number = list(self.bundle.adapters), self.args.requests
         same = {"max_tokens": self.args.new_tokens, "temperature": 0}
-        if name == "fixed":
-            pairs = [(names[i], names[(i + 1) % len(names)]) for i in range(len(names))]
-            mixtures = [f"{a}={x},{b}={y}" for x, y in WEIGHTS for a, b in pairs if a != b] or names
-            chats = [[{"role": "user", "content": text}] for text in PROMPTS]
-            pairs_of = zip(cycle(mixtures), cycle(chats), strict=False)
-            return [
-                {"model": mixture, "messages": chat, "ignore_eos": True, **same}
-                for mixture, chat in islice(pairs_of, number)
-            ]
-        tasks = [procedural_task(n, num_train=1, num_test=number) for n in names if n in PROCEDURAL]
-        questions = [task.test[i].prompt for i in range(number) for task in tasks] or list(PROMPTS)
-        two = zip(cycle(questions), cycle([*questions[1:], questions[0]]), strict=False)
-        asked = [[{"role": "user", "content": f"{a}\n{b}"}] for a, b in islice(two, number)]
-        return [{"messages": chat, "dlp": {"kv_policy": name}, **same} for chat in asked]
+        tasks = [n for n in names if n in PROCEDURAL]
+        if name == "fixed" or not tasks:
+            items = range(seed * number, (seed + 1) * number)
+            texts = [f"Item {item}. {PROMPTS[item % len(PROMPTS)]}" for item in items]
+        else:
+            drawn = [procedural_task(n, num_train=1, num_test=number, seed=seed).test for n in tasks]
+            questions = [examples[i].prompt for i in range(number) for examples in drawn]
+            texts = [f"{a}\n{b}" for a, b in islice(pairwise(questions), number)]
+        chats = [[{"role": "user", "content": text}] for text in texts]
+        if name != "fixed":
+            return [{"messages": chat, "dlp": {"kv_policy": name}, **same} for chat in chats]
+        two = [(names[i], names[(i + 1) % len(names)]) for i in range(len(names))]
+        mixtures = [f"{a}={x},{b}={y}" for x, y in WEIGHTS for a, b in two if a != b] or names
+        return [
+            {"model": mixture, "messages": chat, "ignore_eos": True, **same}
+            for mixture, chat in zip(cycle(mixtures), chats, strict=False)
+        ]
 
-    def alone(self, name: str, bodies: Sequence[Body]) -> dict[str, Run]:
-        """The engine and the plain base, in this process, which answer the same."""
+    def alone(self, name: str) -> dict[str, Run]:
+        """The engine and the plain base, in this process, which answer the first requests of one stream."""
+        draws = self.draws(name, 1)
         where: dict[str, Any] = {"dtype": getattr(torch, self.dtype), "device": self.args.device}
         routing: dict[str, Any] = {} if name == "fixed" else {"kv_policy": name}
         engine = load(self.args.bundle, base_model=self.model, **where, **routing)
@@ -262,7 +273,8 @@ class _Case:
 
         def run(answer: Callable[[Body, int], Answer]) -> Run:
             def measure(i: int) -> dict[str, float]:
-                num_tokens, asked = (self.args.new_tokens, bodies) if i else (WARM_UP_TOKENS, bodies[:1])
+                num_tokens, number = (self.args.new_tokens, BESIDE) if i else (WARM_UP_TOKENS, 1)
+                asked = draws(i)[:number]
                 return {"beside_ms": ms_per_token([answer(body, num_tokens) for body in asked])}
 
             return measure
@@ -271,7 +283,7 @@ class _Case:
 
     def chunk(self, server: Server) -> Row:
         """The longest wait between two tokens of an answer while the server reads a long prompt."""
-        first = dict(self.bodies("fixed")[0], max_tokens=LONG_ANSWER)
+        first = dict(self.bodies("fixed", seed=0)[0], max_tokens=LONG_ANSWER)
         mixture = first["model"]
 
         def read(length: int) -> dict[str, Any]:
@@ -334,13 +346,15 @@ class _Streams:
     of their histogram; None for a server without our metrics.
     """
 
-    def __init__(self, target: Target, bodies: Sequence[Body], streams: int, server: Server | None) -> None:
+    def __init__(self, target: Target, draws: Draws, streams: int, server: Server | None) -> None:
         self.answers: list[Answer] = []
         self.metrics_agree: bool | None = None if server is None else True
-        self._target, self._bodies, self._streams, self._server = target, bodies, streams, server
+        self._target, self._draws, self._streams, self._server = target, draws, streams, server
 
     def __call__(self, i: int) -> Mapping[str, float]:
-        bodies = self._bodies
+        bodies = self._draws(i)
+        if self._server is None:
+            bodies = [{key: value for key, value in body.items() if key not in OURS} for body in bodies]
         if i == 0:
             bodies = [{**body, "max_tokens": WARM_UP_TOKENS} for body in bodies[: self._streams]]
         before = None if self._server is None else self._server.histograms()
