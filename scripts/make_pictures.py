@@ -202,6 +202,24 @@ def switch(theme: Theme) -> str:
     return _chart(title, bars, theme, most=100, shown=lambda value: f"{value:.0f} %")
 
 
+def serve(theme: Theme) -> str:
+    """Tokens a second of servers, over one stream and over many."""
+    rows = [row for row in _record("serve_peers")["rows"] if "tokens_per_s" in row]
+    bars = [
+        _Bar(
+            label=f"{row['name'].partition(', fixed')[0]}, {row['streams']}",
+            value=row["tokens_per_s"],
+            low=row["tokens_per_s_min"],
+            high=row["tokens_per_s_max"],
+            is_ours=row["name"].startswith("dlp-lora"),
+        )
+        for row in rows
+    ]
+    title = "tokens a second, by server and number of streams (one thread of a CPU)"
+    most = 1.15 * max(bar.high for bar in bars)
+    return _chart(title, bars, theme, most=most, shown=lambda value: f"{value:.0f}")
+
+
 PICTURES: Mapping[str, Callable[[Theme], str]] = {
     "loop": loop,
     "answer": answer,
@@ -209,6 +227,7 @@ PICTURES: Mapping[str, Callable[[Theme], str]] = {
     "accuracy": accuracy,
     "bank": bank,
     "switch": switch,
+    "serve": serve,
 }
 
 

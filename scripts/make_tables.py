@@ -21,6 +21,7 @@ PAGES = (
     "docs/how-to-measure-router.md",
     "docs/how-to-own-adapters.md",
     "docs/how-to-reproduce.md",
+    "docs/how-to-serve.md",
 )
 BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -443,6 +444,72 @@ def _shortened(reason: str) -> str:
     return re.sub(r"^(it|\w*[A-Z]\w+|\S*\.\S+|kv_policy='recompute') ", "", clause)
 
 
+def _serve(name: str) -> Callable[[], str]:
+    """Tokens a second and latency of servers, by the number of streams."""
+    columns: dict[str, Cell] = {
+        "server, load": lambda row: row["name"],
+        "streams": lambda row: str(row["streams"]),
+        "tokens/s": _number("tokens_per_s", 1),
+        "spread": _spread("tokens_per_s", 1),
+        "over one stream": _number("speedup", 2),
+        "first token, ms": _percentiles("first_ms"),
+        "between tokens, ms": _percentiles("gap_ms"),
+    }
+    return lambda: _table(columns, [row for row in _record(name)["rows"] if "tokens_per_s" in row])
+
+
+def _percentiles(key: str) -> Cell:
+    return lambda row: " / ".join(f"{row[f'{key}_p{share}']:,.0f}" for share in (50, 95, 99))
+
+
+def _serve_one() -> str:
+    """The time of a token over one stream, beside the engine and the base in one process."""
+    columns: dict[str, Cell] = {
+        "load": lambda row: row["name"].partition(", ")[2],
+        "over `engine.stream`": _number("over_engine", 3),
+        "spread": _spread("over_engine"),
+        "over the base's `generate`": _number("over_base", 3),
+        "its spread": _spread("over_base"),
+    }
+    return _table(columns, [row for row in _record("serve")["rows"] if "over_engine" in row])
+
+
+def _serve_more() -> str:
+    """Waiting, memory, start, adapters on disk."""
+    shown = {
+        "longest_ms": "longest wait {:,.0f} ms",
+        "over_chunk": "{:.2f} of a chunk and a step",
+        "mb_per_request": "{:.1f} MB a request",
+        "start_s": "{:.1f} s",
+        "resident_mb": "{:,.0f} MB",
+        "first_from_disk_ms": "first token after {:,.0f} ms",
+        "first_again_ms": "the next time after {:,.0f}",
+    }
+    columns: dict[str, Cell] = {
+        "measured": lambda row: row["name"],
+        "found": lambda row: ", ".join(text.format(row[key]) for key, text in shown.items() if key in row),
+    }
+    rows = [row for row in _record("serve")["rows"] if shown.keys() & row.keys()]
+    return _table(columns, rows, words=2)
+
+
+def _soak() -> str:
+    """What a soak counted."""
+    (row,) = _record("soak")["rows"]
+    shown = {
+        "minutes": row["minutes"],
+        "clients": row["name"].split()[0],
+        "answers": f"{row['answers']:,}",
+        "wrong answers": row["wrong"],
+        "clients that left": row["left"],
+        "adapters loaded or unloaded": row["changes"],
+        "memory, from the first to the last third": f"{100 * row['growth']:+.1f} %",
+        "rows, threads, sockets left": ", ".join(str(row[f"{what}_after"]) for what in ("rows", "threads", "sockets")),
+        "restart after kill -9": f"{row['restart_s']:.1f} s",
+    }
+    return markdown_grid(["counted", "found"], ([what, str(value)] for what, value in shown.items()), num_labels=1)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "families-supported": partial(_families, "supported"),
     "families-refused": partial(_families, "refused", "not built"),
@@ -475,6 +542,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "decode-all-linear": _decoding("decode_all_linear"),
     "paths": _decoding("paths"),
     "speed-targets": _speed_targets,
+    "serve": _serve("serve"),
+    "serve-one": _serve_one,
+    "serve-more": _serve_more,
+    "serve-peers": _serve("serve_peers"),
+    "soak": _soak,
     "prefill-xeon": _rows(
         "prefill_xeon",
         {**VARIANT, "ms": _number("ms", 0), **RATIO, "error of logits": _percent("logit_error", 1)},
