@@ -644,17 +644,17 @@ ERRORS: dict[str, tuple[tuple[str, ...], str, str]] = {
     "a router over a bundle": (
         ("train-router", "--data", "{work}/data", "--out", "{work}/bundle", "--model", "{work}/model"),
         "",
-        "has no router_config.json: it would be lost",
+        "has no router_config.json, so it is something else",
     ),
     "a bundle over adapters": (
         ("bundle", "--model", "{work}/model", "-a", "{work}/adapters", "-o", "{work}/adapters"),
         "",
-        "has no bundle.json: it would be lost",
+        "has no bundle.json, so it is something else",
     ),
     "an export over adapters": (
         ("export", "sums", "--bundle", "{work}/bundle", "--out", "{work}/adapters"),
         "",
-        "has no adapter_config.json: it would be lost",
+        "has no adapter_config.json, so it is something else",
     ),
     "unknown device": (
         ("generate", "Hi", "--bundle", "{work}/bundle", "--device", "abacus"),
