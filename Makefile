@@ -72,4 +72,7 @@ $(VLLM_VENV)/.ready:
 	$(VLLM_VENV)/bin/pip install --quiet "$(TORCH)" "$(VLLM)"
 	# PyPI's builds of these are for another PyTorch, and break the import.
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	# The plug-in and what it imports, without what would replace releases that vLLM has chosen.
+	$(VLLM_VENV)/bin/pip install --quiet --no-deps --editable .
+	$(VLLM_VENV)/bin/pip install --quiet jaxtyping "peft>=0.19"
 	touch $@
