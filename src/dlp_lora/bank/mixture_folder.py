@@ -29,6 +29,7 @@ from dlp_lora.files import replace_folder
 from dlp_lora.policy import Mixture
 
 PREFIX = "dlp-"
+OWN_PREFIX = "dlp-lora-"  # of folders that are made here
 FORMAT = "1"  # of the written files; part of each name
 
 
@@ -92,9 +93,12 @@ class MixtureFolder:
     def __init__(self, path: str | Path | None, *, base: str, layout: BaseLayers, budget_mb: float) -> None:
         if budget_mb < 0:
             raise ValueError(f"adapter_cache_mb must not be negative, got {budget_mb}")
-        self._is_own = path is None
-        self.path = Path(tempfile.mkdtemp(prefix="dlp-lora-", dir=_memory())) if path is None else Path(path).absolute()
-        self.path.mkdir(parents=True, exist_ok=True)
+        self._own_lock: int | None = None  # of a folder that was made here
+        if path is None:
+            self.path, self._own_lock = _folder_in_memory()
+        else:
+            self.path = Path(path).absolute()
+            self.path.mkdir(parents=True, exist_ok=True)
         self.path.chmod(0o755)  # the reader may be another user
         self._base = base
         self._layout = layout
@@ -176,8 +180,10 @@ class MixtureFolder:
             if entry.lock is not None:
                 os.close(entry.lock)
         self._entries.clear()
-        if self._is_own:
+        if self._own_lock is not None:
             shutil.rmtree(self.path, ignore_errors=True)
+            os.close(self._own_lock)
+            self._own_lock = None
 
 
 def write_mixture(folder: Path, mixture: Mixture, sources: Sources) -> None:
@@ -230,8 +236,20 @@ def rewrite_mixture(path: Path, mixture: Mixture, sources: Sources) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _memory() -> str | None:
-    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+def _folder_in_memory() -> tuple[Path, int]:
+    """Makes a folder, in memory where there is such a disk, and a lock that shows that its process lives.
+
+    Folders of processes that were killed are deleted: nobody else would free that memory.
+    """
+    parent = Path("/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir())
+    for folder in parent.glob(f"{OWN_PREFIX}*"):
+        with suppress(OSError):  # somebody else's, or in use
+            os.close(_locked(folder, fcntl.LOCK_EX | fcntl.LOCK_NB))
+            shutil.rmtree(folder, ignore_errors=True)
+    # Locked before it has a name that others look for.
+    made = Path(tempfile.mkdtemp(prefix=f".{OWN_PREFIX}", dir=parent))
+    lock = _locked(made, fcntl.LOCK_EX)
+    return made.rename(made.with_name(made.name.removeprefix("."))), lock
 
 
 def _size(folder: Path) -> int:
