@@ -1,31 +1,19 @@
 """A real vLLM answers as the engine does, token by token. `make vllm` makes an environment for it."""
 
 import json
-import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from vllm_python import vllm_python
+
 ROOT = Path(__file__).parents[2]
-VLLM_PYTHON = "DLP_LORA_VLLM_PYTHON"  # of an environment that has vLLM
 MAX_DIFFERENCE = 1e-4
 
 pytestmark = [pytest.mark.engines, pytest.mark.models, pytest.mark.timeout(1800)]
-
-
-def vllm_python() -> str:
-    made = ROOT / ".venv-vllm" / "bin" / "python"
-    if VLLM_PYTHON in os.environ:
-        return os.environ[VLLM_PYTHON]
-    if made.exists():
-        return str(made)
-    if find_spec("vllm") is not None:
-        return sys.executable
-    pytest.skip(f"vLLM is not installed: `make vllm` makes an environment, or {VLLM_PYTHON} names one")
 
 
 @pytest.fixture(scope="module")

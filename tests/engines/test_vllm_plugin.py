@@ -19,7 +19,7 @@ from dlp_lora.bank.limits import rounded
 from dlp_lora.default_model import default_model, is_converted
 from dlp_lora.lab.bench.random_adapters import write_random_adapters
 from dlp_lora.policy import Mixture
-from test_vllm import vllm_python
+from vllm_python import vllm_python
 
 pytestmark = [pytest.mark.engines, pytest.mark.models, pytest.mark.timeout(900)]
 START_S = 600
