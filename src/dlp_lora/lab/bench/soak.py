@@ -28,6 +28,7 @@ from dlp_lora.progress import OnProgress, Progress, unseen
 
 MODEL = "soak"
 LENGTHS = (4, 12, 24, 40)  # tokens of an answer
+SAME = {"temperature": 0, "ignore_eos": True}  # in all requests: each answer has its length
 NUM_LOADED = 8  # adapters that come and go
 CHANGE_S = 1.0  # from one of these changes to the next
 LOOK_S = 0.5  # from one look at the process to the next
@@ -100,7 +101,7 @@ class _Soak:
     @property
     def bodies(self) -> list[dict[str, Any]]:
         """Routed prompts and prompts for mixtures by name."""
-        same = {"temperature": 0, "ignore_eos": True, "dlp": {"prompt_tokens": True}}
+        same = {**SAME, "dlp": {"prompt_tokens": True}}
         models = [MODEL, *self.names, *(f"{a}=0.6,{b}=0.4" for a, b in zip(self.names, self.names[1:], strict=False))]
         return [
             {"model": model, "prompt": text, "max_tokens": length, **same}
@@ -173,8 +174,8 @@ class _Soak:
             there ^= {name}
             self.counts["changes"] += 1
             if there:
-                asked = {"model": rng.choice(sorted(there)), "prompt": rng.choice(PROMPTS), "max_tokens": 4}
-                await send(client, self.server.target, asked, Answer())
+                asked = {"model": rng.choice(sorted(there)), "prompt": rng.choice(PROMPTS), "max_tokens": LENGTHS[0]}
+                await send(client, self.server.target, {**asked, **SAME}, Answer())
             await asyncio.sleep(CHANGE_S)
 
     async def _look(self, end: float, on_progress: OnProgress) -> None:
