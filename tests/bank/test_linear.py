@@ -374,6 +374,21 @@ def test_a_fused_layer_shows_its_base_layers_weight_and_bias(tmp_path: Path) -> 
         assert attention.o_proj.base_layer is o
 
 
+def test_a_head_is_tied_to_the_embeddings_again_as_lm_eval_does(llama: PreTrainedModel, tmp_path: Path) -> None:
+    folder = make_adapter(llama, tmp_path / "it", seed=1, target_modules=["q_proj"])
+    llama.config.tie_word_embeddings = True
+    model = type(llama)(llama.config).eval()
+    bank = AdapterBank(linear_layers(model), [read_adapter(folder, "it")])
+    before = logits(model)
+    attach(model, bank, paths="columns")
+    model.tie_weights()
+    assert isinstance(model.lm_head, FusedLinear)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    torch.testing.assert_close(logits(model), before)
+    detach(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
 def test_an_adapter_added_at_run_time_needs_only_another_attach(llama: PreTrainedModel, tmp_path: Path) -> None:
     first = make_adapter(llama, tmp_path / "first", seed=1, scale=0.3, target_modules=["q_proj"])
     second = make_adapter(llama, tmp_path / "second", seed=2, scale=0.3, target_modules=["v_proj", "up_proj"], r=9)

@@ -163,6 +163,13 @@ class FusedLinear(nn.Module):
         """The base layer's bias."""
         return self.base_layer.bias  # type: ignore[return-value]
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """A parameter that is set here, as `tie_weights` does it, is the base layer's."""
+        if name in ("weight", "bias"):
+            setattr(self.base_layer, name, param)
+        else:
+            super().register_parameter(name, param)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         return copy.deepcopy(self.base_layer, memo)
 
