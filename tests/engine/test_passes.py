@@ -23,6 +23,7 @@ from transformers import (
 import dlp_lora
 from conftest import HashRouter, byte_tokenizer, lively_model, make_adapter
 from dlp_lora import Engine, ModelError, PromptError
+from dlp_lora.engine.cache import cache_argument
 
 MakeEngine = Callable[..., Engine]
 TOKENIZER = byte_tokenizer()
@@ -85,7 +86,7 @@ def test_a_model_without_a_cache_of_transformers_is_refused_at_load_and_stays_as
 def test_a_model_that_gives_no_cache_is_refused_at_its_first_pass(make_engine: MakeEngine) -> None:
     engine = make_engine()
     plain = engine._controller._plain
-    engine._controller._plain = lambda **kwargs: plain(**{**kwargs, "use_cache": False, "cache": None})
+    engine._controller._plain = lambda **kwargs: plain(**{**kwargs, "use_cache": False, **cache_argument(None)})
     with pytest.raises(ModelError, match=r"gives .* so its answers cannot be followed"):
         engine.generate("Why?", max_new_tokens=3)
 

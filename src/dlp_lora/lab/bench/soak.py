@@ -47,6 +47,7 @@ class SoakArgs(BenchArgs):
     clients: Annotated[int, "Clients at once; each sends its next request after an answer."] = 32
     leaving: Annotated[float, "Share of requests whose client hangs up."] = 0.01
     dtype: Annotated[str, "Precision of the base model."] = "float32"
+    cache_mb: Annotated[float, "KV that the server keeps: little, so that it is full before memory counts."] = 64.0
 
 
 def bench_soak(model: str | Path, args: SoakArgs | None = None, *, on_progress: OnProgress = unseen) -> dict[str, Any]:
@@ -63,7 +64,7 @@ def bench_soak(model: str | Path, args: SoakArgs | None = None, *, on_progress: 
     with tempfile.TemporaryDirectory() as folder:
         write_random_adapters(str(model), Path(folder), NUM_LOADED, r=8, target_modules=("q_proj", "v_proj"))
         options = ["--bundle", args.bundle, "--model", str(model), "--dtype", args.dtype, "--device", args.device]
-        options += ["--adapter-dir", folder]
+        options += ["--adapter-dir", folder, "--cache-mb", str(args.cache_mb)]
         with serving(options, model=MODEL, threads=args.threads) as server:
             port = server.target.url.removesuffix("/v1").rpartition(":")[2]
             soak = _Soak(server, tuple(bundle.adapters), Path(folder), args)
