@@ -410,7 +410,9 @@ def test_weights_of_several_adapters_in_one_file(tmp_path: Path) -> None:
     assert_same(our_logits(folder, "llama"), theirs)
     assert "also holds weights of the adapters other" in assert_fits(folder, "llama")
     rekey(plain, both("one", "two"))
-    with pytest.raises(AdapterError, match=r"the weights of several adapters \(one, two\); save each in a separate folder"):
+    with pytest.raises(
+        AdapterError, match=r"the weights of several adapters \(one, two\); save each in a separate folder"
+    ):
         our_logits(plain, "llama")
 
 
