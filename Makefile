@@ -24,10 +24,11 @@ vllm: $(READY) $(VLLM_VENV)/.ready  ## the same bundle on a real vLLM for CPUs, 
 	test -e $(BUNDLE)/bundle.json || $(BIN)/dlp-lora demo --out runs/demo
 	$(BIN)/python scripts/try_vllm.py --bundle $(BUNDLE) --vllm-python $(VLLM_VENV)/bin/python
 
-check: $(READY)  ## the tests of the inner loop, about a minute, and what they cover of the method
-	$(BIN)/pytest -n 2 --cov -m "not ci and not models and not engines and not clients"
+check: $(READY)  ## the tests of the inner loop, a minute or two
+	$(BIN)/pytest -n 2 -m "not ci and not models and not engines and not clients"
 
-test: check  ## the tests that CI runs: those of the inner loop, then slower ones
+test: $(READY)  ## the tests that CI runs: those of the inner loop, with what they cover of the method, then slower ones
+	$(BIN)/pytest -n 2 --cov -m "not ci and not models and not engines and not clients"
 	$(BIN)/pytest -n 2 -m "ci and not models and not engines and not clients"
 
 test-all: $(READY)  ## every test, with quantised bases, too; writes runs/tests.json: what ran, what was skipped and why

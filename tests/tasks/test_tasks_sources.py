@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from dlp_lora.errors import TaskError
 from dlp_lora.tasks import Example, Task, compose, read_task, read_tasks, serial, write_task
+from dlp_lora.tasks.task import same_prompt
 
 SUM = {"prompt": "What is 1 + 2?", "answer": "The result is 3."}
 DAY = {"prompt": "Which day follows Monday?", "answer": "The day is Tuesday."}
@@ -109,7 +110,7 @@ def test_a_unicode_line_separator_does_not_end_a_line(tmp_path):
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50, deadline=None)
-@given(rows=st.lists(free_rows | choice_rows, min_size=1, max_size=5, unique_by=lambda row: row["prompt"]))
+@given(rows=st.lists(free_rows | choice_rows, min_size=1, max_size=5, unique_by=lambda row: same_prompt(row["prompt"])))
 def test_a_written_task_reads_back_as_it_was(tmp_path, rows):
     train = [Example(**row) for row in rows]
     half = (len(train) + 1) // 2
