@@ -601,7 +601,8 @@ def test_a_token_without_an_embedding_is_refused_before_the_pass(make_engine: Ma
         lambda: list(engine.stream("hi <t2>", max_new_tokens=2)),
         lambda: engine.model(torch.tensor([[97, 260]])),
     ):
-        with pytest.raises(PromptError, match="token 260, but the model has embeddings of only 260 tokens"):
+        message = "holds '<t2>', token 260, but the model has embeddings of only 260 tokens"
+        with pytest.raises(PromptError, match=message):
             ask()
     engine.model.config.image_token_id = 260
     with pytest.raises(IndexError):  # its embedding comes from elsewhere, in a model that has images
