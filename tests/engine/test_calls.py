@@ -19,14 +19,18 @@ def test_an_answer_ends_with_its_first_end_token_whatever_follows(
 ) -> None:
     before = [token for token in answer if token not in eos]
     tokens = [*before, min(eos), *behind]
-    assert Endings(eos, frozenset({3})).trim(tokens, {3}) == [*before, min(eos)]
+    assert Endings(eos, frozenset({3}), has_others=True).trim([tokens, answer], {3})[0] == [*before, min(eos)]
 
 
 @given(answer=TOKENS, num_pads=st.integers(0, 3), special=SOME)
 def test_without_an_end_token_only_special_padding_is_taken_off(
     answer: list[int], num_pads: int, special: frozenset[int]
 ) -> None:
-    found = Endings(pad_ids=frozenset({7})).trim(answer + [7] * num_pads, special)
+    padded = answer + [7] * num_pads
+    assert Endings(pad_ids=frozenset({7})).trim([padded, padded], special) == [padded, padded]
+    endings = Endings(pad_ids=frozenset({7}), has_others=True)
+    assert endings.trim([padded], special) == [padded]  # nothing goes on while this row has stopped
+    found, _ = endings.trim([padded, padded], special)
     while 7 in special and answer[-1:] == [7]:
         answer = answer[:-1]
     assert found == (answer if 7 in special else answer + [7] * num_pads)
@@ -47,7 +51,7 @@ def test_a_call_ends_where_generate_ends_it(where: str) -> None:
     answer = model.generate(prompt, **{"max_new_tokens": 12, "do_sample": False, **kwargs})[0, prompt.shape[1] :]
     endings = Endings.of_call(kwargs, model.generation_config)
     assert endings.eos_ids == {end}
-    assert endings.trim(plain, ()) == answer.tolist()
+    assert endings.trim([plain], ()) == [answer.tolist()]
 
 
 def test_outside_generate_rows_end_as_the_models_or_the_tokenizers_do() -> None:

@@ -288,6 +288,23 @@ class TestBatches:
         check_trace(row)
         check_trace(other)
 
+    @pytest.mark.parametrize("num_prompts", [1, 2])
+    def test_a_padding_token_that_the_model_wrote_last_belongs_to_the_answer(
+        self, make_engine: MakeEngine, num_prompts: int
+    ) -> None:
+        engine = make_engine()
+        settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": EOS_ID, "pad_token_id": PAD_ID}
+        processor = LogitsProcessorList([EndAt({0: 7}, eos=PAD_ID)])
+        inputs = engine.tokenizer(PROMPTS[0], return_tensors="pt")
+        expected = engine.model.generate(**inputs, logits_processor=processor, **settings)[0, -8:].tolist()
+        assert expected[-1] == PAD_ID
+        answers = engine.generate(PROMPTS[:num_prompts], logits_processor=processor, **settings)
+        assert list(answers[0].tokens) == expected
+        check_trace(answers[0])
+        stream = engine.stream(PROMPTS[0], logits_processor=processor, **settings)
+        assert "".join(stream) == stream.generation.text
+        assert list(stream.generation.tokens) == expected
+
     def test_left_padding_given_to_the_model_changes_nothing(self, make_engine: MakeEngine) -> None:
         engine = make_engine()
         inputs = left_padded(PROMPTS[1])

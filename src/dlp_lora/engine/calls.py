@@ -18,10 +18,13 @@ from dlp_lora.sentences import Segmenter, SentenceSegmenter
 
 @dataclass(frozen=True)
 class Endings:
-    """The token ids that end a row in `generate`, and those that pad it."""
+    """The token ids that end a row in `generate`, and those that pad it; and whether a row may also stop without such a
+    token while others go on, at a stop string or by a criterion of the caller.
+    """
 
     eos_ids: frozenset[int] = frozenset()
     pad_ids: frozenset[int] = frozenset()
+    has_others: bool = False
 
     @classmethod
     def of_model(cls, generation_config: Any, tokenizer: PreTrainedTokenizerBase) -> "Endings":
@@ -35,22 +38,27 @@ class Endings:
     def of_call(cls, kwargs: Mapping[str, Any], generation_config: Any) -> "Endings":
         """The ids of one call of `generate`: its arguments come before its config, and this before the model's."""
         eos, pad = (call_setting(name, kwargs, generation_config) for name in ("eos_token_id", "pad_token_id"))
-        return cls(_ids(eos), _ids(pad))
+        others = ("stop_strings", "stopping_criteria")
+        return cls(_ids(eos), _ids(pad), any(call_setting(name, kwargs, generation_config) for name in others))
 
     def is_after_end(self, token: int) -> bool:
         """Whether a token after the end of a row is not part of its answer."""
         return token in self.pad_ids or token in self.eos_ids
 
-    def trim(self, tokens: list[int], special_ids: Collection[int]) -> list[int]:
-        """A row's answer with the token that ends it, without padding.
+    def trim(self, rows: Sequence[list[int]], special_ids: Collection[int]) -> list[list[int]]:
+        """The answers of all rows with the tokens that end them, without padding.
 
-        After a stop string there is padding without such a token. It is recognised only if it is a special token.
+        A row that stops before others without such a token is padded behind its answer. This padding is recognised
+        only if it is a special token; then it hides such tokens that end the answer of a row.
         """
+        padding = self.pad_ids & set(special_ids) if self.has_others and len(rows) > 1 else frozenset()
+        return [tokens[: self._length(tokens, padding)] for tokens in rows]
+
+    def _length(self, tokens: Sequence[int], padding: Collection[int]) -> int:
         end = next((i + 1 for i, token in enumerate(tokens) if token in self.eos_ids), None)
         if end is None:
-            padding = self.pad_ids & set(special_ids)
             end = next((i + 1 for i in reversed(range(len(tokens))) if tokens[i] not in padding), 0)
-        return tokens[:end]
+        return end
 
 
 @dataclass(eq=False, kw_only=True)

@@ -311,8 +311,7 @@ class Engine:
                 with seeded(seed, self.device), torch.no_grad():
                     output = cast(Any, self.model).generate(**inputs, **{**kwargs, "return_dict_in_generate": False})
                 length = inputs["input_ids"].shape[1]
-                special = self.tokenizer.all_special_ids
-                answers = [call.endings.trim(tokens, special) for tokens in output[:, length:].tolist()]
+                answers = call.endings.trim(output[:, length:].tolist(), self.tokenizer.all_special_ids)
                 generations = self._generations(inputs, self._controller.latest or (), answers, call, kwargs)
         if any(len(questions) > 1 for questions in apart):
             following = iter(generations)

@@ -137,7 +137,7 @@ class PieceStreamer(BaseStreamer):
     @property
     def answers(self) -> list[list[int]]:
         """The tokens of each row, without padding."""
-        return [self._endings.trim(tokens, self._special_ids) for tokens in self._tokens]
+        return self._endings.trim(self._tokens, self._special_ids)
 
     def put(self, value: Tensor) -> None:
         if not self._has_prompt:
