@@ -626,6 +626,36 @@ def test_a_name_is_not_given_again_while_rows_run_with_the_old_adapter() -> None
     assert_close(fused_delta(bank, "layers.0.up"), delta({"a": another}, {"a": 1.0}, "layers.0.up"))
 
 
+def test_an_adapter_takes_the_place_of_another_which_rows_keep_that_follow_their_lease() -> None:
+    adapters, another = adapters_of(2, 2), adapter("a", dict.fromkeys(LAYOUT, 3), seed=9)
+    bank, mixture = AdapterBank(LAYOUT, adapters.values()), Mixture({"a": 0.7, "b": 0.3})
+    lease = bank.lease([mixture], follows=True)
+    bank.fuse([mixture])
+    bank.put([bank.store.entry_for(another, replace=True)])
+    assert bank.names == ("a", "b")
+    for _ in range(2):
+        for each, loras in ((mixture, {**adapters, "a": another}), (lease.of(mixture), adapters)):
+            bank.fuse([each])
+            assert_close(fused_delta(bank, "layers.0.up"), delta(loras, mixture, "layers.0.up"))
+    del lease
+    bank.fuse([mixture])
+    assert set(bank.store.loaded) == {"a", "b"}
+
+
+def test_an_adapter_that_cannot_take_a_place_leaves_the_other_there() -> None:
+    old = adapter("a", {"layers.0.up": 2})
+    bank, mixture = AdapterBank({"layers.0.up": LAYOUT["layers.0.up"]}, [old]), Mixture({"a": 1.0})
+    bank.fuse([mixture])
+    lease = bank.lease([mixture])
+    with pytest.raises(AdapterError, match="rows still run with the adapter 'a'; let them end"):
+        bank.store.entry_for(adapter("a", {"layers.0.up": 3}, seed=9), replace=True)
+    del lease
+    with pytest.raises(AdapterError, match=r"layers\.1\.up is not"):
+        bank.store.entry_for(adapter("a", {"layers.0.up": 3, "layers.1.up": 3}, seed=9), replace=True)
+    bank.fuse([mixture])
+    assert_close(fused_delta(bank, "layers.0.up"), delta({"a": old}, mixture, "layers.0.up"))
+
+
 def test_rows_keep_a_removed_adapter_whose_files_are_gone(tmp_path: Path) -> None:
     bank = AdapterBank(LAYOUT, on_disk(tmp_path, "a", "b"), budget_mb=1e-6)
     loaded = read_adapter(tmp_path / "a")

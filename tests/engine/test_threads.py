@@ -235,6 +235,23 @@ def test_an_adapter_that_does_not_fit_leaves_nothing_behind_and_others_files_are
     torch.testing.assert_close(found.double(), wanted.double(), rtol=1e-3, atol=1e-3)
 
 
+def test_adapters_take_the_places_of_others_all_of_them_or_none(
+    make_engine: MakeEngine, lively_adapters: Path, tmp_path: Path
+) -> None:
+    engine = make_engine()
+    before = {name: engine.generate("Why?", mixture={name: 1.0}, **GREEDY).tokens for name in engine.bank.names}
+    foreign = make_adapter(lively_model(seed=5), tmp_path / "foreign", seed=9, target_modules=["q_proj", "lm_head"])
+    with pytest.raises(AdapterError, match="foreign holds a copy of the base model's lm_head"):
+        engine.put_adapters({"math": lively_adapters / "units", "late": foreign})
+    assert {name: engine.generate("Why?", mixture={name: 1.0}, **GREEDY).tokens for name in engine.bank.names} == before
+    with engine.fixed({"math": 1.0}), pytest.raises(AdapterError, match="rows still run with the adapter 'math'"):
+        engine.put_adapters({"math": lively_adapters / "units"})
+    engine.put_adapters({"math": lively_adapters / "units", "late": lively_adapters / "math"})
+    assert engine.bank.names == (*before, "late")
+    for name, other in {"math": "units", "late": "math", "units": "units"}.items():
+        assert engine.generate("Why?", mixture={name: 1.0}, **GREEDY).tokens == before[other]
+
+
 def test_a_bank_is_compared_with_every_base_that_it_is_attached_to(tmp_path: Path) -> None:
     head = make_adapter(lively_model(), tmp_path / "head", seed=9, target_modules=["q_proj", "lm_head"])
     model = lively_model()

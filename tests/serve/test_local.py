@@ -306,7 +306,7 @@ def test_a_reloaded_adapter_finds_nothing_of_the_old_one_and_the_same_again_all(
 ) -> None:
     cached, answers = [], []
     for path in (extras[0], extras[1], extras[0]):
-        backend.add_adapter(path, "extra")
+        backend.put_adapters({"extra": path})
         request = ask(engine, PROMPTS[1], mixture={"extra": 1.0})
         done = read(backend.open(request))
         assert timeless(done.generation) == timeless(alone(engine, request))

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,17 +17,22 @@ from conftest import byte_tokenizer, lively_model, make_adapter
 from dlp_lora import Engine, MiniMLP, TopK, TopP
 from dlp_lora.engine.base import Base
 from dlp_lora.engine.bundle import write_bundle
+from dlp_lora.engine.outline import read_outline
 from dlp_lora.serve.adapters import AdapterManager
 from dlp_lora.serve.answers import Answers, Piece
 from dlp_lora.serve.keys import Access, Keys
 from dlp_lora.serve.schema import CompletionRequest
-from dlp_lora.serve.server import local_service
+from dlp_lora.serve.server import local_service, make_service
 from dlp_lora.serve.service import Service
 from dlp_lora.serve.settings import ServerSettings
+from dlp_lora.serve.vllm.backend import VLLMBackend, VLLMSettings
 from dlp_lora.tasks import Example, Task
 from dlp_lora.training.extend import add_tasks, remove_tasks
 from dlp_lora.training.router import RouterTrainingArgs, train_router
 from serving import over_http
+from vllm_stand_in import standing_in
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*changes nothing")  # the adapter that vLLM servers are checked with
 
 ASKED = {
     "math": "What is {i} plus {i}?",
@@ -87,13 +93,11 @@ def rewrite(bundle: Path, base: Path, router: MiniMLP, shelf: Path) -> None:
 
 
 class Running:
-    """A server of a bundle, in this process."""
+    """A server of a bundle, in this process; `engine` computes its answers."""
 
-    def __init__(self, bundle: Path, shelf: Path) -> None:
-        self.engine = dlp_lora.load(bundle)
-        settings = ServerSettings(served_model_name="tiny")
-        self.service: Service = local_service(self.engine, settings, Keys({}, admin="A"), name="tiny")
-        self.manager = AdapterManager(self.service, folders=[shelf], bundle=bundle)
+    def __init__(self, service: Service, engine: Engine, bundle: Path, shelf: Path) -> None:
+        self.service, self.engine = service, engine
+        self.manager = AdapterManager(service, folders=[shelf], bundle=bundle)
 
     def post(self, path: str, body: Any = None) -> httpx.Response:
         return over_http(self.service, self.manager, path, {} if body is None else body, key="A")
@@ -113,20 +117,35 @@ class Running:
 
 
 @pytest.fixture
-def running(bundle: Path, shelf: Path) -> Iterator[Running]:
-    server = Running(bundle, shelf)
-    yield server
-    server.service.backend.close()
+def running(request: pytest.FixtureRequest, bundle: Path, base: Path, shelf: Path) -> Iterator[Running]:
+    """With the local backend, or on a server that speaks vLLM's routes."""
+    settings, keys = ServerSettings(served_model_name="tiny"), Keys({}, admin="A")
+    if getattr(request, "param", "local") == "local":
+        engine = dlp_lora.load(bundle)
+        service = local_service(engine, settings, keys, name="tiny")
+        yield Running(service, engine, bundle, shelf)
+        service.backend.close()
+        return
+    engine, outline = dlp_lora.load(base, adapters={"unused": shelf / "tales"}), read_outline(bundle)
+    with standing_in(engine) as server:
+        backend = VLLMBackend(outline, [server.url], settings=VLLMSettings(poll_s=0.1))
+        yield Running(make_service(outline, backend, backend, settings, keys, name="tiny"), engine, bundle, shelf)
+        backend.close()
+
+
+on_each_backend = pytest.mark.parametrize("running", ["local", "vllm"], indirect=True)
 
 
 def text_of(engine: Engine, prompt: str, **settings: Any) -> str:
     return engine.generate(prompt, max_new_tokens=settings.pop("max_new_tokens", 24), **settings).text
 
 
+@on_each_backend
 def test_a_stream_goes_on_as_it_began_and_later_requests_get_the_new_bundle(
     running: Running, bundle: Path, base: Path, router: MiniMLP, shelf: Path
 ) -> None:
     expected = text_of(dlp_lora.load(bundle), asked("math"), max_new_tokens=120)
+    running.complete(asked("math"), max_tokens=1)  # vLLM's mixtures are written from the files when they are needed
     rewrite(bundle, base, router, shelf)
     body = CompletionRequest(prompt=asked("math"), max_tokens=120)
     slow = running.engine.model.get_input_embeddings().register_forward_pre_hook(lambda *_: time.sleep(0.005))
@@ -156,6 +175,7 @@ def test_a_stream_goes_on_as_it_began_and_later_requests_get_the_new_bundle(
     assert text_of(fresh, asked("math")) != expected[:24]
 
 
+@on_each_backend
 def test_kv_of_an_adapter_that_was_replaced_is_not_used_again(
     running: Running, bundle: Path, base: Path, router: MiniMLP, shelf: Path
 ) -> None:
@@ -213,6 +233,7 @@ def test_a_broken_bundle_is_refused_and_the_old_one_stays(running: Running, bund
     assert {name: running.complete(asked(name))["choices"][0]["text"] for name in answers} == answers
 
 
+@on_each_backend
 @pytest.mark.parametrize("name, kind", [("tales", "of gpt2"), ("tiny", "tales")], ids=["unfit", "the served name"])
 def test_of_a_bundle_with_an_adapter_that_cannot_be_used_nothing_is_taken(
     running: Running, bundle: Path, router: MiniMLP, shelf: Path, tmp_path: Path, name: str, kind: str
@@ -233,6 +254,56 @@ def test_of_a_bundle_with_an_adapter_that_cannot_be_used_nothing_is_taken(
     assert name in refused.json()["error"]["message"]
     assert running.models == ["math", "poems", "tiny", "tiny:base", "units"]
     assert running.complete(asked("math"))["choices"][0]["text"] == before
+
+
+@pytest.mark.parametrize("path", ["/v1/reload", "/v1/load_lora_adapter"])
+def test_an_adapter_that_cannot_take_the_place_of_another_leaves_it_there(
+    running: Running, bundle: Path, base: Path, router: MiniMLP, shelf: Path, path: str
+) -> None:
+    before = running.complete(asked("math"))["choices"][0]["text"]
+    rewrite(bundle, base, router, shelf)
+    with running.engine.fixed({"math": 1.0}):  # a use of it outside the server, which cannot be given another one
+        refused = running.post(path, {"lora_name": "math", "lora_path": "math2", "load_inplace": True})
+        assert refused.status_code == 400
+        assert "rows still run with the adapter 'math'" in refused.json()["error"]["message"]
+        assert running.models == ["math", "poems", "tiny", "tiny:base", "units"]
+        assert running.complete(asked("math"))["choices"][0]["text"] == before
+    assert running.post(path, {"lora_name": "math", "lora_path": "math2", "load_inplace": True}).status_code == 200
+    assert running.complete(asked("math"))["choices"][0]["text"] != before
+
+
+@on_each_backend
+def test_while_an_adapter_is_replaced_requests_never_miss_it(running: Running) -> None:
+    seen: set[frozenset[str]] = set()
+    names: set[tuple[str, ...]] = set()
+    has_ended = threading.Event()
+
+    def look() -> None:
+        tokens = tuple(running.service.encoder.tokenizer(asked("math"))["input_ids"])
+        while not has_ended.is_set():
+            names.add(running.service.backend.adapters)
+            row = running.service.prompt_router.start_row(tokens, call=running.service.call)
+            seen.add(frozenset(row.mixture))
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    for path in ("math2", "math") * 3:
+        body = {"lora_name": "math", "lora_path": path, "load_inplace": True}
+        assert running.post("/v1/load_lora_adapter", body).status_code == 200
+    has_ended.set()
+    looking.join()
+    assert seen == {frozenset({"math"})}
+    assert names == {("math", "units", "poems")}
+
+
+def test_settings_of_the_start_outlive_a_reload(bundle: Path, base: Path, router: MiniMLP, shelf: Path) -> None:
+    engine = dlp_lora.load(bundle, kv_policy="keep")
+    service = local_service(engine, ServerSettings(), Keys({}, admin="A"), name="tiny")
+    server = Running(service, engine, bundle, shelf)
+    rewrite(bundle, base, router, shelf)
+    assert server.post("/v1/reload").status_code == 200
+    assert (service.call.settings.policy, service.call.settings.kv_policy) == (TopK(1), "keep")
+    service.backend.close()
 
 
 def examples(name: str) -> list[dict[str, str]]:

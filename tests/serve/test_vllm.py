@@ -521,14 +521,17 @@ def test_an_adapter_is_there_when_every_server_has_it(
 ) -> None:
     backend = VLLMBackend(outline, [server.url for server in two], settings=QUICK)
     (path, other) = extra_adapters(tmp_path)
-    backend.add_adapter(path, "extra")
+    backend.put_adapters({"extra": path})
     assert all(any(name.startswith("dlp-") for name in server.adapters) for server in two)
     oracle = double_engine(engine.bank.adapters["math"].path.parent)
     oracle.add_adapter(path, "extra")
     request = ask(oracle, PROMPTS[1], mixture={"extra": 1.0})
     assert plain(read(backend.open(request)).generation) == plain(alone(oracle, request))
-    with pytest.raises(AdapterError, match="two adapters are named 'extra'"):
-        backend.add_adapter(other, "extra")
+    first = read(backend.open(request)).generation
+    backend.put_adapters({"extra": other})
+    oracle.put_adapters({"extra": other})
+    assert plain(read(backend.open(request)).generation) == plain(alone(oracle, request)) != plain(first)
+    assert sum(name.startswith("dlp-") for name in two[0].adapters) == 1  # the replaced one is unloaded
     backend.remove_adapter("extra")
     assert not any(name.startswith("dlp-") for server in two for name in server.adapters)
     with pytest.raises(AdapterError, match="no adapter 'extra'"):
@@ -536,9 +539,12 @@ def test_an_adapter_is_there_when_every_server_has_it(
     with pytest.raises(AdapterError, match="no adapter 'extra'"):
         backend.remove_adapter("extra")
     two[1].max_rank = 1
+    before = read(backend.open(ask(engine, PROMPTS[1], mixture={"math": 1.0}))).generation
     with pytest.raises(AdapterError, match="not every backend could load it"):
-        backend.add_adapter(path, "extra")
+        backend.put_adapters({"math": other, "extra": path})
     assert "extra" not in backend.adapters
+    two[1].max_rank = 64
+    assert plain(read(backend.open(ask(engine, PROMPTS[1], mixture={"math": 1.0}))).generation) == plain(before)
     backend.close()
 
 
@@ -549,14 +555,14 @@ def test_an_adapter_of_layers_without_slots_is_refused(
     few = replace(outline, adapters={"math": outline.adapters["math"]})
     backend = VLLMBackend(few, [stand_in.url], settings=settings)
     with pytest.raises(AdapterError, match=r"changes .*k_proj, .* for which vLLM was started without slots"):
-        backend.add_adapter(lively_adapters / "poems", "poems")
+        backend.put_adapters({"poems": lively_adapters / "poems"})
     backend.close()
 
 
 def test_a_reloaded_adapter_is_another_one(engine: Engine, backend: VLLMBackend, tmp_path: Path) -> None:
     answers = []
     for path in extra_adapters(tmp_path):
-        backend.add_adapter(path, "extra")
+        backend.put_adapters({"extra": path})
         answers.append(read(backend.open(ask(engine, PROMPTS[1], mixture={"extra": 1.0}))).generation.tokens)
         backend.remove_adapter("extra")
     assert answers[0] != answers[1]

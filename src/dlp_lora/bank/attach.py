@@ -20,6 +20,7 @@ from dlp_lora.bank.group import FusedPair, Group, keep_alignment
 from dlp_lora.bank.linear import FusedLinear, Outputs, Place, is_ordinary, is_plain
 from dlp_lora.bank.paths import PLAIN, Paths, Setting, check_setting, fixed
 from dlp_lora.bank.peft_format import check_base_copies
+from dlp_lora.bank.store import Entry
 from dlp_lora.bank.timing import Trial, time_paths
 from dlp_lora.errors import ModelError
 from dlp_lora.policy import Mixture
@@ -110,7 +111,7 @@ def siblings(model: nn.Module) -> list[tuple[str, ...]]:
 
 
 def attach(
-    model: nn.Module, bank: AdapterBank, *, paths: Setting | Paths | None = None, added: Collection[str] | None = None
+    model: nn.Module, bank: AdapterBank, *, paths: Setting | Paths | None = None, new: Collection[Entry] | None = None
 ) -> Paths:
     """Replaces each layer that an adapter of the bank changes by a FusedLinear, and returns the paths.
 
@@ -120,8 +121,8 @@ def attach(
     the next `fuse` sees weights that were loaded or copied into the base, but no changes of their `.data`. With
     gradients, and while nothing is active, the base layers compute.
 
-    It may be called again after adapters were added: then `added` names them, if the others are known to fit, and
-    `paths` is the result of the first call.
+    It may be called again for more adapters: then `paths` is the result of the first call. With the entries of `new`
+    ones, which are not in the bank yet, only these are checked.
 
     Raises:
         AdapterError: if an adapter has copies of base weights, and they differ from the model's.
@@ -132,11 +133,11 @@ def attach(
     first = next(model.parameters())
     if paths == "prepacked":
         check_prepacking(first)
-    for name in bank.names if added is None else added:
-        check_base_copies(bank.adapters[name], _weights_of(model))
+    for adapter in bank.adapters.values() if new is None else [entry.adapter for entry in new]:
+        check_base_copies(adapter, _weights_of(model))
     bank.follow(_where(model))
     bank.forget()
-    touched = bank.touched()
+    touched = bank.touched(new or ())
     groups = [group for group in bank.groups if not isinstance(_siblings(model, group)[0][0], FusedLinear)]
     stackable = [group for group in groups if _is_stackable(_siblings(model, group))]
     if paths == "prepacked" and not stackable and not any(group.prepacked_nbytes for group in bank.groups):

@@ -23,7 +23,7 @@ from dlp_lora.bank.base_layers import BaseLayers
 from dlp_lora.bank.group import Group, Reads
 from dlp_lora.bank.layout import Layout, Place, StackedLora
 from dlp_lora.bank.peft_format import Adapter
-from dlp_lora.bank.store import AdapterStore, Lease, content_digest
+from dlp_lora.bank.store import AdapterStore, Entry, Lease, content_digest
 from dlp_lora.bank.turns import TurnLock
 from dlp_lora.policy import Mixture
 
@@ -79,7 +79,7 @@ class AdapterBank:
         self._max_rank = 0  # of a compiled pass
         self._is_merged = False
         for adapter in adapters:
-            self.store.add(adapter)
+            self.store.enter([self.store.entry_for(adapter)])
         self._reserve()
 
     @property
@@ -122,8 +122,16 @@ class AdapterBank:
                 to one that does not follow.
         """
         with self.lock:
-            self.store.add(adapter)
-            self.pad(self._max_rank)  # modules that no adapter changed before
+            self.put([self.store.entry_for(adapter)])
+
+    def put(self, entries: Collection[Entry]) -> None:
+        """Adds adapters by their entries from the store, or replaces those of their names: all of them at once.
+
+        Mixtures use them from the next `fuse` on; rows with a lease keep the replaced ones.
+        """
+        with self.lock:
+            self.pad(self._max_rank, entries)  # modules that no adapter changed before
+            self.store.enter(entries)
             self.plan = None
 
     def remove(self, name: str) -> None:
@@ -181,17 +189,19 @@ class AdapterBank:
             parts = sorted((self.store.digest(name), weight) for name, weight in mixture.items())
         return hashlib.sha256(repr(parts).encode()).digest()
 
-    def touched(self) -> list[Group]:
-        """The groups in which at least one adapter changes a module."""
-        numbers = {place.family for name in self.names for place in self.store.entry(name).ranks}
+    def touched(self, new: Iterable[Entry] = ()) -> list[Group]:
+        """The groups in which at least one adapter changes a module, among them the `new` ones."""
+        numbers = {place.family for place in self._places(new)}
         return [group for g, group in enumerate(self.groups) if g in numbers]
 
-    def pad(self, max_rank: int) -> None:
-        """Makes room for compiled passes, of mixtures of at most this rank in one layer; 0 for none."""
+    def pad(self, max_rank: int, new: Iterable[Entry] = ()) -> None:
+        """Makes room for compiled passes, of mixtures of at most this rank in one layer; 0 for none. The `new` adapters
+        count, too.
+        """
         self._max_rank = max_rank
         if not max_rank:
             return
-        places = {place for name in self.names for place in self.store.entry(name).ranks}
+        places = self._places(new)
         for g, group in enumerate(self.groups):
             # Padding never shrinks, because a graph depends on it.
             group.pad([max_rank if Place(g, s) in places or rank else 0 for s, rank in enumerate(group.padded)])
@@ -272,6 +282,11 @@ class AdapterBank:
             yield
         finally:
             self._is_merged = False
+
+    def _places(self, new: Iterable[Entry]) -> set[Place]:
+        """The places that an adapter changes."""
+        entries = [*map(self.store.entry, self.names), *new]
+        return {place for entry in entries for place in entry.ranks}
 
     def _plan(self, mixtures: tuple[Mixture, ...], *, by_token: bool, reuse: bool, padded: bool) -> Plan:
         """Makes the plan for a pass from the entries of the store and the content of the buffers."""

@@ -107,34 +107,47 @@ class AdapterStore:
         """The adapters in memory, the least recently used first."""
         return tuple(self._loaded)
 
-    def add(self, adapter: Adapter) -> None:
-        """Adds an adapter.
+    def entry_for(self, adapter: Adapter, *, replace: bool = False) -> Entry:
+        """Makes the entry of an adapter for `enter`. The adapters do not change, so an error leaves them as they are.
 
         Raises:
-            AdapterError: if it does not fit the layout, its name is taken, or a removed adapter of its name is leased
-                to one that does not follow.
+            AdapterError: if it does not fit the layout; its name is taken, and it does not `replace` the other; or
+                another adapter of its name is leased to one that does not follow.
         """
         name = adapter.name
-        if name in self.adapters:
+        if name in self.adapters and not replace:
             raise AdapterError(f"two adapters are named {name!r} (the second: {adapter.path}); rename one")
         self._layout.check(adapter)
         self._drop_removed()
-        if name in self._entries:
-            self._make_way(name, adapter)
+        if not all(lease.follows for lease in self._leases if name in lease.names):
+            raise AdapterError(
+                f"rows still run with the {'' if name in self.adapters else 'removed '}adapter {name!r}; let them end "
+                f"and drop their KV caches, or add {adapter.path} under another name"
+            )
         stamp = None
         with suppress(OSError):  # one that was never in a folder
             stamp = files_stamp(adapter.path)
-        self.adapters[name] = adapter.without_weights()
-        entry = self._entries[name] = Entry(
-            adapter=self.adapters[name],
+        return Entry(
+            adapter=adapter.without_weights(),
             ranks=self._layout.ranks(adapter),
             number=next(self._numbers),
             stamp=stamp,
             is_on_disk=not adapter.is_loaded,
+            stacked=self._layout.stack(adapter) if adapter.is_loaded else None,
         )
-        if adapter.is_loaded:
-            entry.stacked = self._layout.stack(adapter)
-            self._loaded[name] = entry
+
+    def enter(self, entries: Iterable[Entry]) -> None:
+        """Adds adapters; each replaces another of its name, which stays in memory until its last lease ends."""
+        for entry in entries:
+            name = entry.adapter.name
+            if name in self.adapters:
+                self._keep_leased(name)
+            if name in self._entries:
+                self._make_way(name)
+            self.adapters[name] = entry.adapter
+            self._entries[name] = entry
+            if entry.stacked is not None:
+                self._loaded[name] = entry
 
     def remove(self, name: str) -> None:
         """Removes an adapter; if it is leased, it stays in memory until its last lease ends.
@@ -144,11 +157,8 @@ class AdapterStore:
         """
         if name not in self.adapters:
             raise self._unknown(name)
-        if name in self.leased():
-            with suppress(AdapterError):  # the error comes when it is needed again
-                self.load([name])  # its files may go, too
+        self._keep_leased(name)
         del self.adapters[name]
-        self._entries[name].is_on_disk = False
         self._drop_removed()
 
     def lease(self, names: Iterable[str], *, follows: bool = False) -> Lease:
@@ -260,18 +270,24 @@ class AdapterStore:
         loras = [lora for entry in self._loaded.values() for lora in (entry.stacked or {}).values()]
         return [tensor for lora in loras for tensor in (lora.a, lora.b)]
 
-    def _make_way(self, name: str, adapter: Adapter) -> None:
-        """Gives a removed adapter that is leased another name."""
+    def _keep_leased(self, name: str) -> None:
+        """Loads an adapter that is leased, because its files may go, too; it then stays in memory."""
+        if name in self.leased():
+            with suppress(AdapterError):  # the error comes when it is needed again
+                self.load([name])
+        self._entries[name].is_on_disk = False
+
+    def _make_way(self, name: str) -> None:
+        """Gives an adapter another name if it is leased, and forgets it otherwise."""
         leases = [lease for lease in self._leases if name in lease.names]
-        if not all(lease.follows for lease in leases):
-            raise AdapterError(
-                f"rows still run with the removed adapter {name!r}; let them end and drop their KV caches, or "
-                f"add {adapter.path} under another name"
-            )
-        key = f"{name} (removed, {self._entries[name].number})"
-        self._entries[key] = self._entries.pop(name)
-        if name in self._loaded:
-            self._loaded[key] = self._loaded.pop(name)
+        entry = self._entries.pop(name)
+        key = f"{name} (removed, {entry.number})"
+        is_loaded = self._loaded.pop(name, None) is not None
+        if not leases:
+            return
+        self._entries[key] = entry
+        if is_loaded:
+            self._loaded[key] = entry
         for lease in leases:
             lease.move(name, key)
 

@@ -20,7 +20,7 @@ from dlp_lora.bank.attach import attach, detach, merged
 from dlp_lora.bank.bank import AdapterBank
 from dlp_lora.bank.device import computing_device
 from dlp_lora.bank.paths import Paths, Setting
-from dlp_lora.bank.peft_format import check_base_name, read_adapter
+from dlp_lora.bank.peft_format import Adapter, check_base_name, read_adapter
 from dlp_lora.chat import Chat, Message
 from dlp_lora.engine.apart import joined
 from dlp_lora.engine.base import PROBE_TEXT, PROBE_TOKENS, Base, Probe
@@ -186,19 +186,19 @@ class Engine:
         hub = Hub(token=token, cache_dir=cache_dir, local_files_only=local_files_only)
         folder = hub.folder(path, files=FILES, error=AdapterError, revision=revision, subfolder=subfolder)
         name = name_of(subfolder or path) if name is None else name
-        in_memory = self.bank.store.budget_mb is None
-        adapter = read_adapter(folder, name, weights=in_memory, layout=self.bank.base, stacklevel=4)
-        check_base_name(adapter, self.model.config._name_or_path, stacklevel=4)
-        with self.bank.lock:
-            if self.bank.is_merged:
-                raise ValueError("the base weights hold a mixture; leave engine.merged() first")
-            self.bank.add(adapter)
-            try:
-                attach(self.model, self.bank, paths=self.paths, added=[adapter.name])
-            except BaseException:
-                self.bank.remove(adapter.name)
-                raise
-        return adapter.name
+        self._put({name: folder}, replace=False)
+        return name
+
+    def put_adapters(self, folders: Mapping[str, str | Path]) -> None:
+        """Adds PEFT adapters by name, or replaces those of their names, even while answers are generated.
+
+        All of them change at once, or none if one cannot be used. Running answers do not change.
+
+        Raises:
+            AdapterError: if one cannot be read or does not fit the base, or running answers use another one of its name
+                and their KV cache has been given out.
+        """
+        self._put(folders, replace=True)
 
     def remove_adapter(self, name: str) -> None:
         """Removes an adapter, even while answers are generated.
@@ -362,6 +362,20 @@ class Engine:
             stopping = kwargs.get("stopping_criteria") or ()
             with self._overriding({"contexts": contexts_of(encoded)}):
                 return Stream(run, finish, self._controller, call.endings, stopping, num_rows=len(encoded))
+
+    def _put(self, folders: Mapping[str, str | Path], *, replace: bool) -> None:
+        """Adds adapters, all of them or none."""
+        in_memory = self.bank.store.budget_mb is None
+        adapters: list[Adapter] = []
+        for name, folder in folders.items():
+            adapters.append(read_adapter(folder, name, weights=in_memory, layout=self.bank.base, stacklevel=5))
+            check_base_name(adapters[-1], self.model.config._name_or_path, stacklevel=5)
+        with self.bank.lock:
+            if self.bank.is_merged:
+                raise ValueError("the base weights hold a mixture; leave engine.merged() first")
+            entries = [self.bank.store.entry_for(adapter, replace=replace) for adapter in adapters]
+            attach(self.model, self.bank, paths=self.paths, new=entries)
+            self.bank.put(entries)
 
     @contextmanager
     def _calling(

@@ -3,11 +3,12 @@
 import os
 import stat
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from dlp_lora.bank.adapter_files import CONFIG_FILE, WEIGHTS_FILE, check_adapter_name, content_hash
+from dlp_lora.bank.adapter_files import CONFIG_FILE, WEIGHTS_FILE, check_adapter_name, content_hash, files_stamp
 from dlp_lora.engine.base import Base
 from dlp_lora.engine.bundle import Bundle, read_bundle
 from dlp_lora.engine.loading import load_router
@@ -24,6 +25,14 @@ from dlp_lora.training.extend import add_tasks, remove_tasks
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    """The files of an adapter: the hash of their content, and their sizes and times."""
+
+    content: str
+    stamp: tuple[tuple[int, int], ...]
+
+
 class AdapterManager:
     """Loads, unloads and reloads adapters of a service, one after the other; each call may take seconds.
 
@@ -38,11 +47,14 @@ class AdapterManager:
                 raise AdapterError(f"--adapter-dir {folder} is not a folder")
         self._bundle = bundle
         self._base: Base | None = None
-        self._hashes: dict[str, str] = {}
-        self._paths: dict[str, Path] = {}
+        self._files: dict[str, Files] = {}  # of the bundle's adapters
+        self._choices: dict[str, Any] = {}  # settings that the server was started with, instead of the bundle's
         if bundle is not None:
             parts = read_bundle(bundle)
-            self._base, self._hashes, self._paths = parts.base, _hashes(parts), dict(parts.adapters)
+            self._base, self._files = parts.base, _files(parts)
+            chosen = service.call.settings
+            self._choices = {n: v for n in chosen.names() if (v := getattr(chosen, n)) != getattr(parts.settings, n)}
+        self._loaded: set[str] = set()  # by a request
         self._tasks: dict[str, Task] = {}  # for the router, by adapter
         self._lock = threading.Lock()
 
@@ -56,8 +68,7 @@ class AdapterManager:
         with self._lock:
             folder = self._folder(body.lora_path)
             self._check_name(name, folder)
-            is_there = name in self._service.backend.adapters
-            if is_there and not body.load_inplace:
+            if name in self._service.backend.adapters and not body.load_inplace:
                 raise invalid(
                     f"The lora adapter {name!r} has already been loaded; unload it first, or set load_inplace to true",
                     "lora_name",
@@ -72,7 +83,8 @@ class AdapterManager:
                 examples = tuple(Example(prompt=one.prompt, answer=one.answer) for one in body.examples)
                 task = Task(name=name, train=examples, test=())
                 router = _taught(router, task)
-            self._put(name, folder, is_there=is_there)
+            self._service.backend.put_adapters({name: folder})
+            self._loaded.add(name)
             if body.examples:
                 self._tasks[name] = task
                 self._use(router)
@@ -102,6 +114,7 @@ class AdapterManager:
                     code="adapter_not_found",
                 )
             self._remove(name)
+            self._loaded.discard(name)
             router = self._service.call.router
             if self._tasks.pop(name, None) is not None and isinstance(router, MiniMLP) and len(router.names) > 1:
                 self._use(remove_tasks(router, [name]))
@@ -115,7 +128,8 @@ class AdapterManager:
     def reload(self) -> ReloadResponse:
         """Reads the bundle again: its adapters, router and routing settings. Running answers do not change.
 
-        Adapters that were loaded by a request stay, and the new router learns their examples.
+        Adapters that were loaded by a request stay, and the new router learns their examples. Settings of the server's
+        start stay, too.
 
         Raises:
             APIError: if there is no bundle, it is damaged, or has another base model. Then nothing changes.
@@ -129,12 +143,14 @@ class AdapterManager:
                 router = None if bundle.router is None else load_router(bundle.router)
             except DLPLoRAError as error:
                 raise invalid(str(error), code="bundle_refused") from error
-            hashes = _hashes(bundle)
+            before, files = self._files, _files(bundle)
             there = set(self._service.backend.adapters)
-            removed = sorted((self._hashes.keys() - hashes.keys()) & there)
-            replaced = sorted(n for n in hashes.keys() & there if hashes[n] != self._hashes.get(n))
-            added = sorted(hashes.keys() - there)
-            tasks = {name: task for name, task in self._tasks.items() if name not in {*hashes, *removed}}
+            removed = sorted((before.keys() - files.keys()) & there)
+            is_new = {name for name in files if name not in before or files[name].content != before[name].content}
+            replaced, added = sorted(is_new & there), sorted(files.keys() - there)
+            # The same numbers in other files: the backend may read them later.
+            rewritten = {name for name in files.keys() & before.keys() if files[name] != before[name]} - self._loaded
+            tasks = {name: task for name, task in self._tasks.items() if name not in {*files, *removed}}
             for name in (*added, *replaced):
                 self._check_name(name, bundle.adapters[name])
                 try:
@@ -150,14 +166,15 @@ class AdapterManager:
                         f"first ({error})",
                         code="bundle_refused",
                     ) from error
-            self._put_all({name: bundle.adapters[name] for name in added})
-            for name in replaced:
-                self._put(name, bundle.adapters[name], is_there=True)
+            settings = replace(bundle.settings, **self._choices)
+            changed = {*added, *replaced, *(rewritten & there)}
+            self._service.backend.put_adapters({name: bundle.adapters[name] for name in sorted(changed)})
             with self._service.lock:
-                self._service.call = replace(self._service.call, router=router, settings=bundle.settings)
+                self._service.call = replace(self._service.call, router=router, settings=settings)
             for name in removed:
                 self._remove(name)
-            self._hashes, self._tasks = hashes, tasks
+            self._files, self._tasks = files, tasks
+            self._loaded -= {*added, *replaced, *removed}
             LOGGER.info("bundle reloaded", extra={"added": added, "removed": removed, "replaced": replaced})
         return {
             "message": f"Success: read {self._bundle} again.",
@@ -166,34 +183,9 @@ class AdapterManager:
             "replaced": replaced,
         }
 
-    def _put_all(self, folders: Mapping[str, Path]) -> None:
-        """Adds adapters, or none of them."""
-        done: list[str] = []
-        try:
-            for name, folder in folders.items():
-                self._put(name, folder, is_there=False)
-                done.append(name)
-        except DLPLoRAError:
-            for name in done:
-                self._remove(name)
-            raise
-
     def _remove(self, name: str) -> None:
         self._service.backend.remove_adapter(name)
         self._service.metrics.forget(name)
-
-    def _put(self, name: str, folder: Path, *, is_there: bool) -> None:
-        """Adds an adapter and replaces another of its name; in case of an error, the old one comes back."""
-        before = self._paths.get(name)
-        if is_there:
-            self._service.backend.remove_adapter(name)
-        try:
-            self._service.backend.add_adapter(folder, name)
-        except DLPLoRAError:
-            if is_there and before is not None:
-                self._service.backend.add_adapter(before, name)
-            raise
-        self._paths[name] = folder
 
     def _use(self, router: Router | None) -> None:
         with self._service.lock:
@@ -289,5 +281,7 @@ def _check_files(folder: Path) -> None:
         raise invalid(f"lora_path: there is no {CONFIG_FILE} in it", "lora_path", "adapter_refused")
 
 
-def _hashes(bundle: Bundle) -> dict[str, str]:
-    return {name: content_hash(folder) for name, folder in bundle.adapters.items()}
+def _files(bundle: Bundle) -> dict[str, Files]:
+    return {
+        name: Files(content=content_hash(folder), stamp=files_stamp(folder)) for name, folder in bundle.adapters.items()
+    }

@@ -291,11 +291,14 @@ class Backend(Protocol):
         """
         ...
 
-    def add_adapter(self, path: str | Path, name: str) -> None:
-        """Adds an adapter from a folder of this machine, while requests run; takes as long as to read it.
+    def put_adapters(self, folders: Mapping[str, str | Path]) -> None:
+        """Adds adapters from folders of this machine, while requests run; takes as long as to read them.
+
+        Each replaces another one of its name, which running requests keep. The adapters change at once when all new
+        ones can be used; until then, and in case of an error, requests get the old ones.
 
         Raises:
-            AdapterError: if it cannot be read or does not fit, or its name is taken.
+            AdapterError: if one cannot be read or does not fit.
         """
         ...
 

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
@@ -95,9 +96,9 @@ class LocalBackend:
         """Checks a folder that may become an adapter, whether its name is taken or not."""
         check_fits(self.engine.bank.base, path, name)
 
-    def add_adapter(self, path: str | Path, name: str) -> None:
-        """Adds an adapter from a folder of this machine, while requests run."""
-        self.engine.add_adapter(path, name)
+    def put_adapters(self, folders: Mapping[str, str | Path]) -> None:
+        """Adds adapters from folders of this machine, or replaces those of their names, while requests run."""
+        self.engine.put_adapters(folders)
 
     def remove_adapter(self, name: str) -> None:
         """Removes an adapter; running requests keep it."""

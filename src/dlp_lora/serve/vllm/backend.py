@@ -223,13 +223,13 @@ class VLLMBackend:
         check_fits(self.outline.layout, path, name)
         self._read(path, name)
 
-    def add_adapter(self, path: str | Path, name: str) -> None:
-        """Adds an adapter, and loads it in every server.
+    def put_adapters(self, folders: Mapping[str, str | Path]) -> None:
+        """Adds adapters, or replaces those of their names, after every server has loaded all of them.
 
         Raises:
-            AdapterError: if it cannot be read or loaded, or its name is taken.
+            AdapterError: if one cannot be read or loaded.
         """
-        self._wait_for(self._add(name, self._read(path, name)))
+        self._wait_for(self._put({name: self._read(path, name) for name, path in folders.items()}))
 
     def remove_adapter(self, name: str) -> None:
         """Removes an adapter; running requests keep it.
@@ -270,7 +270,7 @@ class VLLMBackend:
 
     async def _start(self) -> None:
         self._places = asyncio.Semaphore(self._max_running)
-        self._adding = asyncio.Lock()
+        self._changing = asyncio.Lock()  # the adapters
         await self._replicas.start()
         self._watch = asyncio.create_task(self._replicas.watch())
 
@@ -288,30 +288,42 @@ class VLLMBackend:
         with suppress(RuntimeError):
             await self._loop.shutdown_default_executor()
 
-    async def _add(self, name: str, source: Source) -> None:
-        async with self._adding:
-            if name in self._sources:
-                raise AdapterError(f"two adapters are named {name!r} (the second: {source.adapter.path}); rename one")
-            sources = {**self._sources, name: source}
-            entry = await self._shared.have(Mixture({name: 1.0}), sources)
-            try:
-                able = self._replicas.up
-                done = await asyncio.gather(
-                    *(replica.have(entry.name, str(entry.path)) for replica in able), return_exceptions=True
-                )
-                if failed := [error for error in done if isinstance(error, BaseException)]:
-                    raise AdapterError(f"{name}: not every backend could load it: {failed[0]}") from failed[0]
-            finally:
-                self._shared.release(entry)
-            self._sources[name] = source
+    async def _put(self, sources: Mapping[str, Source]) -> None:
+        async with self._changing:
+            for name in sources:
+                await self._load(name, sources)
+            replaced = [self._sources[name] for name in sources if name in self._sources]
+            self._sources.update(sources)
+            await self._forget(replaced)
 
     async def _remove(self, name: str) -> None:
-        async with self._adding:
+        async with self._changing:
             if name not in self._sources:
                 raise AdapterError(f"no adapter {name!r}; there are {', '.join(sorted(self._sources)) or 'none'}")
-            source = self._sources.pop(name)
-            if source.content not in {other.content for other in self._sources.values()}:
-                await self._shared.forget(source.content)
+            await self._forget([self._sources.pop(name)])
+
+    async def _load(self, name: str, sources: Mapping[str, Source]) -> None:
+        """Loads an adapter in every server that can answer.
+
+        Raises:
+            AdapterError: if one cannot load it.
+        """
+        entry = await self._shared.have(Mixture({name: 1.0}), sources)
+        try:
+            able = self._replicas.up
+            done = await asyncio.gather(
+                *(replica.have(entry.name, str(entry.path)) for replica in able), return_exceptions=True
+            )
+            if failed := [error for error in done if isinstance(error, BaseException)]:
+                raise AdapterError(f"{name}: not every backend could load it: {failed[0]}") from failed[0]
+        finally:
+            self._shared.release(entry)
+
+    async def _forget(self, gone: Iterable[Source]) -> None:
+        """Unloads the unused mixtures of adapters that no name has any more."""
+        there = {source.content for source in self._sources.values()}
+        for content in {source.content for source in gone} - there:
+            await self._shared.forget(content)
 
     def _begin(self, answer: AnswerBuilder) -> None:
         self._open[answer] = self._loop.create_task(self._answer(answer))
