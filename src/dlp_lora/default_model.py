@@ -44,15 +44,25 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dlp-lora"
 
 
-def _convert(folder: Path) -> None:
+def default_gguf() -> Path:
+    """Gives the GGUF file that the default model is made of.
+
+    Raises:
+        ModelError: if the package that carries it is not installed.
+    """
     package = find_spec(PACKAGE)
     if package is None or package.origin is None or find_spec("gguf") is None:
         raise ModelError(f"the default model is not installed; run `{INSTALL}`, or name another model")
+    (file,) = Path(package.origin).parent.glob("*.gguf")
+    return file
+
+
+def _convert(folder: Path) -> None:
+    file = default_gguf()
+    source = file.parent
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = Path(package.origin).parent
-    (file,) = source.glob("*.gguf")
     logger.info("converting %s to %s, once", file.name, folder)
     model = cast(Any, AutoModelForCausalLM.from_pretrained(source, gguf_file=file.name, dtype=torch.float32))
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file.name)

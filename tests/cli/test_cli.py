@@ -226,7 +226,7 @@ def test_an_interrupt_says_what_is_kept(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dlp_lora.cli.generate.open_engine", interrupted)
+    monkeypatch.setattr("dlp_lora.cli.answerer.open_engine", interrupted)
     monkeypatch.setattr("dlp_lora.tasks.hub.read_data", interrupted)
     done = run(*command)
     assert done.exit_code == 130

@@ -265,7 +265,7 @@ def test_options_of_the_model_in_this_process_are_refused(model: Path, lively_ad
     parts = ("--model", model, "--adapters", lively_adapters, "--port", "0")
     result = run("serve", *parts, "--backend", "vllm", option)
     assert result.exit_code == 1
-    assert f"{option.partition('=')[0]} is for the model in this process; leave it out" in result.stderr
+    assert f"{option.partition('=')[0]} is for --backend local; leave it out" in result.stderr
 
 
 def test_decisions_are_logged_where_the_command_says(model: Path, lively_adapters: Path, tmp_path: Path) -> None:

@@ -51,6 +51,19 @@ class Source:
         """The ends of the names of the layers that it changes."""
         return frozenset(module.rsplit(".", 1)[-1] for module in self.adapter.modules)
 
+    def with_weights(self) -> Adapter:
+        """Returns the adapter with its weights.
+
+        Raises:
+            AdapterError: if its folder has changed, or cannot be read any more.
+        """
+        if files_stamp(self.adapter.path) != self.stamp:
+            raise AdapterError(
+                f"{self.adapter.path} was written again since it was added as {self.adapter.name!r}; remove that and "
+                "add it again"
+            )
+        return self.adapter.with_weights()
+
 
 Sources = Mapping[str, Source]
 """Adapters by name."""
@@ -198,13 +211,7 @@ def write_mixture(folder: Path, mixture: Mixture, sources: Sources) -> None:
         module, lora = next(iter(next(iter(sources.values())).adapter.modules.items()))
         write_zeros(folder, module, d_in=lora.a.shape[1], d_out=lora.b.shape[0], rank=1)
         return
-    for name in mixture:
-        if files_stamp(sources[name].adapter.path) != sources[name].stamp:
-            raise AdapterError(
-                f"{sources[name].adapter.path} was written again since it was added as {name!r}; remove that and add "
-                "it again"
-            )
-    loaded = [(sources[name].adapter.with_weights(), weight) for name, weight in mixture.items()]
+    loaded = [(sources[name].with_weights(), weight) for name, weight in mixture.items()]
     modules = concatenated(loaded)
     bases = {adapter.base_model for adapter, _ in loaded}
     write_adapter(

@@ -189,21 +189,21 @@ def open_engine(options: EngineOptions, hub: HubOptions, *, need_router: bool = 
     return engine
 
 
-def open_outline(options: EngineOptions, hub: HubOptions) -> "Outline":
+def open_outline(options: EngineOptions, hub: HubOptions, *, need_router: bool = False) -> "Outline":
     """Reads what the options describe, without the base model's weights."""
     from dlp_lora.engine.outline import read_outline
     from dlp_lora.policy import with_p
 
-    for name in ("device", "prepack", "budget_mb"):
+    for name in ("device", "dtype", "prepack", "budget_mb"):
         if getattr(options, name) != getattr(EngineOptions, name):
-            raise ValueError(f"--{name.replace('_', '-')} is for the model in this process; leave it out")
+            raise ValueError(f"--{name.replace('_', '-')} is for --backend local; leave it out")
     of_bundle = {"revision": hub.revision, "subfolder": hub.subfolder} if options.bundle is not None else {}
     if others := [name for name in hub.given() if name not in of_bundle]:
         raise ValueError(
-            f"--{others[0].replace('_', '-')} is for the model in this process; leave it out: another process reads "
-            "the base model, and HF_TOKEN, HF_HOME and HF_HUB_OFFLINE hold for both"
+            f"--{others[0].replace('_', '-')} is for --backend local; leave it out: another program reads the base "
+            "model, and HF_TOKEN, HF_HOME and HF_HUB_OFFLINE hold for both"
         )
-    _check_parts(options, need_router=False)
+    _check_parts(options, need_router=need_router)
     if options.bundle is not None:
         parts: dict[str, Any] = {"bundle": options.bundle, "base_model": options.model, **of_bundle}
     else:

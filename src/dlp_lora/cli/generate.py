@@ -2,14 +2,14 @@
 
 import sys
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
 from dlp_lora.chat import Chat, Message
-from dlp_lora.cli.common import EngineOptions, HubOptions, JsonOption, TemplateOption, console, open_engine, say, stderr
+from dlp_lora.cli.answerer import Answerer, AnswererOptions, open_answerer
+from dlp_lora.cli.common import EngineOptions, HubOptions, JsonOption, TemplateOption, console, say, stderr
 from dlp_lora.cli.json_lines import print_json, prompt_of, questions
 from dlp_lora.cli.options import json_object, with_options
 from dlp_lora.cli.tables import show_table
@@ -18,7 +18,8 @@ from dlp_lora.lab.records.table import Table, table_of
 from dlp_lora.policy import mixture_of
 
 if TYPE_CHECKING:
-    from dlp_lora import Engine, Sentence, Stream
+    from dlp_lora import Sentence, Stream
+    from dlp_lora.serve.answerer import AnswerStream
 
 COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red", "bright_cyan", "bright_magenta", "bright_green")
 
@@ -27,6 +28,7 @@ COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red", "bright_cyan", "
 def generate(
     engine_options: EngineOptions,
     hub_options: HubOptions,
+    answerer_options: AnswererOptions,
     prompt: Annotated[
         str | None, typer.Argument(help="The prompt; without it, JSON lines are read from stdin.")
     ] = None,
@@ -48,12 +50,13 @@ def generate(
     `continue_final_message` beside messages.
     """
     template = json_object("chat-template-kwargs", chat_template_kwargs)
-    engine = open_engine(engine_options, hub_options, need_router=fixed is None)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": seed is not None, "seed": seed}
-    with engine.fixed(mixture_of(fixed)) if fixed is not None else nullcontext():
+    if fixed is not None:
+        options["mixture"] = mixture_of(fixed)
+    with open_answerer(engine_options, hub_options, answerer_options, need_router=fixed is None) as answerer:
         for number, record in questions(prompt):
             try:
-                answer = engine.generate(prompt_of(record, template, is_chat=chat), **options)
+                answer = answerer.generate(prompt_of(record, template, is_chat=chat), **options)
             except PromptError as error:
                 raise PromptError(f"standard input, line {number}: {error}" if number else str(error)) from error
             if as_json or prompt is None:
@@ -71,6 +74,7 @@ def generate(
 def chat(
     engine_options: EngineOptions,
     hub_options: HubOptions,
+    answerer_options: AnswererOptions,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     raw: Annotated[bool, typer.Option("--raw", help="No chat template and no memory: each line is a prompt.")] = False,
     chat_template_kwargs: TemplateOption = None,
@@ -83,27 +87,29 @@ def chat(
     Example: `dlp-lora chat --bundle demo/bundle`
     """
     template = json_object("chat-template-kwargs", chat_template_kwargs)
-    engine = open_engine(engine_options, hub_options)
-    colours = dict(zip(engine.bank.names, COLOURS * len(engine.bank), strict=False))
-    console.print("  ".join(f"[{colour}]■ {escape(name)}[/]" for name, colour in colours.items()) + "  ■ base model")
-    messages: list[Message] = []
-    while line := _ask():
-        question: Message = {"role": "user", "content": line}
-        try:
-            if raw:
-                say_answer(engine.stream(line, max_new_tokens=max_new_tokens), colours)
+    with open_answerer(engine_options, hub_options, answerer_options) as answerer:
+        names = answerer.names
+        colours = dict(zip(names, COLOURS * len(names), strict=False))
+        legend = "  ".join(f"[{colour}]■ {escape(name)}[/]" for name, colour in colours.items())
+        console.print(f"{legend}  ■ base model")
+        messages: list[Message] = []
+        while line := _ask():
+            question: Message = {"role": "user", "content": line}
+            try:
+                if raw:
+                    say_answer(answerer.stream(line, max_new_tokens=max_new_tokens), colours)
+                    continue
+                turn = Chat(messages=[*messages, question], chat_template_kwargs=template)
+                turn, room = _fitting(answerer, turn, max_new_tokens)
+                text = say_answer(answerer.stream(turn, max_new_tokens=room), colours)
+            except (DLPLoRAError, ValueError, RuntimeError) as error:  # of this answer; the next may go well
+                stderr.print(f"[bold red]error:[/] {escape(' '.join(str(error).split()))}", soft_wrap=True)
                 continue
-            turn = Chat(messages=[*messages, question], chat_template_kwargs=template)
-            turn, room = _fitting(engine, turn, max_new_tokens)
-            text = say_answer(engine.stream(turn, max_new_tokens=room), colours)
-        except (DLPLoRAError, ValueError, RuntimeError) as error:  # of this answer; the next may go well
-            stderr.print(f"[bold red]error:[/] {escape(' '.join(str(error).split()))}", soft_wrap=True)
-            continue
-        if text:
-            messages = [*turn.messages, {"role": "assistant", "content": text}]
+            if text:
+                messages = [*turn.messages, {"role": "assistant", "content": text}]
 
 
-def say_answer(stream: "Stream", colours: Mapping[str, str]) -> str:
+def say_answer(stream: "Stream | AnswerStream", colours: Mapping[str, str]) -> str:
     """Prints an answer while it is generated; Ctrl-C stops it. Returns the printed text."""
     text = ""
     with stream:
@@ -120,16 +126,16 @@ def say_answer(stream: "Stream", colours: Mapping[str, str]) -> str:
     return text
 
 
-def _fitting(engine: "Engine", chat: Chat, max_new_tokens: int) -> tuple[Chat, int]:
+def _fitting(answerer: Answerer, chat: Chat, max_new_tokens: int) -> tuple[Chat, int]:
     """Drops the oldest turns until an answer fits into the model's context, and says so; returns the room."""
-    from dlp_lora.engine.prompts import context_of, encode_prompt, fitting
+    from dlp_lora.engine.prompts import encode_prompt, fitting
 
-    context = context_of(engine.model)
-    fitted = fitting(engine.tokenizer, chat, max_tokens=context - max_new_tokens)
+    context = answerer.max_context
+    fitted = fitting(answerer.tokenizer, chat, max_tokens=context - max_new_tokens)
     if dropped := len(chat.messages) - len(fitted.messages):
         say(f"the model's context of {context} tokens is full: the {dropped} oldest messages are left out")
     # A long question gets a short answer rather than none.
-    num_left = context - len(encode_prompt(engine.tokenizer, fitted).tokens)
+    num_left = context - len(encode_prompt(answerer.tokenizer, fitted).tokens)
     if num_left < 1:
         raise PromptError(f"the question alone fills the model's context of {context} tokens; ask a shorter one")
     return fitted, min(max_new_tokens, num_left)

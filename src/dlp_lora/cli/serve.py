@@ -3,12 +3,13 @@
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from dlp_lora.cli.answerer import LlamaOptions, check_unused, llama_backend
 from dlp_lora.cli.common import EngineOptions, HubOptions, open_engine, open_outline, say
 from dlp_lora.cli.options import with_options
 from dlp_lora.cli.progress import starting
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
     from dlp_lora.serve.keys import Keys
     from dlp_lora.serve.service import Service
 
-BackendName = Literal["local", "vllm"]
+BackendName = Literal["local", "vllm", "llama.cpp"]
+LLAMA_BATCH = 4  # requests that llama.cpp answers at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,7 @@ class BackendOptions:
     """The backend that computes the answers."""
 
     backend: Annotated[
-        BackendName, typer.Option(help="The program that computes the tokens: this process, or vLLM servers.")
+        BackendName, typer.Option(help="The program that computes the tokens: PyTorch, vLLM servers, or llama.cpp.")
     ] = "local"
     backend_url: Annotated[
         tuple[str, ...],
@@ -75,6 +77,7 @@ def serve(
     engine_options: EngineOptions,
     hub_options: HubOptions,
     backend_options: BackendOptions,
+    llama_options: LlamaOptions,
     key_options: KeyOptions,
     settings: ServerSettings,
 ) -> None:
@@ -96,7 +99,7 @@ def serve(
     listener = listen(settings)
     bundle = engine_options.bundle
     name = name_of(bundle or engine_options.adapters or "dlp-lora")
-    with _service(engine_options, hub_options, backend_options, settings, keys, name) as service:
+    with _service(engine_options, hub_options, backend_options, llama_options, settings, keys, name) as service:
         log_as_json()
         run(
             service,
@@ -111,6 +114,7 @@ def _service(
     engine_options: EngineOptions,
     hub_options: HubOptions,
     options: BackendOptions,
+    llama_options: LlamaOptions,
     settings: ServerSettings,
     keys: "Keys",
     name: str,
@@ -119,17 +123,31 @@ def _service(
     from dlp_lora.serve.keys import BACKEND_KEY
     from dlp_lora.serve.server import VLLM_BATCH, local_service, make_service
 
-    if options.backend == "local":
-        default = BackendOptions()
+    if options.backend != "vllm":
+        default = replace(BackendOptions(), backend=options.backend)
         if changed := [f.name for f in fields(default) if getattr(options, f.name) != getattr(default, f.name)]:
             raise ValueError(f"--{changed[0].replace('_', '-')} is for --backend vllm")
+    if options.backend != "llama.cpp":
+        check_unused(llama_options)
+    if options.backend == "local":
         engine = open_engine(engine_options, hub_options, need_router=False)
         yield local_service(engine, settings, keys, name=name)
+        return
+    outline = open_outline(engine_options, hub_options)
+    if options.backend == "llama.cpp":
+        with llama_backend(
+            outline,
+            llama_options,
+            max_batch=settings.max_batch or LLAMA_BATCH,
+            max_queue=settings.max_queue,
+            max_context=settings.max_context,
+            chunk_tokens=settings.chunk_tokens,
+        ) as llama:
+            yield make_service(outline, llama, llama, settings, keys, name=name)
         return
     from dlp_lora.serve.vllm.backend import Needs, VLLMBackend, VLLMSettings
     from dlp_lora.serve.vllm.process import VLLMFlags, slot_bytes, slot_rank, vllm_server
 
-    outline = open_outline(engine_options, hub_options)
     needs = Needs.of(outline, options.max_rank)
     key = os.environ.get(BACKEND_KEY)
     with ExitStack() as stack:

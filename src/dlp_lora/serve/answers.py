@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from dlp_lora.serve.apart import open_all
 from dlp_lora.serve.backend import Done, PromptScores, SentenceStart, Stream, Token
+from dlp_lora.serve.cutter import SentenceCutter
 from dlp_lora.serve.errors import APIError
 from dlp_lora.serve.metrics import Meter
 from dlp_lora.serve.service import Asked, Service
-from dlp_lora.serve.trace import SentenceCutter
 
 KEEPALIVE_S = 15.0
 

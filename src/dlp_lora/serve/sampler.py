@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -93,6 +94,16 @@ class Sampler:
         for warper in self._warpers:
             scores = warper(None, scores[None])[0]
         return scores
+
+
+def defaults_of(generation_config: Any) -> dict[str, Any]:
+    """The sampling of a model's generation config, as in `generate`: greedy by default."""
+    settings = generation_config.to_diff_dict()
+    defaults = {name: settings[name] for name in ("repetition_penalty",) if settings.get(name) is not None}
+    if not settings.get("do_sample"):
+        return {**defaults, "temperature": 0.0}
+    chosen = ("temperature", "top_p", "top_k", "min_p")
+    return {**defaults, **{name: settings[name] for name in chosen if settings.get(name) is not None}}
 
 
 def logprobs(scores: Float[Tensor, " vocab"], token: int, num_top: int) -> tuple[float, dict[int, float]]:

@@ -10,16 +10,6 @@ from dlp_lora.serve.schema import SamplingFields
 NAMES = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
-def defaults_of(generation_config: Any) -> dict[str, Any]:
-    """The sampling of a model's generation config, as in `generate`: greedy by default."""
-    settings = generation_config.to_diff_dict()
-    defaults = {name: settings[name] for name in ("repetition_penalty",) if settings.get(name) is not None}
-    if not settings.get("do_sample"):
-        return {**defaults, "temperature": 0.0}
-    chosen = ("temperature", "top_p", "top_k", "min_p")
-    return {**defaults, **{name: settings[name] for name in chosen if settings.get(name) is not None}}
-
-
 def sampling_of(
     fields: SamplingFields,
     defaults: Mapping[str, Any],

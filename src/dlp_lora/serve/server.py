@@ -21,7 +21,7 @@ from dlp_lora.serve.local import LocalBackend
 from dlp_lora.serve.logs import LOGGER
 from dlp_lora.serve.names import ModelNames
 from dlp_lora.serve.prompts import PromptEncoder
-from dlp_lora.serve.sampling import defaults_of
+from dlp_lora.serve.sampler import defaults_of
 from dlp_lora.serve.service import PromptRouter, Service
 from dlp_lora.serve.settings import ServerSettings
 from dlp_lora.serve.watch import watch

@@ -1,39 +1,11 @@
 """Traces: a backend's sentences in, their JSON for the client out."""
 
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 
 from dlp_lora.engine.trace import Sentence
 from dlp_lora.policy import Mixture
 from dlp_lora.serve.backend import SentenceStart
 from dlp_lora.serve.schema import SentenceTrace
-
-
-@dataclass
-class SentenceCutter:
-    """Cuts the text of a stream at the beginnings of sentences, so that each piece belongs to one."""
-
-    num_sent: int = 0  # characters
-    _starts: deque[SentenceStart] = field(default_factory=deque)
-
-    def begin(self, start: SentenceStart) -> None:
-        """Notes the start of a sentence in the next text."""
-        self._starts.append(start)
-
-    def cut(self, text: str) -> Iterator[tuple[str, SentenceStart | None]]:
-        """Yields the text in pieces, each with the sentence that begins with it, if one does."""
-        start: SentenceStart | None = None
-        while self._starts and self._starts[0].offset < self.num_sent + len(text):
-            length = max(0, self._starts[0].offset - self.num_sent)
-            if length or start is not None:
-                yield text[:length], start
-                text = text[length:]
-                self.num_sent += length
-            start = self._starts.popleft()
-        if text or start is not None:
-            yield text, start
-            self.num_sent += len(text)
 
 
 def start_of(start: SentenceStart) -> SentenceTrace:

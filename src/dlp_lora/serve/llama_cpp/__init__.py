@@ -1,0 +1,1 @@
+"""The llama.cpp backend: the same front over a GGUF file, in this process."""
