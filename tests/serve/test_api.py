@@ -94,7 +94,17 @@ def test_nulls_are_written_and_usage_comes_only_if_it_is_asked_for(server: Serve
     assert not any("usage" in chunk for chunk in chunks)
     *_, usage, _ = server.events("/v1/chat/completions", {**TALE, "stream_options": {"include_usage": True}})
     assert usage["choices"] == []
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, last, _ = server.events("/v1/chat/completions", {**TALE, "stream_options": options})
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts)
+    assert counts[-1] == last["usage"]["completion_tokens"] == 24
     assert usage["usage"]["completion_tokens"] == 24
+
+
+def test_a_temperature_that_float32_does_not_have_is_none(server: ServerProcess) -> None:
+    greedy, tiny = (server.complete(max_tokens=6, temperature=t, seed=1).json()["choices"] for t in (0, 1e-45))
+    assert tiny[0]["text"] == greedy[0]["text"]
 
 
 def test_several_answers_and_prompts_are_numbered(server: ServerProcess, engine: Engine) -> None:
@@ -272,6 +282,7 @@ def test_tools_are_called_by_grammar(server: ServerProcess, choice: Any) -> None
     assert answer["message"]["content"] is None
     assert call["function"]["name"] in (("look", "go") if choice == "required" else ("go",))
     assert json.loads(call["function"]["arguments"])["where"] in ("here", "there")
+    assert call["function"]["arguments"].startswith("{")
     assert answer["finish_reason"] == ("tool_calls" if choice == "required" else "stop")
     name, arguments = "", ""
     for chunk in server.events("/v1/chat/completions", body)[:-1]:
@@ -279,6 +290,19 @@ def test_tools_are_called_by_grammar(server: ServerProcess, choice: Any) -> None
             name += part["function"].get("name", "")
             arguments += part["function"]["arguments"]
     assert (name, arguments) == (call["function"]["name"], call["function"]["arguments"])
+
+
+def test_a_call_and_its_result_go_on_in_the_chat(server: ServerProcess) -> None:
+    """Also with a template that reads no calls: they are text then, as the model writes them."""
+    call = {"id": "1", "type": "function", "function": {"name": "look", "arguments": '{"where": "here"}'}}
+    chat = [*TALE["messages"], {"role": "assistant", "content": None, "tool_calls": [call]}]
+    chat.append({"role": "tool", "tool_call_id": "1", "content": "A tree."})
+    tokens = server.post("/tokenize", {"messages": chat}).json()["tokens"]
+    text = server.post("/detokenize", {"tokens": tokens}).json()["prompt"]
+    assert '{"name": "look", "arguments": {"where": "here"}}' in text
+    assert "A tree." in text
+    for more in ({}, {"tools": TOOLS, "tool_choice": "required"}):
+        assert server.post("/v1/chat/completions", {"messages": chat, "max_tokens": 2, **more}).status_code == 200
 
 
 def test_tools_are_left_alone_where_none_is_to_be_called(server: ServerProcess) -> None:

@@ -125,6 +125,7 @@ class Answers:
                         self._put(index, event)
                     case Token():
                         meter.token()
+                        self.num_answer += 1
                         tokens.append(event)
                         tokens = self._cut(index, cutter, event.text, tokens)
                     case Done():
@@ -152,5 +153,4 @@ class Answers:
 
     def _count(self, done: Done) -> None:
         self.num_prompt += done.usage.prompt_tokens
-        self.num_answer += done.usage.completion_tokens
         self.num_cached += done.usage.cached_tokens

@@ -30,7 +30,7 @@ from dlp_lora.serve.logprobs import token_text
 from dlp_lora.serve.middleware import Gate
 from dlp_lora.serve.schema import ChatRequest, CompletionRequest
 from dlp_lora.serve.service import Asked, Service
-from dlp_lora.serve.wire import END, HEADERS, error_event, events, usage_event
+from dlp_lora.serve.wire import END, HEADERS, error_event, events, usage_event, usage_of
 
 PAGE = Path(__file__).parent / "page"
 Result = TypeVar("Result")
@@ -163,7 +163,7 @@ def _generation(service: Service) -> APIRouter:
     async def detokenize(body: schema.DetokenizeRequest, sender: Sender) -> schema.DetokenizeResponse:
         """Decodes token ids."""
         service.names.choose(body.model, service.visible(sender))
-        tokens = service.encoder.ids(body.tokens).tokens if body.tokens else ()
+        tokens = service.encoder.ids(body.tokens, "tokens").tokens if body.tokens else ()
         return {"prompt": decode(service.encoder.tokenizer, tokens, skip_special_tokens=False)}
 
     @router.get("/v1/models")
@@ -262,9 +262,13 @@ async def _respond(
     async def written() -> AsyncIterator[bytes]:
         has_ended = False
         try:
-            async for data in events(answer.chunks(answers)):
+            options = body.stream_options or schema.StreamOptions()
+            is_counted = options.include_usage and options.continuous_usage_stats
+            async for data in events(
+                answer.chunks(answers), (lambda: usage_of(answers, asked)) if is_counted else None
+            ):
                 yield data
-            if body.stream_options is not None and body.stream_options.include_usage:
+            if options.include_usage:
                 yield usage_event(object_, answers, asked)
             has_ended = True
             yield END

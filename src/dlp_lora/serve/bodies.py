@@ -80,7 +80,8 @@ def parse(body: bytes) -> Any:
         APIError: if it is no JSON, or holds NaN, half a character or too deep a nest.
     """
     try:
-        data = json.loads(body, parse_constant=_refuse_constant)
+        # json.loads of bytes would also read UTF-16, and halves of characters.
+        data = json.loads(str(body, "utf-8-sig"), parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
         raise invalid(f"the body is not UTF-8: {error.reason} at byte {error.start}", code="invalid_json") from error
     except json.JSONDecodeError as error:

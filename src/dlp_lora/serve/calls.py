@@ -8,9 +8,10 @@ from uuid import uuid4
 
 from transformers import PreTrainedTokenizerBase
 
-from dlp_lora.serve.schema import AssistantMessage, CalledTool, FinishReason
+from dlp_lora.serve.schema import AssistantMessage, CalledTool, FinishReason, FunctionCall
 
-CALL_HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*')
+# Up to the first character of the arguments.
+CALL_HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\S)')
 
 Delta = dict[str, Any]
 """The addition of a chunk to a message: `content`, or parts of `tool_calls`."""
@@ -115,6 +116,17 @@ class TemplateWriter:
             written = arguments if isinstance(arguments, str) else json.dumps(arguments)
             deltas += [_begun(str(function.get("name")), index), _arguments(written, index)]
         return deltas, "tool_calls" if calls else reason
+
+
+def call_prefix(name: str) -> str:
+    """The text before the arguments in the call of a function."""
+    return f'{{"name": {json.dumps(name)}, "arguments": '
+
+
+def call_text(function: FunctionCall) -> str:
+    """A call as text, in the form of `Grammars.of_calls`."""
+    arguments = function.arguments
+    return call_prefix(function.name) + (arguments if isinstance(arguments, str) else json.dumps(arguments)) + "}"
 
 
 def message_of(deltas: Sequence[Delta]) -> AssistantMessage:

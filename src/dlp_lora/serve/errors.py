@@ -63,12 +63,12 @@ def unsupported(param: str, message: str) -> APIError:
     return invalid(message, param, "unsupported_parameter")
 
 
-def too_long(num_tokens: str, num_new: int, limit: int) -> APIError:
+def too_long(num_tokens: str, num_new: int, limit: int, param: str) -> APIError:
     """A prompt that leaves no room for its answer. Clients look for "maximum context length is"."""
     return invalid(
         f"This model's maximum context length is {limit} tokens. However, you requested {num_new} tokens of an answer "
         f"to a prompt of {num_tokens}. Shorten the prompt or ask for a shorter answer.",
-        "messages",
+        param,
         "context_length_exceeded",
     )
 

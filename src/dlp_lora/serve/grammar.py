@@ -1,6 +1,7 @@
 """Grammars: a response format or tools in, the allowed tokens of an answer out (llguidance)."""
 
 import json
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dlp_lora.serve.backend import BackendError
+from dlp_lora.serve.calls import call_prefix
 from dlp_lora.serve.errors import invalid, unsupported
 from dlp_lora.serve.schema import FunctionDefinition
 
@@ -55,10 +57,10 @@ class Grammars:
         return self._of_schema(_arguments(function), "tools")
 
     def of_calls(self, functions: Sequence[FunctionDefinition]) -> "AnswerGrammar":
-        """Makes the grammar of a call of one of several functions; it begins with `_call_prefix` and ends with "}"."""
+        """Makes the grammar of a call of one of several functions; it begins with `call_prefix` and ends with "}"."""
         rules = [f"start: {' | '.join(f'call_{i}' for i in range(len(functions)))}"]
         for i, function in enumerate(functions):
-            rules.append(f'call_{i}: {json.dumps(_call_prefix(function.name))} args_{i} "}}"')
+            rules.append(f'call_{i}: {json.dumps(call_prefix(function.name))} args_{i} "}}"')
             rules.append(f"args_{i}: %json {json.dumps(_compact(_arguments(function)))}")
         schema = {"anyOf": [_call(function) for function in functions]}
         return self._made(llguidance.LLMatcher.grammar_from_lark("\n".join(rules)), schema, "tools")
@@ -70,9 +72,10 @@ class Grammars:
     def _made(self, grammar: str, schema: Mapping[str, Any], param: str) -> "AnswerGrammar":
         guide = self._loaded(param)
         matcher = llguidance.LLMatcher(guide, grammar, log_level=0)
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # a schema that no text follows is found only now
         if matcher.is_error():
-            reason = " ".join(matcher.get_error().split())[:300]
-            raise invalid(f"{param}: the schema cannot be followed: {reason}", param)
+            raise invalid(f"{param}: the schema cannot be followed: {_reason(matcher)}", param)
         return AnswerGrammar(matcher, schema)
 
     def _loaded(self, param: str) -> llguidance.LLTokenizer:
@@ -97,7 +100,7 @@ class AnswerGrammar:
         """Sets the scores of the tokens that may not come next to minus infinity, in place."""
         bits = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
         if self._matcher.is_error():
-            raise BackendError(f"the grammar cannot go on: {self._matcher.get_error()}")
+            raise BackendError(f"the grammar cannot go on: {_reason(self._matcher)}")
         allowed = (bits[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
         is_allowed = allowed.flatten()[: len(scores)].bool().to(scores.device)
         scores[: len(is_allowed)].masked_fill_(~is_allowed, float("-inf"))
@@ -106,7 +109,7 @@ class AnswerGrammar:
     def accept(self, token: int) -> bool:
         """Adds a token; returns whether the answer is complete."""
         if not self._matcher.consume_token(token):
-            raise BackendError(f"the grammar does not allow the token {token}: {self._matcher.get_error()}")
+            raise BackendError(f"the grammar does not allow the token {token}: {_reason(self._matcher)}")
         return self._matcher.is_stopped()
 
     def copy(self) -> "AnswerGrammar":
@@ -114,9 +117,9 @@ class AnswerGrammar:
         return AnswerGrammar(self._matcher.deep_copy(), self.schema)
 
 
-def _call_prefix(name: str) -> str:
-    """The text before the arguments in the call of a function."""
-    return f'{{"name": {json.dumps(name)}, "arguments": '
+def _reason(matcher: llguidance.LLMatcher) -> str:
+    """The error of a matcher, without its state and its grammar."""
+    return " ".join(re.split(r"<state>|\n\s*1 \|", matcher.get_error())[0].split())[:300]
 
 
 def _arguments(function: FunctionDefinition) -> Mapping[str, Any]:

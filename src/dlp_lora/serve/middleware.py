@@ -83,7 +83,7 @@ class Gate:
             self._note(scope, request_id, status, time.perf_counter() - start, log)
 
     def _refusal(self, scope: MutableMapping[str, Any], headers: Headers) -> APIError | None:
-        if not self._is_known_host(headers.get("host", "")):
+        if not self._is_known_host(headers.get("host")):
             return APIError(
                 421,
                 "the server does not answer to this name; start it with --allow-host, or with a key",
@@ -105,11 +105,14 @@ class Gate:
             )
         return None
 
-    def _is_known_host(self, header: str) -> bool:
+    def _is_known_host(self, header: str | None) -> bool:
         """Whether a Host header names this server.
 
-        Otherwise a web page whose name resolves to 127.0.0.1 could use a server on this machine that has no key.
+        Otherwise a web page whose name resolves to 127.0.0.1 could use a server on this machine that has no key. Some
+        health checks send no header; browsers always do.
         """
+        if header is None:
+            return True
         name = _host_name(header)
         if self._hosts:
             return name in self._hosts or _is_loopback(name)

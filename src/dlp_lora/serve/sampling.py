@@ -9,6 +9,8 @@ from dlp_lora.serve.schema import SamplingFields
 
 NAMES = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
+LEAST_TEMPERATURE = 1e-5  # below it, an answer is greedy, as in vLLM: float32 would overflow
+
 
 def sampling_of(
     fields: SamplingFields,
@@ -28,6 +30,8 @@ def sampling_of(
     """
     values = {name: getattr(fields, name) for name in NAMES if getattr(fields, name) is not None}
     values = {**defaults, **values}
+    if values.get("temperature", 1.0) < LEAST_TEMPERATURE:
+        values["temperature"] = 0.0
     if values.get("top_k") == -1:
         values["top_k"] = 0
     stop = (fields.stop,) if isinstance(fields.stop, str) else tuple(fields.stop or ())

@@ -110,6 +110,9 @@ class StreamOptions(Body):
     """Further content of a stream."""
 
     include_usage: bool | None = Field(default=None, description="One more chunk, with usage and no choices.")
+    continuous_usage_stats: bool | None = Field(
+        default=None, description="With include_usage: every chunk has the usage so far, too."
+    )
 
 
 class SamplingFields(Body):
@@ -265,7 +268,7 @@ class PromptRequest(Body):
     @model_validator(mode="after")
     def _is_one(self) -> "PromptRequest":
         if (self.prompt is None) == (self.messages is None):
-            raise PydanticCustomError("missing", "give either prompt or messages")
+            raise PydanticCustomError("not_one", "give either prompt or messages")
         return self
 
 

@@ -219,7 +219,7 @@ class Service:
                 "dlp.prompt_routing",
             )
         for prompt in (prompt for questions in parts for prompt in questions):
-            self.encoder.check_room(prompt.tokens, 1 if max_tokens is None else max_tokens)
+            self.encoder.check_room(prompt, 1 if max_tokens is None else max_tokens)
         id_ = f"{prefix}-{uuid4().hex}"
 
         def request_of(prompt: EncodedPrompt, number: int) -> Request:
@@ -297,6 +297,10 @@ class Service:
             _check_known(options.fixed, visible, "dlp.fixed")
             mixture = Mixture(options.fixed)
         if mixture is not None:
+            if options.adapters is not None and (others := sorted(set(mixture) - set(options.adapters))):
+                raise invalid(
+                    f"dlp.adapters: the mixture is fixed, and {others[0]!r} in it is not among them", "dlp.adapters"
+                )
             return self.call.changed({**changes, "mixtures": (mixture,)}), allowed
         if self.call.router is None:
             raise invalid(

@@ -1,7 +1,7 @@
 """The shared parts of both APIs' answers, and streams of chunks as server-sent events."""
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any, TypedDict
 
 from dlp_lora.serve.answers import Answers, Ended
@@ -83,10 +83,13 @@ def event(data: Any) -> bytes:
     return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
-async def events(chunks: AsyncIterator[Chunk | None]) -> AsyncIterator[bytes]:
-    """Writes chunks as events, and comments if there was none for a while."""
+async def events(chunks: AsyncIterator[Chunk | None], usage: Callable[[], Usage] | None = None) -> AsyncIterator[bytes]:
+    """Writes chunks as events, with the usage so far if it is given, and comments if there was none for a while."""
     async for chunk in chunks:
-        yield KEEPALIVE if chunk is None else event(chunk)
+        if chunk is None:
+            yield KEEPALIVE
+        else:
+            yield event(chunk if usage is None else {**chunk, "usage": usage()})
 
 
 def error_event(asked: Asked, error: APIError) -> bytes:
