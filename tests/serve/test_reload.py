@@ -20,6 +20,7 @@ from dlp_lora.engine.bundle import write_bundle
 from dlp_lora.engine.outline import read_outline
 from dlp_lora.serve.adapters import AdapterManager
 from dlp_lora.serve.answers import Answers, Piece
+from dlp_lora.serve.errors import APIError
 from dlp_lora.serve.keys import Access, Keys
 from dlp_lora.serve.schema import CompletionRequest
 from dlp_lora.serve.server import local_service, make_service
@@ -294,6 +295,30 @@ def test_while_an_adapter_is_replaced_requests_never_miss_it(running: Running) -
     looking.join()
     assert seen == {frozenset({"math"})}
     assert names == {("math", "units", "poems")}
+
+
+@on_each_backend
+def test_an_adapter_that_goes_before_its_request_begins_is_an_unknown_model(running: Running) -> None:
+    asked = running.service.completion(CompletionRequest(prompt="Hi", model="units"), Access(adapters=None))
+    assert running.post("/v1/unload_lora_adapter", {"lora_name": "units"}).status_code == 200
+
+    async def ask() -> None:
+        async with Answers(running.service, asked) as answers:
+            await answers.whole()
+
+    with pytest.raises(APIError, match=r"The model .units. does not exist\. There are tiny, tiny:base, math, poems;"):
+        asyncio.run(ask())
+
+
+@pytest.mark.parametrize("running", ["vllm"], indirect=True)
+def test_until_a_new_bundle_is_read_its_files_are_the_servers_matter_not_the_clients(
+    running: Running, bundle: Path, base: Path, router: MiniMLP, shelf: Path
+) -> None:
+    rewrite(bundle, base, router, shelf)
+    refused = running.post("/v1/completions", {"prompt": "x", "model": "units"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (500, "backend_error")
+    assert running.post("/v1/reload").status_code == 200
+    running.complete("x", model="units")
 
 
 def test_settings_of_the_start_outlive_a_reload(bundle: Path, base: Path, router: MiniMLP, shelf: Path) -> None:

@@ -5,8 +5,9 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
+from dlp_lora.errors import AdapterError
 from dlp_lora.serve.apart import open_all
-from dlp_lora.serve.backend import Done, PromptScores, SentenceStart, Stream, Token
+from dlp_lora.serve.backend import BackendError, Done, PromptScores, SentenceStart, Stream, Token
 from dlp_lora.serve.cutter import SentenceCutter
 from dlp_lora.serve.errors import APIError
 from dlp_lora.serve.metrics import Meter
@@ -52,6 +53,9 @@ class Answers:
         try:
             for requests in self._asked.answers:
                 self._streams.append(open_all(self._service.backend, requests))
+        except AdapterError as error:
+            await self.__aexit__()
+            raise self._told(error) from error
         except BaseException:
             await self.__aexit__()
             raise
@@ -137,6 +141,8 @@ class Answers:
                         self._put(index, Ended(done=event, num_characters=cutter.num_sent))
         except asyncio.CancelledError:
             raise
+        except AdapterError as error:
+            self._queue.put_nowait((index, self._told(error)))
         except BaseException as error:
             self._queue.put_nowait((index, error))
 
@@ -147,6 +153,16 @@ class Answers:
             is_last = i == len(parts) - 1
             self._put(index, Piece(text=part, sentence=sentence, tokens=tuple(tokens) if is_last else ()))
         return [] if parts else tokens
+
+    def _told(self, error: AdapterError) -> APIError | BackendError:
+        """The error for the client: an adapter was removed since the request was checked, or its files have changed."""
+        mixtures = self._asked.answers[0][0].call.mixtures or ()
+        gone = sorted({name for mixture in mixtures for name in mixture} - set(self._service.backend.adapters))
+        if gone:
+            return self._service.names.unknown(gone[0], set(self._asked.visible) - set(gone))
+        failure = BackendError(str(error))
+        failure.__cause__ = error
+        return failure
 
     def _put(self, index: int, item: Item) -> None:
         self._queue.put_nowait((index, item))

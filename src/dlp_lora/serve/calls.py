@@ -8,7 +8,8 @@ from uuid import uuid4
 
 from transformers import PreTrainedTokenizerBase
 
-from dlp_lora.serve.schema import AssistantMessage, CalledTool, FinishReason, FunctionCall
+from dlp_lora.serve.backend import Done
+from dlp_lora.serve.schema import AssistantMessage, CalledTool, FinishReason, FunctionCall, Tool
 
 # Up to the first character of the arguments.
 CALL_HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\S)')
@@ -25,7 +26,7 @@ class MessageWriter(Protocol):
         """Adds text; returns the deltas that have become certain."""
         ...
 
-    def end(self, reason: FinishReason) -> tuple[list[Delta], FinishReason]:
+    def end(self, reason: FinishReason, done: Done) -> tuple[list[Delta], FinishReason]:
         """Returns the last deltas, and the reason of the end."""
         ...
 
@@ -37,7 +38,7 @@ class TextWriter:
         """Adds text."""
         return [{"content": text}]
 
-    def end(self, reason: FinishReason) -> tuple[list[Delta], FinishReason]:
+    def end(self, reason: FinishReason, done: Done) -> tuple[list[Delta], FinishReason]:
         """Ends it."""
         return [], reason
 
@@ -55,7 +56,7 @@ class ArgumentsWriter:
         self._has_begun = True
         return [*begin, _arguments(text)]
 
-    def end(self, reason: FinishReason) -> tuple[list[Delta], FinishReason]:
+    def end(self, reason: FinishReason, done: Done) -> tuple[list[Delta], FinishReason]:
         """Ends it; as OpenAI does, the reason of a named function is "stop"."""
         return [], reason
 
@@ -83,18 +84,22 @@ class CallWriter:
             self._num_sent = end
         return deltas
 
-    def end(self, reason: FinishReason) -> tuple[list[Delta], FinishReason]:
+    def end(self, reason: FinishReason, done: Done) -> tuple[list[Delta], FinishReason]:
         """Ends it."""
         rest = self._text[self._num_sent :] if self._begun and reason == "length" else ""
         return [_arguments(rest)] if rest else [], "tool_calls" if reason == "stop" else reason
 
 
 class TemplateWriter:
-    """An answer that may have calls; at its end, the tokenizer's response template separates them from text."""
+    """An answer that may have calls of `tools`; at its end, the tokenizer's response template separates them from text.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> None:
+    The template reads the special tokens of the answer, too, unless a stop string has cut it.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], tools: Sequence[Tool]) -> None:
         self._tokenizer = tokenizer
         self._prompt = prompt
+        self._tools: list[Any] = [tool.model_dump(exclude_none=True) for tool in tools]
         self._text = ""
 
     def push(self, text: str) -> list[Delta]:
@@ -102,10 +107,15 @@ class TemplateWriter:
         self._text += text
         return []
 
-    def end(self, reason: FinishReason) -> tuple[list[Delta], FinishReason]:
+    def end(self, reason: FinishReason, done: Done) -> tuple[list[Delta], FinishReason]:
         """Reads the answer; if the template cannot read it, it is text."""
+        tokens = list(done.generation.tokens)
+        if done.reason == "stop" and done.stop is None:
+            tokens = tokens[:-1]  # its end is no part of the message
+        written = self._text if isinstance(done.stop, str) else self._tokenizer.decode(tokens)
+        prefix = self._tokenizer.decode(list(self._prompt))
         try:
-            message = self._tokenizer.parse_response(self._text, prefix=self._tokenizer.decode(list(self._prompt)))
+            message = self._tokenizer.parse_response(written, prefix=prefix, tools=self._tools)
         except Exception:  # a model may write anything
             message = {"content": self._text}
         deltas: list[Delta] = [{"content": message["content"]}] if message.get("content") else []

@@ -34,7 +34,7 @@ class ChatAnswer:
         choices: list[ChatChoice] = []
         for index, (pieces, _, ended) in enumerate(await answers.whole()):
             deltas = [delta for piece in pieces for delta in self._writers[index].push(piece.text)]
-            last, reason = self._writers[index].end(finish_reason(ended.done))
+            last, reason = self._writers[index].end(finish_reason(ended.done), ended.done)
             tokens = [token for piece in pieces for token in piece.tokens]
             choices.append(
                 {
@@ -71,7 +71,7 @@ class ChatAnswer:
                     if delta or more or self._body.logprobs:
                         yield self._chunk(index, delta, tokens=item.tokens if i == 0 else (), **more)
             elif isinstance(item, Ended):
-                deltas, reason = self._writers[index].end(finish_reason(item.done))
+                deltas, reason = self._writers[index].end(finish_reason(item.done), item.done)
                 for delta in deltas:
                     yield self._chunk(index, delta)
                 field = trace_field(self._asked, index, item)
@@ -95,6 +95,6 @@ class ChatAnswer:
     def _writer(self) -> MessageWriter:
         if called := called_tools(self._body):
             return CallWriter() if self._body.tool_choice == "required" else ArgumentsWriter(called[0].function.name)
-        if offered(self._body):
-            return TemplateWriter(self._tokenizer, self._asked.prompts[0].tokens)
+        if tools := offered(self._body):
+            return TemplateWriter(self._tokenizer, self._asked.prompts[0].tokens, tools)
         return TextWriter()

@@ -59,12 +59,13 @@ class PromptRouter(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class Asked:
     """A checked request. `answers` has a backend's requests for each answer: one, or one per question if the questions
-    are answered apart. The answers to one prompt are neighbours.
+    are answered apart. The answers to one prompt are neighbours. `visible` are the adapters for its key.
     """
 
     id: str
     created: int
     choice: Choice
+    visible: tuple[str, ...]
     options: DLPOptions
     prompts: tuple[EncodedPrompt, ...]
     answers: tuple[tuple[Request, ...], ...]
@@ -193,7 +194,8 @@ class Service:
         grammar: AnswerGrammar | None = None,
         is_text: bool,
     ) -> Asked:
-        choice = self.names.choose(body.model, self.visible(access))
+        visible = self.visible(access)
+        choice = self.names.choose(body.model, visible)
         call, among = self._routed(choice, body.options, access)
         n = body.n or 1
         if n * len(prompts) > MAX_CHOICES:
@@ -250,6 +252,7 @@ class Service:
             id=id_,
             created=int(time.time()),
             choice=choice,
+            visible=visible,
             options=body.options,
             prompts=tuple(prompts),
             answers=tuple(answers),
