@@ -55,12 +55,14 @@ def wait_for(condition: Any, *, timeout_s: float = 20) -> None:
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_row(slow: ServerProcess, stream: bool) -> None:
     aborted = slow.metric("requests_aborted_total", reason="disconnect")
+    num_tokens = slow.metric("generation_tokens_total")
     running = [connection(slow, "/v1/completions", {**LONG, "stream": stream}) for _ in range(4)]
     wait_for(lambda: slow.metric("num_rows_decoding") == 2 and slow.metric("num_requests_waiting") == 2)
     for client in running:
         client.close()
     slow.wait_until_idle(timeout_s=5)  # 400 tokens take 12 s
     wait_for(lambda: slow.metric("requests_aborted_total", reason="disconnect") == aborted + 4)
+    assert slow.metric("generation_tokens_total") > num_tokens  # also of answers that nobody has read
     assert slow.complete(max_tokens=2).status_code == 200
 
 

@@ -310,6 +310,23 @@ def test_an_adapter_that_goes_before_its_request_begins_is_an_unknown_model(runn
         asyncio.run(ask())
 
 
+def test_an_adapter_that_goes_while_it_answers_stays_in_no_metric(running: Running) -> None:
+    asked = running.service.completion(CompletionRequest(prompt="Hi", model="units"), Access(adapters=None))
+
+    async def ask() -> None:
+        async with Answers(running.service, asked) as answers:
+            items = answers.items()
+            await anext(items)
+            running.manager.unload("units")
+            async for _ in items:
+                pass
+
+    asyncio.run(ask())
+    text = running.service.metrics.text().decode()
+    assert '"units"' not in text
+    assert 'dlp_lora_request_generation_tokens_sum{model="removed"} 16.0' in text
+
+
 @pytest.mark.parametrize("running", ["vllm"], indirect=True)
 def test_until_a_new_bundle_is_read_its_files_are_the_servers_matter_not_the_clients(
     running: Running, bundle: Path, base: Path, router: MiniMLP, shelf: Path

@@ -16,6 +16,7 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 1
 ROUTING_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 BASE = "base"  # the label of the base model in the counts of sentences by adapter
+REMOVED = "removed"  # the label of answers by an adapter that was removed meanwhile
 
 
 class Metrics:
@@ -82,21 +83,24 @@ class Meter:
     since_s: float = field(default_factory=time.perf_counter)
     _last_s: float | None = None
 
+    def __post_init__(self) -> None:
+        self._is_adapter = self.label in self.adapters()
+
     def token(self) -> None:
         """Counts a token."""
-        now = time.perf_counter()
+        now, label = time.perf_counter(), self._label
         if self._last_s is None:
-            self.metrics.first_token.labels(self.label).observe(now - self.since_s)
+            self.metrics.first_token.labels(label).observe(now - self.since_s)
         else:
-            self.metrics.inter_token.labels(self.label).observe(now - self._last_s)
+            self.metrics.inter_token.labels(label).observe(now - self._last_s)
+        self.metrics.generation_tokens.labels(label).inc()  # of answers that do not end, too, as in vLLM
         self._last_s = now
 
     def done(self, done: Done) -> None:
         """Counts the end of the answer."""
-        m, label = self.metrics, self.label
+        m, label = self.metrics, self._label
         m.succeeded.labels(label, done.reason).inc()
         m.prompt_tokens.labels(label).inc(done.usage.prompt_tokens)
-        m.generation_tokens.labels(label).inc(done.usage.completion_tokens)
         m.request_prompt.labels(label).observe(done.usage.prompt_tokens)
         m.request_answer.labels(label).observe(done.usage.completion_tokens)
         m.latency.labels(label).observe(time.perf_counter() - self.since_s)
@@ -106,6 +110,10 @@ class Meter:
         there = set(self.adapters())
         for sentence in done.generation.trace:
             self._sentence(sentence, there)
+
+    @property
+    def _label(self) -> str:
+        return self.label if not self._is_adapter or self.label in self.adapters() else REMOVED
 
     def _sentence(self, sentence: Sentence, there: Collection[str]) -> None:
         m = self.metrics
