@@ -73,7 +73,8 @@ $(VLLM_VENV)/.ready:
 	$(VLLM_VENV)/bin/pip install --quiet "$(TORCH)" "$(VLLM)"
 	# PyPI's builds of these are for another PyTorch, and break the import.
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	# The plug-in and what it imports, without what would replace releases that vLLM has chosen.
-	$(VLLM_VENV)/bin/pip install --quiet --no-deps --editable .
+	# The plug-in and what it imports, without what would replace releases that vLLM has chosen. In this order, because
+	# pip reports these releases as an error after each install that sees the plug-in's requirements.
 	$(VLLM_VENV)/bin/pip install --quiet jaxtyping "peft>=0.19"
+	$(VLLM_VENV)/bin/pip install --quiet --no-deps --editable .
 	touch $@

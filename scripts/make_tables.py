@@ -458,6 +458,17 @@ def _serve(name: str) -> Callable[[], str]:
     return lambda: _table(columns, [row for row in _record(name)["rows"] if "tokens_per_s" in row])
 
 
+def _llama_cpp_start() -> str:
+    """Start-up and memory of the servers beside llama.cpp's."""
+    columns: dict[str, Cell] = {
+        "backend": VARIANT["variant"],
+        "start, s": _number("start_s", 1),
+        "memory, MB": _number("resident_mb", 0),
+        "after all answers, MB": _number("after_mb", 0),
+    }
+    return _table(columns, _record("llama_cpp")["starts"])
+
+
 def _percentiles(key: str) -> Cell:
     return lambda row: " / ".join(f"{row[f'{key}_p{share}']:,.0f}" for share in (50, 95, 99))
 
@@ -546,6 +557,22 @@ TABLES: dict[str, Callable[[], str]] = {
     "serve-one": _serve_one,
     "serve-more": _serve_more,
     "serve-peers": _serve("serve_peers"),
+    "llama-cpp": _rows(
+        "llama_cpp",
+        {
+            "backend": VARIANT["variant"],
+            "KV policy": lambda row: row["kv_policy"],
+            "streams": lambda row: str(row["streams"]),
+            "tokens/s": _number("tokens_per_s", 1),
+            "spread": _spread("tokens_per_s", 1),
+            "over PyTorch, float32": _number("over_local", 2),
+            "its spread": _spread("over_local"),
+            "first token, ms": _percentiles("first_ms"),
+            "between tokens, ms": _percentiles("gap_ms"),
+        },
+        words=2,
+    ),
+    "llama-cpp-start": _llama_cpp_start,
     "soak": _soak,
     "prefill-xeon": _rows(
         "prefill_xeon",
