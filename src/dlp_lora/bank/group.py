@@ -134,7 +134,7 @@ class Group:
     def gains(self) -> bool:
         """Whether its `ways` are faster even without an adapter; for a single layer, stacked is not."""
         as_before = {"plain"} if len(self.modules) > 1 else {"plain", "stacked"}
-        return not {self.ways.one_row, self.ways.few_rows} <= as_before
+        return not self.ways.ways <= as_before
 
     @property
     def dtype(self) -> torch.dtype:

@@ -6,6 +6,7 @@ rows, so `timing` tries them on the model's layers. `choose` makes the choice fr
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any, Literal, cast, get_args
 
 Way = Literal["plain", "stacked", "columns", "halves", "prepacked"]
@@ -21,40 +22,59 @@ Setting = Literal["auto", "plain", "stacked", "columns", "halves", "prepacked"]
 # Up to so many rows count as few, as in decoding a batch. On a CPU their second product is computed in float32, which
 # is faster there than bfloat16 (docs/log.md).
 FEW_ROWS = 32
+# Up to so many rows count as some, as a short prompt beside a batch. For more, `F.linear` is as fast, unless prepacked.
+SOME_ROWS = 96
+
+# A way must take less than this part of the time of an earlier one; prepacked weights also take memory.
+FASTER = 0.97
+MUCH_FASTER = 0.9
 
 
 @dataclass(frozen=True)
 class Ways:
-    """The ways of one kind of layers: for one row, and for few."""
+    """The ways of one kind of layers: for one row, for few, and for some."""
 
     one_row: Way = "stacked"
     few_rows: Way = "stacked"
+    some_rows: Way = "stacked"
+
+    @classmethod
+    def all(cls, way: Way) -> "Ways":
+        """One way for any number of rows."""
+        return cls(way, way, way)
 
     def way(self, num_rows: int) -> Way:
-        """The way for a number of rows; for many rows, `F.linear` is as fast, unless prepacked."""
+        """The way for a number of rows."""
         if num_rows == 1:
             return self.one_row
-        if num_rows <= FEW_ROWS or self.is_plain or self.few_rows == "prepacked":
+        if num_rows <= FEW_ROWS:
             return self.few_rows
+        if num_rows <= SOME_ROWS or self.is_plain or self.some_rows == "prepacked":
+            return self.some_rows
         return "stacked"
+
+    @property
+    def ways(self) -> set[Way]:
+        """The different ways."""
+        return {self.one_row, self.few_rows, self.some_rows}
 
     @property
     def is_plain(self) -> bool:
         """Whether the layers compute as the base layers do."""
-        return self.one_row == self.few_rows == "plain"
+        return self.ways == {"plain"}
 
     @property
     def is_prepacked(self) -> bool:
         """Whether there is a second copy of the weights."""
-        return "prepacked" in (self.one_row, self.few_rows)
+        return "prepacked" in self.ways
 
     def __str__(self) -> str:
-        if self.one_row == self.few_rows:
+        if len(self.ways) == 1:
             return self.one_row
-        return f"1 row {self.one_row}, few rows {self.few_rows}"
+        return f"1 row {self.one_row}, few rows {self.few_rows}, some rows {self.some_rows}"
 
 
-PLAIN = Ways("plain", "plain")
+PLAIN = Ways.all("plain")
 
 
 @dataclass(frozen=True)
@@ -99,23 +119,23 @@ def check_setting(setting: "Setting | Paths") -> None:
 
 def fixed(setting: Setting, labels: Sequence[str]) -> Paths:
     """The paths of a setting other than "auto", for layers of these names."""
-    way = cast(Way, setting)
-    return Paths(tuple((label, Ways(way, way)) for label in labels))
+    return Paths(tuple((label, Ways.all(cast(Way, setting))) for label in labels))
 
 
 def choose(seconds: Mapping[Way, Sequence[float]]) -> Way:
     """Chooses a way by the seconds that each took in each turn.
 
-    A way replaces an earlier one if it is faster by more than the spread, which means in three of four turns. The order
-    begins with plain; prepacked, which takes memory, comes last.
+    A way replaces an earlier one if it is clearly faster in the median turn. The order begins with plain; prepacked,
+    which takes memory, comes last.
     """
     chosen: Way = "plain"
     for way in get_args(Way):
-        if way in seconds and _is_faster(seconds[way], seconds[chosen]):
+        limit = MUCH_FASTER if way == "prepacked" else FASTER
+        if way in seconds and _ratio(seconds[way], seconds[chosen]) < limit:
             chosen = way
     return chosen
 
 
-def _is_faster(seconds: Sequence[float], than: Sequence[float]) -> bool:
-    ratios = sorted(a / b for a, b in zip(seconds, than, strict=True))
-    return ratios[3 * len(ratios) // 4] < 1
+def _ratio(seconds: Sequence[float], others: Sequence[float]) -> float:
+    """The median over the turns, whose times are compared because the speed of a machine changes."""
+    return median(a / b for a, b in zip(seconds, others, strict=True))

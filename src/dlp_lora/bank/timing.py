@@ -15,11 +15,11 @@ from dlp_lora.bank.group import Group
 from dlp_lora.bank.paths import Paths, Way, Ways, choose
 from dlp_lora.errors import ModelError
 
-NUM_ROWS = (1, 8)
+NUM_ROWS = (1, 8, 64)  # of `Ways`: one, few, some
 RANK = 24  # of the pairs that are timed: three adapters of rank 8
 NUM_TURNS = 16
 MIN_TURNS = 3
-LIMIT_S = 0.05  # for one kind of layers and number of rows; after that, at most MIN_TURNS turns
+LIMIT_S = 0.08  # for one kind of layers and number of rows; after that, at most MIN_TURNS turns
 SAMPLE_MB = 64  # of weights in each group
 CACHES_MB = 64
 HOPELESS = 1.5  # a way that takes so many times as long as the fastest at first is not tried again
@@ -34,6 +34,12 @@ class Trial:
     is_touched: bool  # an adapter changes it
 
     @property
+    def num_rows(self) -> Sequence[int]:
+        """The numbers of rows that are timed; the output layer reads only a few."""
+        is_head = getattr(self.layers[0][0], "place", None) == "head"
+        return NUM_ROWS[:-1] if is_head else NUM_ROWS
+
+    @property
     def num_sampled(self) -> int:
         """How many of its layers are timed."""
         nbytes = _base_nbytes(self.group) // self.group.num_layers
@@ -42,16 +48,16 @@ class Trial:
 
 @torch.no_grad()
 def time_paths(trials: Sequence[Trial]) -> Paths:
-    """Times each way in each group, for one row and for eight, and chooses; afterwards the groups have nothing active.
+    """Times each way in each group, for one row, few and some, and chooses; afterwards the groups have nothing active.
 
-    This takes about a second; if one layer takes long, each way gets three products.
+    This takes a second or two; if one layer takes long, each way gets three products.
     """
     trials = list({trial.group.label: trial for trial in trials}.values())
     can_prepack = _can_prepack([trial.group for trial in trials])
     if can_prepack:
         for trial in trials:
             trial.group.prepack(prepack, layers=range(trial.num_sampled))
-    runs = [[_Run(trial, num_rows, can_prepack=can_prepack) for num_rows in NUM_ROWS] for trial in trials]
+    runs = [[_Run(trial, num_rows, can_prepack=can_prepack) for num_rows in trial.num_rows] for trial in trials]
     others = torch.empty(CACHES_MB * 2**18)  # float32
     for turn in range(NUM_TURNS):
         others.fill_(turn)  # removes the layers from the caches, as the rest of a model does
@@ -60,7 +66,7 @@ def time_paths(trials: Sequence[Trial]) -> Paths:
     for trial in trials:
         trial.group.prepack(prepack, layers=())
         trial.group.clear()
-    chosen = [Ways(*(choose(run.seconds) for run in of_trial)) for of_trial in runs]
+    chosen = [_ways_of([choose(run.seconds) for run in of_trial]) for of_trial in runs]
     return Paths(tuple((trial.group.label, ways) for trial, ways in zip(trials, chosen, strict=True)))
 
 
@@ -72,12 +78,12 @@ class _Run:
         weight: Tensor = trial.layers[0][0].weight  # type: ignore[assignment]
         self._x = weight.new_ones(num_rows, 1, trial.group.d_in).detach()
         ways = list(_ways(trial, num_rows, can_prepack=can_prepack))
-        # In one turn no two ways, nor one and few rows, take the same layer.
+        # In one turn no two ways, nor two numbers of rows, take the same layer.
         self._step = max(1, trial.num_sampled // (len(NUM_ROWS) * len(ways)))
         self._first = NUM_ROWS.index(num_rows) * len(ways) * self._step
         for way in ways:
             self._time(way, 0)  # to warm up
-        first = {way: self._time(way, i) for i, way in enumerate(ways)}
+        first = {way: min(self._time(way, i + 1), self._time(way, i + 2)) for i, way in enumerate(ways)}
         limit = HOPELESS * min(first.values())
         self.seconds: dict[Way, list[float]] = {
             way: [] for way, seconds in first.items() if way == "plain" or seconds < limit
@@ -98,12 +104,18 @@ class _Run:
         siblings = trial.layers[layer % trial.num_sampled]
         if way == "plain" and not trial.is_touched:  # then they are not replaced
             siblings = [module.base_layer for module in siblings]  # type: ignore[misc]
-        trial.group.ways = Ways(way, way)
+        trial.group.ways = Ways.all(way)
         trial.group.rehearse(RANK if trial.is_touched else 0)
         start = time.perf_counter()
         for module in siblings:
             module(x)
         return time.perf_counter() - start
+
+
+def _ways_of(chosen: Sequence[Way]) -> Ways:
+    """The choices by number of rows; the last one is also for more rows."""
+    one_row, few_rows, *more = chosen
+    return Ways(one_row, few_rows, more[0] if more else few_rows)
 
 
 def _ways(trial: Trial, num_rows: int, *, can_prepack: bool) -> Iterator[Way]:

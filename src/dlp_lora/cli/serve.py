@@ -120,6 +120,7 @@ def _service(
     name: str,
 ) -> "Iterator[Service]":
     """Makes what answers; what it starts for that ends with the block."""
+    from dlp_lora.serve.heap import limit_products
     from dlp_lora.serve.keys import BACKEND_KEY
     from dlp_lora.serve.server import VLLM_BATCH, local_service, make_service
 
@@ -130,6 +131,7 @@ def _service(
     if options.backend != "llama.cpp":
         check_unused(llama_options)
     if options.backend == "local":
+        limit_products()
         engine = open_engine(engine_options, hub_options, need_router=False)
         yield local_service(engine, settings, keys, name=name)
         return

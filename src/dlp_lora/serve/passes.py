@@ -154,7 +154,9 @@ class Passes:
 class Pack(Cache):  # type: ignore[misc]
     """Parts as one sequence, which ends with the tokens with scores.
 
-    It is also the model's KV cache, and passes K and V on to the caches of the parts.
+    Tokens with scores come in the reverse order of the parts, so that those of the last part follow its other tokens: a
+    part whose tokens are neighbours is a view of the sequence. It is also the model's KV cache, and passes K and V on
+    to the caches of the parts.
     """
 
     layers: Any
@@ -166,7 +168,8 @@ class Pack(Cache):  # type: ignore[misc]
         for part in parts:
             part.cache.reserve(part.num_new)
         tokens = [(p, r, t) for p, part in enumerate(parts) for r in range(part.num_rows) for t in range(part.num_new)]
-        self._order = sorted(tokens, key=self._is_wanted)  # stable: the tokens of a part stay in their order
+        # Stable: the tokens of a part stay in their order.
+        self._order = sorted(tokens, key=lambda token: (1, -token[0]) if self._is_wanted(token) else (0, token[0]))
         self.num_wanted = sum(map(self._is_wanted, tokens))
         self._places = [
             _index([i for i, (p, _, _) in enumerate(self._order) if p == number], device)
@@ -188,11 +191,12 @@ class Pack(Cache):  # type: ignore[misc]
     def scores(self, logits: Float[Tensor, "tokens vocab"]) -> list[Tensor]:
         """Distributes the scores to the parts."""
         chosen = logits[len(logits) - self.num_wanted :]  # also for a model that scores all tokens
-        each = chosen.split([part.num_rows * part.num_wanted for part in self._parts])
+        backwards = self._parts[::-1]
+        each = chosen.split([part.num_rows * part.num_wanted for part in backwards])
         return [
             scores.view(part.num_rows, part.num_wanted, logits.shape[1])
-            for part, scores in zip(self._parts, each, strict=True)
-        ]
+            for part, scores in zip(backwards, each, strict=True)
+        ][::-1]
 
     @contextmanager
     def attending(self) -> Iterator[None]:

@@ -16,6 +16,7 @@ from dlp_lora.serve.adapters import AdapterManager
 from dlp_lora.serve.app import make_app
 from dlp_lora.serve.backend import Backend
 from dlp_lora.serve.grammar import Grammars
+from dlp_lora.serve.heap import trim_regularly
 from dlp_lora.serve.keys import Keys
 from dlp_lora.serve.local import LocalBackend
 from dlp_lora.serve.logs import LOGGER
@@ -100,6 +101,7 @@ def serve(
     app = make_app(service, manager)
     if bundle is not None and settings.watch_s is not None:
         watch(manager, bundle, settings.watch_s)
+    trim_regularly()
     with contextlib.suppress(KeyboardInterrupt):
         _Server(app, service, lambda: on_ready(address_of(listener))).run(sockets=[listener])
 
