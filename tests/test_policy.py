@@ -1,4 +1,5 @@
 import math
+import re
 from collections.abc import Callable
 
 import pytest
@@ -304,6 +305,22 @@ def test_a_policy_of_ones_own_cannot_be_saved_by_name() -> None:
 @pytest.mark.parametrize("data", [{"type": "Best"}, {}, {"p": 0.5}])
 def test_a_policy_of_unknown_name_is_refused(data: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"no policy .*; there are TopP, Threshold, TopK, Only, Uniform"):
+        policy_from_dict(data)
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        ({"type": "TopP", "q": 0.5}, "TopP has no setting 'q'; it has weighting, min_confidence, p"),
+        ({"type": "TopP", "p": "half"}, "TopP.p must be a number, got 'half'"),
+        ({"type": "TopK", "k": True}, "TopK.k must be a whole number, got True"),
+        ({"type": "Only"}, "Only needs its name"),
+        ({"type": "Only", "name": 3}, "Only.name must be a string, got 3"),
+        ({"type": "Uniform", "p": 0.5}, "Uniform has no setting 'p'; it has none"),
+    ],
+)
+def test_settings_that_a_policy_does_not_have_are_refused(data: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
         policy_from_dict(data)
 
 

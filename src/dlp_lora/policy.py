@@ -280,13 +280,33 @@ def policy_to_dict(policy: FusionPolicy) -> dict[str, Any]:
     return {"type": type(policy).__name__, **asdict(policy)}  # type: ignore[call-overload]
 
 
+EXPECTED: Mapping[Any, tuple[Any, str]] = {
+    int: (int, "a whole number"),
+    float: (int | float, "a number"),
+    str: (str, "a string"),
+}
+
+
 def policy_from_dict(data: Mapping[str, Any]) -> FusionPolicy:
-    """Reads the data of `policy_to_dict`."""
-    fields = dict(data)
-    name = fields.pop("type", None)
-    if name not in POLICIES:
+    """Reads the data of `policy_to_dict`.
+
+    Raises:
+        ValueError: if there is no such policy, or it has no such settings.
+    """
+    settings = dict(data)
+    name = settings.pop("type", None)
+    if not isinstance(name, str) or name not in POLICIES:
         raise ValueError(f"no policy {name!r}; there are {', '.join(POLICIES)}")
-    policy: FusionPolicy = POLICIES[name](**fields)
+    kinds = {field.name: field.type for field in fields(POLICIES[name])}
+    for key, value in settings.items():
+        if key not in kinds:
+            raise ValueError(f"{name} has no setting {key!r}; it has {', '.join(kinds) or 'none'}")
+        expected, what = EXPECTED.get(kinds[key], (object, ""))
+        if not isinstance(value, expected) or (expected is not object and isinstance(value, bool)):
+            raise ValueError(f"{name}.{key} must be {what}, got {value!r}")
+    if missing := [key for key in kinds if kinds[key] is str and key not in settings]:
+        raise ValueError(f"{name} needs its {missing[0]}")
+    policy: FusionPolicy = POLICIES[name](**settings)
     return policy
 
 

@@ -119,10 +119,10 @@ class Running:
 
 @pytest.fixture
 def running(request: pytest.FixtureRequest, bundle: Path, base: Path, shelf: Path) -> Iterator[Running]:
-    """With the local backend, or on a server that speaks vLLM's routes."""
+    """With the local backend and adapters in memory or on disk, or on a server that speaks vLLM's routes."""
     settings, keys = ServerSettings(served_model_name="tiny"), Keys({}, admin="A")
-    if getattr(request, "param", "local") == "local":
-        engine = dlp_lora.load(bundle)
+    if (kind := getattr(request, "param", "local")) != "vllm":
+        engine = dlp_lora.load(bundle, budget_mb=1e-6 if kind == "disk" else None)
         service = local_service(engine, settings, keys, name="tiny")
         yield Running(service, engine, bundle, shelf)
         service.backend.close()
@@ -141,7 +141,7 @@ def text_of(engine: Engine, prompt: str, **settings: Any) -> str:
     return engine.generate(prompt, max_new_tokens=settings.pop("max_new_tokens", 24), **settings).text
 
 
-@on_each_backend
+@pytest.mark.parametrize("running", ["local", "disk", "vllm"], indirect=True)
 def test_a_stream_goes_on_as_it_began_and_later_requests_get_the_new_bundle(
     running: Running, bundle: Path, base: Path, router: MiniMLP, shelf: Path
 ) -> None:

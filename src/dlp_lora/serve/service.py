@@ -10,7 +10,6 @@ from uuid import uuid4
 from dlp_lora.engine.calls import Call
 from dlp_lora.engine.prompts import EncodedPrompt
 from dlp_lora.engine.routing import Prompt, RowRouter
-from dlp_lora.errors import DLPLoRAError
 from dlp_lora.policy import Mixture, Only, RoutingSettings, policy_from_dict
 from dlp_lora.serve.backend import Backend, Grammar, Request
 from dlp_lora.serve.errors import invalid, unavailable, unsupported
@@ -289,7 +288,7 @@ class Service:
             name: value for name in ("kv_policy", "prompt_routing") if (value := getattr(options, name)) is not None
         }
         if options.policy is not None:
-            changes["policy"] = _policy(options.policy, visible)
+            changes["policy"] = _policy(options.policy, visible if options.adapters is None else options.adapters)
         if options.switching is not None:
             changed = options.switching.model_dump(exclude_none=True)
             changes["switching"] = replace(self.call.settings.switching, **changed)
@@ -352,7 +351,7 @@ def _policy(given: Mapping[str, Any], visible: Sequence[str]) -> Any:
     try:
         policy = policy_from_dict(given)
         RoutingSettings(policy=policy)
-    except (ValueError, TypeError, DLPLoRAError) as error:
+    except ValueError as error:
         raise invalid(f"dlp.policy: {error}", "dlp.policy") from error
     if isinstance(policy, Only):
         _check_known([policy.name], visible, "dlp.policy")
