@@ -169,6 +169,41 @@ def mahalanobis(
     ]
 
 
+def evidence_of_likeness(
+    own: Sequence[Sequence[float]],
+    foreign: Sequence[Sequence[float]],
+    asked: Sequence[Sequence[float]],
+    *,
+    nearest: int,
+    lost: float,
+    foreign_share: float,
+    most: float,
+) -> list[float]:
+    """The evidence that texts are an adapter's questions: 0 in the middle between its prompts and foreign texts.
+
+    Each row has a text's likeness to the adapter's examples, which are its first prompts. A text counts by
+    its mean likeness to the `nearest` examples; a prompt is not compared with itself.
+    """
+
+    def mean_of_nearest(row: Sequence[float]) -> float:
+        return math.fsum(sorted(row)[-nearest:]) / nearest
+
+    def quantile(values: Sequence[float], share: float) -> float:
+        ordered, place = sorted(values), share * (len(values) - 1)
+        below = math.floor(place)
+        above = min(below + 1, len(ordered) - 1)
+        return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+
+    others = [mean_of_nearest([x for j, x in enumerate(row) if j != i]) for i, row in enumerate(own)]
+    inner = quantile(others, lost)
+    outer = quantile([mean_of_nearest(row) for row in foreign], foreign_share)
+    found = []
+    for row in asked:
+        along = (mean_of_nearest(row) - outer) / (inner - outer)  # 0 at the foreign texts, 1 at the prompts
+        found.append(most * max(-1.0, min(1.0, 2 * along - 1)))
+    return found
+
+
 def mean_log_likelihood(model: PreTrainedModel, read: Sequence[int], choice: Sequence[int]) -> float:
     """The mean over a choice's tokens of the log-probability of each after all before it, one forward pass each."""
     total = 0.0

@@ -77,7 +77,8 @@ def test_sentences_are_read_after_what_stands_before_them_and_questions_after_th
     context = Context("Add it. A rhyme?", history="Earlier.")
     questions_of(reading(router), context, {"math": 0.4, "poems": 0.0, "units": 0.0})
     sentences = [Context("Add it.", history="Earlier."), Context("A rhyme?", history="Earlier.\nAdd it.")]
-    assert router.asked == [*sentences, Context("Add it.", history="Earlier."), Context("A rhyme?", history="Earlier.")]
+    parts = [Context(part, history="Earlier.", is_part=True) for part in ("Add it.", "A rhyme?")]
+    assert router.asked == [*sentences, *parts]
 
 
 @pytest.mark.parametrize(
@@ -207,6 +208,29 @@ def test_instructions_that_are_a_little_like_an_adapters_texts_are_no_question_b
     like_poems, like_math = "Rhyme verse rhyme verse rhyme please.", "Add sum add sum add now."
     assert cut(f"{like_poems} Add sum add.", SureRouter()) == ("Add sum add.",)
     assert cut(f"{like_poems} {like_math}", SureRouter()) == (like_poems, like_math)
+
+
+class StrictRouter(SureRouter):
+    """Says of a part whether it is a question, too: only if it says so."""
+
+    def probabilities(self, contexts: Sequence[Context]) -> torch.Tensor:
+        strict = [float(not c.is_part or "?" in c.prompt) for c in contexts]
+        return super().probabilities(contexts) * torch.tensor(strict)[:, None]
+
+
+def test_a_sentence_that_fits_an_adapter_is_no_question_if_the_router_is_stricter_with_parts() -> None:
+    assert cut("Rhyme verse. Add sum?", SureRouter()) == ("Rhyme verse.", "Add sum?")
+    assert cut("Rhyme verse. Add sum?", StrictRouter()) == ("Add sum?",)
+    assert cut("Rhyme verse? Add sum?", StrictRouter()) == ("Rhyme verse?", "Add sum?")
+    assert cut("Rhyme verse. Une.", StrictRouter()) == ()
+
+
+def test_the_question_in_turn_is_read_as_any_prompt() -> None:
+    row = route(reading(StrictRouter()), Context("Rhyme verse. Add sum?"))
+    assert max(row, key=row.__getitem__) == "math"
+    router = StrictRouter()
+    route(reading(router), Context("Rhyme verse. Add sum?"))
+    assert router.asked[-1] == Context("Add sum?")
 
 
 def test_a_question_among_instructions_goes_to_its_adapter_with_all_its_answer() -> None:

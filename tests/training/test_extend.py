@@ -106,8 +106,19 @@ class TestAdding:
         again = load_router(tmp_path / "router")
         contexts = [Context(example.prompt) for name in ASKED for example in task(name).test]
         assert again.names == ("sums", "tales", "codes", "units")
-        assert torch.equal(again.probabilities(contexts), found.probabilities(contexts))
+        parts = [replace(context, is_part=True) for context in contexts]
+        assert torch.equal(again.probabilities([*contexts, *parts]), found.probabilities([*contexts, *parts]))
         assert right(add_tasks(again, [replace(task("codes"), name="more")]), "units") > 0.9
+
+    def test_a_part_of_a_prompt_is_a_question_if_it_is_like_its_adapters_prompts(self, router: MiniMLP) -> None:
+        found = add_tasks(router, [task("codes", 32)])
+        questions = [Context(e.prompt) for name in ("sums", "tales", "codes") for e in task(name).test]
+        parts = [replace(context, is_part=True) for context in questions]
+        assert (found.probabilities(parts).sum(dim=1) > 0.5).float().mean() >= 0.95
+        assert torch.equal(found.probabilities(parts)[:, 2:], found.probabilities(questions)[:, 2:])
+        short = [Context("Tell me more.", is_part=is_part) for is_part in (False, True)]
+        whole, part = found.probabilities(short).sum(dim=1).tolist()
+        assert part < 0.1 < 0.5 < whole
 
     def test_the_report_counts_what_joined(self, router: MiniMLP) -> None:
         found = add_tasks(router, [task("codes", 32)])
@@ -182,6 +193,7 @@ class TestBundles:
             calibration=router.calibration,
             near=deepcopy(router.near),
             neighbours=deepcopy(router.neighbours),
+            recall=deepcopy(router.recall),
         )
         named.load_state_dict(router.state_dict())
         model = lively_model()

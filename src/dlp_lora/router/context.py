@@ -20,12 +20,14 @@ class Context:
     `prompt` is the question to answer: the newest turn, or one sentence of a prompt that is routed by sentences.
     `answer` is the answer so far without the new sentence, and `sentence` is the new sentence's first token. Both are
     empty when the prompt is routed. `history` is the text before the prompt: earlier turns, or earlier sentences.
+    `is_part` marks a prompt that is a part of a longer one. It may be an instruction, so a router may be stricter.
     """
 
     prompt: str
     answer: str = ""
     sentence: str = ""
     history: str = ""
+    is_part: bool = False
 
     @property
     def text(self) -> str:

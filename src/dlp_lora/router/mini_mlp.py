@@ -19,6 +19,7 @@ from dlp_lora.router.context import Calibration, Context, Encoded, Measured, che
 from dlp_lora.router.folder import SavedRouter, reading_router, write_router
 from dlp_lora.router.nearness import Nearness
 from dlp_lora.router.neighbours import Neighbours, Prompts
+from dlp_lora.router.recall import Recall, with_evidence
 from dlp_lora.router.tokenizer import MAX_CHARS, plain_tokenizer, vocab_size
 
 # The bags of a text: its distinct tokens (0), its beginning (1), its end (-1). The history has only its end.
@@ -26,6 +27,7 @@ LEANS: Mapping[str, tuple[int, ...]] = {"history": (-1,), "prompt": (0, 1, -1), 
 NUM_BAGS = sum(map(len, LEANS.values()))
 PIECES = re.compile(r"\n|(?<=[.!?])[^\S\n]+(?=\S)")
 HISTORY_CHARS = 4_000  # older text has hardly any weight
+TINY = 1e-12
 CACHE_SIZE = 1024  # texts whose bags are cached, so that a prompt is read once for all sentences of its answer
 
 
@@ -54,7 +56,8 @@ class MiniMLP(nn.Module):
 
     The layers and the head know the adapters that they were trained on. `near` recognises texts of none of them. For
     these texts, `neighbours` decides whether the prompt belongs to an adapter that joined later (`add_tasks` of
-    `dlp_lora.training.extend`). So a new adapter changes little for the others.
+    `dlp_lora.training.extend`). So a new adapter changes little for the others. If the prompt is a part of a longer
+    one, `recall` decides whether it can be a question by itself.
     """
 
     def __init__(
@@ -66,11 +69,12 @@ class MiniMLP(nn.Module):
         calibration: Calibration | None = None,
         near: Nearness | None = None,
         neighbours: Neighbours | None = None,
+        recall: Recall | None = None,
     ) -> None:
         """`trained` are the adapters of the head; those that joined come after them in `names`."""
         super().__init__()
         self.trained = tuple(trained)
-        self.near, self.neighbours = near, neighbours
+        self.near, self.neighbours, self.recall = near, neighbours, recall
         self.names = check_labels((*trained, *(neighbours.names if neighbours else ())))
         self.calibration = calibration or Calibration()
         self.measured: Measured | None = None
@@ -147,6 +151,7 @@ class MiniMLP(nn.Module):
             probabilities = torch.cat(
                 [probabilities * (-lead).sigmoid(), joined.softmax(dim=-1) * lead.sigmoid()], dim=-1
             )
+        self._read_parts(contexts, logits, probabilities[:, : len(self.trained)])
         return probabilities * has_text(contexts)[:, None]
 
     @torch.no_grad()
@@ -197,7 +202,7 @@ class MiniMLP(nn.Module):
             weights = {name: tensor for name, tensor in saved.weights.items() if name != "memory"}
             num_trained = len(weights["head.weight"])
             trained, joined = saved.names[:num_trained], saved.names[num_trained:]
-            near, neighbours = (_part(weights, name) for name in ("near", "neighbours"))
+            near, neighbours, recall = (_part(weights, name) for name in ("near", "neighbours", "recall"))
             router = cls(
                 trained,
                 saved.tokenizer,
@@ -205,6 +210,7 @@ class MiniMLP(nn.Module):
                 calibration=calibration,
                 near=Nearness(*(near[name] for name in ("whiten", "centres", "spreads"))) if near else None,
                 neighbours=Neighbours.from_weights(joined, neighbours) if neighbours else None,
+                recall=Recall.from_weights(recall) if recall else None,
             )
             router.load_state_dict(weights)
             router.measured = (marks := saved.settings.get("measured")) and Measured(**marks)
@@ -234,6 +240,21 @@ class MiniMLP(nn.Module):
         if self.neighbours is None or not self.neighbours.names:
             return None
         return torch.stack([self._prompt_logits(context.prompt) for context in contexts])
+
+    def _read_parts(
+        self,
+        contexts: Sequence[Context],
+        logits: Float[Tensor, "batch trained"],
+        probabilities: Float[Tensor, "batch trained"],
+    ) -> None:
+        """Changes the probabilities of the trained adapters for parts of prompts."""
+        parts = [i for i, context in enumerate(contexts) if context.is_part]
+        if not parts or not self.trained or self.recall is None or self.neighbours is None:
+            return
+        read = self.neighbours.read(self.prompts([contexts[i].prompt for i in parts]))
+        evidence = self.recall(read, logits[parts].argmax(dim=-1).cpu())
+        fits = probabilities[parts].sum(dim=-1).clamp(min=TINY, max=1.0)
+        probabilities[parts] *= (with_evidence(fits, evidence) / fits)[:, None]
 
     def _read_prompt(self, prompt: str) -> Float[Tensor, " joined"]:
         assert self.neighbours is not None

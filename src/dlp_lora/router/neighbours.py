@@ -64,6 +64,13 @@ class Examples(nn.Module):
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def only(self, rows: Sequence[int]) -> "Examples":
+        """Keeps some of the prompts."""
+        words = list(zip(*(part.split(self.lengths.tolist()) for part in (self.places, self.weights)), strict=True))
+        kept = [words[row] for row in rows]
+        places, weights = (torch.cat(part) for part in zip(*kept, strict=True))
+        return Examples(self.units[rows], places, weights, self.lengths[rows])
+
     def likeness(self, prompts: "Examples") -> Float[Tensor, "prompts examples"]:
         """The mean of the three cosines between prompts and these examples."""
         of_word = torch.arange(len(self), device=self.lengths.device).repeat_interleave(self.lengths)
@@ -156,7 +163,7 @@ class Neighbours(nn.Module):
         """Gives each prompt's score for each adapter, on the CPU."""
         read = self.read(prompts)
         scores = [
-            (_nearest(examples.likeness(read)) - typical) / deviation - self._least
+            (nearest(examples.likeness(read)) - typical) / deviation - self._least
             for examples, (typical, deviation) in zip(self._examples, self._typical, strict=True)
         ]
         return torch.stack(scores, dim=1).cpu()
@@ -171,7 +178,7 @@ class Neighbours(nn.Module):
         typical, scores = [], []
         for examples in self._examples:
             usual = self._usual_of(len(examples))
-            likeness = _left_out(examples.likeness(examples))
+            likeness = left_out(examples.likeness(examples))
             middle = (float(likeness.mean()) + usual.mean) / 2 if len(likeness) else usual.mean
             typical.append((middle, usual.deviation))
             scores.append((likeness - middle) / usual.deviation)
@@ -198,18 +205,18 @@ def _places(ids: Sequence[int]) -> tuple[Int[Tensor, " tokens"], Int[Tensor, " p
     return (tokens % PLACES).unique(), PLACES + (pairs % PLACES).unique()  # type: ignore[no-untyped-call]
 
 
-def _nearest(likeness: Float[Tensor, "prompts examples"]) -> Float[Tensor, " prompts"]:
+def nearest(likeness: Float[Tensor, "prompts examples"]) -> Float[Tensor, " prompts"]:
     """The mean likeness to the nearest examples."""
     return likeness.topk(min(NEAREST, likeness.shape[1]), dim=1).values.mean(dim=1)
 
 
-def _left_out(likeness: Float[Tensor, "examples examples"]) -> Float[Tensor, " scored"]:
+def left_out(likeness: Float[Tensor, "examples examples"]) -> Float[Tensor, " scored"]:
     """Each example's mean likeness to the nearest others; empty if there is no other."""
     num = len(likeness)
     if num < 2:
         return likeness.new_zeros(0).cpu()
     others = likeness[~torch.eye(num, dtype=torch.bool, device=likeness.device)].view(num, num - 1)
-    return _nearest(others).cpu()
+    return nearest(others).cpu()
 
 
 def _usual(likeness: Sequence[Float[Tensor, "_ _"]]) -> list[Usual]:
@@ -218,7 +225,7 @@ def _usual(likeness: Sequence[Float[Tensor, "_ _"]]) -> list[Usual]:
     for size in SIZES:
         # Each text is compared with the texts before it in turn.
         rows = [
-            torch.stack([_nearest(alike[i].roll(-i - 1)[None, :size])[0] for i in range(len(alike))])
+            torch.stack([nearest(alike[i].roll(-i - 1)[None, :size])[0] for i in range(len(alike))])
             for alike in likeness
             if len(alike) > size
         ]

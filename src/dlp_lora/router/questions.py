@@ -134,7 +134,7 @@ def _several(read: Read, context: Context) -> tuple[tuple[str, ...], float]:
     """The questions of a prompt, if there are several, and how well that one fits an adapter which fits worst."""
     parts = _runs(read, context)
     while len(parts) > 1:
-        rows = read([replace(context, prompt=part.strip()) for part in parts])
+        rows = read([replace(context, prompt=part.strip(), is_part=True) for part in parts])
         joined = _joined(parts, rows)
         if len(joined) == len(parts):
             return tuple(part.strip() for part in parts), min(sum(row.values()) for row in rows)
@@ -148,7 +148,7 @@ def _line_off(read: Read, context: Context, question: str, *, first: bool) -> tu
     line, rest = (one.strip(), other.strip()) if first else (other.strip(), one.strip())
     if not line or not rest:
         return "", question
-    whole, alone, without = read([replace(context, prompt=text) for text in (question, line, rest)])
+    whole, alone, without = read([replace(context, prompt=text, is_part=True) for text in (question, line, rest)])
     fit = sum(without.values())
     is_shared = sum(alone.values()) <= 0.5 and sum(whole.values()) < SURE and fit > max(FITS_ALONE, sum(whole.values()))
     return (line, rest) if is_shared and _leader(without) == _leader(whole) else ("", question)
@@ -166,7 +166,9 @@ def _among_instructions(read: Read, context: Context) -> tuple[str, ...]:
         for end in range(min(EDGE, num - 1 - begin) + 1)
         if begin + end
     ]
-    fits = [sum(row.values()) for row in read([replace(context, prompt=stretch) for stretch in stretches])]
+    fits = [
+        sum(row.values()) for row in read([replace(context, prompt=stretch, is_part=True) for stretch in stretches])
+    ]
     best = max(range(len(fits)), key=fits.__getitem__)
     # One of so many stretches may fit by chance, so the bound is high.
     return (stretches[best],) if fits[best] > SURE else ()

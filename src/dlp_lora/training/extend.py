@@ -16,6 +16,7 @@ from dlp_lora.errors import BundleError, RouterError, TrainingError
 from dlp_lora.router import Context, MiniMLP
 from dlp_lora.router.nearness import Nearness
 from dlp_lora.router.neighbours import Neighbours
+from dlp_lora.router.recall import Recall
 from dlp_lora.tasks.task import Task
 from dlp_lora.training.contexts import routable
 
@@ -45,7 +46,7 @@ def add_tasks(router: MiniMLP, tasks: Sequence[Task], *, seed: int = 0) -> MiniM
         examples = rng.sample(task.train, min(MAX_EXAMPLES, len(task.train)))
         with torch.no_grad():
             prompts[task.name] = router.prompts([example.prompt for example in examples])
-    return _with(router, router.trained, router.near, router.neighbours.joined(prompts))
+    return _with(router, router.trained, router.near, router.neighbours.joined(prompts), router.recall)
 
 
 def remove_tasks(router: MiniMLP, names: Sequence[str]) -> MiniMLP:
@@ -57,12 +58,15 @@ def remove_tasks(router: MiniMLP, names: Sequence[str]) -> MiniMLP:
     if unknown := [name for name in names if name not in router.names]:
         raise RouterError(f"the router does not know {unknown[0]!r}; it knows {', '.join(router.names)}")
     trained = [name for name in router.trained if name not in names]
-    near, neighbours = router.near, router.neighbours
+    near, neighbours, recall = router.near, router.neighbours, router.recall
+    kept = [router.trained.index(name) for name in trained]
     if near is not None:
-        near = near.only([router.trained.index(name) for name in trained])
+        near = near.only(kept)
+    if recall is not None:
+        recall = recall.only(kept)
     if neighbours is not None:
         neighbours = neighbours.only([name for name in neighbours.names if name not in names])
-    return _with(router, trained, near, neighbours)
+    return _with(router, trained, near, neighbours, recall)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +151,13 @@ def _rewrite(path: str | Path, bundle: Bundle, router: MiniMLP, adapters: dict[s
     )
 
 
-def _with(router: MiniMLP, trained: Sequence[str], near: Nearness | None, neighbours: Neighbours | None) -> MiniMLP:
+def _with(
+    router: MiniMLP,
+    trained: Sequence[str],
+    near: Nearness | None,
+    neighbours: Neighbours | None,
+    recall: Recall | None,
+) -> MiniMLP:
     """The router with some of its trained adapters, and joined ones."""
     other = MiniMLP(
         trained,
@@ -156,9 +166,11 @@ def _with(router: MiniMLP, trained: Sequence[str], near: Nearness | None, neighb
         calibration=router.calibration,
         near=near,
         neighbours=neighbours,
+        recall=recall,
     )
     kept = [router.trained.index(name) for name in trained]
-    state = {key: tensor for key, tensor in router.state_dict().items() if not key.startswith(("near.", "neighbours."))}
+    parts = ("near.", "neighbours.", "recall.")
+    state = {key: tensor for key, tensor in router.state_dict().items() if not key.startswith(parts)}
     rows = {key: state[key][kept] for key in ("head.weight", "head.bias")}
     other.load_state_dict({**other.state_dict(), **state, **rows})
     return other.eval()

@@ -26,11 +26,13 @@ from dlp_lora.router import Calibration, Context, Encoded, EncoderRouter, Measur
 from dlp_lora.router import load_tokenizer as load_tokenizer  # for callers of this module
 from dlp_lora.router.context import fit_temperature
 from dlp_lora.router.encoder import albert_config
+from dlp_lora.router.everyday import everyday_prompts
 from dlp_lora.router.nearness import Nearness
 from dlp_lora.router.neighbours import Neighbours
+from dlp_lora.router.recall import Recall
 from dlp_lora.tasks.task import Example, Task
 from dlp_lora.training.calibration import calibration_error
-from dlp_lora.training.contexts import GENERATION, KINDS, MIX, Sample, draw_contexts, routable
+from dlp_lora.training.contexts import CLOSINGS, GENERATION, KINDS, MIX, OPENINGS, Sample, draw_contexts, routable
 
 REPORT_FILE = "report.json"
 RATES = ("learning_rate", "embedding_learning_rate", "encoder_learning_rate")
@@ -167,7 +169,10 @@ def train_router(
         router.near = _near(router, train, args.mix, rng)
         prompts = [[example.prompt for example in rng.sample(own, min(PROMPTS_EACH, len(own)))] for own in train]
         with torch.no_grad():
-            router.neighbours = Neighbours.of([router.prompts(texts) for texts in prompts])
+            read = [router.prompts(texts) for texts in prompts]
+            router.neighbours = Neighbours.of(read)
+            foreign = router.prompts([*everyday_prompts(), *OPENINGS, *CLOSINGS])
+            router.recall = Recall.of([*map(router.neighbours.read, read)], router.neighbours.read(foreign))
     _calibrate(router, held_out, args, rng)
     seconds = time.perf_counter() - start
     report = _report(router, tasks, held_out, seconds=seconds, losses=losses)
