@@ -24,7 +24,7 @@ from dlp_lora.lab.evals.router import measures as m
 from dlp_lora.lab.evals.router.ceiling import ceiling, shared
 from dlp_lora.lab.evals.router.disguises import DISGUISES, disguised
 from dlp_lora.lab.evals.router.instructions import AFTER, BEFORE, among_instructions
-from dlp_lora.lab.evals.router.peers import ARROW, OURS, PEERS
+from dlp_lora.lab.evals.router.peers import ARROW, OURS, PEERS, unread
 from dlp_lora.lab.evals.router.samples import SMALL_TALK, Question, Sample
 from dlp_lora.lab.evals.router.synthetic import ACTIONS, KINDS, MAX_TASKS, synthetic_tasks
 from dlp_lora.lab.evals.router.targets import TARGETS, Target, judged
@@ -581,6 +581,14 @@ def test_peers_answer_the_same_prompts(record: Path) -> None:
     assert found["TF-IDF, logistic regression"]["accuracy"] == 1.0
     assert all(own["prompt_ms"] > 0 and own["needs"] for own in measured.values())
     assert found[ARROW]["skipped"] == "needs adapters of the tasks; give --adapters"
+
+
+def test_each_way_is_timed_on_texts_that_no_other_has_read() -> None:
+    asked = [Question("sums", Example(prompt=" ".join(map(str, range(i, i + 20))), answer="0")) for i in range(9)]
+    one, other = (unread(asked, name) for name in ("prototypes", "nearest examples"))
+    assert one == unread(asked, "prototypes")
+    assert len({*one, *other, *(q.example.prompt for q in asked)}) == 27
+    assert sorted(sorted(text.split()) for text in one) == sorted(sorted(q.example.prompt.split()) for q in asked)
 
 
 def test_arrow_chooses_among_the_adapters_that_there_are_and_the_router_among_the_same(tmp_path: Path) -> None:

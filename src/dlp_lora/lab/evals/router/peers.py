@@ -76,15 +76,16 @@ def peers(setting: Setting) -> dict[str, Any]:
     for i, (name, make) in enumerate(PEERS.items()):
         setting.on_progress(Progress("peers", i, len(PEERS), name))
         try:
-            found[name] = _measured(make(setting, encoder), setting)
+            found[name] = _measured(make(setting, encoder), setting, name)
         except MissingError as error:
             found[name] = {"skipped": str(error)}
     if "skipped" not in found[ARROW]:
-        found[f"{OURS}, of these"] = _measured(_ours(setting, encoder, among=found[ARROW]["tasks"]), setting)
+        name = f"{OURS}, of these"
+        found[name] = _measured(_ours(setting, encoder, among=found[ARROW]["tasks"]), setting, name)
     return found
 
 
-def _measured(peer: Peer, setting: Setting) -> dict[str, Any]:
+def _measured(peer: Peer, setting: Setting, name: str) -> dict[str, Any]:
     index = {name: i for i, name in enumerate(peer.names)}
     asked = [q for q in setting.asked if q.task in index]
     inside = peer.choose(_prompts(asked))
@@ -95,18 +96,26 @@ def _measured(peer: Peer, setting: Setting) -> dict[str, Any]:
         found["num_foreign"] = len(foreign)
         found["auroc"] = rounded(auroc(inside.scores, outside.scores))
         found["false_routes"] = rounded(false_route_rate(inside.scores, outside.scores))
-    return {**found, "prompt_ms": _prompt_ms(peer.choose, asked)}
+    return {**found, "prompt_ms": _prompt_ms(peer.choose, unread(asked, name))}
 
 
-def _prompt_ms(choose: Choose, asked: Sequence[Question]) -> float:
-    """The median of single prompts that it has not read, as their words are turned round; on one thread."""
-    timed = random.Random("timed").sample(asked, min(NUM_TIMED, len(asked)))
-    fresh = [" ".join(reversed(q.example.prompt.split())) for q in timed]
+def unread(asked: Sequence[Question], name: str) -> list[str]:
+    """Prompts that no way has read: their words are in an order of chance, another one for each way's `name`.
+
+    An encoder that several ways share keeps the vectors of texts that it has read.
+    """
+    rng = random.Random(f"timed {name}")
+    words = [q.example.prompt.split() for q in rng.sample(asked, min(NUM_TIMED, len(asked)))]
+    return [" ".join(rng.sample(own, len(own))) for own in words]
+
+
+def _prompt_ms(choose: Choose, texts: Sequence[str]) -> float:
+    """The median time of single prompts, on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         times = []
-        for text in fresh:
+        for text in texts:
             start = time.perf_counter()
             choose([text])
             times.append((time.perf_counter() - start) * 1e3)
