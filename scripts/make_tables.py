@@ -197,6 +197,21 @@ def _targets() -> str:
     return _table(columns, [row for row in _record("router_bench")["targets"] if row["value"] is not None])
 
 
+def _router_peers() -> str:
+    """Ways to choose an adapter by a prompt, on the same prompts."""
+    columns: dict[str, Cell] = {
+        "way": lambda row: row["name"],
+        "tasks": lambda row: str(len(row["tasks"])),
+        "accuracy": _percent("accuracy", 1),
+        "AUROC": _number("auroc", 3),
+        "false routes": _percent("false_routes", 1),
+        "ms per prompt": _number("prompt_ms", 2),
+        "needs": lambda row: row["needs"],
+    }
+    found = _record("router_peers")["scenarios"]["peers"].items()
+    return _table(columns, [{"name": name, **row} for name, row in found if name != "seconds" and "skipped" not in row])
+
+
 def _demo() -> str:
     methods = {
         "base model": "base",
@@ -535,6 +550,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablations": _ablations,
     "demo": _demo,
     "router-targets": _targets,
+    "router-peers": _router_peers,
     "untrained": _untrained,
     "decode": _decoding("decode"),
     "decode-short": _decoding("decode", names=("base", "base again", "dlp-lora, 3 of 26", "peft one adapter")),
