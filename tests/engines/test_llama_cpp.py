@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import dlp_lora
 from commands import ok
 from conftest import USUAL_TARGETS, EveryK, HashRouter, WordRouter, byte_tokenizer, lively_model, make_adapter
 from dlp_lora import AdapterError, Engine, Switching, TopK
+from dlp_lora.default_model import default_gguf, default_model
 from dlp_lora.engine.outline import Outline
 from dlp_lora.errors import ModelError, PromptError
 from dlp_lora.serve.adapters import AdapterManager
@@ -27,7 +28,9 @@ from dlp_lora.serve.server import make_service
 from dlp_lora.serve.settings import ServerSettings
 from serving import PROMPTS, alone, ask, extra_adapters, over_http, read
 
-pytest.importorskip("llama_cpp", reason='llama.cpp is not installed: pip install "dlp-lora[llama-cpp]"')
+llama_cpp: Any = pytest.importorskip(
+    "llama_cpp", reason='llama.cpp is not installed: pip install "dlp-lora[llama-cpp]"'
+)
 gguf = pytest.importorskip("gguf")
 
 from dlp_lora.serve.llama_cpp.adapter_file import permuted  # noqa: E402
@@ -213,6 +216,31 @@ def test_a_file_without_a_model_is_refused_by_the_child_process(tmp_path: Path) 
     (tmp_path / "no.gguf").write_bytes(b"GGUF")
     with pytest.raises(ModelError, match=r"llama.cpp cannot run .*no\.gguf"):
         check_runs(tmp_path / "no.gguf")
+
+
+@pytest.mark.models
+def test_the_default_model_answers_as_the_engine_from_its_file_in_float32(tmp_path: Path) -> None:
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype, params.allow_requantize = llama_cpp.LLAMA_FTYPE_ALL_F32, True
+    file = tmp_path / "f32.gguf"
+    assert not llama_cpp.llama_model_quantize(str(default_gguf()).encode(), str(file).encode(), params)
+    model = AutoModelForCausalLM.from_pretrained(default_model(), dtype=torch.float32)
+    for number, name in enumerate(("math", "poems", "units")):
+        make_adapter(model, tmp_path / "adapters" / name, seed=number, scale=0.02, target_modules="all-linear")
+    engine = dlp_lora.load(
+        str(default_model()),
+        adapters=tmp_path / "adapters",
+        router=HashRouter(),
+        dtype=torch.float32,
+        segmenter=partial(EveryK, 40),
+        switching=Switching(min_tokens=1, margin=0.0),
+    )
+    backend = LlamaCppBackend(Outline.of(engine), file, max_context=512)
+    for kv_policy in ("recompute", "keep"):
+        request = ask(engine, "The sea is", settings={"kv_policy": kv_policy}, num_logprobs=1, max_tokens=40)
+        done = check_answer(engine, request, list(backend.open(request)))
+        assert sum(sentence.switched for sentence in done.generation.trace) > 1
+    backend.close()
 
 
 @pytest.mark.parametrize("architecture", ["mistral", "qwen2", "gemma", "phi3"])
