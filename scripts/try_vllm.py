@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--vllm-python", required=True, help="Python of an environment that has vLLM")
     parser.add_argument("--tokens", type=int, default=48, help="of an answer")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # which ends the server, too
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     command = [

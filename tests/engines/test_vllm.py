@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from vllm_python import vllm_python
+from vllm_python import interrupted_by_sigterm, vllm_python
 
 ROOT = Path(__file__).parents[2]
 MAX_DIFFERENCE = 1e-4
@@ -20,7 +20,13 @@ pytestmark = [pytest.mark.engines, pytest.mark.models, pytest.mark.timeout(1800)
 def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("vllm") / "record.json"
     command = [sys.executable, ROOT / "scripts" / "measure_vllm.py", "--vllm-python", vllm_python(), "--json", path]
-    subprocess.run([*map(str, command), "--tokens", "60"], check=True)
+    command += ["--tokens", "60"]
+    with interrupted_by_sigterm(), subprocess.Popen(list(map(str, command))) as process:
+        try:
+            code = process.wait()
+        finally:
+            process.terminate()  # not killed: it ends vLLM
+    assert code == 0
     read: dict[str, Any] = json.loads(path.read_text())
     return read
 

@@ -19,7 +19,7 @@ from dlp_lora.bank.limits import rounded
 from dlp_lora.default_model import default_model, is_converted
 from dlp_lora.lab.bench.random_adapters import write_random_adapters
 from dlp_lora.policy import Mixture
-from vllm_python import vllm_python
+from vllm_python import interrupted_by_sigterm, vllm_python
 
 pytestmark = [pytest.mark.engines, pytest.mark.models, pytest.mark.timeout(900)]
 START_S = 600
@@ -60,7 +60,11 @@ def url(adapters: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
     command += ["--served-model-name", "base", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
     command += ["--enforce-eager", "--max-model-len", "512", "--enable-lora", "--max-lora-rank", "16"]
     log = tmp_path_factory.mktemp("log") / "vllm.log"
-    with log.open("wb") as out, subprocess.Popen(command, env=env, stdout=out, stderr=out) as process:
+    with (
+        interrupted_by_sigterm(),
+        log.open("wb") as out,
+        subprocess.Popen(command, env=env, stdout=out, stderr=out) as process,
+    ):
         try:
             wait_for(f"http://127.0.0.1:{port}/health", process, log)
             yield f"http://127.0.0.1:{port}/v1/completions"

@@ -234,6 +234,15 @@ def test_a_vllm_runs_while_it_is_used(model: Path, lively_adapters: Path, fake: 
     assert not is_alive(pid)
 
 
+def test_a_signal_while_vllm_is_used_ends_both(model: Path, lively_adapters: Path, fake: Path) -> None:
+    outline = read_outline(base_model=str(model), adapters=lively_adapters)
+    flags = VLLMFlags(python=sys.executable, arguments="--bare")
+    with pytest.raises(SystemExit, match="143"), vllm_server(outline, flags, targets=["q_proj"], max_rank=4):
+        signal.raise_signal(signal.SIGTERM)
+    assert not is_alive(int(fake.read_text()))
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 def test_a_vllm_that_does_not_start_is_told_with_its_own_words(model: Path, lively_adapters: Path, fake: Path) -> None:
     outline = read_outline(base_model=str(model), adapters=lively_adapters)
     flags = VLLMFlags(python=sys.executable, arguments="--fails")

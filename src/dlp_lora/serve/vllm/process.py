@@ -107,7 +107,7 @@ def vllm_server(
     max_rank: int,
     on_line: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Running]:
-    """Runs a vLLM server in the block, with a random key.
+    """Runs a vLLM server in the block, with a random key. SIGTERM ends it, and then this process.
 
     Args:
         outline: of the model.
@@ -132,15 +132,30 @@ def vllm_server(
     reader = threading.Thread(target=_read, args=(process, lines, on_line), daemon=True)
     reader.start()
     try:
-        url = f"http://127.0.0.1:{port}"
-        while not _is_up(url):
-            if process.poll() is not None:
-                reader.join(1)
-                raise ModelError(f"vLLM ended with {process.returncode} before it could answer: {_reason(lines)}")
-            time.sleep(POLL_S)
-        yield Running(url=url, key=key)
+        with _exits_at_sigterm():
+            url = f"http://127.0.0.1:{port}"
+            while not _is_up(url):
+                if process.poll() is not None:
+                    reader.join(1)
+                    raise ModelError(f"vLLM ended with {process.returncode} before it could answer: {_reason(lines)}")
+                time.sleep(POLL_S)
+            yield Running(url=url, key=key)
     finally:
         _end(process)
+
+
+@contextmanager
+def _exits_at_sigterm() -> Iterator[None]:
+    """Lets SIGTERM raise SystemExit in the block, so that what the block started ends, too. Other handlers stay."""
+    is_main = threading.current_thread() is threading.main_thread()  # which alone may set handlers
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _read(process: "subprocess.Popen[str]", lines: deque[str], on_line: Callable[[str], None]) -> None:

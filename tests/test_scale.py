@@ -1,0 +1,67 @@
+"""The estimate of docs/scale.md is the one of its script."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "scripts"))
+
+from estimate_scale import (  # noqa: E402
+    GPU,
+    Load,
+    Model,
+    answer_s,
+    answers_in_slots,
+    estimate,
+    memory_table,
+    misses,
+    num_distinct,
+    only_qv,
+    shares,
+    slots_table,
+    table,
+)
+
+GPUS, LLAMA, LOAD = GPU(), Model(), Load()
+
+
+def cells(text: str) -> set[tuple[str, ...]]:
+    """The rows of tables, without code marks."""
+    lines = [line.strip("| ").replace("`", "") for line in text.splitlines() if line.startswith("|")]
+    return {tuple(cell.strip() for cell in line.split("|")) for line in lines if not set(line) <= set("-:| ")}
+
+
+def test_the_page_has_the_rows_that_the_script_prints() -> None:
+    page = cells((ROOT / "docs" / "scale.md").read_text(encoding="utf-8"))
+    for printed in (table(LOAD, GPUS, only_qv(LLAMA)), slots_table(LOAD, GPUS, LLAMA), memory_table(LLAMA)):
+        rows = {row for row in cells(printed) if any(cell[:1].isdigit() for cell in row)}
+        told = {tuple(cell.replace("by sentence, resident", "by sentence, a resident") for cell in row) for row in rows}
+        assert told
+        assert told <= page
+
+
+def test_a_batch_that_fills_the_slots_has_as_many_mixtures_as_there_are_slots() -> None:
+    p = shares(5000, 1.0)
+    assert sum(p) == pytest.approx(1)
+    batch = answers_in_slots(p, 32, 1000)
+    assert batch >= 32
+    assert num_distinct(p, batch) == pytest.approx(32, rel=1e-3)
+
+
+def test_a_larger_memory_misses_less_and_one_for_all_misses_nothing() -> None:
+    p = shares(500, 1.0)
+    found = [misses(p, size) for size in (1, 50, 250, 500)]
+    assert found == sorted(found, reverse=True)
+    assert found[-1] == pytest.approx(0, abs=1e-6)
+
+
+def test_more_switches_and_fewer_slots_carry_fewer_requests_and_a_full_gpu_answers_none() -> None:
+    rate = estimate("recompute", LOAD, GPUS, LLAMA).requests_s
+    assert estimate("recompute", replace(LOAD, switch_rate=0.5), GPUS, LLAMA).requests_s < rate
+    assert estimate("recompute", replace(LOAD, max_loras=8), GPUS, LLAMA).requests_s < rate
+    seconds = [answer_s("recompute", LOAD, GPUS, LLAMA, share * rate) for share in (0.1, 0.7, 0.95, 1.0)]
+    assert seconds == sorted(seconds)
+    assert seconds[-1] == float("inf")
