@@ -10,6 +10,8 @@ from typing import Any
 from dlp_lora.engine.trace import Decision, Sentence
 from dlp_lora.router import Context
 
+TEXTS = ("prompt", "answer", "sentence", "history")  # of a context
+
 logger = logging.getLogger(__name__)
 
 
@@ -52,7 +54,7 @@ class RoutingLog:
             "probabilities": decided.probabilities,
             "switched": decided.switched,
             "abstained": decided.abstained,
-            **({"text": dict(vars(context))} if self.with_text else {}),
+            **({"text": {name: getattr(context, name) for name in TEXTS}} if self.with_text else {}),
         }
         try:
             self._append(json.dumps(record, ensure_ascii=False) + "\n")
