@@ -65,3 +65,13 @@ def test_more_switches_and_fewer_slots_carry_fewer_requests_and_a_full_gpu_answe
     seconds = [answer_s("recompute", LOAD, GPUS, LLAMA, share * rate) for share in (0.1, 0.7, 0.95, 1.0)]
     assert seconds == sorted(seconds)
     assert seconds[-1] == float("inf")
+
+
+def test_the_page_says_how_long_an_answer_takes_at_a_share_of_what_a_gpu_carries() -> None:
+    page = " ".join((ROOT / "docs" / "scale.md").read_text(encoding="utf-8").split())
+    rate = estimate("recompute", LOAD, GPUS, LLAMA).requests_s
+    idle, half, most, full = (answer_s("recompute", LOAD, GPUS, LLAMA, s * rate) for s in (0.1, 0.5, 0.7, 0.95))
+    assert f"about {idle:.1f} s on a nearly idle GPU" in page
+    assert f"{half:.1f} s at half" in page
+    assert f"{most:.1f} s at 70 % and {full:.1f} s at 95 %" in page
+    assert f"at most 70 %: {0.7 * rate:.1f} requests per second" in page

@@ -726,7 +726,7 @@ def test_the_lines_before_a_bad_one_are_answered(work: Path) -> None:
 
 
 def test_a_benchmark_shows_a_table_and_writes_its_record_and_picture(work: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
     settings = ("--dtypes", "float32", "--rounds", "1", "--num-adapters", "4", "--new-tokens", "3", "--r", "2")
     files = ("--json", tmp_path / "new" / "it.json", "--plot", tmp_path / "it.png")
     shown = ok("bench", "decode", "--model", work / "model", *settings, "--target-modules", "q_proj,o_proj", *files)

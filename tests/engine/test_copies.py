@@ -64,7 +64,7 @@ def test_safetensors_saves_all_weights(engine: Engine, tmp_path: Path) -> None:
 
 
 def test_accelerate_saves_all_weights(engine: Engine, tmp_path: Path) -> None:
-    accelerate = pytest.importorskip("accelerate")
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
     accelerator = accelerate.Accelerator(cpu=True)
     model = accelerator.prepare(engine.model)
     accelerator.save_model(model, tmp_path / "model")

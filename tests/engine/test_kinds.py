@@ -114,7 +114,7 @@ class TestDevice:
     def test_weights_on_disk_are_brought_and_adapters_are_where_they_are_computed(
         self, lively_adapters: Path, tmp_path: Path
     ) -> None:
-        pytest.importorskip("accelerate")
+        pytest.importorskip("accelerate", reason="needs accelerate")
         lively_model().save_pretrained(tmp_path / "base")
         byte_tokenizer().save_pretrained(tmp_path / "base")
         places = {"model.embed_tokens": "disk", "model.layers.0": "cpu", "model.layers.1": "disk"}

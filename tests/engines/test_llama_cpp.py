@@ -31,7 +31,7 @@ from serving import PROMPTS, alone, ask, extra_adapters, over_http, read
 llama_cpp: Any = pytest.importorskip(
     "llama_cpp", reason='llama.cpp is not installed: pip install "dlp-lora[llama-cpp]"'
 )
-gguf = pytest.importorskip("gguf")
+gguf = pytest.importorskip("gguf", reason='gguf is not installed: pip install "dlp-lora[demo]"')
 
 from dlp_lora.serve.llama_cpp.adapter_file import permuted  # noqa: E402
 from dlp_lora.serve.llama_cpp.backend import LlamaCppBackend  # noqa: E402

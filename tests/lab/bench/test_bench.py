@@ -124,7 +124,7 @@ def test_every_variant_has_a_row_with_its_ratio_over_the_base(model: Path) -> No
 def test_a_record_is_json_with_its_machine_and_settings_and_can_be_drawn(
     record_of: RecordOf, tmp_path: Path, name: str
 ) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
     record = record_of(name)
     assert json.loads(json.dumps(record, allow_nan=False))["rows"] == record["rows"]
     assert record["benchmark"] == name

@@ -106,7 +106,7 @@ def test_a_server_is_measured_beside_the_engine(
     assert others["waiting while 300 tokens are read"]["over_chunk"] > 0
     assert "mb_per_request" in others["memory, 2 prompts of 100 tokens"]
     assert others["one of 40 adapters, budget 64 MB"]["first_from_disk_ms"] > 0
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
     plot(record, tmp_path / "serve.svg")
     assert "dlp-lora serve, keep, 2" in (tmp_path / "serve.svg").read_text()
 
