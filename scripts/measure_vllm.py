@@ -1,5 +1,6 @@
 """Measures how exactly stock vLLM servers answer: each token's log-probability beside that of the engine in this
-process, under the mixtures that the trace says; over mixed ranks, rsLoRA, switches, abstention and 8 requests at once.
+process, under the mixtures that the trace says; over mixed ranks, rsLoRA, switches, abstention under both KV policies,
+and 8 requests at once.
 
     python scripts/measure_vllm.py --vllm-python .venv-vllm/bin/python --json results/vllm.json
 
@@ -10,6 +11,7 @@ import argparse
 import os
 import statistics
 import tempfile
+import time
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -151,24 +153,31 @@ def measure(engine: Engine, backend: VLLMBackend, num_tokens: int, questions: Se
         return {"mixtures": (Mixture(mixture),)}
 
     few = questions[:4]
+    unsure: dict[str, Any] = {"policy": Only("plain"), "router": _Unsure(engine)}
     cases: dict[str, list[Request]] = {
         "recompute": [request(q) for q in questions],
         "keep": [request(q, before=STORY, kv_policy="keep") for q in few],
         "one adapter": [request(q, **fixed({name: 1.0})) for q, name in zip(few, ADAPTERS, strict=False)],
         "base": [request(q, **fixed({})) for q in few],
-        "abstaining": [request(q, policy=Only("plain"), router=_Unsure(engine)) for q in few],
+        "abstaining": [request(q, **unsure) for q in few],
+        "abstaining, keep": [request(q, before=STORY, kv_policy="keep", **unsure) for q in few],
         "8 at once": [
-            *(request(q) for q in questions[:3]),
-            *(request(q, before=STORY, kv_policy="keep") for q in questions[3:5]),
-            *(request(q, **fixed({})) for q in questions[5:7]),
+            *(request(q) for q in questions[:2]),
+            *(request(q, before=STORY, kv_policy="keep") for q in questions[2:4]),
+            *(request(q, **unsure) for q in questions[4:5]),
+            *(request(q, before=STORY, kv_policy="keep", **unsure) for q in questions[5:6]),
+            *(request(q, **fixed({})) for q in questions[6:7]),
             *(request(q, **fixed({"stabilised": 0.5, "wide": 0.5})) for q in questions[7:]),
         ],
     }
     compared: dict[str, dict[str, Any]] = {}
     for name, asked in cases.items():
-        case = compared[name] = compare(engine, list(answered(backend, asked, at_once="once" in name)))
+        started = time.perf_counter()
+        answers = list(answered(backend, asked, at_once="once" in name))
+        seconds = time.perf_counter() - started
+        case = compared[name] = compare(engine, answers)
         print(
-            f"{name:<12} {case['num_tokens']:>5} tokens, {case['num_switches']:>3} switches, "
+            f"{name:<16} {case['num_tokens']:>4} tokens in {seconds:.0f} s, {case['num_switches']:>3} switches, "
             f"max |d logprob| {case['max_difference']:.1e}, {case['num_not_greedy']} not greedy",
             flush=True,
         )
@@ -221,13 +230,17 @@ def compare(engine: Engine, answers: Sequence[tuple[Done, Sequence[float]]]) -> 
         expected, best = scores(engine, done.generation)
         differences += [abs(a - b) for a, b in zip(logprobs, expected, strict=True)]
         num_not_greedy += sum(b - a > NEAR for a, b in zip(expected, best, strict=True))
-    sentences = [s for done, _ in answers for s in done.generation.trace]
+    generations = [done.generation for done, _ in answers]
+    sentences = [s for generation in generations for s in generation.trace]
     switches = [s for s in sentences if s.switched]
+    contexts = [len(g.prompt_tokens) + s.start + 1 for g in generations for s in g.trace if s.switched]
+    encoded = [context - (s.kept_tokens or 0) for context, s in zip(contexts, switches, strict=True)]
     return {
         "num_answers": len(answers),
         "num_tokens": len(differences),
         "num_sentences": len(sentences),
         "num_switches": len(switches),
+        "most_switches": max(sum(s.switched for s in generation.trace) for generation in generations),
         "num_abstained": sum(s.abstained for s in sentences),
         "max_difference": max(differences),
         "mean_difference": statistics.fmean(differences),
@@ -235,6 +248,7 @@ def compare(engine: Engine, answers: Sequence[tuple[Done, Sequence[float]]]) -> 
         "kept_tokens": [s.kept_tokens for s in switches if s.kept_tokens is not None],
         "fuse_ms": statistics.median(s.fuse_ms for s in switches) if switches else None,
         "encode_ms": statistics.median(s.encode_ms for s in switches) if switches else None,
+        "encoded_tokens": statistics.median(encoded) if encoded else None,  # at a switch
     }
 
 
