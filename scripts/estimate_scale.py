@@ -2,18 +2,22 @@
 
     python scripts/estimate_scale.py --plots docs/images        # prints the tables of docs/scale.md, draws its curves
 
-docs/scale.md explains the formula; the functions follow its order.
+docs/scale.md explains the formula; the functions follow its order. The last ones check the formula against records of
+servers on a CPU.
 """
 
 import argparse
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from dlp_lora.lab.records.table import markdown_grid
+
+RESULTS = Path(__file__).parents[1] / "results"
 
 Policy = Literal["request", "recompute", "keep", "resident"]
 POLICIES: dict[Policy, str] = {
@@ -221,6 +225,117 @@ def answer_s(policy: Policy, load: Load, gpu: GPU, model: Model, requests_s: flo
     return seconds
 
 
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """A number that the formula predicts, and its measurement."""
+
+    what: str
+    predicted: float
+    measured: float
+
+    @property
+    def deviation(self) -> float:
+        """Of the prediction, as a share of the measurement."""
+        return self.predicted / self.measured - 1
+
+
+# SmolLM2-135M in bfloat16, with adapters of rank 8
+SMALL = Model(parameters=134.5e6, kv_bytes=2 * 30 * 3 * 64 * 2, rank=8)
+OURS, VLLM = "dlp-lora serve, fixed", "vLLM with a LoRA, fixed"
+CHUNK = 256  # tokens that the local server reads while another answer waits
+BLOCK = 128  # of vLLM on CPUs
+
+
+def checks() -> list[Check]:
+    """Predicts what the records measured, from the times of one stream."""
+    served, peers, switched, vllm = map(read_record, ("serve", "serve_peers", "switch_context", "vllm"))
+    one = row_of(served, OURS, 1)
+    (waited,) = (row for row in served["rows"] if "longest_ms" in row)
+    token_ms = (waited["longest_ms"] - one["gap_ms_p50"]) / CHUNK
+    prompt = (one["first_ms_p50"] - one["gap_ms_p50"]) / token_ms
+    found = [
+        *check_streams("`dlp-lora serve`", served, OURS, prompt),
+        *check_streams("vLLM with one LoRA", peers, VLLM, prompt),
+    ]
+    for row in switched["rows"]:
+        if row["name"].endswith("recompute"):
+            what = f"a switch after {row['context']:,} tokens, `recompute`, ms"
+            found.append(Check(what=what, predicted=row["context"] * token_ms, measured=row["extra_ms"]))
+    recompute, keep = (vllm["cases"][policy] for policy in ("recompute", "keep"))
+    if "encoded_tokens" in keep:
+        what = "a switch on vLLM, `keep`"
+        predicted = recompute["encode_ms"] / recompute["encoded_tokens"] * keep["encoded_tokens"]
+        found += [
+            Check(what=f"{what}: tokens that are encoded", predicted=BLOCK / 2, measured=keep["encoded_tokens"]),
+            Check(what=f"{what}, ms, from `recompute`", predicted=predicted, measured=keep["encode_ms"]),
+        ]
+    return found
+
+
+def check_streams(server: str, record: dict[str, Any], name: str, prompt: float) -> list[Check]:
+    """The tokens a second of several streams over those of one: from the time of one's steps, and of their own."""
+    one = row_of(record, name, 1)
+    first_ms = one["first_ms_p50"] - one["gap_ms_p50"]
+    load = replace(NO_LOADING, prompt=round(prompt), answer=record["settings"]["new_tokens"])
+    machine = machine_of(
+        load, step_ms=one["gap_ms_p50"], token_ms=first_ms / load.prompt, bandwidth_gb_s=record["bandwidth_gb_s"]
+    )
+    alone = estimate("request", replace(load, max_batch=1), machine, SMALL)
+    found = []
+    for row in (row for row in record["rows"] if row["name"] == name and row["streams"] > 1):
+        batch, what = row["streams"], f"{server}, {row['streams']} streams over 1"
+        together = estimate("request", replace(load, max_batch=batch), machine, SMALL)
+        with_step = alone.gpu_ms / (alone.prompt_ms + load.answer * row["gap_ms_p50"] / batch)
+        found += [
+            Check(what=what, predicted=together.requests_s / alone.requests_s, measured=row["speedup"]),
+            Check(what=f"{what}, with the measured time of a step", predicted=with_step, measured=row["speedup"]),
+        ]
+    return found
+
+
+# Eight mixtures that are loaded before. LoRA's cost is in the measured times.
+NO_LOADING = Load(switch_rate=0, cached_prompt=0, num_mixtures=8, num_fused=1, max_loras=8, lora_cost=0)
+
+
+def machine_of(load: Load, *, step_ms: float, token_ms: float, bandwidth_gb_s: float) -> GPU:
+    """The machine on which a step of one answer, and a token of a prompt, take so long."""
+    machine = GPU(
+        bandwidth=bandwidth_gb_s * 1e9,
+        flops=2 * SMALL.parameters / (token_ms / 1e3) / GPU.flops_share,
+        memory=1e12,  # it is no limit
+        step_s=0.0,
+    )
+    rest_ms = step_ms - estimate("request", replace(load, max_batch=1), machine, SMALL).step_ms
+    return replace(machine, step_s=rest_ms / 1e3)
+
+
+def check_table() -> str:
+    """The predictions beside the measurements."""
+    rows = [
+        (check.what, three_digits(check.predicted), three_digits(check.measured), f"{100 * check.deviation:+.0f} %")
+        for check in checks()
+    ]
+    return markdown_grid(("", "predicted", "measured", "deviation"), rows)
+
+
+def three_digits(value: float) -> str:
+    """A number with about three digits."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def read_record(name: str) -> dict[str, Any]:
+    """Reads a record of `results/`."""
+    read: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return read
+
+
+def row_of(record: dict[str, Any], name: str, streams: int) -> dict[str, Any]:
+    """The row of a server with so many streams."""
+    (row,) = (row for row in record["rows"] if row["name"] == name and row.get("streams") == streams)
+    found: dict[str, Any] = row
+    return found
+
+
 LOW = {"lora_cost": 0.04, "read_bandwidth": 8e9, "cached_switch": 0.3}
 HIGH = {"lora_cost": 0.5, "read_bandwidth": 0.8e9, "cached_switch": 0.0}
 
@@ -236,6 +351,7 @@ def main() -> None:
     print(slots_table(load, gpu, model))
     print()
     print(memory_table(model))
+    print(f"\n{check_table()}")
     if options.plots is not None:
         for dark in (False, True):
             draw(options.plots / f"scale-{'dark' if dark else 'light'}.svg", load, gpu, model, dark=dark)

@@ -5,6 +5,7 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a reco
 
 import json
 import re
+import runpy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ PAGES = (
     "docs/how-to-own-adapters.md",
     "docs/how-to-reproduce.md",
     "docs/how-to-serve.md",
+    "docs/scale.md",
 )
 BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -589,6 +591,7 @@ TABLES: dict[str, Callable[[], str]] = {
         words=2,
     ),
     "llama-cpp-start": _llama_cpp_start,
+    "scale-check": lambda: runpy.run_path(str(ROOT / "scripts" / "estimate_scale.py"))["check_table"](),
     "soak": _soak,
     "prefill-xeon": _rows(
         "prefill_xeon",

@@ -11,11 +11,15 @@ sys.path.append(str(ROOT / "scripts"))
 
 from estimate_scale import (  # noqa: E402
     GPU,
+    NO_LOADING,
+    SMALL,
     Load,
     Model,
     answer_s,
     answers_in_slots,
+    checks,
     estimate,
+    machine_of,
     memory_table,
     misses,
     num_distinct,
@@ -75,3 +79,21 @@ def test_the_page_says_how_long_an_answer_takes_at_a_share_of_what_a_gpu_carries
     assert f"{half:.1f} s at half" in page
     assert f"{most:.1f} s at 70 % and {full:.1f} s at 95 %" in page
     assert f"at most 70 %: {0.7 * rate:.1f} requests per second" in page
+
+
+def test_a_measured_machine_takes_the_times_that_were_measured() -> None:
+    load = replace(NO_LOADING, prompt=80, answer=32, max_batch=1)
+    machine = machine_of(load, step_ms=75.0, token_ms=0.8, bandwidth_gb_s=15.0)
+    found = estimate("request", load, machine, SMALL)
+    assert (found.batch, found.load_ms, found.switch_ms) == (1, 0, 0)
+    assert found.step_ms == pytest.approx(75)
+    assert found.prompt_ms == pytest.approx(80 * 0.8)
+    assert found.decode_ms == pytest.approx(32 * 75)
+
+
+def test_with_the_measured_time_of_a_step_the_gain_of_a_batch_is_predicted_within_fifteen_percent() -> None:
+    found = {check.what: check for check in checks()}
+    streams = {what: check for what, check in found.items() if "streams over 1" in what}
+    assert len(streams) == 6
+    for what, check in streams.items():
+        assert abs(check.deviation) < (0.15 if "measured time of a step" in what else 0.35)
