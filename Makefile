@@ -52,7 +52,7 @@ site: $(READY)  ## build the docs' site into site/ and check its links
 bench: $(READY)  ## the speed records of results/
 	$(BIN)/dlp-lora bench suite --threads 1 --out results
 
-bench-gpu: $(READY)  ## the same on a GPU, into results/gpu (TORCH=... picks a CUDA build); MODEL=... takes another base
+bench-gpu: $(READY)  ## the same on a GPU, into results/gpu, and then the server with PyTorch and with vLLM, which must be installed (TORCH=... picks a CUDA build); MODEL=... takes another base
 	$(BIN)/dlp-lora bench suite --preset gpu --out results/gpu $(if $(MODEL),--model $(MODEL))
 
 clean:

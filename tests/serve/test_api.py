@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 
 from dlp_lora import Engine
 from server_process import ServerProcess, start
@@ -343,7 +344,9 @@ def test_another_route_is_not_found_and_the_supported_ones_are_named(server: Ser
 
 def test_health_version_and_pages_are_there(server: ServerProcess) -> None:
     assert server.client.get("/health").json() == {"status": "ok", "reason": ""}
-    assert server.client.get("/version").json()["version"]
+    releases = server.client.get("/version").json()
+    assert releases["version"]
+    assert releases["backend"] == f"PyTorch {torch.__version__}"
     for path in ("/", "/docs"):
         page = server.client.get(path)
         assert page.headers["content-type"].startswith("text/html")

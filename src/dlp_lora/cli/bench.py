@@ -92,6 +92,9 @@ COLUMNS = {
     "serve": {
         **_VARIANT,
         "streams": "streams",
+        "tokens of a prompt": "prompt_tokens",
+        "of an answer": "answer_tokens",
+        "switches": "switches",
         "tokens/s": "tokens_per_s",
         "over one stream": "speedup",
         "ms/token": "ms_per_token",
@@ -219,7 +222,9 @@ def peers(args: PeersArgs, output: Output, model: ModelOption = None) -> None:
 def serve(args: ServeArgs, output: Output, model: ModelOption = None) -> None:
     """`dlp-lora serve` under load, beside other servers: tokens per second, latency, waiting, memory, 1,000 adapters.
 
-    Example: `dlp-lora bench serve --bundle runs/demo/bundle --threads 1`
+    With another backend than the local one, it measures tokens per second and latency.
+    Examples: `dlp-lora bench serve --bundle runs/demo/bundle --threads 1`, or
+    `dlp-lora bench serve --bundle runs/demo/bundle --backend vllm --backend-url http://localhost:8001`
     """
     _run(partial(bench_serve, base_model(model), args), args.device, output)
 
@@ -255,6 +260,7 @@ def suite(
     preset: Annotated[str, typer.Option(help="cpu or gpu.")] = "cpu",
     only: Annotated[str | None, typer.Option(help="Comma-separated names of records. [default: all]")] = None,
     prompts: Annotated[str | None, typer.Option(help="Folder of task folders, for prompts and for training.")] = None,
+    bundle: Annotated[str | None, typer.Option(help="Bundle for the servers. [default: random adapters]")] = None,
     rounds: Annotated[
         int | None, typer.Option(help="Rounds after the warm-up. [default: differs by benchmark]")
     ] = None,
@@ -263,11 +269,14 @@ def suite(
 ) -> None:
     """Run every benchmark in turn: a table, a record and a plot of each.
 
+    On a GPU, the last ones are of the server, with PyTorch and with vLLM (`serve`, `serve_vllm`).
     Example: `dlp-lora bench suite --preset gpu --model Qwen/Qwen2-1.5B --out results/gpu`
     """
     if preset not in PRESETS:
         raise ValueError(f"no preset {preset!r}; choose {' or '.join(PRESETS)}")
-    benchmarks = all_benchmarks(base_model(model), PRESETS[preset], rounds=rounds, threads=threads, prompts=prompts)
+    benchmarks = all_benchmarks(
+        base_model(model), PRESETS[preset], rounds=rounds, threads=threads, prompts=prompts, bundle=bundle
+    )
     chosen = words(only) if only else tuple(benchmarks)
     if unknown := [name for name in chosen if name not in benchmarks]:
         raise ValueError(f"no benchmark {unknown[0]!r}; there are {', '.join(benchmarks)}")
@@ -298,7 +307,10 @@ def _show(record: dict[str, Any]) -> None:
     settings, machine = record["settings"], record["environment"]
     where = machine["cpu"] if settings["device"] == "cpu" else machine["gpu"]
     what = [f"{key} {settings[key]}" for key in ("batch", "length") if key in settings]
-    title = ", ".join([record["benchmark"], record["model"], *what, f"{where} ({record['bandwidth_gb_s']} GB/s)"])
+    backend = [record["backend"]] if "backend" in record else []
+    title = ", ".join(
+        [record["benchmark"], record["model"], *backend, *what, f"{where} ({record['bandwidth_gb_s']} GB/s)"]
+    )
     console.print(title, style="italic", highlight=False, markup=False)
     show_table(table_of_record(record))
     for row in record["rows"]:

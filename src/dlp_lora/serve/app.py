@@ -218,8 +218,8 @@ def _operation(service: Service) -> APIRouter:
 
     @router.get("/version")
     async def tell_version() -> schema.VersionResponse:
-        """Returns the release of dlp-lora."""
-        return {"version": version("dlp-lora")}
+        """Returns the releases of dlp-lora and of the program that computes the tokens."""
+        return {"version": version("dlp-lora"), "backend": service.backend.program}
 
     @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:

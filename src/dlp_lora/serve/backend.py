@@ -256,6 +256,11 @@ class Backend(Protocol):
     """Answers requests; all methods may be called from any thread, and none waits for the model, but `close`."""
 
     @property
+    def program(self) -> str:
+        """The program that computes the tokens, with its release."""
+        ...
+
+    @property
     def adapters(self) -> tuple[str, ...]:
         """The names of the adapters."""
         ...

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
+import torch
 from torch import nn
 
 from dlp_lora.bank.check import check_fits
@@ -54,6 +55,11 @@ class LocalBackend:
         self._is_closing = False
         self._thread = threading.Thread(target=self._scheduler.run, name="dlp-lora-scheduler", daemon=True)
         self._thread.start()
+
+    @property
+    def program(self) -> str:
+        """The program that computes the tokens, with its release."""
+        return f"PyTorch {torch.__version__}"
 
     @property
     def adapters(self) -> tuple[str, ...]:

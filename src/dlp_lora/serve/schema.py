@@ -528,9 +528,10 @@ class ReloadResponse(TypedDict):
 
 
 class VersionResponse(TypedDict):
-    """The answer of /version."""
+    """The answer of /version; `backend` is the program that computes the tokens, with its release."""
 
     version: str
+    backend: str
 
 
 class HealthResponse(TypedDict):

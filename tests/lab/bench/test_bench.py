@@ -31,6 +31,7 @@ from dlp_lora.lab.bench.plot import plot
 from dlp_lora.lab.bench.prefill import PrefillArgs, bench_prefill
 from dlp_lora.lab.bench.random_adapters import NUM_DISTINCT, write_random_adapters
 from dlp_lora.lab.bench.routers import RoutersArgs, bench_routers
+from dlp_lora.lab.bench.serve import ServeArgs
 from dlp_lora.lab.bench.suite import PRESETS, suite
 from dlp_lora.lab.bench.switch import SwitchArgs, bench_switch, context_at
 from dlp_lora.lab.bench.timing import interleave, interleave_steps
@@ -612,12 +613,17 @@ def test_the_suite_of_a_gpu_differs_by_device_precision_and_batches(model: Path)
     assert list(found) == [
         *("decode", "decode_batch8", "decode_batch32", "decode_all_linear"),
         *("prefill_batch1", "prefill_batch8", "prefill_batch32"),
-        *("paths", "switch", "bank", "routers", "peers", "train"),
+        *("paths", "switch", "bank", "routers", "peers", "train", "serve", "serve_vllm"),
     ]
     for name, bench in found.items():
         args: BenchArgs = bench.args[-1]  # type: ignore[attr-defined]
         assert (args.device, args.rounds, args.threads) == ("cuda", 2, 1)
-        assert getattr(args, "dtypes", ("bfloat16",)) == ("bfloat16",)
+        if name == "serve_vllm":
+            assert isinstance(args, ServeArgs)
+            assert args.backend == "vllm"
+            assert "--dtype bfloat16" in args.serve_args
+        else:
+            assert getattr(args, "dtypes", ("bfloat16",)) == ("bfloat16",)
         assert f"batch{getattr(args, 'batch', 1)}" in name or getattr(args, "batch", 1) == 1
     assert "decode_batch8" in suite(model, PRESETS["cpu"])
 

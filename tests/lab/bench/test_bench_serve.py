@@ -11,17 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import dlp_lora
 from conftest import byte_tokenizer, lively_model
 from dlp_lora import DLPLoRAError, MiniMLP
+from dlp_lora.engine.bundle import read_bundle
 from dlp_lora.lab.bench import serve, soak
 from dlp_lora.lab.bench.load import Answer, latency, ms_per_token, percentile, tokens_per_s
 from dlp_lora.lab.bench.plot import plot
 from dlp_lora.lab.bench.serve import ServeArgs, bench_serve
 from dlp_lora.lab.bench.server import agree
 from dlp_lora.lab.bench.soak import SoakArgs, bench_soak
+from dlp_lora.progress import unseen
 from dlp_lora.router import MiniMLPConfig
+from serving import double_engine
+from vllm_stand_in import standing_in
 
 pytest.importorskip("fastapi", reason="needs the extra serve: pip install 'dlp-lora[serve]'")
 
@@ -83,6 +88,44 @@ def test_a_peer_is_written_in_three_parts() -> None:
         replace(SMALL, parts=("disc",))
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"backend": "tgi"}, "no backend 'tgi'; there are local, vllm, llama.cpp"),
+        ({"backend_url": ("http://a:1",)}, "backend_url has addresses of vLLM servers, and the backend is local"),
+        ({"backend": "vllm", "parts": ("load", "memory")}, "parts memory are measured with the local backend alone"),
+        ({"backend": "vllm", "dtypes": ("float32",)}, "dtypes are of the local backend; choose the precision of vllm"),
+        ({"serve_args": "--max-batch 4 --dtype=float16"}, "serve_args: the benchmark itself sets --dtype"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_settings_that_a_backend_does_not_follow_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ServeArgs(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, ["--backend", "local", "--dtype", "bfloat16", "--device", "cpu"]),
+        ({"backend": "llama.cpp", "serve_args": "--gguf m.gguf"}, ["--backend", "llama.cpp", "--gguf", "m.gguf"]),
+        (
+            {
+                "backend": "vllm",
+                "backend_url": ("http://a", "http://b"),
+                "serve_args": "--vllm-args '--dtype half'",
+            },
+            ["--backend", "vllm", "--backend-url", "http://a,http://b", "--vllm-args", "--dtype half"],
+        ),
+    ],
+)
+def test_a_server_gets_the_options_of_its_backend(bundle: Path, settings: dict[str, Any], expected: list[str]) -> None:
+    args = ServeArgs(**settings).with_defaults()
+    dtype = next(iter(args.dtypes), None)
+    case = serve._Case(model="m", args=args, dtype=dtype, bundle=read_bundle(bundle), on_progress=unseen)
+    assert case.options() == ["--model", "m", *expected]
+
+
 def test_a_server_is_measured_beside_the_engine(
     model: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -92,6 +135,8 @@ def test_a_server_is_measured_beside_the_engine(
         monkeypatch.setattr(serve, name, value)
     record = bench_serve(model, replace(SMALL, bundle=str(bundle)))
     assert json.loads(json.dumps(record, allow_nan=False))["rows"] == record["rows"]
+    assert record["backend"] == f"PyTorch {torch.__version__}"
+    assert record["settings"]["parts"] == serve.PARTS
     rows = {(row["name"], row.get("streams")): row for row in record["rows"]}
     for load in SMALL.loads:
         one, two = (rows[f"dlp-lora serve, {load}", n] for n in (1, 2))
@@ -109,6 +154,34 @@ def test_a_server_is_measured_beside_the_engine(
     pytest.importorskip("matplotlib", reason="needs matplotlib")
     plot(record, tmp_path / "serve.svg")
     assert "dlp-lora serve, keep, 2" in (tmp_path / "serve.svg").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:.*changes nothing")  # the adapter that servers are checked with
+def test_a_server_on_vllm_is_measured_without_a_model_in_this_process(
+    model: Path, lively_adapters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "load", None)
+    monkeypatch.setattr(serve, "AutoModelForCausalLM", None)
+    with standing_in(double_engine(lively_adapters)) as vllm:
+        args = replace(SMALL, dtypes=(), loads=serve.LOADS, num_adapters=5, backend="vllm", backend_url=(vllm.url,))
+        record = bench_serve(model, args)
+    assert json.loads(json.dumps(record, allow_nan=False))["rows"] == record["rows"]
+    assert record["backend"] == "vLLM 0.33.0"
+    assert record["settings"]["backend_url"] == (vllm.url,)
+    assert (record["settings"]["dtypes"], record["settings"]["parts"]) == ((), ("load",))
+    start, *rows = record["rows"]
+    assert start.keys() == {"name", "start_s"}
+    assert {(row["name"], row["streams"]) for row in rows} == {
+        (f"dlp-lora serve, {load}", streams) for load in serve.LOADS for streams in (1, 2)
+    }
+    for row in rows:
+        assert row["tokens_per_s"] > 0
+        assert row["prompt_tokens"] > 20
+        assert "over_base" not in row
+        assert "dtype" not in row
+    assert {row["answer_tokens"] for row in rows if "fixed" in row["name"]} == {SMALL.new_tokens}
+    named = {body["model"].partition("-")[0] for body in vllm.asked}
+    assert named >= {"keep"}  # the front asked it under mixtures
 
 
 def test_a_soak_counts_what_was_answered_and_what_stays(

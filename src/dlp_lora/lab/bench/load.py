@@ -31,12 +31,13 @@ class Target:
 class Answer:
     """A streamed answer: the times of the request and of its pieces, and their texts.
 
-    `routing` has the `dlp` objects of its pieces, in their order.
+    `routing` has the `dlp` objects of its pieces, in their order. The tokens are those that the server counts.
     """
 
     start_s: float = field(default_factory=time.perf_counter)
     times_s: list[float] = field(default_factory=list)
     num_tokens: int = 0
+    num_prompt_tokens: int = 0
     text: str = ""
     routing: list[Mapping[str, Any]] = field(default_factory=list)
 
@@ -163,7 +164,9 @@ def _take(target: Target, answer: Answer, data: str) -> None:
     chunk = json.loads(data)
     if "error" in chunk:
         raise DLPLoRAError(f"{target.name}: {chunk['error']}")
-    answer.num_tokens = (chunk.get("usage") or {}).get("completion_tokens", answer.num_tokens)
+    usage = chunk.get("usage") or {}
+    answer.num_tokens = usage.get("completion_tokens", answer.num_tokens)
+    answer.num_prompt_tokens = usage.get("prompt_tokens", answer.num_prompt_tokens)
     for choice in chunk.get("choices") or ():
         text = (choice.get("delta") or {}).get("content") or choice.get("text") or ""
         if text:

@@ -1,36 +1,41 @@
-"""The serve benchmark: `dlp-lora serve` under load, beside the engine and the plain base in this process, and beside
-other servers.
+"""The serve benchmark: `dlp-lora serve` with any backend under load, beside other servers; and with the local backend
+beside the engine and the plain base in this process, too.
 
-A server is a process of its own, and this process is its client. All of them take turns, round by round.
+A server is a separate process, and this process is its client. All of them take turns, round by round. With another
+backend, no model is loaded in this process: it would take the GPU's memory from vLLM.
 """
 
+import gc
 import json
 import random
+import shlex
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import cycle, islice, pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from statistics import fmean
+from typing import Annotated, Any, Literal
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
 from dlp_lora.bank.adapter_files import CONFIG_FILE
-from dlp_lora.engine.bundle import Bundle, read_bundle
+from dlp_lora.engine.base import Base
+from dlp_lora.engine.bundle import Bundle, read_bundle, write_bundle
 from dlp_lora.engine.loading import load
 from dlp_lora.engine.prompts import as_batch, encode_prompt
-from dlp_lora.lab.bench.case import PROMPTS, BenchArgs, Dtypes, NumAdapters, Row, begin, record
+from dlp_lora.lab.bench.case import PROMPTS, BenchArgs, NumAdapters, Row, begin, record
 from dlp_lora.lab.bench.load import Answer, Body, Target, ask, ask_beside, latency, ms_per_token, tokens_per_s
 from dlp_lora.lab.bench.memory import bandwidth_gb_s
 from dlp_lora.lab.bench.models import mini_mlp
 from dlp_lora.lab.bench.random_adapters import write_random_adapters
 from dlp_lora.lab.bench.server import Server, agree, serving
 from dlp_lora.lab.bench.timing import Run, interleave
-from dlp_lora.policy import Mixture
+from dlp_lora.policy import Mixture, RoutingSettings
 from dlp_lora.progress import OnProgress, unseen
 from dlp_lora.tasks import PROCEDURAL, procedural_task
 
@@ -38,6 +43,14 @@ MODEL = "bench"  # what clients call the routed model
 ENGINE, BASE = "engine.stream", "base, generate"
 LOADS = ("fixed", "keep", "recompute")
 PARTS = ("load", "chunk", "memory", "disk")
+PARTS_OF_ALL = ("load",)  # the others are about the scheduler, the memory and the bank of the local backend
+BACKENDS = ("local", "vllm", "llama.cpp")
+# The benchmark sets these options of the server.
+SET = {"--bundle", "-b", "--model", "-m", "--adapters", "-a", "--router", "-r", "--dtype", "--device"} | {
+    *("--backend", "--backend-url", "--adapter-dir", "--budget-mb", "--served-model-name", "--host", "--port"),
+    *("--api-key", "--keys", "--admin-key"),
+}
+NUM_ROUTED = 4  # random adapters of a bundle that is made here
 WEIGHTS = ((0.6, 0.4), (0.7, 0.3))
 BESIDE = 8  # of the requests in a round: so many are answered by the engine and by the base, too
 OURS = ("model", "ignore_eos")  # fields of a request that not every other server knows
@@ -60,14 +73,27 @@ class ServeArgs(BenchArgs):
     """What is measured."""
 
     rounds: Annotated[int, "Rounds after the warm-up."] = 3
-    bundle: Annotated[str, "Bundle whose adapters and router are served."] = "runs/demo/bundle"
+    bundle: Annotated[
+        str | None,
+        "Bundle whose adapters and router are served. [default: random adapters, a router of random weights]",
+    ] = None
+    backend: Annotated[
+        Literal["local", "vllm", "llama.cpp"], "The program that computes the tokens: PyTorch, vLLM, or llama.cpp."
+    ] = "local"
+    backend_url: Annotated[
+        tuple[str, ...], "Addresses of vLLM servers with the base model. [default: the server starts and ends one]"
+    ] = ()
+    serve_args: Annotated[str, "More arguments of `dlp-lora serve`: '--vllm-max-loras 32'."] = ""
     num_adapters: NumAdapters = 26
     streams: Annotated[tuple[int, ...], "Clients at once; each asks again after an answer."] = (1, 8, 16)
     requests: Annotated[int, "Requests in a round, over any number of streams."] = 48
     new_tokens: Annotated[int, "Tokens of an answer; routed ones may end before."] = 32
-    dtypes: Dtypes = ("bfloat16",)
+    dtypes: Annotated[tuple[str, ...], "Precisions of the base model, for the local backend. [default: bfloat16]"] = ()
     loads: Annotated[tuple[str, ...], "Eight mixtures by name, or questions routed under either KV policy."] = LOADS
-    parts: Annotated[tuple[str, ...], "load, chunk (waiting while a long prompt is read), memory, disk."] = PARTS
+    parts: Annotated[
+        tuple[str, ...],
+        "load, chunk (waiting while a long prompt is read), memory, disk. [default: all; load for other backends]",
+    ] = ()
     peers: Annotated[
         tuple[str, ...], "Other servers that run and are asked the same: name|http://host:port/v1|model."
     ] = ()
@@ -79,6 +105,26 @@ class ServeArgs(BenchArgs):
                 raise ValueError(f"no {name} {', '.join(sorted(unknown))}; there are {', '.join(known)}")
         for text in self.peers:
             _peer(text)
+        if self.backend not in BACKENDS:
+            raise ValueError(f"no backend {self.backend!r}; there are {', '.join(BACKENDS)}")
+        if self.backend_url and self.backend != "vllm":
+            raise ValueError(f"backend_url has addresses of vLLM servers, and the backend is {self.backend}")
+        if self.backend != "local":
+            if others := [part for part in self.parts if part not in PARTS_OF_ALL]:
+                raise ValueError(f"parts {', '.join(others)} are measured with the local backend alone")
+            if self.dtypes:
+                raise ValueError(
+                    f"dtypes are of the local backend; choose the precision of {self.backend} at its start, as with "
+                    "--serve-args \"--vllm-args '--dtype bfloat16'\""
+                )
+        if taken := {option.partition("=")[0] for option in shlex.split(self.serve_args)} & SET:
+            raise ValueError(f"serve_args: the benchmark itself sets {', '.join(sorted(taken))}")
+
+    def with_defaults(self) -> "ServeArgs":
+        """The same with the precisions and the parts of the backend, where there are none."""
+        is_local = self.backend == "local"
+        dtypes = self.dtypes or (("bfloat16",) if is_local else ())
+        return replace(self, dtypes=dtypes, parts=self.parts or (PARTS if is_local else PARTS_OF_ALL))
 
 
 def bench_serve(
@@ -90,39 +136,66 @@ def bench_serve(
         BundleError: if there is no bundle.
         DLPLoRAError: if a server does not start, or refuses a request.
     """
-    args = args or ServeArgs()
+    args = (args or ServeArgs()).with_defaults()
     device = begin(args)
-    bundle = read_bundle(args.bundle)
+    if torch.cuda.is_initialized():  # by benchmarks before this one; the server needs the GPU's memory
+        gc.collect()
+        torch.cuda.empty_cache()
+    programs: set[str] = set()
     rows: list[Row] = []
-    for dtype in args.dtypes:
-        case = _Case(model=str(model), args=args, dtype=dtype, bundle=bundle, on_progress=on_progress)
-        rows += [{"name": row["name"], "dtype": dtype, **row} for row in case.rows()]
-    return record(
+    with _bundle(str(model), args.bundle) as bundle:
+        for dtype in args.dtypes or (None,):
+            case = _Case(model=str(model), args=args, dtype=dtype, bundle=bundle, on_progress=on_progress)
+            rows += [{"name": row["name"], **({"dtype": dtype} if dtype else {}), **row} for row in case.rows()]
+            programs |= case.programs
+    found = record(
         "serve",
         model,
         args,
         rows,
         bandwidth=bandwidth_gb_s(device),
-        does_not_measure="how good answers are, networks, several GPUs",
+        does_not_measure="how good answers are, networks, several GPUs"
+        + ("" if args.backend == "local" else f", the memory of {args.backend}"),
     )
+    return {**found, "backend": ", ".join(sorted(programs))}
+
+
+@contextmanager
+def _bundle(model: str, path: str | None) -> Iterator[Bundle]:
+    """A bundle, or a new one of random adapters and a router of random weights."""
+    if path is not None:
+        yield read_bundle(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        written = write_random_adapters(model, Path(folder), NUM_ROUTED, r=8, target_modules=("q_proj", "v_proj"))
+        adapters = {f"routed_{i}": adapter for i, adapter in enumerate(written.values())}
+        router = mini_mlp(tuple(adapters), AutoTokenizer.from_pretrained(model).backend_tokenizer)
+        bundle = Path(folder) / "bundle"
+        write_bundle(bundle, base=Base.of(model), adapters=adapters, router=router, settings=RoutingSettings())
+        yield read_bundle(bundle)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Case:
-    """One precision: the servers that are started, and what they are asked."""
+    """One precision: the servers that are started, and what they are asked; `programs` are those of their backends."""
 
     model: str
     args: ServeArgs
-    dtype: str
+    dtype: str | None  # None: the backend's
     bundle: Bundle
     on_progress: OnProgress
+    programs: set[str] = field(default_factory=set)
+
+    @property
+    def is_local(self) -> bool:
+        return self.args.backend == "local"
 
     def rows(self) -> list[Row]:
         args = self.args
         rows: list[Row] = []
         if "load" in args.parts:
             with self.server() as server:
-                rows.append(_start(server, len(self.bundle.adapters)))
+                rows.append(self.start(server, len(self.bundle.adapters)))
                 for name in args.loads:
                     rows += self.load(name, server)
         if {"chunk", "memory"} & set(args.parts):
@@ -133,7 +206,7 @@ class _Case:
                     rows.append(self.memory(server))
         if "disk" in args.parts:
             with self.random_adapters(ON_DISK) as adapters, self.server_on_disk(adapters) as server:
-                rows += [_start(server, ON_DISK), self.disk(server, tuple(adapters))]
+                rows += [self.start(server, ON_DISK), self.disk(server, tuple(adapters))]
         return rows
 
     @contextmanager
@@ -152,8 +225,9 @@ class _Case:
         """A server of the bundle, and of random adapters beside its adapters."""
         with self.random_adapters(self.args.num_adapters - len(self.bundle.adapters)) as more:
             folders = [option for path in {p.parent for p in more.values()} for option in ("--adapter-dir", str(path))]
-            options = ("--bundle", str(self.args.bundle), *self.options(), *folders, *options)
+            options = ("--bundle", str(self.bundle.path), *self.options(), *folders, *options)
             with serving(options, model=MODEL, threads=self.args.threads) as server:
+                self.programs.add(server.backend())
                 for name in more:
                     server.load_adapter(name)
                 yield server
@@ -167,14 +241,28 @@ class _Case:
         )
         options = ["--adapters", str(folder), "--router", str(folder.parent / "router"), *self.options(), *KEEPS_NO_KV]
         with serving([*options, "--budget-mb", str(BUDGET_MB)], model=MODEL, threads=self.args.threads) as server:
+            self.programs.add(server.backend())
             yield server
 
     def options(self) -> list[str]:
-        return ["--model", self.model, "--dtype", self.dtype, "--device", self.args.device]
+        """The options for the server's backend. Only the local one takes a precision and a device."""
+        options = ["--model", self.model, "--backend", self.args.backend]
+        if self.dtype is not None:
+            options += ["--dtype", self.dtype, "--device", self.args.device]
+        if self.args.backend_url:
+            options += ["--backend-url", ",".join(self.args.backend_url)]
+        return options + shlex.split(self.args.serve_args)
+
+    def start(self, server: Server, num_adapters: int) -> Row:
+        """Time and memory of a start; without the memory of vLLM, whose processes are others."""
+        memory = {} if self.args.backend == "vllm" else {"resident_mb": round(server.resident_mb)}
+        return {"name": f"start with {num_adapters} adapters", "start_s": round(server.start_s, 2), **memory}
 
     def load(self, name: str, server: Server) -> list[Row]:
-        """Tokens a second and latency by the number of streams; one stream beside the engine and the base."""
+        """Tokens a second and latency by the number of streams; one stream of the local backend beside the engine and
+        the base."""
         args = self.args
+        beside = (ENGINE, BASE) if self.is_local and 1 in args.streams else ()
         targets: list[tuple[Target, Server | None]] = [(server.target, server)]
         if name == "fixed":
             targets += [(_peer(text), None) for text in args.peers]
@@ -183,31 +271,31 @@ class _Case:
             for number in args.streams:
                 streams[target.name, number] = _Streams(target, self.draws(name, number), number, ours)
         runs: dict[str, Run] = {_key(*key): run for key, run in streams.items()}
-        if 1 in args.streams:
+        if beside:
             runs |= self.alone(name)
-        scenario = f"serve, {name}, {self.dtype}"
+        scenario = f"serve, {name}, {self.dtype or args.backend}"
         times = interleave(runs, rounds=args.rounds, scenario=scenario, on_progress=self.on_progress)
         rows: list[Row] = []
         for (label, number), run in streams.items():
             key = _key(label, number)
             row: Row = {"name": f"{label}, {name}", "streams": number}
             row |= {**times.spread(key, "tokens_per_s"), **times.spread(key, "ms_per_token"), **latency(run.answers)}
+            row |= _sizes(run.answers)
             if run.metrics_agree is not None:
                 row["metrics_agree"] = run.metrics_agree
             if 1 in args.streams:
                 row |= _called("speedup", times.ratio(key, "tokens_per_s", over=_key(label, 1)))
-            if number == 1:
+            if number == 1 and beside:
                 row |= _called("over_engine", times.ratio(key, "beside_ms", over=ENGINE))
                 row |= _called("over_base", times.ratio(key, "beside_ms", over=BASE))
             rows.append(row)
-        alone = (ENGINE, BASE) if 1 in args.streams else ()
         return rows + [
             {
                 "name": f"{key}, {name}",
                 "streams": 1,
                 **_called("ms_per_token", times.spread(key, "beside_ms"), "beside_ms"),
             }
-            for key in alone
+            for key in beside
         ]
 
     def draws(self, name: str, streams: int) -> Draws:
@@ -244,9 +332,9 @@ class _Case:
     def alone(self, name: str) -> dict[str, Run]:
         """The engine and the plain base, in this process, which answer the first requests of one stream."""
         draws = self.draws(name, 1)
-        where: dict[str, Any] = {"dtype": getattr(torch, self.dtype), "device": self.args.device}
+        where: dict[str, Any] = {"dtype": getattr(torch, str(self.dtype)), "device": self.args.device}
         routing: dict[str, Any] = {} if name == "fixed" else {"kv_policy": name}
-        engine = load(self.args.bundle, base_model=self.model, **where, **routing)
+        engine = load(self.bundle.path, base_model=self.model, **where, **routing)
         base: Any = AutoModelForCausalLM.from_pretrained(self.model, dtype=where["dtype"])
         base = base.to(self.args.device).eval()
 
@@ -385,12 +473,13 @@ class _Clock(BaseStreamer):
         pass
 
 
-def _start(server: Server, num_adapters: int) -> Row:
-    return {
-        "name": f"start with {num_adapters} adapters",
-        "start_s": round(server.start_s, 2),
-        "resident_mb": round(server.resident_mb),
-    }
+def _sizes(answers: Sequence[Answer]) -> dict[str, float]:
+    """Mean sizes of what was asked and answered; the number of switches, where the server tells it."""
+    sizes = {"prompt_tokens": [a.num_prompt_tokens for a in answers], "answer_tokens": [a.num_tokens for a in answers]}
+    traces = [answer.routing[-1].get("trace", ()) for answer in answers if answer.routing]
+    if traces:
+        sizes["switches"] = [sum(sentence["switched"] for sentence in trace) for trace in traces]
+    return {name: round(fmean(values), 2) for name, values in sizes.items()}
 
 
 def _key(label: str, streams: int) -> str:

@@ -56,6 +56,11 @@ class Server:
             has_ended.set()
             thread.join()
 
+    def backend(self) -> str:
+        """The program that computes its tokens, with its release."""
+        with urlopen(self.target.url.removesuffix("/v1") + "/version") as response:
+            return str(json.load(response)["backend"])
+
     def histograms(self) -> tuple[dict[float, float], dict[float, float]]:
         """How often time to the first token, and time between tokens, were at most each bound, in seconds."""
         return self._counts("time_to_first_token_seconds"), self._counts("inter_token_latency_seconds")

@@ -1,7 +1,7 @@
 """All benchmarks, with settings for a CPU or for a GPU."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from dlp_lora.lab.bench.paths import PathsArgs, bench_paths
 from dlp_lora.lab.bench.peers import PeersArgs, bench_peers
 from dlp_lora.lab.bench.prefill import PrefillArgs, bench_prefill
 from dlp_lora.lab.bench.routers import RoutersArgs, bench_routers
+from dlp_lora.lab.bench.serve import ServeArgs, bench_serve
 from dlp_lora.lab.bench.switch import SwitchArgs, bench_switch
 from dlp_lora.lab.bench.train import TrainArgs, bench_train
 from dlp_lora.tasks.hub import read_data
@@ -24,17 +25,30 @@ OWN_TASKS = ("unit_conversion", "object_counting")
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """The machine's settings, and those that only some benchmarks vary."""
+    """The machine's settings, and those that only some benchmarks vary; servers have the names of their records."""
 
     device: str
     dtypes: tuple[str, ...]
     batches: tuple[int, ...]
     prefill_batches: tuple[int, ...]
+    servers: Mapping[str, ServeArgs] = field(default_factory=dict)
 
 
+GPU_LOAD = ServeArgs(streams=(1, 8, 32), requests=96, new_tokens=128)
 PRESETS = {
     "cpu": Preset(device="cpu", dtypes=("bfloat16", "float32"), batches=(1, 8), prefill_batches=(4,)),
-    "gpu": Preset(device="cuda", dtypes=("bfloat16",), batches=(1, 8, 32), prefill_batches=(1, 8, 32)),
+    "gpu": Preset(
+        device="cuda",
+        dtypes=("bfloat16",),
+        batches=(1, 8, 32),
+        prefill_batches=(1, 8, 32),
+        servers={
+            "serve": replace(GPU_LOAD, dtypes=("bfloat16",), serve_args="--max-batch 32"),
+            "serve_vllm": replace(
+                GPU_LOAD, backend="vllm", serve_args="--vllm-max-loras 32 --vllm-args '--dtype bfloat16'"
+            ),
+        },
+    ),
 }
 
 
@@ -45,8 +59,12 @@ def suite(
     rounds: int | None = None,
     threads: int | None = None,
     prompts: str | None = None,
+    bundle: str | None = None,
 ) -> dict[str, Callable[..., dict[str, Any]]]:
-    """Gives the benchmarks ready to run, by the names of their records; each takes `on_progress` and gives a record."""
+    """Gives the benchmarks ready to run, by the names of their records; each takes `on_progress` and gives a record.
+
+    Servers serve the bundle, or random adapters.
+    """
     how: dict[str, Any] = {"device": preset.device, "threads": threads}
     if rounds is not None:
         how["rounds"] = rounds
@@ -67,6 +85,10 @@ def suite(
         "routers": partial(bench_routers, model, RoutersArgs(**one)),
         "peers": partial(bench_peers, model, PeersArgs(**one)),
         "train": partial(bench_train, model, _tasks(prompts), TrainArgs(**how)),
+        **{
+            name: partial(bench_serve, model, replace(args, bundle=bundle, **how))
+            for name, args in preset.servers.items()
+        },
     }
 
 

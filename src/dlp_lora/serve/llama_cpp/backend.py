@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,11 @@ class LlamaCppBackend:
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="dlp-lora-llama-cpp", daemon=True)
         self._thread.start()
+
+    @property
+    def program(self) -> str:
+        """The program that computes the tokens, with its release."""
+        return f"llama-cpp-python {version('llama-cpp-python')}"
 
     @property
     def adapters(self) -> tuple[str, ...]:

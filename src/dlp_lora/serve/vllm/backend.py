@@ -129,6 +129,11 @@ class VLLMBackend:
         self.max_context = min(context for context in contexts if context is not None)
 
     @property
+    def program(self) -> str:
+        """The program that computes the tokens, with its release, of each server that can answer."""
+        return ", ".join(sorted({f"vLLM {replica.found.version}" for replica in self._replicas.up})) or "vLLM"
+
+    @property
     def adapters(self) -> tuple[str, ...]:
         """The names of the adapters."""
         return tuple(self._sources)
