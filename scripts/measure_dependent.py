@@ -40,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--json", type=Path, required=True, help="record to write")
-    parser.add_argument("--prompts", type=int, default=300, help="prompts of each kind")
+    parser.add_argument("--prompts", type=int, default=60, help="prompts of each kind")
     options = parser.parse_args()
     args = DemoArgs()
     num_train = args.num_train + args.num_serial
@@ -78,14 +78,22 @@ def main() -> None:
             own = {name: paths[name] for name in chosen.names}
             engine = load(base, tokenizer=tokenizer, adapters=own, router=chosen, policy=TopP(0.6))
             record["identity"] = identity_of(engine, [*single, two_steps], METHODS["dlp"])
+            folder = options.out / "answers" / bank.replace(" ", "-")
             scores = {}
             for way in WAYS:
-                told = staged(show, f"{bank}: {way}")
-                rows = answer_dependent(engine, way, prompts, prompt_format="plain", on_progress=told)
+                rows = answer_dependent(
+                    engine,
+                    way,
+                    prompts,
+                    folder / f"{way}.jsonl",
+                    identity=record["identity"],
+                    prompt_format="plain",
+                    on_progress=staged(show, f"{bank}: {way}"),
+                )
                 scores[way] = dependent_scores(rows)
-            record["banks"][bank] = scores
+                record["banks"][bank] = scores
+                write_json(options.json, record)
             engine.detach()
-            write_json(options.json, record)
 
 
 if __name__ == "__main__":

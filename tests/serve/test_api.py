@@ -344,6 +344,8 @@ def test_another_route_is_not_found_and_the_supported_ones_are_named(server: Ser
 
 def test_health_version_and_pages_are_there(server: ServerProcess) -> None:
     assert server.client.get("/health").json() == {"status": "ok", "reason": ""}
+    head = server.client.head("/health")
+    assert (head.status_code, head.content) == (200, b"")
     releases = server.client.get("/version").json()
     assert releases["version"]
     assert releases["backend"] == f"PyTorch {torch.__version__}"

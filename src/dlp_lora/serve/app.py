@@ -205,6 +205,7 @@ def _adapters(service: Service, manager: AdapterManager) -> APIRouter:
 def _operation(service: Service) -> APIRouter:
     router = APIRouter()
 
+    @router.head("/health", include_in_schema=False)  # which load balancers send
     @router.get("/health", responses={503: {"model": schema.HealthResponse}})
     async def health() -> Response:
         """Returns whether the server can answer."""

@@ -1,9 +1,11 @@
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dlp_lora import Engine, Generation
+from dlp_lora.errors import RecordError
 from dlp_lora.lab.evals.dependent import (
     KINDS,
     WAYS,
@@ -56,11 +58,27 @@ def test_an_answer_is_right_if_the_second_value_stands_behind_the_first(text: st
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_answers_every_prompt(make_engine: Callable[..., Engine], way: str) -> None:
+def test_every_way_answers_every_prompt(make_engine: Callable[..., Engine], tmp_path: Path, way: str) -> None:
     prompts, seen = dependent_prompts(5), list[Any]()
-    rows = answer_dependent(make_engine(), way, prompts, max_new_tokens=4, batch_size=2, on_progress=seen.append)
-    assert [row["kind"] for row in rows] == [each.kind for each in prompts]
-    assert seen == [Progress(way, done, 5) for done in (0, 2, 4, 5)]
+    settings: dict[str, Any] = {"identity": {}, "max_new_tokens": 4, "batch_size": 2}
+    rows = answer_dependent(make_engine(), way, prompts, tmp_path / "rows.jsonl", on_progress=seen.append, **settings)
+    assert [row["prompt"] for row in rows] == [each.prompt for each in prompts]
+    assert seen == [Progress("rows", done, 5) for done in (0, 2, 4, 5)]
     scores = dependent_scores(rows)
     assert set(scores) == {*(each.kind for each in prompts), "all"}
     assert scores["all"]["num_prompts"] == 5
+
+
+def test_a_stopped_run_goes_on_with_its_answers(make_engine: Callable[..., Engine], tmp_path: Path) -> None:
+    prompts, file, seen = dependent_prompts(5), tmp_path / "rows.jsonl", list[Any]()
+    settings: dict[str, Any] = {"identity": {}, "max_new_tokens": 4, "batch_size": 2}
+    engine = make_engine()
+    first = answer_dependent(engine, "keep", prompts, file, **settings)
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join(lines[:4]))  # the settings, a batch, and a half of the next one
+    again = answer_dependent(engine, "keep", prompts, file, on_progress=seen.append, **settings)
+    assert [row["text"] for row in again] == [row["text"] for row in first]
+    assert again[:2] == first[:2]
+    assert [progress.done for progress in seen] == [2, 4, 5]
+    with pytest.raises(RecordError, match="max_new_tokens was 4 and is 8"):
+        answer_dependent(engine, "keep", prompts, file, **{**settings, "max_new_tokens": 8})

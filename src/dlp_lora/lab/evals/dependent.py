@@ -6,17 +6,19 @@ and their answers are exact.
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dlp_lora.engine.engine import Engine
 from dlp_lora.engine.trace import Generation
+from dlp_lora.kept import keep_rows
 from dlp_lora.lab.evals.bootstrap import bootstrap
 from dlp_lora.lab.evals.metrics import contains, text_after
-from dlp_lora.progress import OnProgress, Progress, unseen
+from dlp_lora.progress import OnProgress, unseen
 from dlp_lora.tasks import Example, Task
 from dlp_lora.tasks.formats import as_prompt
 from dlp_lora.tasks.task import PromptFormat
@@ -211,29 +213,40 @@ def answer_dependent(
     engine: Engine,
     way: str,
     prompts: Sequence[Dependent],
+    file: Path,
     *,
+    identity: Mapping[str, Any],
     max_new_tokens: int = 48,
     batch_size: int = 8,
     prompt_format: PromptFormat = "auto",
     on_progress: OnProgress = unseen,
 ) -> list[dict[str, Any]]:
-    """Answers prompts in one of the WAYS; a row a prompt: what was said, which values stand in it, in order, and time.
+    """Answers prompts in one of the WAYS into `file`, or goes on with it.
 
-    An answer is right if both values stand in it, the second behind the first.
+    A row a prompt: the text, whether the values stand in it, and the time. An answer is right if both values stand in
+    it, the second behind the first.
+
+    Args:
+        identity: the other settings on which answers depend.
+
+    Raises:
+        RecordError: if the file was begun with other settings.
     """
-    rows: list[dict[str, Any]] = []
-    for first in range(0, len(prompts), batch_size):
-        on_progress(Progress(way, first, len(prompts)))
-        batch = prompts[first : first + batch_size]
+    settings = {"way": way, "max_new_tokens": max_new_tokens, "prompt_format": prompt_format, **identity}
+
+    def answered(batch: Sequence[Dependent]) -> list[dict[str, Any]]:
         asked: list[Any] = [as_prompt(engine.tokenizer, each.prompt, prompt_format) for each in batch]
         start = time.perf_counter()
         with engine.using(**WAYS[way]):
             answers: list[Generation] = engine.generate(asked, max_new_tokens=max_new_tokens, do_sample=False)
-        seconds = (time.perf_counter() - start) / len(batch)
-        for each, answer in zip(batch, answers, strict=True):
-            rows.append({"kind": each.kind, "text": answer.text, **_scored(each, answer), "seconds": round(seconds, 4)})
-    on_progress(Progress(way, len(prompts), len(prompts)))
-    return rows
+        seconds = round((time.perf_counter() - start) / len(batch), 4)
+        return [
+            {"kind": each.kind, "prompt": each.prompt, "text": answer.text, **_scored(each, answer), "seconds": seconds}
+            for each, answer in zip(batch, answers, strict=True)
+        ]
+
+    batches = [prompts[first : first + batch_size] for first in range(0, len(prompts), batch_size)]
+    return keep_rows(file, settings, batches, answered, on_progress=on_progress)
 
 
 def dependent_scores(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
