@@ -1,6 +1,7 @@
 """Every way to compute a mixture gives the guarantees of all the others."""
 
 import copy
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from dlp_lora.bank.adapter_files import find_adapters
 from dlp_lora.bank.attach import attach, detach, linear_layers, pair_dtype, siblings
 from dlp_lora.bank.bank import AdapterBank
 from dlp_lora.bank.cpu import check_prepacking
+from dlp_lora.bank.group import Group
 from dlp_lora.bank.linear import FusedLinear, is_plain
 from dlp_lora.bank.paths import FEW_ROWS, Setting
 from dlp_lora.bank.peft_format import Adapter, LoraWeights, read_adapter
@@ -432,3 +434,31 @@ class TestMerged:
             found = logits(model)
         wanted = logits(reference.with_mixture(tiny_model("gpt2"), {"it": 0.7}, find_adapters(tmp_path)))
         assert error(found, wanted) < 1e-5
+
+
+SMAPS = Path("/proc/self/smaps")
+
+
+@pytest.mark.skipif(
+    not (SMAPS.is_file() and Path("/sys/kernel/mm/transparent_hugepage").is_dir()),
+    reason="only Linux has huge pages that a process can ask for, and lists them in /proc",
+)
+def test_large_stacked_weights_ask_for_huge_pages() -> None:
+    layers = [torch.nn.Linear(1024, 1024) for _ in range(2)]
+    before = [layer.weight.detach().clone() for layer in layers]
+    group = Group([["0.q_proj", "1.q_proj"]], 1024, [1024], dtype=torch.float32, device=torch.device("cpu"))
+    group.reserve(8, [8])
+    group.stack([layers])
+    assert all("hg" in flags_of(layer.weight) for layer in layers)
+    assert all(map(torch.equal, before, [layer.weight for layer in layers]))
+
+
+def flags_of(tensor: torch.Tensor) -> list[str]:
+    """The kernel's flags of the memory in the middle of a tensor."""
+    middle, is_there = tensor.data_ptr() + tensor.nbytes // 2, False
+    for line in SMAPS.read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            is_there = int(found[1], 16) <= middle < int(found[2], 16)
+        elif is_there and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    raise AssertionError("the memory is not listed")

@@ -1,4 +1,4 @@
-"""Products on CPUs: the ways to multiply few rows with a weight.
+"""Products on CPUs: the ways to multiply few rows with a weight, and the pages that weights lie in.
 
 `F.linear` is the fastest way for many rows. For one row or a few, the fastest way depends on the CPU, the precision,
 the shape and the number of threads (docs/log.md), so `timing` tries them. The ways other than `F.linear` are:
@@ -10,6 +10,9 @@ the shape and the number of threads (docs/log.md), so `timing` tries them. The w
   public names in PyTorch.
 """
 
+import ctypes
+import mmap
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -17,6 +20,8 @@ from torch import Tensor
 
 from dlp_lora.bank.paths import Way
 from dlp_lora.errors import ModelError
+
+LARGE = 2**22  # bytes of a tensor in huge pages, which have 2 MB
 
 
 def product(
@@ -68,3 +73,16 @@ def check_prepacking(weight: Tensor) -> None:
             f"this PyTorch ({torch.__version__}) cannot prepack {str(weight.dtype).removeprefix('torch.')} weights on "
             f"this CPU: {str(error).splitlines()[0]}; leave prepack out"
         ) from error
+
+
+def want_huge_pages(tensor: Tensor) -> None:
+    """Asks Linux to put a large new tensor into huge pages; call it before the first write.
+
+    Each token reads all weights, and in pages of 4 KB the CPU must look up the place of each page (docs/log.md). Where
+    the system refuses, nothing changes.
+    """
+    if tensor.device.type != "cpu" or tensor.nbytes < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = tensor.data_ptr() + tensor.nbytes - start
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)

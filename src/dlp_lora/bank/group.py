@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack
 
+from dlp_lora.bank.cpu import want_huge_pages
 from dlp_lora.bank.layout import StackedLora
 from dlp_lora.bank.paths import PLAIN, Ways
 
@@ -419,6 +420,7 @@ def _empty_as(parameter: Tensor, shape: Sequence[int]) -> Tensor:
     """An empty tensor as well aligned as a parameter is."""
     num, start = math.prod(shape), parameter.data_ptr() % ALIGNMENT // parameter.itemsize
     flat = parameter.new_empty(start + num).detach()  # aligned as by the CPU allocator
+    want_huge_pages(flat)
     return flat[start:].view(shape)
 
 
