@@ -4,7 +4,8 @@ import asyncio
 import json
 import socket
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -144,3 +145,11 @@ def read(events: Iterable[Event]) -> Done:
 
 def _timeless(trace: tuple[Sentence, ...]) -> tuple[Sentence, ...]:
     return tuple(replace(sentence, route_ms=0.0, fuse_ms=0.0, encode_ms=0.0) for sentence in trace)
+
+
+def until(holds: Callable[[], bool], *, timeout_s: float = 60) -> None:
+    """Waits until something holds."""
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline, "it never holds"
+        time.sleep(0.01)

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ class Fault:
 
     status: int | None = None
     cut_at: int | None = None
+    is_clean: bool = False  # the cut: the response ends there, as behind a proxy, and its connection does not break
     error_after: int | None = None  # tokens
     slow_s: float = 0.0  # a token
     ends_early: bool = False  # without a reason to finish
@@ -57,6 +58,7 @@ class StandIn:
     version: str = "0.33.0"
     has_lora: bool = True
     allows_updates: bool = True
+    has_cache: bool = True
     tells_cached: bool = True
     sees: Path = Path("/")
     faults: deque[Fault] = field(default_factory=deque)
@@ -120,7 +122,9 @@ class StandIn:
         return Starlette(routes=routes)
 
     def _metrics(self) -> str:
-        lines = [f'vllm:cache_config_info{{block_size="{self.block_size}",enable_prefix_caching="True"}} 1.0']
+        lines = [
+            f'vllm:cache_config_info{{block_size="{self.block_size}",enable_prefix_caching="{self.has_cache}"}} 1.0'
+        ]
         if self._has_answered:
             lines.append(f'vllm:lora_requests_info{{max_lora="{self.max_loras}",running_lora_adapters=""}} 1.0')
         return "\n".join(lines) + "\n"
@@ -172,7 +176,7 @@ class StandIn:
             return _error(404, f"The model `{body['model']}` does not exist.")
         if len(body["prompt"]) + body["max_tokens"] > 512:
             return _error(400, "max_tokens is too large")
-        request.scope["cut_at"] = fault.cut_at
+        request.scope["fault"] = fault
         answer = _Answer(self, body, fault)
         self._has_answered = True
         if not body["stream"]:
@@ -192,7 +196,7 @@ class StandIn:
     def find_blocks(self, key: tuple[str, str], tokens: list[int]) -> tuple[DynamicCache, int]:
         """The KV of as many whole blocks as are kept, of all tokens but the last."""
         cache, kept = DynamicCache(), 0
-        while kept + self.block_size < len(tokens):
+        while self.has_cache and kept + self.block_size < len(tokens):
             block = self._blocks.get((*key, tuple(tokens[: kept + self.block_size])))
             if block is None:
                 break
@@ -338,21 +342,16 @@ class _Cutting:
 
         async def cut(message: Message) -> None:
             nonlocal num_sent
-            limit = scope.get("cut_at")
-            body = message.get("body", b"")
+            fault = scope.get("fault", Fault())
+            limit, body = fault.cut_at, message.get("body", b"")
             if limit is not None and message["type"] == "http.response.body" and num_sent + len(body) > limit:
-                await send({**message, "body": body[: limit - num_sent], "more_body": True})
+                await send({**message, "body": body[: limit - num_sent], "more_body": not fault.is_clean})
                 raise ConnectionAbortedError
             num_sent += len(body)
             await send(message)
 
-        try:
+        with suppress(ConnectionAbortedError):  # what it began and did not end breaks off
             await self._app(scope, receive, cut)
-        except ConnectionAbortedError:
-            raise
-        except BaseExceptionGroup as group:
-            if group.subgroup(ConnectionAbortedError) is None:
-                raise
 
 
 @contextmanager

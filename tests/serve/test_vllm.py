@@ -3,15 +3,19 @@
 A stand-in speaks vLLM's routes and computes real tokens; `tests/engines` asks a real one.
 """
 
+import asyncio
 import json
 import re
 import socket
-import time
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
+from contextlib import aclosing
 from dataclasses import replace
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 
@@ -26,6 +30,7 @@ from dlp_lora.policy import Only
 from dlp_lora.serve.backend import (
     BackendError,
     ClosedError,
+    Event,
     PromptScores,
     QueueFullError,
     Request,
@@ -35,7 +40,8 @@ from dlp_lora.serve.backend import (
 from dlp_lora.serve.grammar import Grammars
 from dlp_lora.serve.local import LocalBackend
 from dlp_lora.serve.vllm.backend import VLLMBackend, VLLMSettings
-from serving import PROMPTS, alone, ask, double_engine, extra_adapters, read, timeless
+from dlp_lora.serve.vllm.client import Chunk, LostError, VLLMClient
+from serving import PROMPTS, alone, ask, double_engine, extra_adapters, read, timeless, until
 from vllm_stand_in import Fault, StandIn, standing_in
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*changes nothing")  # the adapter that servers are checked with
@@ -80,6 +86,12 @@ def backend(shared: VLLMBackend, stand_in: StandIn) -> Iterator[VLLMBackend]:
     stand_in.asked.clear()
     yield shared
     stand_in.faults.clear()
+
+
+@pytest.fixture
+def two(lively_adapters: Path) -> Iterator[tuple[StandIn, StandIn]]:
+    with standing_in(upstream(lively_adapters)) as a, standing_in(upstream(lively_adapters)) as b:
+        yield a, b
 
 
 def within(engine: Engine, backend: VLLMBackend, request: Request) -> Request:
@@ -350,6 +362,84 @@ def test_a_stream_that_is_cut_at_any_byte_goes_on_where_it_was(
         assert not stand_in.faults
 
 
+WAYS_TO_END = pytest.mark.parametrize("is_clean", [False, True], ids=["broken off", "ended in order"])
+
+
+@WAYS_TO_END
+def test_of_a_stream_that_is_cut_at_any_byte_no_token_is_wrong_and_its_loss_is_noticed(
+    stand_in: StandIn, is_clean: bool
+) -> None:
+    body = {"model": stand_in.name, "prompt": [70, 71, 72], "max_tokens": 3, "temperature": 0.0, "logprobs": 1}
+    asked = {**body, "return_tokens_as_token_ids": True, "stream": True}
+    stream = httpx.post(f"{stand_in.url}/v1/completions", json=asked).content
+    cut_at = len(stream)
+
+    async def replay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        await reader.readexactly(int(re.findall(rb"content-length: (\d+)", head.lower())[0]))
+        length = b"" if is_clean else b"Content-Length: %d\r\n" % len(stream)
+        writer.write(b"HTTP/1.1 200 OK\r\n%sConnection: close\r\n\r\n" % length + stream[:cut_at])
+        await writer.drain()
+        writer.close()
+
+    async def received(client: VLLMClient) -> tuple[list[Chunk], bool]:
+        chunks: list[Chunk] = []
+        try:
+            async with aclosing(client.stream(body)) as arriving:
+                async for chunk in arriving:
+                    chunks.append(chunk)
+        except LostError:
+            return chunks, True
+        return chunks, False
+
+    async def at_every_byte() -> None:
+        nonlocal cut_at
+        async with await asyncio.start_server(replay, "127.0.0.1", 0) as server:
+            client = VLLMClient(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+            whole, is_lost = await received(client)
+            assert [chunk.finish_reason for chunk in whole] == [None, None, "length", None]
+            assert not is_lost
+            for cut_at in range(len(stream)):
+                chunks, is_lost = await received(client)
+                assert chunks == whole[: len(chunks)], cut_at
+                assert is_lost == (len(chunks) < 3), cut_at
+            await client.close()
+
+    asyncio.run(at_every_byte())
+
+
+@WAYS_TO_END
+def test_an_answer_whose_streams_are_cut_goes_on_at_another_server_once_and_is_whole_or_an_error(
+    engine: Engine, outline: Outline, two: tuple[StandIn, StandIn], is_clean: bool
+) -> None:
+    two[1].faults = two[0].faults  # the next answer has it, whoever gives it
+    backend = VLLMBackend(outline, [server.url for server in two], settings=QUICK)
+    request = ask(engine, PROMPTS[0], max_tokens=4)
+    whole = plain(alone(engine, within(engine, backend, request)))
+    num_errors = 0
+    for cut_at in range(0, 400, 61):
+        fault = Fault(cut_at=cut_at, is_clean=is_clean)
+        for server in two:
+            server.asked.clear()
+        two[0].faults.append(fault)
+        assert plain(read(backend.open(request)).generation) == whole, cut_at
+        assert not two[0].faults
+        assert {len(server.asked) for server in two} <= {0, 1}  # not twice at the same one
+        two[0].faults += [fault, fault]
+        events: list[Event] = []
+        try:
+            events.extend(backend.open(request))
+        except BackendError:
+            tokens = [event.id for event in events if isinstance(event, Token)]
+            assert tokens == list(whole.tokens[: len(tokens)]), cut_at
+            num_errors += 1
+        else:
+            assert plain(read(events).generation) == whole, cut_at
+        two[0].faults.clear()
+    assert num_errors > 2
+    backend.close()
+
+
 @pytest.mark.parametrize(
     "fault", [Fault(status=500), Fault(error_after=1), Fault(ends_early=True), Fault(error_after=0)], ids=str
 )
@@ -411,12 +501,6 @@ def test_a_silent_server_is_given_up_on(engine: Engine, outline: Outline, lively
         with pytest.raises(UnavailableError, match="did not answer in time"):
             read(backend.open(ask(engine, PROMPTS[1], mixture={})))
         backend.close()
-
-
-@pytest.fixture
-def two(lively_adapters: Path) -> Iterator[tuple[StandIn, StandIn]]:
-    with standing_in(upstream(lively_adapters)) as a, standing_in(upstream(lively_adapters)) as b:
-        yield a, b
 
 
 def test_servers_take_turns_and_an_answer_outlives_the_one_that_dies(
@@ -652,12 +736,32 @@ def test_other_models_and_tokenizers_are_refused(outline: Outline, lively_adapte
             VLLMBackend(outline, [server.url], settings=QUICK)
 
 
-def test_a_server_that_is_not_there_or_is_no_vllm_is_named(outline: Outline, tmp_path: Path) -> None:
+def test_a_server_that_is_not_there_or_is_no_vllm_is_named(outline: Outline) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
         with pytest.raises(UnavailableError, match=re.escape(url)):
             VLLMBackend(outline, [url], settings=QUICK)
+    with ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as files:
+        threading.Thread(target=files.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{files.server_port}"
+        with pytest.raises(ModelError, match=re.escape(f"{url} is no vLLM server: {url}/v1/models answered 404")):
+            VLLMBackend(outline, [url], settings=QUICK)
+        files.shutdown()
+
+
+def test_without_a_prefix_cache_only_recompute_is_answered(
+    engine: Engine, outline: Outline, lively_adapters: Path
+) -> None:
+    with standing_in(upstream(lively_adapters), has_cache=False) as server:
+        backend = VLLMBackend(outline, [server.url], settings=QUICK)
+        (note,) = (note for note in backend.notes if "prefix cache" in note)
+        assert note == f"{server.url}: it has no prefix cache (--enable-prefix-caching): kv_policy keep is refused"
+        with pytest.raises(ValueError, match=r"kv_policy: .* \(--enable-prefix-caching, .*\); use 'recompute'"):
+            backend.open(ask(engine, PROMPTS[0], settings={"kv_policy": "keep"}))
+        request = ask(engine, PROMPTS[0])
+        assert plain(read(backend.open(request)).generation) == plain(alone(engine, within(engine, backend, request)))
+        backend.close()
 
 
 def test_what_is_slower_or_refused_is_noted(engine: Engine, outline: Outline, lively_adapters: Path) -> None:
@@ -679,11 +783,3 @@ def test_what_these_servers_cannot_do_is_refused(engine: Engine, backend: VLLMBa
         backend.open(ask(engine, "x" * 512))
     with pytest.raises(ValueError, match="logit_bias has the token id 260, and the model knows 0 to 259"):
         backend.open(ask(engine, "x", logit_bias={260: 1.0}))
-
-
-def until(holds: Callable[[], bool], *, timeout_s: float = 60) -> None:
-    """Waits until something holds."""
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline, "it never holds"
-        time.sleep(0.01)
