@@ -2,6 +2,7 @@
 
 DLPLoRAError
 ├── AdapterError     a PEFT adapter folder that cannot be fused exactly
+│   └── AdapterChangedError  one whose files changed since it was added
 ├── RouterError      a router folder, its labels or its output
 ├── BundleError      a bundle folder
 ├── TaskError        a task folder or an example in it
@@ -18,6 +19,14 @@ class DLPLoRAError(Exception):
 
 class AdapterError(DLPLoRAError):
     """A PEFT adapter folder that cannot be fused exactly."""
+
+
+class AdapterChangedError(AdapterError):
+    """An adapter whose files were written again, or are gone, since it was added as `name`."""
+
+    def __init__(self, message: str, *, name: str = "") -> None:
+        super().__init__(message)
+        self.name = name
 
 
 class RouterError(DLPLoRAError):

@@ -18,7 +18,7 @@ from dlp_lora.bank.group import MAX_VIEWS, Group
 from dlp_lora.bank.linear import FusedLinear, Outputs
 from dlp_lora.bank.peft_format import Adapter, LoraWeights, read_adapter, write_adapter
 from dlp_lora.bank.store import Lease
-from dlp_lora.errors import AdapterError
+from dlp_lora.errors import AdapterChangedError, AdapterError
 from dlp_lora.policy import Mixture
 
 # Two layers of two modules: "up" maps 5 to 7 features, "down" 7 to 5.
@@ -526,8 +526,10 @@ def test_an_adapter_on_disk_may_be_dropped_though_one_in_memory_had_its_name(tmp
 def test_an_adapter_that_changed_on_disk_is_checked_when_it_is_loaded(tmp_path: Path) -> None:
     bank = AdapterBank(LAYOUT, on_disk(tmp_path, "a", "b"), budget_mb=1)
     (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"cut short")
-    with pytest.raises(AdapterError, match="truncated or not a safetensors file"):
+    with pytest.raises(AdapterChangedError, match="a was written again since it was added") as caught:
         bank.fuse([Mixture({"a": 1.0})])
+    assert caught.value.name == "a"
+    assert "truncated or not a safetensors file" in str(caught.value.__context__)
     bank.fuse([Mixture({"b": 1.0})])
 
 

@@ -329,15 +329,29 @@ def test_an_adapter_that_goes_while_it_answers_stays_in_no_metric(running: Runni
     assert 'dlp_lora_request_generation_tokens_sum{model="removed"} 16.0' in text
 
 
-@pytest.mark.parametrize("running", ["vllm"], indirect=True)
-def test_until_a_new_bundle_is_read_its_files_are_the_servers_matter_not_the_clients(
-    running: Running, bundle: Path, base: Path, router: MiniMLP, shelf: Path
+@pytest.mark.parametrize(
+    "running, name, way",
+    [("disk", "units", "reload"), ("disk", "poems", "load"), ("vllm", "units", "reload"), ("vllm", "math", "load")],
+    indirect=["running"],
+)
+def test_a_changed_adapter_that_is_not_loaded_yet_is_unavailable_until_it_is_read_again(
+    running: Running, bundle: Path, base: Path, router: MiniMLP, shelf: Path, name: str, way: str
 ) -> None:
+    """Units has other files with the same weights, math has other weights, and the files of poems are gone."""
     rewrite(bundle, base, router, shelf)
-    refused = running.post("/v1/completions", {"prompt": "x", "model": "units"})
-    assert (refused.status_code, refused.json()["error"]["code"]) == (500, "backend_error")
-    assert running.post("/v1/reload").status_code == 200
-    running.complete("x", model="units")
+    refused = running.post("/v1/completions", {"prompt": "x", "model": name})
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+    error = refused.json()["error"]
+    assert error["code"] == "adapter_changed"
+    assert f"the files of the adapter '{name}' changed on disk" in error["message"]
+    assert "POST /v1/reload, or loading the adapter again, takes them in" in error["message"]
+    if way == "reload":
+        assert running.post("/v1/reload").status_code == 200
+    else:
+        body = {"lora_name": name, "lora_path": name, "load_inplace": True}
+        assert running.post("/v1/load_lora_adapter", body).status_code == 200
+    expected = text_of(dlp_lora.load(base, adapters={name: shelf / name}), "x", mixture={name: 1.0})
+    assert running.complete("x", model=name)["choices"][0]["text"] == expected
 
 
 def test_settings_of_the_start_outlive_a_reload(bundle: Path, base: Path, router: MiniMLP, shelf: Path) -> None:

@@ -4,7 +4,7 @@ import hashlib
 import re
 from pathlib import Path
 
-from dlp_lora.errors import AdapterError
+from dlp_lora.errors import AdapterChangedError, AdapterError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -76,6 +76,22 @@ def files_stamp(path: str | Path) -> tuple[tuple[int, int], ...]:
     """The sizes and times of an adapter's files; they change if a file is written again."""
     stats = [(Path(path) / file).stat() for file in FILES]
     return tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)
+
+
+def check_unchanged(path: str | Path, name: str, stamp: tuple[tuple[int, int], ...] | None) -> None:
+    """Checks that the files of an adapter are still those that were added as `name`, with this `files_stamp`.
+
+    Raises:
+        AdapterChangedError: if they were written again, or are gone.
+    """
+    try:
+        now = files_stamp(path)
+    except OSError as error:
+        message = f"{path}, the folder of the adapter {name!r}, cannot be read: {error}"
+        raise AdapterChangedError(message, name=name) from error
+    if now != stamp:
+        message = f"{path} was written again since it was added as {name!r}; remove that and add it again"
+        raise AdapterChangedError(message, name=name)
 
 
 def content_hash(path: str | Path) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from dlp_lora.bank.adapter_files import CONFIG_FILE, WEIGHTS_FILE, content_hash, files_stamp
+from dlp_lora.bank.adapter_files import CONFIG_FILE, WEIGHTS_FILE, check_unchanged, content_hash, files_stamp
 from dlp_lora.bank.base_layers import BaseLayers
 from dlp_lora.bank.export import concatenated
 from dlp_lora.bank.limits import parts
@@ -55,14 +55,12 @@ class Source:
         """Returns the adapter with its weights.
 
         Raises:
-            AdapterError: if its folder has changed, or cannot be read any more.
+            AdapterError: if it cannot be read any more; AdapterChangedError if its folder has changed.
         """
-        if files_stamp(self.adapter.path) != self.stamp:
-            raise AdapterError(
-                f"{self.adapter.path} was written again since it was added as {self.adapter.name!r}; remove that and "
-                "add it again"
-            )
-        return self.adapter.with_weights()
+        try:
+            return self.adapter.with_weights()
+        finally:  # files that were written again have other weights, or explain the error
+            check_unchanged(self.adapter.path, self.adapter.name, self.stamp)
 
 
 Sources = Mapping[str, Source]

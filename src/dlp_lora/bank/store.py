@@ -15,7 +15,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from dlp_lora.bank.adapter_files import files_stamp
+from dlp_lora.bank.adapter_files import check_unchanged, files_stamp
 from dlp_lora.bank.layout import Layout, Place, StackedLora
 from dlp_lora.bank.peft_format import Adapter
 from dlp_lora.errors import AdapterError
@@ -213,8 +213,10 @@ class AdapterStore:
         """
         stacked = entry.stacked
         if stacked is None:
-            adapter = entry.adapter.with_weights()
-            _check_files(entry)
+            try:
+                adapter = entry.adapter.with_weights()
+            finally:  # files that were written again have other weights, or explain the error
+                check_unchanged(entry.adapter.path, entry.adapter.name, entry.stamp)
             stacked = self._layout.stack(adapter)
         return stacked
 
@@ -251,9 +253,10 @@ class AdapterStore:
         """Checks that an adapter's folder is unchanged, so that it may be read or copied again.
 
         Raises:
-            AdapterError: if it has changed.
+            AdapterChangedError: if it has changed.
         """
-        _check_files(self.entry(name))
+        entry = self.entry(name)
+        check_unchanged(entry.adapter.path, entry.adapter.name, entry.stamp)
 
     def place(self, *, dtype: torch.dtype, device: torch.device) -> None:
         """Moves the weights in memory; later ones are read to the same dtype and device."""
@@ -327,13 +330,3 @@ def content_digest(stacked: Mapping[Place, StackedLora]) -> bytes:
             digest.update(repr((place, tensor.dtype, tuple(tensor.shape))).encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).flatten().numpy().data)
     return digest.digest()
-
-
-def _check_files(entry: Entry) -> None:
-    path, name = entry.adapter.path, entry.adapter.name
-    try:
-        stamp = files_stamp(path)
-    except OSError as error:
-        raise AdapterError(f"{path}, the folder of the adapter {name!r}, cannot be read: {error}") from error
-    if stamp != entry.stamp:
-        raise AdapterError(f"{path} was written again since it was added as {name!r}; remove that and add it again")

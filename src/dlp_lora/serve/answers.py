@@ -5,11 +5,12 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from dlp_lora.errors import AdapterError
+from dlp_lora.errors import AdapterChangedError, AdapterError
 from dlp_lora.serve.apart import open_all
 from dlp_lora.serve.backend import BackendError, Done, PromptScores, SentenceStart, Stream, Token
 from dlp_lora.serve.cutter import SentenceCutter
-from dlp_lora.serve.errors import APIError
+from dlp_lora.serve.errors import APIError, unavailable
+from dlp_lora.serve.logs import LOGGER
 from dlp_lora.serve.metrics import Meter
 from dlp_lora.serve.service import Asked, Service
 
@@ -160,6 +161,13 @@ class Answers:
         gone = sorted({name for mixture in mixtures for name in mixture} - set(self._service.backend.adapters))
         if gone:
             return self._service.names.unknown(gone[0], set(self._asked.visible) - set(gone))
+        if isinstance(error, AdapterChangedError):
+            LOGGER.warning("the files of an adapter changed on disk", extra={"adapter": error.name})
+            return unavailable(
+                f"the files of the adapter {error.name!r} changed on disk since the server read them; POST /v1/reload, "
+                "or loading the adapter again, takes them in",
+                "adapter_changed",
+            )
         failure = BackendError(str(error))
         failure.__cause__ = error
         return failure

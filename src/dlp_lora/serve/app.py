@@ -46,7 +46,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         415: "The body is no JSON.",
         421: "The server has another name.",
         500: "The backend failed.",
-        503: "Too many requests wait, or the server is closing.",
+        503: "Too many requests wait, the server is closing, or the files of an adapter changed on disk.",
         504: "The time is up.",
     }.items()
 }
