@@ -155,6 +155,11 @@ class MixtureFolder:
         if not entry.nbytes:
             entry.nbytes = _size(entry.path)
 
+    @property
+    def used(self) -> list[Entry]:
+        """The entries in use."""
+        return [entry for entry in self._entries.values() if entry.num_users]
+
     def surplus(self) -> list[Entry]:
         """The entries to delete if there are too many: the least recently used, none in use."""
         excess = sum(entry.nbytes for entry in self._entries.values()) - self._budget

@@ -17,7 +17,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from dlp_lora.bank.adapter_files import find_adapters
+from dlp_lora.bank.adapter_files import WEIGHTS_FILE, find_adapters
 from dlp_lora.bank.base_layers import BaseLayers
 from dlp_lora.bank.check import model_layout
 from dlp_lora.bank.limits import rounded
@@ -68,7 +68,7 @@ class ServedMixtures:
     """Mixtures of the adapters of a bundle, written at their first request.
 
     vLLM reads a mixture again after it has dropped it from memory, and never reports that it needs it no more. So none
-    is deleted; if the folder is full, new ones are refused.
+    is deleted; if they take more than `cache_mb` megabytes, new ones are refused. Those of earlier processes make room.
     """
 
     def __init__(self, bundle: Path, *, cache: Path | None, cache_mb: float) -> None:
@@ -77,7 +77,6 @@ class ServedMixtures:
         self._cache_mb = cache_mb
         self._folder: MixtureFolder | None = None
         self._sources: dict[str, Source] = {}
-        self._nbytes: dict[str, int] = {}
         self._lock = threading.Lock()
 
     def path(self, base_model: str, text: str) -> Path:
@@ -94,19 +93,31 @@ class ServedMixtures:
                 raise AdapterError(f"no adapter {unknown[0]!r}; there are {', '.join(sorted(self._sources))}")
             if not mixture:
                 raise ValueError("the mixture is empty; ask for the base model by its name")
-            if folder.name_of(mixture, self._sources) not in self._nbytes:
-                self._check_room(mixture)
             entry = folder.claim(mixture, self._sources)
-            folder.write(entry, mixture, self._sources)
-            self._nbytes[entry.name] = entry.nbytes
+            if entry.num_users > 1:
+                return entry.path
+            try:
+                self._check_room(folder, 0 if entry.nbytes else self._least_size(mixture))
+                folder.write(entry, mixture, self._sources)
+                self._check_room(folder)
+            except BaseException:
+                folder.release(entry)
+                folder.delete(entry)
+                raise
+            for other in folder.surplus():
+                folder.delete(other)
             return entry.path
 
-    def _check_room(self, mixture: Mixture) -> None:
-        size = sum((self._sources[name].adapter.path / "adapter_model.safetensors").stat().st_size for name in mixture)
-        if (total := sum(self._nbytes.values()) + size) > self._cache_mb * 2**20:
+    def _least_size(self, mixture: Mixture) -> int:
+        """The size of a mixture that is not written, without the zeros that fill up lower ranks."""
+        return sum((self._sources[name].adapter.path / WEIGHTS_FILE).stat().st_size for name in mixture)
+
+    def _check_room(self, folder: MixtureFolder, size: int = 0) -> None:
+        sizes = [*(entry.nbytes for entry in folder.used if entry.nbytes), *([size] if size else [])]
+        if (total := sum(sizes)) > self._cache_mb * 2**20:
             raise AdapterError(
-                f"{len(self._nbytes)} mixtures are written, and {total / 2**20:.0f} MB are more than the "
-                f"{self._cache_mb:g} of {CACHE_MB}; raise it"
+                f"{len(sizes) - 1} mixtures are written, and with another one they take {total / 2**20:.3g} MB, more "
+                f"than the {self._cache_mb:g} of {CACHE_MB}; raise it"
             )
 
     def _opened(self, base_model: str) -> MixtureFolder:
