@@ -75,7 +75,7 @@ CI = (
         "engine/test_recompute.py",
     ),
     *("serve/test_apart.py", "serve/test_api.py", "serve/test_life.py", "serve/test_refusals.py"),
-    *("serve/test_reload.py", "serve/test_known_bugs.py"),
+    *("serve/test_ray.py", "serve/test_reload.py", "serve/test_known_bugs.py"),
     *("engine/test_threads.py", "engine/test_prompt_routing.py"),
     *("serve/test_local.py", "serve/test_scheduler.py", "serve/test_vllm.py", "serve/test_vllm_front.py"),
 )

@@ -15,7 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Lifespan, Receive, Scope, Send
 
 from dlp_lora.engine.text import decode
 from dlp_lora.serve import schema
@@ -53,9 +53,10 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 STREAM: dict[str, Any] = {"content": {"text/event-stream": {}}}
 
 
-def make_app(service: Service, manager: AdapterManager) -> ASGIApp:
+def make_app(service: Service, manager: AdapterManager, *, lifespan: Lifespan[FastAPI] | None = None) -> ASGIApp:
     """Makes the application of a service."""
     app = FastAPI(
+        lifespan=lifespan,
         title="dlp-lora",
         version=version("dlp-lora"),
         summary="An OpenAI API that picks LoRA adapters by content, sentence by sentence.",

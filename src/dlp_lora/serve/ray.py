@@ -6,11 +6,14 @@ Each replica has an engine, or is a front of vLLM servers; replicas keep nothing
 the bundle: replicas poll its number, and read the bundle again if the number has grown.
 """
 
+import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict
 from starlette.types import ASGIApp
 
@@ -27,8 +30,8 @@ from dlp_lora.serve.watch import watch
 class RayArgs(BaseModel):
     """The arguments of `serve run`, as NAME=VALUE: a bundle folder that all hosts see, and the number of replicas.
 
-    With `backend_url`, addresses of vLLM servers with commas between them, replicas have no model. Keys come from the
-    environment of the replicas.
+    With `backend_url`, addresses of vLLM servers with commas between them, replicas have no model, and mixtures have at
+    most `max_rank` (by default the sum of the three largest). Keys come from the environment of the replicas.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -36,6 +39,7 @@ class RayArgs(BaseModel):
     bundle: str
     backend_url: str = ""
     adapter_cache: str | None = None
+    max_rank: int | None = None
     served_model_name: str | None = None
     num_replicas: int = 1
     num_cpus: float = 1.0
@@ -60,7 +64,7 @@ def build_app(args: RayArgs) -> Any:
 
 
 def _app_of(args: RayArgs) -> Callable[[], ASGIApp]:
-    """Returns a function that makes the application in a replica."""
+    """Returns a function that makes the application in a replica; the end of its lifespan closes the backend."""
 
     def build() -> ASGIApp:
         settings = ServerSettings(served_model_name=args.served_model_name, watch_s=args.watch_s, host="0.0.0.0")
@@ -76,7 +80,7 @@ def _app_of(args: RayArgs) -> Callable[[], ASGIApp]:
             backend = VLLMBackend(
                 outline,
                 urls,
-                settings=VLLMSettings(adapter_cache=cache, key=os.environ.get(BACKEND_KEY)),
+                settings=VLLMSettings(adapter_cache=cache, max_rank=args.max_rank, key=os.environ.get(BACKEND_KEY)),
                 max_running=VLLM_BATCH * len(urls),
             )
             service = make_service(outline, backend, backend, settings, keys, name=name)
@@ -86,7 +90,14 @@ def _app_of(args: RayArgs) -> Callable[[], ASGIApp]:
             engine = dlp_lora.load(args.bundle)
             service = local_service(engine, settings, keys, name=name)
         manager = AdapterManager(service, bundle=Path(args.bundle))
-        watch(manager, Path(args.bundle), args.watch_s)
-        return make_app(service, manager)
+        ended = watch(manager, Path(args.bundle), args.watch_s)
+
+        @asynccontextmanager
+        async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+            yield
+            ended.set()
+            await asyncio.to_thread(service.backend.close)
+
+        return make_app(service, manager, lifespan=lifespan)
 
     return build
