@@ -282,7 +282,7 @@ def test_questions_apart_are_answered_over_http_as_by_the_engine(
     prompt = "Add the sum?\nA rhyme in verse?\nHow long is an inch?"
     expected = engine.generate(prompt, max_new_tokens=12, do_sample=False)
     backend = LlamaCppBackend(Outline.of(engine), file, max_batch=2, num_threads=1)
-    service = make_service(Outline.of(engine), backend, backend, ServerSettings(), Keys({}), name="tiny")
+    service = make_service(Outline.of(engine), backend, ServerSettings(), Keys({}), name="tiny")
     body = {"prompt": prompt, "max_tokens": 12, "temperature": 0}
     answer = over_http(service, AdapterManager(service), "/v1/completions", body).json()
     assert answer["choices"][0]["text"] == expected.text

@@ -53,7 +53,7 @@ def service(request: pytest.FixtureRequest, engine: Engine, local: Service, live
         return
     with standing_in(double_engine(lively_adapters)) as server:
         backend = VLLMBackend(Outline.of(engine), [server.url])
-        yield make_service(Outline.of(engine), backend, backend, ServerSettings(), Keys({}), name="tiny")
+        yield make_service(Outline.of(engine), backend, ServerSettings(), Keys({}), name="tiny")
         backend.close()
 
 

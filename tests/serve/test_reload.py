@@ -131,7 +131,7 @@ def running(request: pytest.FixtureRequest, bundle: Path, base: Path, shelf: Pat
     engine, outline = dlp_lora.load(base, adapters={"unused": shelf / "tales"}), read_outline(bundle)
     with standing_in(engine) as server:
         backend = VLLMBackend(outline, [server.url], settings=VLLMSettings(poll_s=0.1))
-        yield Running(make_service(outline, backend, backend, settings, keys, name="tiny"), engine, bundle, shelf)
+        yield Running(make_service(outline, backend, settings, keys, name="tiny"), engine, bundle, shelf)
         backend.close()
 
 
@@ -285,7 +285,7 @@ def test_while_an_adapter_is_replaced_requests_never_miss_it(running: Running) -
         tokens = tuple(running.service.encoder.tokenizer(asked("math"))["input_ids"])
         while not has_ended.is_set():
             names.add(running.service.backend.adapters)
-            row = running.service.prompt_router.start_row(tokens, call=running.service.call)
+            row = running.service.backend.prompt_router.start_row(tokens, call=running.service.call)
             seen.add(frozenset(row.mixture))
 
     looking = threading.Thread(target=look)

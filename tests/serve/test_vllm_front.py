@@ -52,7 +52,7 @@ def stand_in(lively_adapters: Path) -> Iterator[StandIn]:
 def service(engine: Engine, stand_in: StandIn) -> Iterator[Service]:
     outline = Outline.of(engine)
     backend = VLLMBackend(outline, [stand_in.url], settings=VLLMSettings(poll_s=0.1))
-    yield make_service(outline, backend, backend, ServerSettings(), Keys({}, admin="A"), name="tiny")
+    yield make_service(outline, backend, ServerSettings(), Keys({}, admin="A"), name="tiny")
     backend.close()
 
 

@@ -145,7 +145,7 @@ def _service(
             max_context=settings.max_context,
             chunk_tokens=settings.chunk_tokens,
         ) as llama:
-            yield make_service(outline, llama, llama, settings, keys, name=name)
+            yield make_service(outline, llama, settings, keys, name=name)
         return
     from dlp_lora.serve.vllm.backend import Needs, VLLMBackend, VLLMSettings
     from dlp_lora.serve.vllm.process import VLLMFlags, slot_bytes, slot_rank, vllm_server
@@ -186,7 +186,7 @@ def _service(
         stack.callback(backend.close)
         for note in backend.notes:
             say(f"warning: {note}")
-        yield make_service(outline, backend, backend, settings, keys, name=name)
+        yield make_service(outline, backend, settings, keys, name=name)
 
 
 def keys_of(options: KeyOptions) -> "Keys":

@@ -8,7 +8,6 @@ from transformers import PreTrainedTokenizerBase
 from dlp_lora.chat import Chat, Message
 from dlp_lora.engine.outline import Outline
 from dlp_lora.engine.prompts import as_batch, encode_prompt
-from dlp_lora.engine.starting import RowStarter
 from dlp_lora.engine.streaming import Piece
 from dlp_lora.engine.trace import Generation
 from dlp_lora.policy import Mixture
@@ -29,7 +28,6 @@ class BackendAnswerer:
         self._backend = backend
         self._call = outline.call
         self._defaults = defaults_of(outline.generation_config)
-        self._starter = RowStarter(outline.tokenizer, outline.adapters.keys())
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -75,7 +73,7 @@ class BackendAnswerer:
         call = self._call if mixture is None else self._call.changed({"mixtures": (Mixture(mixture),)})
         (chat,), _ = as_batch(prompt)
         sampling = Sampling(**self._sampling(do_sample), seed=seed, max_tokens=max_new_tokens)
-        prompts = self._starter.apart(encode_prompt(self.tokenizer, chat), call)
+        prompts = self._backend.prompt_router.apart(encode_prompt(self.tokenizer, chat), call=call)
         requests = [Request(tokens=p.tokens, call=call, prompt=p.prompt, sampling=sampling) for p in prompts]
         return AnswerStream(open_all(self._backend, requests))
 

@@ -18,6 +18,7 @@ from dlp_lora.engine.routing import Prompt
 from dlp_lora.engine.trace import Generation
 from dlp_lora.errors import DLPLoRAError
 from dlp_lora.policy import Mixture
+from dlp_lora.serve.prompt_router import PromptRouter
 
 
 class BackendError(DLPLoRAError):
@@ -268,6 +269,11 @@ class Backend(Protocol):
     @property
     def max_context(self) -> int:
         """The largest number of tokens of a prompt and its answer."""
+        ...
+
+    @property
+    def prompt_router(self) -> PromptRouter:
+        """Routes prompts as the backend does, without answers."""
         ...
 
     @property

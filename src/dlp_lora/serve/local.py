@@ -67,6 +67,11 @@ class LocalBackend:
         return self.engine.bank.names
 
     @property
+    def prompt_router(self) -> Engine:
+        """The engine."""
+        return self.engine
+
+    @property
     def health(self) -> Health:
         """Whether it can answer."""
         if self._is_closing:

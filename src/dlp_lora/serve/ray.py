@@ -83,7 +83,7 @@ def _app_of(args: RayArgs) -> Callable[[], ASGIApp]:
                 settings=VLLMSettings(adapter_cache=cache, max_rank=args.max_rank, key=os.environ.get(BACKEND_KEY)),
                 max_running=VLLM_BATCH * len(urls),
             )
-            service = make_service(outline, backend, backend, settings, keys, name=name)
+            service = make_service(outline, backend, settings, keys, name=name)
         else:
             import dlp_lora
 

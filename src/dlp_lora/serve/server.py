@@ -23,7 +23,7 @@ from dlp_lora.serve.logs import LOGGER
 from dlp_lora.serve.names import ModelNames
 from dlp_lora.serve.prompts import PromptEncoder
 from dlp_lora.serve.sampler import defaults_of
-from dlp_lora.serve.service import PromptRouter, Service
+from dlp_lora.serve.service import Service
 from dlp_lora.serve.settings import ServerSettings
 from dlp_lora.serve.watch import watch
 
@@ -43,19 +43,18 @@ def local_service(engine: Engine, settings: ServerSettings, keys: Keys, *, name:
         chunk_tokens=settings.chunk_tokens,
         cache_mb=settings.cache_mb,
     )
-    return make_service(Outline.of(engine), backend, engine, settings, keys, name=name)
+    return make_service(Outline.of(engine), backend, settings, keys, name=name)
 
 
 def make_service(
     outline: Outline,
     backend: Backend,
-    prompt_router: PromptRouter,
     settings: ServerSettings,
     keys: Keys,
     *,
     name: str,
 ) -> Service:
-    """Makes the service of a backend; `prompt_router` routes its prompts.
+    """Makes the service of a backend; `name` is its model name for clients.
 
     Raises:
         APIError: if an adapter's name is the served one.
@@ -69,7 +68,6 @@ def make_service(
         names=ModelNames(settings.served_model_name or name),
         settings=settings,
         keys=keys,
-        prompt_router=prompt_router,
         sampling_defaults=defaults_of(outline.generation_config),
         root=outline.source,
     )

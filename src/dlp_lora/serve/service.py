@@ -2,14 +2,14 @@
 
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 from uuid import uuid4
 
 from dlp_lora.engine.calls import Call
 from dlp_lora.engine.prompts import EncodedPrompt
-from dlp_lora.engine.routing import Prompt, RowRouter
+from dlp_lora.engine.routing import RowRouter
 from dlp_lora.policy import Mixture, Only, RoutingSettings, policy_from_dict
 from dlp_lora.serve.backend import Backend, Grammar, Request
 from dlp_lora.serve.errors import invalid, unavailable, unsupported
@@ -31,28 +31,6 @@ from dlp_lora.serve.schema import (
 from dlp_lora.serve.settings import ServerSettings
 
 DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as in OpenAI's API
-
-
-@runtime_checkable
-class PromptRouter(Protocol):
-    """Routes prompts without answers: an Engine, or a backend without an engine."""
-
-    def apart(
-        self, prompt: EncodedPrompt, *, call: Call | None = None, among: Collection[str] | None = None
-    ) -> list[EncodedPrompt]:
-        """Returns the prompts to answer instead of one, as `Engine.apart` does."""
-        ...
-
-    def start_row(
-        self,
-        tokens: Sequence[int],
-        *,
-        call: Call | None = None,
-        prompt: Prompt | None = None,
-        among: Collection[str] | None = None,
-    ) -> RowRouter:
-        """Routes a prompt, as `Engine.start_row` does."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +87,6 @@ class Service:
     names: ModelNames
     settings: ServerSettings
     keys: Keys
-    prompt_router: PromptRouter
     sampling_defaults: Mapping[str, Any]
     root: str  # the base model
     is_draining: bool = False
@@ -176,8 +153,10 @@ class Service:
         tools = body.tools or ()
         prompt = self.encoder.chat(body, tools) if body.prompt is None else self.encoder.text(body.prompt)
         call, among = self._routed(choice, body.dlp or DLPOptions(), access)
-        prompts = [prompt] if tools else self.prompt_router.apart(prompt, call=call, among=among)
-        rows = [self.prompt_router.start_row(p.tokens, call=call, prompt=p.prompt, among=among) for p in prompts]
+        prompts = [prompt] if tools else self.backend.prompt_router.apart(prompt, call=call, among=among)
+        rows = [
+            self.backend.prompt_router.start_row(p.tokens, call=call, prompt=p.prompt, among=among) for p in prompts
+        ]
         return RoutedPrompt(choice=choice, rows=rows, num_tokens=sum(len(each.tokens) for each in prompts))
 
     def _asked(
@@ -211,7 +190,8 @@ class Service:
         # These apply to one answer, not to several that are joined.
         may_be_parts = is_text and n == 1 and grammar is None and num_logprobs is None
         parts = [
-            self.prompt_router.apart(prompt, call=call, among=among) if may_be_parts else [prompt] for prompt in prompts
+            self.backend.prompt_router.apart(prompt, call=call, among=among) if may_be_parts else [prompt]
+            for prompt in prompts
         ]
         if (num_rows := sum(map(len, parts))) > MAX_CHOICES:
             raise invalid(

@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -21,11 +21,7 @@ from transformers import AutoConfig
 
 from dlp_lora.bank.check import check_fits
 from dlp_lora.bank.mixture_folder import Source
-from dlp_lora.engine.calls import Call
 from dlp_lora.engine.outline import Outline
-from dlp_lora.engine.prompts import EncodedPrompt
-from dlp_lora.engine.routing import Prompt, RowRouter
-from dlp_lora.engine.starting import RowStarter
 from dlp_lora.errors import AdapterError, DLPLoRAError, ModelError
 from dlp_lora.serve.answer_builder import AnswerBuilder, resolved
 from dlp_lora.serve.backend import BackendError, ClosedError, Health, QueueFullError, Request, Stats
@@ -33,6 +29,7 @@ from dlp_lora.serve.llama_cpp.adapter_file import check_model_type
 from dlp_lora.serve.llama_cpp.library import LlamaContext, check_runs
 from dlp_lora.serve.llama_cpp.mixtures import Mixtures
 from dlp_lora.serve.llama_cpp.slot import Slot
+from dlp_lora.serve.prompt_router import OutlinePromptRouter
 from dlp_lora.serve.room import room_for
 from dlp_lora.serve.sampler import Sampler
 from dlp_lora.serve.stream import EventStream
@@ -97,10 +94,10 @@ class LlamaCppBackend:
         except BaseException:
             self._context.close()
             raise
-        self._starter = RowStarter(outline.tokenizer, self._sources.keys())
         self._max_open = max_batch + max_queue
         # Of the adapters, the router and the messages. The thread takes it again while it handles a message.
         self._lock = threading.RLock()
+        self.prompt_router = OutlinePromptRouter(outline, self._sources.keys(), lock=self._lock)
         self._awake = threading.Event()
         self._messages: deque[Callable[[], None]] = deque()
         self._open: set[Slot] = set()
@@ -146,25 +143,6 @@ class LlamaCppBackend:
             fuse_s=self._fuse_s,
             **{f"num_{name}": count for name, count in self._counts.items()},
         )
-
-    def apart(
-        self, prompt: EncodedPrompt, *, call: Call | None = None, among: Collection[str] | None = None
-    ) -> list[EncodedPrompt]:
-        """Returns the prompts to answer instead of one, as `Engine.apart` does."""
-        with self._lock:
-            return self._starter.apart(prompt, call or self.outline.call, among=among)
-
-    def start_row(
-        self,
-        tokens: Sequence[int],
-        *,
-        call: Call | None = None,
-        prompt: Prompt | None = None,
-        among: Collection[str] | None = None,
-    ) -> RowRouter:
-        """Routes a prompt, as `Engine.start_row` does."""
-        with self._lock:
-            return self._starter.start_row(tokens, call or self.outline.call, prompt=prompt, among=among)
 
     def open(self, request: Request) -> EventStream:
         """Takes a request.
@@ -309,7 +287,9 @@ class LlamaCppBackend:
         answer, request = slot.answer, slot.answer.request
         start = time.perf_counter()
         try:
-            router = self.start_row(request.tokens, call=request.call, prompt=request.prompt, among=request.adapters)
+            router = self.prompt_router.start_row(
+                request.tokens, call=request.call, prompt=request.prompt, among=request.adapters
+            )
             slot.sampler = Sampler(request.sampling, slot.tokens, answer.end_ids, torch.device("cpu"))
             answer.begin(router)
         except Exception as error:

@@ -6,7 +6,7 @@ This process routes, finds sentences and stop strings; a thread with an event lo
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,13 +19,11 @@ from dlp_lora.bank.limits import Limits, Within
 from dlp_lora.bank.mixture_folder import MixtureFolder, Source, read_source, write_zeros
 from dlp_lora.engine.calls import Call
 from dlp_lora.engine.outline import Outline
-from dlp_lora.engine.prompts import EncodedPrompt
-from dlp_lora.engine.routing import Prompt, RowRouter
-from dlp_lora.engine.starting import RowStarter
 from dlp_lora.errors import AdapterError, DLPLoRAError
 from dlp_lora.policy import Mixture, RoutingSettings
 from dlp_lora.serve.answer_builder import AnswerBuilder, OneSentence, resolved
 from dlp_lora.serve.backend import BackendError, ClosedError, Health, QueueFullError, Request, Stats
+from dlp_lora.serve.prompt_router import OutlinePromptRouter
 from dlp_lora.serve.room import room_for
 from dlp_lora.serve.stream import EventStream
 from dlp_lora.serve.vllm.adapters import AnswerAdapters, ContentAdapters, KeptAdapter, SharedAdapters
@@ -89,7 +87,6 @@ class VLLMBackend:
         self.outline = outline
         self._sources = _read_sources(outline)
         self.limits = Limits(max_rank=_max_rank(self._sources, settings.max_rank), rank_of=self._rank_of)
-        self._starter = RowStarter(outline.tokenizer, self._sources.keys())
         self._folder = MixtureFolder(
             settings.adapter_cache,
             base=_identity(outline),
@@ -100,6 +97,7 @@ class VLLMBackend:
         self._max_running = max_running
         self._max_open = max_running + max_queue
         self._lock = threading.Lock()  # of what other threads ask, and of the router
+        self.prompt_router = OutlinePromptRouter(outline, self._sources.keys(), lock=self._lock, limited=self._limited)
         self._open: dict[AnswerBuilder, asyncio.Task[None]] = {}
         self._num_open = 0
         self._is_closing = False
@@ -170,26 +168,6 @@ class VLLMBackend:
             route_s=counts.route_s,
             fuse_s=counts.fuse_s,
         )
-
-    def apart(
-        self, prompt: EncodedPrompt, *, call: Call | None = None, among: Collection[str] | None = None
-    ) -> list[EncodedPrompt]:
-        """Returns the prompts to answer instead of one, as `Engine.apart` does."""
-        with self._lock:
-            return self._starter.apart(prompt, call or self.outline.call, among=among)
-
-    def start_row(
-        self,
-        tokens: Sequence[int],
-        *,
-        call: Call | None = None,
-        prompt: Prompt | None = None,
-        among: Collection[str] | None = None,
-    ) -> RowRouter:
-        """Routes a prompt, as `Engine.start_row` does."""
-        call = self._limited(call or self.outline.call)
-        with self._lock:
-            return self._starter.start_row(tokens, call, prompt=prompt, among=among)
 
     def open(self, request: Request) -> EventStream:
         """Takes a request.
@@ -343,10 +321,9 @@ class VLLMBackend:
                 request = answer.request
                 sources = dict(self._sources)  # an answer keeps its adapters
                 started = time.perf_counter()
-                with self._lock:
-                    router = self._starter.start_row(
-                        request.tokens, request.call, prompt=request.prompt, among=request.adapters
-                    )
+                router = self.prompt_router.start_row(
+                    request.tokens, call=request.call, prompt=request.prompt, among=request.adapters
+                )
                 self._counts.route_s += time.perf_counter() - started
                 answer.begin(router)
                 await Answering(answer, self._adapters_of(answer, sources), self._replicas, self._counts).run()
