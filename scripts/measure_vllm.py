@@ -60,6 +60,7 @@ QUESTIONS = (
     "Give me advice for a long train journey.",
 )
 STORY = "The old mill stood by the river, and every spring the children came to see the wheel turn. " * 12
+ALONE = ("recompute", "keep")  # cases whose requests are sent one after the other
 NEAR = 1e-4  # log-probabilities closer than that may come in any order
 
 
@@ -85,7 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vllm-python", required=True, help="Python of an environment that has vLLM")
     parser.add_argument("--json", type=Path, required=True, help="record to write")
-    parser.add_argument("--tokens", type=int, default=100, help="of an answer")
+    parser.add_argument("--tokens", type=int, default=60, help="of an answer")
     parser.add_argument("--questions", type=int, default=len(QUESTIONS), help="asked in each case")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -139,7 +140,9 @@ def make_engine(folder: Path) -> Engine:
 
 
 def measure(engine: Engine, backend: VLLMBackend, num_tokens: int, questions: Sequence[str]) -> dict[str, Any]:
-    """Asks all cases, one after the other; gives what to write down."""
+    """Asks the cases, one after the other; returns the record. The requests of a case are sent at once, except for two
+    cases, so that answers are compared alone and in batches.
+    """
 
     def request(question: str, *, before: str = "", **changes: Any) -> Request:
         messages = [{"role": "user", "content": before + question}]
@@ -155,7 +158,7 @@ def measure(engine: Engine, backend: VLLMBackend, num_tokens: int, questions: Se
     few = questions[:4]
     unsure: dict[str, Any] = {"policy": Only("plain"), "router": _Unsure(engine)}
     cases: dict[str, list[Request]] = {
-        "recompute": [request(q) for q in questions],
+        "recompute": [request(q) for q in few],
         "keep": [request(q, before=STORY, kv_policy="keep") for q in few],
         "one adapter": [request(q, **fixed({name: 1.0})) for q, name in zip(few, ADAPTERS, strict=False)],
         "base": [request(q, **fixed({})) for q in few],
@@ -173,7 +176,7 @@ def measure(engine: Engine, backend: VLLMBackend, num_tokens: int, questions: Se
     compared: dict[str, dict[str, Any]] = {}
     for name, asked in cases.items():
         started = time.perf_counter()
-        answers = list(answered(backend, asked, at_once="once" in name))
+        answers = list(answered(backend, asked, at_once=name not in ALONE))
         seconds = time.perf_counter() - started
         case = compared[name] = compare(engine, answers)
         print(
