@@ -256,6 +256,7 @@ def checks() -> list[Check]:
     found = [
         *check_streams("`dlp-lora serve`", served, OURS, prompt),
         *check_streams("vLLM with one LoRA", peers, VLLM, prompt),
+        *check_routed(served, one["gap_ms_p50"], token_ms),
     ]
     for row in switched["rows"]:
         if row["name"].endswith("recompute"):
@@ -293,8 +294,34 @@ def check_streams(server: str, record: dict[str, Any], name: str, prompt: float)
     return found
 
 
+def check_routed(record: dict[str, Any], step_ms: float, token_ms: float) -> list[Check]:
+    """The tokens a second of routed answers from the measured time of their steps, if the record has their sizes."""
+    found = []
+    for row in record["rows"]:
+        name, _, kv_policy = row["name"].rpartition(", ")
+        if kv_policy == "fixed" or "switches" not in row:
+            continue
+        answer = round(row["answer_tokens"])
+        load = replace(
+            NO_LOADING,
+            prompt=round(row["prompt_tokens"]),
+            answer=answer,
+            sentence=1,
+            switch_rate=row["switches"] / (answer - 1),
+        )
+        machine = machine_of(load, step_ms=step_ms, token_ms=token_ms, bandwidth_gb_s=record["bandwidth_gb_s"])
+        # In our server, a switch under `keep` encodes nothing.
+        times = estimate("recompute" if kv_policy == "recompute" else "request", load, machine, SMALL)
+        all_ms = times.prompt_ms + times.switch_ms + answer * row["gap_ms_p50"] / row["streams"]
+        what = f"`{name}`, `{kv_policy}`, streams: {row['streams']}, tokens/s with the measured time of a step"
+        found.append(Check(what=what, predicted=1e3 * answer / all_ms, measured=row["tokens_per_s"]))
+    return found
+
+
 # Eight mixtures that are loaded before. LoRA's cost is in the measured times.
-NO_LOADING = Load(switch_rate=0, cached_prompt=0, num_mixtures=8, num_fused=1, max_loras=8, lora_cost=0)
+NO_LOADING = Load(
+    switch_rate=0, cached_prompt=0, cached_switch=0, num_mixtures=8, num_fused=1, max_loras=8, lora_cost=0
+)
 
 
 def machine_of(load: Load, *, step_ms: float, token_ms: float, bandwidth_gb_s: float) -> GPU:

@@ -17,6 +17,7 @@ from estimate_scale import (  # noqa: E402
     Model,
     answer_s,
     answers_in_slots,
+    check_routed,
     checks,
     estimate,
     machine_of,
@@ -97,3 +98,18 @@ def test_with_the_measured_time_of_a_step_the_gain_of_a_batch_is_predicted_withi
     assert len(streams) == 6
     for what, check in streams.items():
         assert abs(check.deviation) < (0.15 if "measured time of a step" in what else 0.35)
+
+
+def test_a_switch_under_recompute_costs_the_encoding_of_its_context_and_under_keep_nothing() -> None:
+    sizes = {
+        "streams": 2,
+        "prompt_tokens": 80,
+        "answer_tokens": 20,
+        "switches": 0.5,
+        "gap_ms_p50": 90,
+        "tokens_per_s": 9,
+    }
+    rows = [{"name": f"dlp-lora serve, {kv_policy}", **sizes} for kv_policy in ("fixed", "keep", "recompute")]
+    keep, recompute = check_routed({"bandwidth_gb_s": 15.0, "rows": rows}, step_ms=75.0, token_ms=0.8)
+    assert keep.predicted == pytest.approx(1e3 * 20 / (80 * 0.8 + 20 * 90 / 2))
+    assert recompute.predicted == pytest.approx(1e3 * 20 / (80 * 0.8 + 0.5 * (80 + 20 / 2) * 0.8 + 20 * 90 / 2))
