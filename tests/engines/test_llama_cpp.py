@@ -9,8 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import dlp_lora
@@ -18,7 +21,7 @@ from commands import ok
 from conftest import USUAL_TARGETS, EveryK, HashRouter, WordRouter, byte_tokenizer, lively_model, make_adapter
 from dlp_lora import AdapterError, Engine, Switching, TopK
 from dlp_lora.default_model import default_gguf, default_model
-from dlp_lora.engine.outline import Outline
+from dlp_lora.engine.outline import Outline, read_outline
 from dlp_lora.errors import ModelError, PromptError
 from dlp_lora.serve.adapters import AdapterManager
 from dlp_lora.serve.answerer import BackendAnswerer
@@ -39,6 +42,7 @@ from dlp_lora.serve.llama_cpp.library import check_runs  # noqa: E402
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
 TOLERANCE = 1e-2  # of log-probabilities
+ASKED: dict[str, Any] = {"prompt": "How far is it to the moon", "max_tokens": 12, "temperature": 0}
 
 
 GGUF_NAMES = {"mistral": "llama"}  # of architectures, where another
@@ -164,10 +168,33 @@ def test_requests_of_equal_and_other_mixtures_decode_side_by_side(engine: Engine
     assert stats.waiting == stats.reading == stats.decoding == 0
 
 
-def test_one_adapter_gives_the_tokens_of_peft(engine: Engine, backend: LlamaCppBackend) -> None:
+def test_one_adapter_gives_the_tokens_of_the_engine(engine: Engine, backend: LlamaCppBackend) -> None:
     for name in ("math", "units", "poems"):
         request = ask(engine, PROMPTS[1], mixture={name: 1.0})
         assert read(backend.open(request)).generation.tokens == alone(engine, request).tokens
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mixture", [{"math": 1.0}, {"math": 0.6, "units": 0.4}], ids=["one", "two"])
+def test_adapters_give_the_tokens_and_log_probabilities_of_peft(
+    engine: Engine, backend: LlamaCppBackend, lively_adapters: Path, mixture: dict[str, float]
+) -> None:
+    peft = PeftModel.from_pretrained(lively_model(), lively_adapters / "math", adapter_name="math")
+    peft.load_adapter(lively_adapters / "units", adapter_name="units")
+    peft.base_model.set_adapter([*mixture])
+    for module in peft.modules():
+        if isinstance(module, LoraLayer):
+            for name, weight in mixture.items():
+                module.set_scale(name, weight)
+    for prompt in PROMPTS:
+        request = ask(engine, prompt, mixture=mixture, num_logprobs=0)
+        events = list(backend.open(request))
+        answer = list(read(events).generation.tokens)
+        ids = torch.tensor([[*request.tokens, *answer]])
+        rows = peft(ids).logits[0, len(request.tokens) - 1 : -1].log_softmax(dim=-1)
+        assert answer == rows.argmax(dim=-1).tolist()
+        logprobs = [event.logprob for event in events if isinstance(event, Token)]
+        assert logprobs == pytest.approx(rows.max(dim=-1).values.tolist(), abs=TOLERANCE)
 
 
 def test_a_prompt_is_scored(engine: Engine, backend: LlamaCppBackend) -> None:
@@ -191,6 +218,48 @@ def test_adapters_come_are_replaced_and_go(engine: Engine, backend: LlamaCppBack
         backend.open(ask(engine, PROMPTS[1], mixture={"extra": 1.0}))
     with pytest.raises(AdapterError, match="no adapter 'extra'"):
         backend.remove_adapter("extra")
+
+
+def test_a_bundle_that_is_written_again_is_answered_from_its_new_files_after_a_reload(
+    model: Path, file: Path, lively_adapters: Path, tmp_path: Path
+) -> None:
+    old = {name: lively_adapters / name for name in ("math", "units", "poems")}
+    first, second = extra_adapters(tmp_path / "shelf")
+    new = {"math": first, "units": old["units"], "extra": second}
+    dlp_lora.load(str(model), adapters=old).save_pretrained(tmp_path / "bundle")
+    outline = read_outline(tmp_path / "bundle")
+    backend = LlamaCppBackend(outline, file, max_batch=2, num_threads=1)
+    service = make_service(outline, backend, ServerSettings(), Keys({}, admin="A"), name="tiny")
+    manager = AdapterManager(service, folders=[tmp_path / "shelf"], bundle=tmp_path / "bundle")
+
+    def post(path: str, body: Any) -> httpx.Response:
+        return over_http(service, manager, path, body, key="A")
+
+    def answered(name: str) -> str:
+        response = post("/v1/completions", {**ASKED, "model": name})
+        body = response.json()
+        return str(body["choices"][0]["text"] if response.status_code == 200 else body["error"]["code"])
+
+    def expected(folder: Path) -> str:
+        engine = dlp_lora.load(str(model), adapters={"it": folder})
+        return engine.generate(ASKED["prompt"], mixture={"it": 1.0}, max_new_tokens=12, do_sample=False).text
+
+    before = answered("math")
+    assert before == expected(old["math"])
+    dlp_lora.load(str(model), adapters=new).save_pretrained(tmp_path / "bundle")
+    assert answered("math") == before  # in memory
+    assert answered("units") == "adapter_changed"
+    told = post("/v1/reload", {}).json()
+    assert (told["added"], told["removed"], told["replaced"]) == (["extra"], ["poems"], ["math"])
+    assert {name: answered(name) for name in new} == {name: expected(folder) for name, folder in new.items()}
+    assert answered("math") != before
+    assert answered("poems") == "model_not_found"
+    body = {"lora_name": "math", "lora_path": "1", "load_inplace": True}
+    assert post("/v1/load_lora_adapter", body).status_code == 200
+    assert answered("math") == answered("extra") == expected(second)
+    assert post("/v1/unload_lora_adapter", {"lora_name": "math"}).status_code == 200
+    assert answered("math") == "model_not_found"
+    backend.close()
 
 
 def test_a_reader_that_leaves_frees_its_place(engine: Engine, outline: Outline, file: Path) -> None:
