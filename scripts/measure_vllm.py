@@ -93,42 +93,28 @@ def main() -> None:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     with tempfile.TemporaryDirectory() as folder:
-        engine = make_engine(Path(folder))
-        outline = replace(Outline.of(engine), base=replace(Outline.of(engine).base, probe=engine.probe()))
-        flags = VLLMFlags(
-            python=options.vllm_python,
-            max_loras=8,
-            max_context=1024,
-            arguments="--dtype float32 --enforce-eager",
-        )
-        print("starting vLLM", flush=True)
-        needs = Needs.of(outline)
-        with vllm_server(outline, flags, targets=needs.targets, max_rank=needs.max_rank) as server:
-            backend = VLLMBackend(outline, [server.url], settings=VLLMSettings(key=server.key))
-            print(*backend.notes, sep="\n")
-            try:
-                record = measure(engine, backend, options.tokens, QUESTIONS[: options.questions])
-            finally:
-                backend.close()
-    write_json(options.json, record)
+        engine = make_engine(Path(folder), default_model())
+        questions = QUESTIONS[: options.questions]
+        record = measured(engine, options.vllm_python, options.tokens, questions)
+    write_json(options.json, {"script": "measure_vllm", "model": "SmolLM2-135M-Instruct", **record})
     print(f"wrote {options.json}")
 
 
-def make_engine(folder: Path) -> Engine:
-    """Loads the default model in float32 with adapters of random weights."""
-    base, _ = load_model(str(default_model()), dtype=torch.float32, device="cpu")
+def make_engine(folder: Path, model: Path, *, scale: float = SCALE, **settings: Any) -> Engine:
+    """Loads a model in float32 with adapters of random weights, which it writes into a folder."""
+    base, _ = load_model(str(model), dtype=torch.float32, device="cpu")
     for number, (name, config) in enumerate(ADAPTERS.items()):
         torch.manual_seed(number)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **config))
-        for parameter_name, parameter in model.named_parameters():
+            adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **config))
+        for parameter_name, parameter in adapted.named_parameters():
             if "lora_" in parameter_name:
-                parameter.data.normal_(std=SCALE)
-        model.save_pretrained(folder / name)
-        base = model.unload()
+                parameter.data.normal_(std=scale)
+        adapted.save_pretrained(folder / name)
+        base = adapted.unload()
     return dlp_lora.load(
-        str(default_model()),
+        str(model),
         adapters=folder,
         router=TextRouter(list(ADAPTERS)),
         dtype=torch.float32,
@@ -136,12 +122,34 @@ def make_engine(folder: Path) -> Engine:
         policy=TopP(0.7),
         switching=Switching(min_tokens=1, margin=0.0),
         paths="plain",
+        **settings,
     )
 
 
-def measure(engine: Engine, backend: VLLMBackend, num_tokens: int, questions: Sequence[str]) -> dict[str, Any]:
-    """Asks the cases, one after the other; returns the record. The requests of a case are sent at once, except for two
-    cases, so that answers are compared alone and in batches.
+def measured(
+    engine: Engine, vllm_python: str, num_tokens: int, questions: Sequence[str] = QUESTIONS, *, story: str = STORY
+) -> dict[str, Any]:
+    """Starts vLLM with an engine's model, and asks it all cases; returns the record."""
+    outline = replace(Outline.of(engine), base=replace(Outline.of(engine).base, probe=engine.probe()))
+    arguments = "--dtype float32 --enforce-eager"
+    flags = VLLMFlags(python=vllm_python, max_loras=8, max_context=1024, arguments=arguments)
+    print("starting vLLM", flush=True)
+    needs = Needs.of(outline)
+    with vllm_server(outline, flags, targets=needs.targets, max_rank=needs.max_rank) as server:
+        backend = VLLMBackend(outline, [server.url], settings=VLLMSettings(key=server.key))
+        print(*backend.notes, sep="\n")
+        try:
+            return measure(engine, backend, num_tokens, questions, story)
+        finally:
+            backend.close()
+
+
+def measure(
+    engine: Engine, backend: VLLMBackend, num_tokens: int, questions: Sequence[str], story: str
+) -> dict[str, Any]:
+    """Asks all cases, one after the other; returns the record. The requests of a case are sent at once, except for two
+    cases, so that answers are compared alone and in batches. Prompts under `keep` begin with the story, because vLLM
+    keeps whole blocks.
     """
 
     def request(question: str, *, before: str = "", **changes: Any) -> Request:
@@ -159,16 +167,16 @@ def measure(engine: Engine, backend: VLLMBackend, num_tokens: int, questions: Se
     unsure: dict[str, Any] = {"policy": Only("plain"), "router": _Unsure(engine)}
     cases: dict[str, list[Request]] = {
         "recompute": [request(q) for q in few],
-        "keep": [request(q, before=STORY, kv_policy="keep") for q in few],
+        "keep": [request(q, before=story, kv_policy="keep") for q in few],
         "one adapter": [request(q, **fixed({name: 1.0})) for q, name in zip(few, ADAPTERS, strict=False)],
         "base": [request(q, **fixed({})) for q in few],
         "abstaining": [request(q, **unsure) for q in few],
-        "abstaining, keep": [request(q, before=STORY, kv_policy="keep", **unsure) for q in few],
+        "abstaining, keep": [request(q, before=story, kv_policy="keep", **unsure) for q in few],
         "8 at once": [
             *(request(q) for q in questions[:2]),
-            *(request(q, before=STORY, kv_policy="keep") for q in questions[2:4]),
+            *(request(q, before=story, kv_policy="keep") for q in questions[2:4]),
             *(request(q, **unsure) for q in questions[4:5]),
-            *(request(q, before=STORY, kv_policy="keep", **unsure) for q in questions[5:6]),
+            *(request(q, before=story, kv_policy="keep", **unsure) for q in questions[5:6]),
             *(request(q, **fixed({})) for q in questions[6:7]),
             *(request(q, **fixed({"stabilised": 0.5, "wide": 0.5})) for q in questions[7:]),
         ],
@@ -185,11 +193,9 @@ def measure(engine: Engine, backend: VLLMBackend, num_tokens: int, questions: Se
             flush=True,
         )
     return {
-        "script": "measure_vllm",
         "environment": environment(),
         "vllm": next(iter(backend._replicas)).found.version,
         "dtype": "float32",
-        "model": "SmolLM2-135M-Instruct",
         "adapters": {name: dict(config) for name, config in ADAPTERS.items()},
         "num_tokens": num_tokens,
         "cases": compared,
