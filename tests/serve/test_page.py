@@ -168,7 +168,7 @@ def test_a_key_is_asked_for_and_stays_out_of_the_address(browser: Any, lively_ad
         page.goto(server.address)
         page.get_by_label("API key").fill("wrong")
         page.get_by_role("button", name="Use it").click()
-        page.locator("#status.error").wait_for()
+        page.get_by_role("alert").get_by_text("The key is wrong.").wait_for()
         page.get_by_label("API key").fill(KEY)
         page.get_by_role("button", name="Use it").click()
         page.locator("#adapters > li").nth(1).wait_for()
@@ -199,6 +199,7 @@ def test_the_api_is_described_without_the_network(browser: Any, server: ServerPr
     page.on("request", lambda request: asked.append(request.url))
     page.goto(f"{server.address}/docs")
     page.get_by_text("/v1/load_lora_adapter", exact=True).first.wait_for()
+    assert page.locator("details[open] summary").first.inner_text() == "ChatRequest"  # a body's fields are shown
     assert all(url.startswith(server.address) for url in asked)
     page.close()
 

@@ -26,6 +26,7 @@ function kindOf(schema, parts) {
 function fields(name, parts, seen = new Set()) {
   const schema = parts[name];
   if (!schema?.properties || seen.has(name)) return [];
+  const isBody = !seen.size;
   seen.add(name);
   const rows = Object.entries(schema.properties).map(([field, one]) =>
     element("tr", {},
@@ -36,7 +37,7 @@ function fields(name, parts, seen = new Set()) {
   const table = element("table", {}, element("thead", {}, head), element("tbody", {}, ...rows));
   const refs = JSON.stringify(schema.properties).match(/#\/components\/schemas\/(\w+)/g) ?? [];
   const parts_ = [...new Set(refs.map((ref) => ref.split("/").at(-1)))].flatMap((ref) => fields(ref, parts, seen));
-  return [element("details", { open: seen.size === 1 }, element("summary", { text: name }), table), ...parts_];
+  return [element("details", { open: isBody }, element("summary", { text: name }), table), ...parts_];
 }
 
 function section(path, way, route, parts) {
@@ -55,7 +56,10 @@ try {
   const api = await (await call("/openapi.json")).json();
   const routes = Object.entries(api.paths).flatMap(([path, ways]) =>
     Object.entries(ways).map(([way, route]) => section(path, way, route, api.components.schemas)));
-  byId("routes").replaceChildren(element("p", { text: `${api.info.summary} Version ${api.info.version}.` }), ...routes);
+  byId("routes").replaceChildren(
+    element("p", { text: `${api.info.summary} Version ${api.info.version}.` }),
+    element("p", {}, "If the server has keys, add ", element("code", { text: "-H 'Authorization: Bearer KEY'" }), "."),
+    ...routes);
 } catch (error) {
   byId("status").textContent = error.message;
 }

@@ -165,7 +165,7 @@ async function read(view, answer, body, signal) {
     answer.note = `${tokens} tokens, first after ${Math.round(first)} ms, ${(tokens / seconds).toFixed(1)} tokens/s`;
   } catch (error) {
     answer.note = error.name === "AbortError" ? "stopped" : error.message;
-    if (error instanceof Refusal && error.status === 401) askForKey();
+    if (error instanceof Refusal && error.status === 401) askForKey({ isWrong: hasKey() });
     if (error.name !== "AbortError") say(error.message, true);
   } finally {
     view.element.classList.remove("running");
@@ -211,8 +211,9 @@ function setRunning(isRunning) {
   byId("stop").hidden = !isRunning;
 }
 
-function askForKey() {
+function askForKey({ isWrong = false } = {}) {
   byId("set-key").hidden = false;
+  byId("key-status").textContent = isWrong ? "The key is wrong." : "";
   if (!byId("key-dialog").open) byId("key-dialog").showModal();
 }
 
@@ -222,7 +223,7 @@ async function start() {
     state.model = data.find((model) => model.parent === null).id;
     state.adapters = data.map((model) => model.id).filter((id) => id !== state.model && id !== `${state.model}:base`);
   } catch (error) {
-    if (error instanceof Refusal && error.status === 401) askForKey();
+    if (error instanceof Refusal && error.status === 401) askForKey({ isWrong: hasKey() });
     say(error.message, true);
     return;
   }
@@ -259,7 +260,7 @@ byId("clear").addEventListener("click", () => {
   start();
   byId("prompt").focus();
 });
-byId("set-key").addEventListener("click", askForKey);
+byId("set-key").addEventListener("click", () => askForKey());
 byId("key-form").addEventListener("submit", () => {
   setKey(byId("key").value);
   byId("key").value = "";
