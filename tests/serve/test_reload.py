@@ -264,12 +264,14 @@ def test_an_adapter_that_cannot_take_the_place_of_another_leaves_it_there(
 ) -> None:
     before = running.complete(asked("math"))["choices"][0]["text"]
     rewrite(bundle, base, router, shelf)
+    body = {"lora_name": "math", "lora_path": "math2", "load_inplace": True, "examples": examples("codes")}
     with running.engine.fixed({"math": 1.0}):  # a use of it outside the server, which cannot be given another one
-        refused = running.post(path, {"lora_name": "math", "lora_path": "math2", "load_inplace": True})
+        refused = running.post(path, body)
         assert refused.status_code == 400
         assert "rows still run with the adapter 'math'" in refused.json()["error"]["message"]
         assert running.models == ["math", "poems", "tiny", "tiny:base", "units"]
         assert running.complete(asked("math"))["choices"][0]["text"] == before
+        assert (running.chosen(asked("math")), running.chosen(asked("codes"))) == ({"math"}, set())
     gc.collect()  # the copies of the block's context, which the requests in it have made
     assert running.post(path, {"lora_name": "math", "lora_path": "math2", "load_inplace": True}).status_code == 200
     assert running.complete(asked("math"))["choices"][0]["text"] != before

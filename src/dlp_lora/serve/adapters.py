@@ -78,17 +78,16 @@ class AdapterManager:
                 self._service.backend.check_adapter(folder, name)
             except AdapterError as error:
                 raise invalid(f"lora_path: {error}", "lora_path", "adapter_refused") from error
-            router = self._service.call.router
+            call, tasks = self._service.call, self._tasks
             if body.examples:
                 examples = tuple(Example(prompt=one.prompt, answer=one.answer) for one in body.examples)
                 task = Task(name=name, train=examples, test=())
-                router = _taught(router, task)
+                call, tasks = replace(call, router=_taught(call.router, task)), {**tasks, name: task}
             self._service.backend.put_adapters({name: folder})
+            # Nothing fails from here on, so an adapter and the router that was taught its examples come together.
+            self._service.call, self._tasks = call, tasks
             self._loaded.add(name)
-            if body.examples:
-                self._tasks[name] = task
-                self._use(router)
-            is_routed = router is not None and name in router.names
+            is_routed = call.router is not None and name in call.router.names
             LOGGER.info("adapter loaded", extra={"adapter": name, "is_routed": is_routed})
             unknown = "the router does not know it and never chooses it: give examples, or ask for it by name"
             how = "the router may choose it" if is_routed else unknown
@@ -117,7 +116,7 @@ class AdapterManager:
             self._loaded.discard(name)
             router = self._service.call.router
             if self._tasks.pop(name, None) is not None and isinstance(router, MiniMLP) and len(router.names) > 1:
-                self._use(remove_tasks(router, [name]))
+                self._service.call = replace(self._service.call, router=remove_tasks(router, [name]))
             LOGGER.info("adapter unloaded", extra={"adapter": name})
         return {
             "message": f"Success: LoRA adapter {name!r} removed.",
@@ -169,8 +168,7 @@ class AdapterManager:
             settings = replace(bundle.settings, **self._choices)
             changed = {*added, *replaced, *(rewritten & there)}
             self._service.backend.put_adapters({name: bundle.adapters[name] for name in sorted(changed)})
-            with self._service.lock:
-                self._service.call = replace(self._service.call, router=router, settings=settings)
+            self._service.call = replace(self._service.call, router=router, settings=settings)
             for name in removed:
                 self._remove(name)
             self._files, self._tasks = files, tasks
@@ -186,10 +184,6 @@ class AdapterManager:
     def _remove(self, name: str) -> None:
         self._service.backend.remove_adapter(name)
         self._service.metrics.forget(name)
-
-    def _use(self, router: Router | None) -> None:
-        with self._service.lock:
-            self._service.call = replace(self._service.call, router=router)
 
     def _check_name(self, name: str, folder: Path) -> None:
         self._service.names.check_free(name)

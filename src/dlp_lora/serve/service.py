@@ -1,6 +1,5 @@
 """The service: a backend, the checks of requests to it, and the names that clients may see."""
 
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -95,7 +94,6 @@ class Service:
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.backend.stats)
-        self.lock = threading.Lock()  # of changes to `call`
 
     def visible(self, access: Access) -> tuple[str, ...]:
         """The adapters for a key."""
