@@ -228,6 +228,50 @@ def test_a_name_that_leads_here_from_elsewhere_is_refused(server: ServerProcess)
         assert client.recv(1000).startswith(b"HTTP/1.1 200 OK")
 
 
+@pytest.mark.parametrize(
+    "path, fields, message",
+    [
+        (CHAT, {"temperature": -1}, "temperature: must be at least 0, got -1"),
+        (CHAT, {"max_tokens": 1.5}, "max_tokens: must be an integer, got 1.5"),
+        (CHAT, {"stream": "yes"}, "stream: must be true or false, got 'yes'"),
+        (CHAT, {"messages": None}, "messages: must be a list, got null"),
+        (CHAT, {"messages": []}, "messages: the list must have 1 or more items, got 0"),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": 3}]},
+            "messages.0.content: must be a string or a list, got 3",
+        ),
+        (CHAT, {"messages": [{"role": "user"}]}, "messages.0: a message needs content"),
+        (CHAT, {"stop": ["a"] * 17}, "stop: the list must have at most 16 items, got 17"),
+        (CHAT, {"stop": 5}, "stop: must be a string or a list, got 5"),
+        (
+            CHAT,
+            {"tool_choice": "always"},
+            "tool_choice: must be 'none', 'auto' or 'required' or an object, got 'always'",
+        ),
+        (CHAT, {"tool_choice": {"type": "function"}}, "tool_choice.function: this field is required"),
+        (CHAT, {"dlp": "x"}, "dlp: must be an object, got 'x'"),
+        (CHAT, {"best_of": 2}, "best_of: not supported; leave it out"),
+        (
+            CHAT,
+            {"dlp": {"switching": {"mergin": 1}}},
+            "dlp.switching.mergin: there is no such field; there are min_tokens",
+        ),
+        (COMPLETIONS, {"prompt": [-1]}, "prompt.0: must be at least 0, got -1"),
+        (COMPLETIONS, {"prompt": []}, "prompt: the list must have 1 or more items, got 0"),
+    ],
+)
+def test_a_wrong_value_is_said_with_what_would_be_right(
+    server: ServerProcess, path: str, fields: Any, message: str
+) -> None:
+    body = {"messages": MESSAGES, "prompt": "x", **fields}
+    assert refused(server.post(path, body), 400, message.split(":")[0]).startswith(message)
+
+
+def test_a_body_that_is_no_object_is_said_to_be_none(server: ServerProcess) -> None:
+    assert refused(server.post(CHAT, [1]), 400) == "the body must be an object, got a list"
+
+
 def test_what_does_not_fit_the_context_is_refused_with_its_code(server: ServerProcess) -> None:
     for body in (
         {"prompt": "x" * 600},

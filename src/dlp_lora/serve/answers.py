@@ -84,7 +84,8 @@ class Answers:
                 self._service.metrics.aborted.labels("deadline").inc()
                 raise APIError(
                     504,
-                    f"the answer took longer than {self._asked.deadline_s:g} s",
+                    f"the answer took longer than {self._asked.deadline_s:g} s; request a shorter one, or allow more "
+                    "time (dlp.deadline_s, or --deadline-s at the server's start)",
                     type="server_error",
                     code="deadline_exceeded",
                 )

@@ -30,6 +30,7 @@ from dlp_lora.serve.logprobs import token_text
 from dlp_lora.serve.middleware import Gate
 from dlp_lora.serve.schema import ChatRequest, CompletionRequest
 from dlp_lora.serve.service import Asked, Service
+from dlp_lora.serve.trace import rounded
 from dlp_lora.serve.wire import END, HEADERS, error_event, events, usage_event, usage_of
 
 PAGE = Path(__file__).parent / "page"
@@ -135,7 +136,7 @@ def _generation(service: Service) -> APIRouter:
         return {
             "model": routed.choice.asked,
             "mixture": dict(opening.mixture),
-            "probabilities": dict(opening.probabilities),
+            "probabilities": rounded(opening.probabilities),
             "abstained": opening.abstained,
             "questions": list(routed.questions),
             "route_ms": round(opening.route_ms, 3),

@@ -1,5 +1,6 @@
 """Errors of requests in OpenAI's format: a status, and an `error` object."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -65,9 +66,12 @@ def unsupported(param: str, message: str) -> APIError:
 
 def too_long(num_tokens: str, num_new: int, limit: int, param: str) -> APIError:
     """A prompt that leaves no room for its answer. Clients look for "maximum context length is"."""
+    answer, remedy = "", "so that an answer fits"
+    if num_new > 1:
+        answer, remedy = f", and you requested an answer of {num_new}", "or request a shorter answer"
     return invalid(
-        f"This model's maximum context length is {limit} tokens. However, you requested {num_new} tokens of an answer "
-        f"to a prompt of {num_tokens}. Shorten the prompt or ask for a shorter answer.",
+        f"This model's maximum context length is {limit} tokens. However, the prompt has {num_tokens}{answer}. "
+        f"Shorten the prompt {remedy}.",
         param,
         "context_length_exceeded",
     )
@@ -102,16 +106,65 @@ def of_exception(error: BaseException, request_id: str) -> APIError:
 
 def of_validation(errors: Sequence[Mapping[str, Any]]) -> APIError:
     """A request that does not have the API's form; `errors` are pydantic's."""
-    # If a field may have several types, there is an error for each: the deepest one is the most exact.
-    error = max(errors, key=lambda error: (error["type"] == "unsupported", len(error["loc"])))
-    context = error.get("ctx", {})
-    places = [str(part) for part in error["loc"] if isinstance(part, int) or part.isidentifier()]
-    places = [place for place in places if place not in KINDS] + ([context["field"]] if "field" in context else [])
-    where = ".".join(places) or None
+    # A field with several types has an error for each. One with the right type and a wrong value comes first, then the
+    # deepest, which is the most exact.
+    error = max(errors, key=lambda e: (e["type"] == "unsupported", e["type"] not in TYPES, len(_places(e))))
     if error["type"] == "missing" and tuple(error["loc"]) == ("body",):
         return invalid("the request has no body; send a JSON object", code="invalid_body")
-    message = f"{where}: {error['msg']}" if where else str(error["msg"])
+    where = ".".join(_places(error)) or None
+    types = [TYPES[e["type"]] for e in errors if e["type"] in TYPES and _places(e) == _places(error)]
+    context = error.get("ctx", {})
+    if error["type"] in TYPES:
+        expected = " or ".join(dict.fromkeys(types)).format_map(context)
+        message = f"must be {expected}, got {_shown(error['input'])}"
+    elif error["type"] in RULES:
+        limits = {n: int(v) if isinstance(v, float) and v.is_integer() else v for n, v in context.items()}
+        message = RULES[error["type"]].format_map({**limits, "found": _shown(error["input"])})
+    else:
+        message = error["msg"]
+    message = f"{where}: {message}" if where else message.replace("must be", "the body must be", 1)
     return unsupported(where or "", message) if error["type"] == "unsupported" else invalid(message, where)
 
 
-KINDS = ("body", "str", "int", "float", "list", "dict")  # stand among pydantic's places, and are no fields
+# By the types of pydantic's errors: the types of fields, and the rules for values of the right type.
+TYPES = {
+    "string_type": "a string",
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "dict_type": "an object",
+    "model_type": "an object",
+    "model_attributes_type": "an object",
+    "literal_error": "{expected}",
+}
+RULES = {
+    "missing": "this field is required",
+    "greater_than_equal": "must be at least {ge}, got {found}",
+    "greater_than": "must be more than {gt}, got {found}",
+    "less_than_equal": "must be at most {le}, got {found}",
+    "less_than": "must be less than {lt}, got {found}",
+    "too_short": "the list must have {min_length} or more items, got {actual_length}",
+    "too_long": "the list must have at most {max_length} items, got {actual_length}",
+    "string_too_short": "must have {min_length} or more characters, got {found}",
+    "string_too_long": "must have at most {max_length} characters, got {found}",
+    "string_pattern_mismatch": "must match {pattern}, got {found}",
+}
+KINDS = ("body", "str", "int", "float", "list", "dict", "NamedTool")  # in pydantic's places, but not fields
+MAX_SHOWN = 60  # characters
+
+
+def _places(error: Mapping[str, Any]) -> list[str]:
+    """The path of the field that an error is about."""
+    places = [str(part) for part in error["loc"] if isinstance(part, int) or part.isidentifier()]
+    context = error.get("ctx", {})
+    return [place for place in places if place not in KINDS] + ([context["field"]] if "field" in context else [])
+
+
+def _shown(value: Any) -> str:
+    """A value of a request in a message, shortened."""
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "an object"
+    text = repr(value) if isinstance(value, str) else json.dumps(value, default=repr)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."

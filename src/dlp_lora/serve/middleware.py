@@ -120,7 +120,11 @@ class Gate:
 
     def _too_large(self) -> APIError:
         megabytes = self._service.settings.max_body_mb
-        return APIError(413, f"the body is larger than {megabytes:g} MB", code="body_too_large")
+        return APIError(
+            413,
+            f"the body is larger than {megabytes:g} MB; send less, or start the server with a larger --max-body-mb",
+            code="body_too_large",
+        )
 
     def _note(self, scope: Scope, request_id: str, status: int, seconds: float, log: Mapping[str, Any]) -> None:
         route = scope.get("route")

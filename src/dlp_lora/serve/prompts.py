@@ -59,7 +59,8 @@ class PromptEncoder:
             )
         if continues and messages[-1]["role"] != "assistant":
             raise invalid(
-                "continue_final_message: the last message must be the assistant's, whose text is gone on with",
+                "continue_final_message: the last message must be from the assistant, so that its text continues; got "
+                f"one from the {messages[-1]['role']}",
                 "continue_final_message",
             )
         if tools and not self.reads_tools:

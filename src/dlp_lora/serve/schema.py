@@ -70,7 +70,7 @@ class Body(BaseModel):
             # Types count, too: True equals 1, but `use_beam_search=False` is not one beam.
             neutral = any(value == other and type(value) is type(other) for other in REFUSED.get(name, ()))
             if name in REFUSED and value is not None and not neutral:
-                raise PydanticCustomError("unsupported", "{field} is not supported; leave it out", {"field": name})
+                raise PydanticCustomError("unsupported", "not supported; leave it out", {"field": name})
         return self
 
 
@@ -78,6 +78,17 @@ class Closed(BaseModel):
     """An object of this server, without unknown fields: a misspelt field would be lost."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _knows(cls, data: Any) -> Any:
+        if isinstance(data, dict) and (unknown := sorted(data.keys() - cls.model_fields.keys())):
+            raise PydanticCustomError(
+                "unknown_field",
+                "there is no such field; there are {fields}",
+                {"field": unknown[0], "fields": ", ".join(cls.model_fields)},
+            )
+        return data
 
 
 class SwitchingOptions(Closed):
@@ -157,7 +168,7 @@ class TextPart(Body):
                 "unsupported", "parts of type {kind} are not supported; send text", {"kind": self.type}
             )
         if self.text is None:
-            raise PydanticCustomError("missing", "a part of type text needs text")
+            raise PydanticCustomError("incomplete", "a part of type text needs text")
         return self
 
 
@@ -188,7 +199,7 @@ class ChatMessage(Body):
     @model_validator(mode="after")
     def _has_content(self) -> "ChatMessage":
         if self.content is None and not (self.role == "assistant" and self.tool_calls):
-            raise PydanticCustomError("missing", "a message needs content")
+            raise PydanticCustomError("incomplete", "a message needs content")
         return self
 
 

@@ -246,8 +246,8 @@ class Service:
             if tools and getattr(self.encoder.tokenizer, "response_template", None) is None:
                 raise unsupported(
                     "tool_choice",
-                    "tool_choice: 'auto', which tools alone ask for, needs a tokenizer with a response template to "
-                    'tell calls from text; use "required", "none" or the name of a function',
+                    "tool_choice: 'auto', the default with tools, needs a tokenizer with a response template, which "
+                    'tells calls from text; use "required", "none" or a function',
                 )
             return grammar
         if grammar is not None:

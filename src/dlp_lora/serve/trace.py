@@ -15,7 +15,7 @@ def start_of(start: SentenceStart) -> SentenceTrace:
         "start": start.position,
         "offset": start.offset,
         "mixture": dict(start.mixture),
-        "probabilities": _rounded(start.probabilities),
+        "probabilities": rounded(start.probabilities),
         "switched": start.switched,
         "abstained": start.abstained,
         "route_ms": round(start.route_ms, 3),
@@ -35,7 +35,7 @@ def sentences_of(trace: Sequence[Sentence], num_characters: int | None = None) -
             "start": sentence.start,
             "offset": offset,
             "mixture": dict(sentence.mixture),
-            "probabilities": _rounded(sentence.probabilities),
+            "probabilities": rounded(sentence.probabilities),
             "switched": sentence.switched,
             "abstained": sentence.abstained,
             "route_ms": round(sentence.route_ms, 3),
@@ -55,5 +55,6 @@ def _with_left_out(fields: SentenceTrace, mixture: Mixture) -> SentenceTrace:
     return {**fields, "left_out": list(mixture.left_out)} if mixture.left_out else fields
 
 
-def _rounded(probabilities: Mapping[str, float]) -> dict[str, float]:
+def rounded(probabilities: Mapping[str, float]) -> dict[str, float]:
+    """The probabilities for a client."""
     return {name: round(p, 6) for name, p in probabilities.items()}
