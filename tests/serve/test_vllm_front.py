@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from dlp_lora.serve.server import local_service, make_service
 from dlp_lora.serve.service import Service
 from dlp_lora.serve.settings import ServerSettings
 from dlp_lora.serve.vllm.backend import VLLMBackend, VLLMSettings
-from dlp_lora.serve.vllm.process import RANKS, VLLMFlags, command, slot_bytes, slot_rank, vllm_server
+from dlp_lora.serve.vllm.process import RANKS, VLLMFlags, command, reason, slot_bytes, slot_rank, vllm_server
 from serving import double_engine, extra_adapters, over_http
 from vllm_stand_in import Fault, StandIn, standing_in
 
@@ -265,8 +264,52 @@ def test_the_command_has_the_flags_that_a_bundle_needs(model: Path, lively_adapt
         "--lora-target-modules q_proj v_proj",
     ):
         assert part in text
-    with pytest.raises(ModelError, match="vLLM is not installed beside this Python"):
-        command(outline, replace(flags, python=None), targets=[], max_rank=14, port=8001)
+
+
+@pytest.mark.parametrize("python", [None, sys.executable])
+def test_an_environment_without_vllm_is_named(model: Path, lively_adapters: Path, python: str | None) -> None:
+    outline = read_outline(base_model=str(model), adapters=lively_adapters)
+    named = f"vLLM is not installed beside {python or 'this Python'}: pip install vllm there"
+    with (
+        pytest.raises(ModelError, match=re.escape(named)),
+        vllm_server(outline, VLLMFlags(python=python), targets=["q_proj"], max_rank=4),
+    ):
+        pass
+
+
+# Lines that vLLM 0.32 wrote.
+CORE = """
+(EngineCore pid=19263) ERROR 11-30 03:54:18 [core.py:1510] ValueError: To serve at least one request
+    raise ValueError(
+ValueError: To serve at least one request, 0.18 GiB KV cache is needed
+(APIServer pid=19203) INFO 11-30 03:54:18 [importing.py:68] Triton not installed
+Traceback (most recent call last):
+    raise RuntimeError(
+RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {'EngineCore': 1}
+warnings.warn('resource_tracker: There appear to be %d '
+"""
+CONFIG = """
+pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig
+  Value error, User-specified max_model_len (1000000) is greater than the derived max_model_len
+    For further information visit https://errors.pydantic.dev
+"""
+
+
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [
+        (CORE, "ValueError: To serve at least one request, 0.18 GiB KV cache is needed"),
+        (CONFIG, "ModelConfig Value error, User-specified max_model_len (1000000) is greater than the derived"),
+        (
+            "usage: api_server.py\napi_server.py: error: unrecognized arguments: --x",
+            "error: unrecognized arguments: --x",
+        ),
+        ("(Worker pid=7) torch.OutOfMemoryError: CUDA out of memory.\nbye", "OutOfMemoryError: CUDA out of memory."),
+        ("", "it wrote nothing"),
+    ],
+)
+def test_the_cause_is_found_in_vllms_output(output: str, expected: str) -> None:
+    assert expected in reason([line for line in output.splitlines() if line])
 
 
 @pytest.mark.parametrize("option", ["--cache-dir=folder", "--trust-remote-code", "--revision=v1", "--budget-mb=3"])

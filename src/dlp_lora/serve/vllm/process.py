@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import os
+import re
 import secrets
 import shlex
 import signal
@@ -25,10 +26,11 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM's slots
 TOGETHER = (frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"gate_proj", "up_proj"}))
 STOP_S = 20.0
 POLL_S = 0.2
-NOT_THERE = (
-    "vLLM is not installed beside this Python: pip install vllm, give --vllm-python the Python of an environment that "
-    "has it, or --backend-url the address of a server"
-)
+KEPT_LINES = 500  # of vLLM's output: the error of a worker comes long before the last one
+# An error's name begins a line; "(EngineCore pid=7) " may stand before it.
+ERROR = re.compile(r"(\([^)]*\) )?[\w.]*(Error|Exception)\b")
+POINTS_UP = "See root cause above"
+HAS_VLLM = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,16 +81,9 @@ def slot_bytes(
 
 def command(outline: Outline, flags: VLLMFlags, *, targets: Collection[str], max_rank: int, port: int) -> list[str]:
     """Returns the command that starts a server for a bundle, whose adapters change layers with names that end in
-    `targets`.
-
-    Raises:
-        ModelError: if vLLM is not installed.
-    """
-    python = flags.python or sys.executable
-    if flags.python is None and importlib.util.find_spec("vllm") is None:
-        raise ModelError(NOT_THERE)
+    `targets`."""
     return [
-        *(python, "-m", "vllm.entrypoints.openai.api_server"),
+        *(flags.python or sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", outline.source, "--host", "127.0.0.1", "--port", str(port)),
         *("--enable-lora", "--max-lora-rank", str(slot_rank(max_rank)), "--max-loras", str(flags.max_loras)),
         *("--max-cpu-loras", str(4 * flags.max_loras), "--enable-prompt-tokens-details"),
@@ -96,6 +91,20 @@ def command(outline: Outline, flags: VLLMFlags, *, targets: Collection[str], max
         *(() if flags.max_context is None else ("--max-model-len", str(flags.max_context))),
         *shlex.split(flags.arguments),
     ]
+
+
+def has_vllm(python: str | None) -> bool:
+    """Returns whether vLLM is installed in the environment of a Python; None is this one.
+
+    Raises:
+        ModelError: if there is no such Python.
+    """
+    if python is None:
+        return importlib.util.find_spec("vllm") is not None
+    try:
+        return subprocess.run([python, "-c", HAS_VLLM], capture_output=True, check=False).returncode == 0
+    except OSError as error:
+        raise ModelError(f"vLLM cannot be started: {error}") from error
 
 
 @contextmanager
@@ -119,6 +128,11 @@ def vllm_server(
     Raises:
         ModelError: if it is not installed, or ends before it can answer.
     """
+    if not has_vllm(flags.python):
+        raise ModelError(
+            f"vLLM is not installed beside {flags.python or 'this Python'}: pip install vllm there, give --vllm-python "
+            "the Python of an environment that has it, or --backend-url the address of a server"
+        )
     port, key = _free_port(), secrets.token_urlsafe(24)
     arguments = command(outline, flags, targets=targets, max_rank=max_rank, port=port)
     env = {**os.environ, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_API_KEY": key, "PYTHONUNBUFFERED": "1"}
@@ -128,7 +142,7 @@ def vllm_server(
         )
     except OSError as error:
         raise ModelError(f"vLLM cannot be started: {error}") from error
-    lines: deque[str] = deque(maxlen=50)
+    lines: deque[str] = deque(maxlen=KEPT_LINES)
     reader = threading.Thread(target=_read, args=(process, lines, on_line), daemon=True)
     reader.start()
     try:
@@ -137,7 +151,7 @@ def vllm_server(
             while not _is_up(url):
                 if process.poll() is not None:
                     reader.join(1)
-                    raise ModelError(f"vLLM ended with {process.returncode} before it could answer: {_reason(lines)}")
+                    raise ModelError(f"vLLM ended with {process.returncode} before it could answer: {reason(lines)}")
                 time.sleep(POLL_S)
             yield Running(url=url, key=key)
     finally:
@@ -173,10 +187,13 @@ def _is_up(url: str) -> bool:
         return False
 
 
-def _reason(lines: Sequence[str]) -> str:
-    """The last error in its output."""
-    errors = [line for line in lines if "Error" in line]
-    return (errors or list(lines) or ["it wrote nothing"])[-1].strip()
+def reason(lines: Sequence[str]) -> str:
+    """The last error in vLLM's output that does not only point to one above, with the indented line below it."""
+    lines = list(lines) or ["it wrote nothing"]
+    errors = [i for i, line in enumerate(lines) if ERROR.match(line)]
+    last = next((i for i in reversed(errors) if POINTS_UP not in lines[i]), len(lines) - 1)
+    more = [line for line in lines[last + 1 : last + 2] if line.startswith(" ")]
+    return " ".join(line.strip() for line in (lines[last], *more))
 
 
 def _end(process: "subprocess.Popen[str]") -> None:
