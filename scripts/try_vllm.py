@@ -50,9 +50,10 @@ def main() -> None:
     print("the server has ended" if code == 0 else f"the server ended with {code}")
     engine = dlp_lora.load(options.bundle)
     for question, answer in zip(QUESTIONS, answers, strict=True):
-        own = engine.generate([{"role": "user", "content": question}], max_new_tokens=options.tokens, do_sample=False)
-        same = "the same as" if own.text == answer else f"not {own.text!r}, the answer of"
-        print(f"{question} {same} the model in this process")
+        chat = [{"role": "user", "content": question}]
+        here = engine.generate(chat, max_new_tokens=options.tokens, do_sample=False)
+        same = "the same answer" if here.text == answer else f"another answer, {here.text!r},"
+        print(f"{question} {same} as from the model in this process")
 
 
 def wait_for_address(process: "subprocess.Popen[str]") -> str:
@@ -69,10 +70,11 @@ def wait_for_address(process: "subprocess.Popen[str]") -> str:
 def ask(address: str, question: str, num_tokens: int) -> str:
     """Asks a question; shows the answer by sentence, and gives its text."""
     body = {"model": "demo", "messages": [{"role": "user", "content": question}], "max_tokens": num_tokens}
+    print(question, flush=True)
     started = time.perf_counter()
     answer = httpx.post(f"{address}/v1/chat/completions", json={**body, "temperature": 0}, timeout=300).json()
     (choice,) = answer["choices"]
-    print(f"{question}  ({answer['usage']['completion_tokens']} tokens, {time.perf_counter() - started:.1f} s)")
+    print(f"    {answer['usage']['completion_tokens']} tokens, {time.perf_counter() - started:.1f} s")
     for sentence in choice["dlp"]["trace"]:
         used = ", ".join(f"{name} {weight:.0%}" for name, weight in sentence["mixture"].items()) or "base model"
         print(f"    {sentence['text'].strip()!r:<60} {used}")
