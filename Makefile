@@ -52,8 +52,8 @@ site: $(READY)  ## build the docs' site into site/ and check its links
 bench: $(READY)  ## the speed records of results/
 	$(BIN)/dlp-lora bench suite --threads 1 --out results
 
-bench-gpu: $(READY)  ## the same on a GPU, into results/gpu, and then the server with PyTorch and with vLLM, which must be installed (TORCH=... picks a CUDA build); MODEL=... takes another base
-	$(BIN)/dlp-lora bench suite --preset gpu --out results/gpu $(if $(MODEL),--model $(MODEL))
+bench-gpu: $(READY)  ## the same on a GPU, into results/gpu, and then the server with PyTorch and with vLLM, which must be installed, there or in the environment of VLLM_PYTHON=... (TORCH=... picks a CUDA build); MODEL=... takes another base
+	$(BIN)/dlp-lora bench suite --preset gpu --out results/gpu $(if $(MODEL),--model $(MODEL)) $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON))
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) runs build dist site

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from dlp_lora.cli.bench import COLUMNS, LABELS, cell, table_of_record
 from dlp_lora.cli.common import console
 from dlp_lora.cli.generate import routing_table, say_answer
 from dlp_lora.cli.tables import show_table, tables
+from dlp_lora.lab.bench.suite import PRESETS
 from dlp_lora.tasks import Example, Task, write_task
 
 QUICK = ("--max-new-tokens", "8")
@@ -772,6 +774,8 @@ def test_no_number_of_a_benchmark_is_cut_at_80_columns(name: str, data: st.DataO
     assert "…" not in text
     for row in record["rows"]:
         for key in set(COLUMNS[name].values()) - set(LABELS):
+            if all(other[key] is None for other in record["rows"]):
+                continue
             assert f" {cell(row, key)} " in text.replace("\n", " ")
 
 
@@ -779,6 +783,35 @@ def test_all_columns_of_a_benchmark_are_in_one_table_where_there_is_room() -> No
     rows = [dict.fromkeys(COLUMNS["decode"].values(), 1.5) | {"name": "base", "dtype": "float32"}]
     (table,) = tables(table_of_record({"benchmark": "decode", "rows": rows}), 200)
     assert [column.header for column in table.columns] == list(COLUMNS["decode"])
+
+
+def test_a_column_without_a_value_is_left_out_and_a_claim_is_a_word() -> None:
+    rows = [{"name": "start", "start_s": 2.5}, {"name": "load", "streams": 4, "metrics_agree": True}]
+    table = table_of_record({"benchmark": "serve", "rows": rows})
+    assert [column.name for column in table.columns] == ["variant", "streams", "metrics agree", "start, s"]
+    assert [tuple(row) for row in table.rows] == [("start", "–", "–", "2.5"), ("load", "4", "yes", "–")]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_the_suite_of_a_gpu_says_what_it_needs(work: Path, tmp_path: Path) -> None:
+    result = run("bench", "suite", "--model", work / "model", "--out", tmp_path, "--preset", "gpu")
+    assert result.exit_code == 1
+    assert "the preset gpu needs a GPU, and a PyTorch that can use it: there is no device 'cuda'" in result.stderr
+
+
+def test_a_missing_vllm_is_found_before_the_first_benchmark(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("fastapi", reason="needs the extra serve: pip install 'dlp-lora[serve]'")
+    on_cpu = replace(PRESETS["gpu"], device="cpu", dtypes=("float32",))
+    monkeypatch.setitem(PRESETS, "gpu", on_cpu)
+    suite = ("bench", "suite", "--model", work / "model", "--out", tmp_path, "--preset", "gpu")
+    result = run(*suite, "--only", "decode,serve,serve_vllm", "--vllm-python", sys.executable)
+    assert result.exit_code == 1
+    line = " ".join(result.stderr.split())
+    assert f"serve_vllm needs vLLM, which is not installed beside {sys.executable}: pip install vllm there" in line
+    assert line.endswith("; to leave it out, choose --only decode,serve")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_suite_writes_a_record_of_each_benchmark(work: Path, tmp_path: Path) -> None:

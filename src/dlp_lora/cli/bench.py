@@ -1,6 +1,6 @@
 """The bench commands."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
+from dlp_lora.bank.device import choose_device
 from dlp_lora.bank.paths import Paths
-from dlp_lora.cli.common import DataOption, ModelOption, base_model, console, say
+from dlp_lora.cli.common import DataOption, ModelOption, base_model, check_serve_extra, console, say
 from dlp_lora.cli.options import with_options, words
 from dlp_lora.cli.progress import progress
 from dlp_lora.cli.tables import show_table
@@ -24,7 +25,7 @@ from dlp_lora.lab.bench.prefill import PrefillArgs, bench_prefill
 from dlp_lora.lab.bench.routers import RoutersArgs, bench_routers
 from dlp_lora.lab.bench.serve import ServeArgs, bench_serve
 from dlp_lora.lab.bench.soak import SoakArgs, bench_soak
-from dlp_lora.lab.bench.suite import PRESETS
+from dlp_lora.lab.bench.suite import PRESETS, Preset
 from dlp_lora.lab.bench.suite import suite as all_benchmarks
 from dlp_lora.lab.bench.switch import SwitchArgs, bench_switch
 from dlp_lora.lab.bench.train import TrainArgs, bench_train
@@ -261,6 +262,9 @@ def suite(
     only: Annotated[str | None, typer.Option(help="Comma-separated names of records. [default: all]")] = None,
     prompts: Annotated[str | None, typer.Option(help="Folder of task folders, for prompts and for training.")] = None,
     bundle: Annotated[str | None, typer.Option(help="Bundle for the servers. [default: random adapters]")] = None,
+    vllm_python: Annotated[
+        str | None, typer.Option(help="Python of an environment with vLLM. [default: this one]")
+    ] = None,
     rounds: Annotated[
         int | None, typer.Option(help="Rounds after the warm-up. [default: differs by benchmark]")
     ] = None,
@@ -274,20 +278,50 @@ def suite(
     """
     if preset not in PRESETS:
         raise ValueError(f"no preset {preset!r}; choose {' or '.join(PRESETS)}")
+    try:
+        choose_device(PRESETS[preset].device)
+    except ValueError as error:
+        raise ValueError(f"the preset {preset} needs a GPU, and a PyTorch that can use it: {error}") from error
     benchmarks = all_benchmarks(
-        base_model(model), PRESETS[preset], rounds=rounds, threads=threads, prompts=prompts, bundle=bundle
+        base_model(model),
+        PRESETS[preset],
+        rounds=rounds,
+        threads=threads,
+        prompts=prompts,
+        bundle=bundle,
+        vllm_python=vllm_python,
     )
     chosen = words(only) if only else tuple(benchmarks)
     if unknown := [name for name in chosen if name not in benchmarks]:
         raise ValueError(f"no benchmark {unknown[0]!r}; there are {', '.join(benchmarks)}")
+    _check_servers(PRESETS[preset], chosen, vllm_python)
     for name in chosen:
         output = Output(json_file=out / f"{name}.json", plot=out / f"{name}.svg" if plots else None)
         _run(benchmarks[name], PRESETS[preset].device, output)
 
 
-def _run(measure: Callable[..., dict[str, Any]], device: str, output: Output) -> None:
-    from dlp_lora.bank.device import choose_device
+def _check_servers(preset: Preset, chosen: Sequence[str], vllm_python: str | None) -> None:
+    """Checks that the chosen servers can be started, because they are the last benchmarks of many.
 
+    Raises:
+        ValueError: if packages are missing.
+    """
+    from dlp_lora.serve.vllm.process import has_vllm
+
+    servers = [name for name in chosen if name in preset.servers]
+    if servers:
+        check_serve_extra()
+    on_vllm = [name for name in servers if preset.servers[name].backend == "vllm"]
+    if on_vllm and not has_vllm(vllm_python):
+        others = ",".join(name for name in chosen if name not in on_vllm)
+        raise ValueError(
+            f"{on_vllm[0]} needs vLLM, which is not installed beside {vllm_python or 'this Python'}: pip install vllm "
+            "there, or give --vllm-python the Python of an environment that has it"
+            + (f"; to leave it out, choose --only {others}" if others else "")
+        )
+
+
+def _run(measure: Callable[..., dict[str, Any]], device: str, output: Output) -> None:
     choose_device(device)
     if output.plot is not None:
         check_plot(output.plot)
@@ -319,10 +353,12 @@ def _show(record: dict[str, Any]) -> None:
 
 
 def table_of_record(record: dict[str, Any]) -> Table:
-    """The rows of a benchmark as a table."""
-    columns = COLUMNS[record["benchmark"]]
-    rows = [tuple(cell(row, key) for key in columns.values()) for row in record["rows"]]
-    return table_of("", columns, rows, num_labels=sum(key in LABELS for key in columns.values()))
+    """The rows of a benchmark as a table; without columns that no row has."""
+    rows: list[dict[str, Any]] = record["rows"]
+    known = COLUMNS[record["benchmark"]]
+    columns = {title: key for title, key in known.items() if any(row.get(key) is not None for row in rows)}
+    cells = [tuple(cell(row, key) for key in columns.values()) for row in rows]
+    return table_of("", columns, cells, num_labels=sum(key in LABELS for key in columns.values()))
 
 
 def cell(row: dict[str, Any], key: str) -> str:
@@ -330,6 +366,8 @@ def cell(row: dict[str, Any], key: str) -> str:
     value = row.get(key)
     if value is None:
         return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if f"{key}_min" in row:
         return f"{value:.3f} ({row[f'{key}_min']:.2f}-{row[f'{key}_max']:.2f})"
     if isinstance(value, float):

@@ -164,6 +164,19 @@ class EngineOptions:
     log_text: LogTextOption = False
 
 
+def check_serve_extra() -> None:
+    """Checks that the packages of the server are installed.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    try:
+        import fastapi  # noqa: F401
+        import httpx  # noqa: F401
+    except ImportError as error:
+        raise ValueError('the server needs more packages: pip install "dlp-lora[serve]"') from error
+
+
 def open_engine(options: EngineOptions, hub: HubOptions, *, need_router: bool = True) -> "Engine":
     """Loads the engine that the options describe."""
     from dlp_lora import load

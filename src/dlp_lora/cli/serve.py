@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dlp_lora.cli.answerer import LlamaOptions, check_unused, llama_backend
-from dlp_lora.cli.common import EngineOptions, HubOptions, open_engine, open_outline, say
+from dlp_lora.cli.common import EngineOptions, HubOptions, check_serve_extra, open_engine, open_outline, say
 from dlp_lora.cli.options import with_options
 from dlp_lora.cli.progress import starting
 from dlp_lora.files import name_of
@@ -86,11 +86,7 @@ def serve(
     Examples: `dlp-lora serve --bundle demo/bundle`, or on vLLM
     `dlp-lora serve --bundle demo/bundle --backend vllm --backend-url http://localhost:8001`
     """
-    try:
-        import fastapi  # noqa: F401
-        import httpx  # noqa: F401
-    except ImportError as error:
-        raise ValueError('the server needs more packages: pip install "dlp-lora[serve]"') from error
+    check_serve_extra()
     from dlp_lora.serve.logs import log_as_json
     from dlp_lora.serve.server import listen
     from dlp_lora.serve.server import serve as run

@@ -1,5 +1,6 @@
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -609,7 +610,7 @@ def test_no_figures_are_given_when_the_two_ways_to_train_end_at_other_losses(
 
 
 def test_the_suite_of_a_gpu_differs_by_device_precision_and_batches(model: Path) -> None:
-    found = suite(model, PRESETS["gpu"], rounds=2, threads=1)
+    found = suite(model, PRESETS["gpu"], rounds=2, threads=1, vllm_python="/opt/v llm/bin/python")
     assert list(found) == [
         *("decode", "decode_batch8", "decode_batch32", "decode_all_linear"),
         *("prefill_batch1", "prefill_batch8", "prefill_batch32"),
@@ -622,6 +623,7 @@ def test_the_suite_of_a_gpu_differs_by_device_precision_and_batches(model: Path)
             assert isinstance(args, ServeArgs)
             assert args.backend == "vllm"
             assert "--dtype bfloat16" in args.serve_args
+            assert shlex.split(args.serve_args)[-2:] == ["--vllm-python", "/opt/v llm/bin/python"]
         else:
             assert getattr(args, "dtypes", ("bfloat16",)) == ("bfloat16",)
         assert f"batch{getattr(args, 'batch', 1)}" in name or getattr(args, "batch", 1) == 1

@@ -12,17 +12,20 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 
 import dlp_lora
 from conftest import byte_tokenizer, lively_model
 from dlp_lora import DLPLoRAError, MiniMLP
+from dlp_lora.cli.app import app
 from dlp_lora.engine.bundle import read_bundle
 from dlp_lora.lab.bench import serve, soak
 from dlp_lora.lab.bench.load import Answer, latency, ms_per_token, percentile, tokens_per_s
 from dlp_lora.lab.bench.plot import plot
 from dlp_lora.lab.bench.serve import ServeArgs, bench_serve
-from dlp_lora.lab.bench.server import agree
+from dlp_lora.lab.bench.server import agree, serving
 from dlp_lora.lab.bench.soak import SoakArgs, bench_soak
+from dlp_lora.lab.bench.suite import PRESETS
 from dlp_lora.progress import unseen
 from dlp_lora.router import MiniMLPConfig
 from serving import double_engine
@@ -124,6 +127,26 @@ def test_a_server_gets_the_options_of_its_backend(bundle: Path, settings: dict[s
     dtype = next(iter(args.dtypes), None)
     case = serve._Case(model="m", args=args, dtype=dtype, bundle=read_bundle(bundle), on_progress=unseen)
     assert case.options() == ["--model", "m", *expected]
+
+
+@pytest.mark.parametrize("name", PRESETS["gpu"].servers)
+def test_the_serve_command_takes_the_options_of_the_gpu_preset(bundle: Path, name: str) -> None:
+    args = replace(PRESETS["gpu"].servers[name], device="cuda").with_defaults()
+    dtype = next(iter(args.dtypes), None)
+    case = serve._Case(model="m", args=args, dtype=dtype, bundle=read_bundle(bundle), on_progress=unseen)
+    command: Any = typer.main.get_command(app)
+    parsed = command.commands["serve"].make_context("serve", [*case.options(), "--bundle", "b"]).params
+    assert parsed["backend"] == args.backend
+    assert (parsed["max_batch"], parsed["vllm_max_loras"]) in ((32, 16), (None, 32))
+
+
+def test_a_server_that_does_not_start_is_one_error(bundle: Path) -> None:
+    options = ["--bundle", str(bundle), "--backend", "vllm", "--vllm-python", "/nowhere/python"]
+    with (
+        pytest.raises(DLPLoRAError, match=r"^the server did not start: vLLM cannot be started: .*'/nowhere/python'"),
+        serving(options, model="x", threads=1),
+    ):
+        pass
 
 
 def test_a_server_is_measured_beside_the_engine(

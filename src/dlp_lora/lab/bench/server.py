@@ -169,4 +169,4 @@ def _address(process: "subprocess.Popen[bytes]", log: Path) -> str:
 
 def _last_line(text: str) -> str:
     lines = [line.strip("│╭╮╰╯─ ") for line in text.splitlines()]
-    return next((line for line in reversed(lines) if line), "it says nothing")
+    return next((line.removeprefix("error: ") for line in reversed(lines) if line), "it says nothing")

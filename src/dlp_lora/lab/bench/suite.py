@@ -1,5 +1,6 @@
 """All benchmarks, with settings for a CPU or for a GPU."""
 
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -60,10 +61,12 @@ def suite(
     threads: int | None = None,
     prompts: str | None = None,
     bundle: str | None = None,
+    vllm_python: str | None = None,
 ) -> dict[str, Callable[..., dict[str, Any]]]:
     """Gives the benchmarks ready to run, by the names of their records; each takes `on_progress` and gives a record.
 
-    Servers serve the bundle, or random adapters.
+    Servers serve the bundle, or random adapters; `vllm_python` is the Python of an environment with vLLM, if it is not
+    this one.
     """
     how: dict[str, Any] = {"device": preset.device, "threads": threads}
     if rounds is not None:
@@ -86,10 +89,16 @@ def suite(
         "peers": partial(bench_peers, model, PeersArgs(**one)),
         "train": partial(bench_train, model, _tasks(prompts), TrainArgs(**how)),
         **{
-            name: partial(bench_serve, model, replace(args, bundle=bundle, **how))
+            name: partial(bench_serve, model, replace(_with_vllm(args, vllm_python), bundle=bundle, **how))
             for name, args in preset.servers.items()
         },
     }
+
+
+def _with_vllm(args: ServeArgs, python: str | None) -> ServeArgs:
+    if python is None or args.backend != "vllm":
+        return args
+    return replace(args, serve_args=f"{args.serve_args} --vllm-python {shlex.quote(python)}")
 
 
 def _tasks(data: str | None) -> list[Task]:
