@@ -389,6 +389,24 @@ def _serial(*, whole: bool) -> str:
     return _table(columns, [{"method": name} for name in SERIAL])
 
 
+def _dependent() -> str:
+    """Prompts whose second part needs the first, with an adapter for them: right answers of each kind, by each way."""
+    scores = _record("dependent")["banks"]["with two_steps"]
+
+    def right(way: str) -> Cell:
+        def text(row: Mapping[str, Any]) -> str:
+            found = scores[way][row["kind"]]
+            low, high = found["interval"]
+            return f"{100 * found['right']:.0f} ({100 * low:.0f}-{100 * high:.0f})"
+
+        return text
+
+    columns: dict[str, Cell] = {"kind": lambda row: row["kind"].replace("_", " ")}
+    columns |= {f"`{way}`" if way != "by-sentence" else "by sentence": right(way) for way in scores}
+    columns["cut"] = lambda row: f"{100 * scores['apart'][row['kind']]['cut']:.0f} %"
+    return _table(columns, [{"kind": kind} for kind in scores["apart"]])
+
+
 ABLATIONS = (
     *("dlp", "oracle", "base", "never-abstain", "top1", "p0.3", "p0.9", "p1.0", "paper-weights", "prompt-only"),
     *("recompute", "by-sentence", "uniform", "random"),
@@ -549,6 +567,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tasks26-by-task": partial(_by_task, "lora_r64/joined"),
     "tasks26-serial": partial(_serial, whole=False),
     "tasks26-serial-whole": partial(_serial, whole=True),
+    "dependent": _dependent,
     "ablations": _ablations,
     "demo": _demo,
     "router-targets": _targets,

@@ -6,7 +6,7 @@ import torch
 
 from conftest import WORDS, WordRouter
 from dlp_lora import Context, Engine, Switching, TopK
-from dlp_lora.router.questions import in_turn, questions_of, read_in_turn, route
+from dlp_lora.router.questions import in_turn, questions_apart, questions_of, read_in_turn, route
 from dlp_lora.sentences import LineSegmenter
 
 MakeEngine = Callable[..., Engine]
@@ -250,3 +250,19 @@ def test_a_question_that_surely_fits_costs_no_further_call() -> None:
     router = SureRouter()
     assert cut("Add sum. Sum add.", router) == ()
     assert len(router.asked) == 1
+
+
+class ComparingRouter(WordRouter):
+    """Says of a part, if the longer prompt is known, that it needs that: if it says "it"."""
+
+    def probabilities(self, contexts: Sequence[Context]) -> torch.Tensor:
+        alone = [float(not c.whole or "it" not in c.prompt.rstrip("?").split()) for c in contexts]
+        return super().probabilities(contexts) * torch.tensor(alone)[:, None]
+
+
+def test_questions_are_not_apart_if_one_is_less_like_its_adapters_prompts_than_all_together() -> None:
+    apart, needed = "Add the sum?\n\nA rhyme?", "Add the sum?\n\nA rhyme with it?"
+    assert questions_apart(reading(ComparingRouter()), Context(apart)) == ("Add the sum?", "A rhyme?")
+    assert questions_apart(reading(WordRouter()), Context(needed)) == ("Add the sum?", "A rhyme with it?")
+    assert questions_apart(reading(ComparingRouter()), Context(needed)) == ()
+    assert cut(needed, ComparingRouter()) == ("Add the sum?", "A rhyme with it?")

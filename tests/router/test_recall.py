@@ -99,3 +99,16 @@ def test_some_of_the_examples_are_these_alone(neighbours: Neighbours) -> None:
     assert isinstance(some, Examples)
     for found, expected in zip(some.buffers(), alone.buffers(), strict=True):
         torch.testing.assert_close(found, expected)
+
+
+def test_a_part_is_no_question_if_the_longer_prompt_is_as_much_like_its_adapters_prompts(
+    neighbours: Neighbours, recall: Recall
+) -> None:
+    plain, foreign = texts(0, 12, seed=7), texts(None, 12, seed=7)
+    longer = [[*own, *other] for own, other in zip(plain.ids, foreign.ids, strict=True)]
+    mixed = Prompts((plain.bags + foreign.bags) / 2, longer)
+    asked, between = neighbours.read(plain), neighbours.read(mixed)
+    owners, most = owned(12, 0), [-MOST] * 12
+    assert torch.equal(recall(asked, owners, between), recall(asked, owners))
+    assert recall(between, owners, asked).tolist() == pytest.approx(most)
+    assert recall(asked, owners, asked).tolist() == pytest.approx(most)

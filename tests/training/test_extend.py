@@ -120,6 +120,18 @@ class TestAdding:
         whole, part = found.probabilities(short).sum(dim=1).tolist()
         assert part < 0.1 < 0.5 < whole
 
+    def test_a_part_is_no_question_if_the_longer_prompt_is_more_like_its_adapters_prompts(
+        self, router: MiniMLP
+    ) -> None:
+        questions = [example.prompt for example in task("sums").test]
+        longer = [Context(text, is_part=True, whole=f"Tell a tale about king number 7. {text}") for text in questions]
+        assert (router.probabilities(longer).sum(dim=1) > 0.5).float().mean() >= 0.95
+        halves = [Context(text.partition("plus")[0], is_part=True, whole=text) for text in questions]
+        assert (router.probabilities(halves).sum(dim=1) < 0.1).float().mean() >= 0.95
+        both = [*longer, *(replace(context, whole="") for context in longer), *halves]
+        alone = torch.cat([router.probabilities([context]) for context in both])
+        torch.testing.assert_close(router.probabilities(both), alone)
+
     def test_the_report_counts_what_joined(self, router: MiniMLP) -> None:
         found = add_tasks(router, [task("codes", 32)])
         report = _report(found, [task("sums"), task("codes")], [], seconds=0.0, losses=[])

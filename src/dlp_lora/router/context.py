@@ -21,6 +21,7 @@ class Context:
     `answer` is the answer so far without the new sentence, and `sentence` is the new sentence's first token. Both are
     empty when the prompt is routed. `history` is the text before the prompt: earlier turns, or earlier sentences.
     `is_part` marks a prompt that is a part of a longer one. It may be an instruction, so a router may be stricter.
+    With `whole`, the longer prompt, a part must also be more like prompts of its adapter than the longer one is.
     """
 
     prompt: str
@@ -28,6 +29,7 @@ class Context:
     sentence: str = ""
     history: str = ""
     is_part: bool = False
+    whole: str = ""
 
     @property
     def text(self) -> str:

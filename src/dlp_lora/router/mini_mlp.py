@@ -252,7 +252,12 @@ class MiniMLP(nn.Module):
         if not parts or not self.trained or self.recall is None or self.neighbours is None:
             return
         read = self.neighbours.read(self.prompts([contexts[i].prompt for i in parts]))
-        evidence = self.recall(read, logits[parts].argmax(dim=-1).cpu())
+        owners = logits[parts].argmax(dim=-1).cpu()
+        evidence = self.recall(read, owners)
+        compared = [row for row, i in enumerate(parts) if contexts[i].whole]
+        if compared:
+            wholes = self.neighbours.read(self.prompts([contexts[parts[row]].whole for row in compared]))
+            evidence[compared] = self.recall(read.only(compared), owners[compared], wholes)
         fits = probabilities[parts].sum(dim=-1).clamp(min=TINY, max=1.0)
         probabilities[parts] *= (with_evidence(fits, evidence) / fits)[:, None]
 

@@ -109,15 +109,19 @@ def questions_of(read: Read, context: Context, row: Mapping[str, float]) -> tupl
 def questions_apart(read: Read, context: Context) -> tuple[str, ...]:
     """Cuts a prompt into questions that can be answered without each other; none if it is not such a prompt.
 
-    A part that needs another one ("Then add 20 to it.") fits no adapter by itself, so the prompt is not cut. A first or
-    last line may be an instruction or a text for all questions: it fits no adapter, and its question fits without it.
-    Such a line is added to each question.
+    A part that needs another one ("Then add 20 to it.") fits no adapter by itself, so the prompt is not cut. Or it fits
+    one that answers such prompts: then the whole prompt is more like this adapter's prompts than the part is. A first
+    or last line may be an instruction or a text for all questions: it fits no adapter, and its question fits without
+    it. Such a line is added to each question.
     """
     (row,) = read([context])
     if _surely_one(row):
         return ()
     questions, fit = _several(read, context)
     if fit <= max(sum(row.values()), FITS_ALONE):
+        return ()
+    parts = [replace(context, prompt=question, is_part=True, whole=context.prompt) for question in questions]
+    if min(sum(row.values()) for row in read(parts)) <= FITS_ALONE:
         return ()
     head, first = _line_off(read, context, questions[0], first=True)
     tail, last = _line_off(read, context, questions[-1], first=False)

@@ -62,14 +62,29 @@ class Recall(nn.Module):
         examples = [Examples(*(weights[f"examples.{i}.{part}"] for part in OF_EXAMPLES)) for i in range(len(slopes))]
         return cls(examples, middles, slopes)
 
-    def forward(self, parts: Examples, owners: Int[Tensor, " parts"]) -> Float[Tensor, " parts"]:
-        """Gives the evidence, on the CPU. `owners` are the indices of the parts' likeliest adapters."""
+    def forward(
+        self, parts: Examples, owners: Int[Tensor, " parts"], wholes: Examples | None = None
+    ) -> Float[Tensor, " parts"]:
+        """Gives the evidence, on the CPU.
+
+        Args:
+            owners: the indices of the parts' likeliest adapters.
+            wholes: the longer prompt of each part. If it is as much like its adapter's prompts as the part is, the
+                evidence is at its largest against the part.
+        """
+        likeness = self._likeness(parts, owners)
+        evidence = (self.slopes.cpu()[owners] * (likeness - self.middles.cpu()[owners])).clamp(-MOST, MOST)
+        if wholes is not None:
+            evidence[self._likeness(wholes, owners) >= likeness] = -MOST
+        return evidence
+
+    def _likeness(self, texts: Examples, owners: Int[Tensor, " texts"]) -> Float[Tensor, " texts"]:
+        """The mean likeness of each text to the nearest examples of its adapter, on the CPU."""
         likeness = torch.zeros(len(owners))
         for owner in owners.unique().tolist():  # type: ignore[no-untyped-call]
             rows = (owners == owner).nonzero()[:, 0].tolist()
-            likeness[rows] = nearest(self._examples[owner].likeness(parts.only(rows))).cpu()
-        evidence = self.slopes.cpu()[owners] * (likeness - self.middles.cpu()[owners])
-        return evidence.clamp(-MOST, MOST)
+            likeness[rows] = nearest(self._examples[owner].likeness(texts.only(rows))).cpu()
+        return likeness
 
     def only(self, kept: Sequence[int]) -> "Recall":
         """Keeps some of the adapters, in this order."""

@@ -82,3 +82,9 @@ def test_a_stopped_run_goes_on_with_its_answers(make_engine: Callable[..., Engin
     assert [progress.done for progress in seen] == [2, 4, 5]
     with pytest.raises(RecordError, match="max_new_tokens was 4 and is 8"):
         answer_dependent(engine, "keep", prompts, file, **{**settings, "max_new_tokens": 8})
+
+
+def test_a_pause_in_a_batch_does_not_count_as_the_time_of_a_prompt() -> None:
+    row = {"kind": "convert_and_add", "right": True, "first_right": True, "is_cut": False}
+    scores = dependent_scores([{**row, "seconds": seconds} for seconds in (0.5, 900.0, 0.7)])
+    assert scores["all"]["seconds"] == 0.7

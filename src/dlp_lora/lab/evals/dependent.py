@@ -250,7 +250,10 @@ def answer_dependent(
 
 
 def dependent_scores(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The shares of right answers and of prompts that were cut, of each kind and of all, with intervals."""
+    """The shares of right answers and of prompts that were cut, of each kind and of all, with intervals.
+
+    `seconds` is the median: a run may have been paused in a batch.
+    """
     kinds = dict.fromkeys(row["kind"] for row in rows)
     groups = {**{kind: [row for row in rows if row["kind"] == kind] for kind in kinds}, "all": list(rows)}
     return {
@@ -259,7 +262,7 @@ def dependent_scores(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "interval": list(bootstrap(np.array([row["right"] for row in own], dtype=float)).rounded()),
             "first_right": round(float(np.mean([row["first_right"] for row in own])), 5),
             "cut": round(float(np.mean([row["is_cut"] for row in own])), 5),
-            "seconds": round(float(np.mean([row["seconds"] for row in own])), 4),
+            "seconds": round(float(np.median([row["seconds"] for row in own])), 4),
             "num_prompts": len(own),
         }
         for kind, own in groups.items()
