@@ -407,6 +407,29 @@ def _dependent() -> str:
     return _table(columns, [{"kind": kind} for kind in scores["apart"]])
 
 
+def _mixtures() -> str:
+    """Questions of one task in the format of another: the best single adapter beside each group's best mixture."""
+    found = _record("mixtures")["made"]
+    groups = {
+        "base": "base model",
+        "single": "best single adapter",
+        "renormalised": "routed, renormalised",
+        "paper": "routed, weights of Eq. 5",
+        "pair": "both, fixed weights",
+    }
+    rows = [
+        {"task": name, **{group: own["best"][group]["right"] for group in groups}, "weights": own["best"]["pair"]}
+        for name, own in found["tasks"].items()
+    ]
+    mean = {group: sum(row[group] for row in rows) / len(rows) for group in groups}
+    columns: dict[str, Cell] = {"questions of": lambda row: row["task"].replace("_", " ")}
+    columns |= {title: _percent(group, 0) for group, title in groups.items()}
+    columns["their weights"] = lambda row: (
+        row["weights"]["method"].removeprefix("the pair, ") if row["weights"] else "–"
+    )
+    return _table(columns, [*rows, {"task": "mean", **mean, "weights": None}])
+
+
 ABLATIONS = (
     *("dlp", "oracle", "base", "never-abstain", "top1", "p0.3", "p0.9", "p1.0", "paper-weights", "prompt-only"),
     *("recompute", "by-sentence", "uniform", "random"),
@@ -568,6 +591,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tasks26-serial": partial(_serial, whole=False),
     "tasks26-serial-whole": partial(_serial, whole=True),
     "dependent": _dependent,
+    "mixtures": _mixtures,
     "ablations": _ablations,
     "demo": _demo,
     "router-targets": _targets,
