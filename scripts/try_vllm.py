@@ -18,8 +18,8 @@ import dlp_lora
 
 QUESTIONS = (
     "Convert 3 kilometres to metres.",
-    "What is 17 + 25?",
-    "I have two apples, a pear and three carrots. How many fruits do I have? Convert 2 hours to minutes.",
+    "Look at the list 20, 27, 34, 41 and name the next number.",
+    "Convert 24 metres to centimetres. Look at the list 15, 19, 23, 27 and name the next number.",
 )
 
 
