@@ -80,8 +80,10 @@ def slot_bytes(
 
 
 def command(outline: Outline, flags: VLLMFlags, *, targets: Collection[str], max_rank: int, port: int) -> list[str]:
-    """Returns the command that starts a server for a bundle, whose adapters change layers with names that end in
-    `targets`."""
+    """Returns the command that starts a server for a bundle.
+
+    Its adapters change the layers whose names end in `targets`.
+    """
     return [
         *(flags.python or sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", outline.source, "--host", "127.0.0.1", "--port", str(port)),
