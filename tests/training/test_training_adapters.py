@@ -202,6 +202,23 @@ def test_the_adapter_is_a_plain_peft_folder_and_peft_and_the_engine_agree_on_it(
     assert not torch.allclose(base, theirs, atol=1e-2)
 
 
+def test_an_adapter_saved_in_bfloat16_is_the_same_one_rounded_in_half_the_room(tmp_path: Path) -> None:
+    train(tmp_path / "wide")
+    train(tmp_path / "narrow", replace(QUICK, save_dtype="bfloat16"))
+    wide, narrow = (load_file(tmp_path / name / WEIGHTS_FILE) for name in ("wide", "narrow"))
+    assert {name: weight.bfloat16().tolist() for name, weight in wide.items()} == {
+        name: weight.tolist() for name, weight in narrow.items()
+    }
+    assert all(weight.dtype == torch.bfloat16 for weight in narrow.values())
+    inputs = {"input_ids": torch.tensor([ids("qqq: yes and no")])}
+    with torch.no_grad():
+        theirs = PeftModel.from_pretrained(lively_model(), tmp_path / "narrow").eval()(**inputs).logits
+        engine = dlp_lora.load(lively_model(), tokenizer=TOKENIZER, adapters=tmp_path)
+        with engine.fixed({"narrow": 1.0}):
+            ours = engine.model(**inputs).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "args",
     [replace(QUICK, epochs=2), replace(PAPER, batch_size=2, checkpoint_seconds=0, learning_rate=1e-2)],
@@ -532,6 +549,7 @@ def test_every_example_is_seen_once_an_epoch(
         ({"decay": 1.0}, r"decay must be in \[0, 1\)"),
         ({"checkpoint_seconds": -1.0}, "checkpoint_seconds is at least 0"),
         ({"prompt_format": "json"}, "prompt_format must be one of .*plain.*got 'json'"),
+        ({"save_dtype": "int8"}, "save_dtype must be one of .*bfloat16.*got 'int8'"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")

@@ -38,6 +38,9 @@ class AdapterOptions:
     lora_alpha: Annotated[int | None, f"Scaling is lora_alpha / r. [default: {DEFAULT.lora_alpha}]"] = None
     learning_rate: Annotated[float | None, f"Peak learning rate. [default: {DEFAULT.learning_rate:g}]"] = None
     epochs: Annotated[float | None, f"Passes over the examples. [default: {DEFAULT.epochs:g}]"] = None
+    schedule: Annotated[
+        str | None, f"Learning rate: cosine, constant or warmup_stable_decay. [default: {DEFAULT.schedule}]"
+    ] = None
     batch_size: Annotated[int | None, f"Examples per step. [default: {DEFAULT.batch_size}]"] = None
     target_modules: Annotated[
         str | None, f'Comma-separated, or "all-linear". [default: {",".join(DEFAULT.target_modules)}]'
@@ -48,6 +51,9 @@ class AdapterOptions:
     ] = None
     chat_template_kwargs: TemplateOption = None
     seed: Annotated[int | None, f"Seed of initialisation, order and dropout. [default: {DEFAULT.seed}]"] = None
+    save_dtype: Annotated[
+        str | None, f"Precision of the file: float32, or bfloat16, half as large. [default: {DEFAULT.save_dtype}]"
+    ] = None
     cpu_tricks: Annotated[
         bool | None, "Precision, passes and memory that are fast on CPUs. [default: --cpu-tricks]"
     ] = None

@@ -120,6 +120,7 @@ def train_adapter(
             "num_left_out": num_left_out,
             "final_loss": round(sum(run.losses[-20:]) / len(run.losses[-20:]), 5),
         }
+        run.round(getattr(torch, args.save_dtype))
         with replace_folder(out) as folder:
             run.model.save_pretrained(str(folder))
             (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card

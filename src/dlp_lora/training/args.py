@@ -8,6 +8,7 @@ from dlp_lora.files import as_json
 from dlp_lora.tasks.task import PromptFormat
 
 Schedule = Literal["cosine", "constant", "warmup_stable_decay"]
+SaveDtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,7 @@ class AdapterTrainingArgs:
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # as {"enable_thinking": False}
     seed: int = 0
     checkpoint_seconds: float = 300.0  # between two checkpoints; no setting of the result
+    save_dtype: SaveDtype = "float32"  # of the adapter's file; bfloat16 halves it
     cpu_tricks: bool = True  # precision, passes and memory that are fast on CPUs; else those of PyTorch and PEFT
 
     def __post_init__(self) -> None:
@@ -43,7 +45,8 @@ class AdapterTrainingArgs:
         for name in ("lora_dropout", "warmup", "decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"AdapterTrainingArgs.{name} must be in [0, 1), got {getattr(self, name)}")
-        for name, choices in (("schedule", get_args(Schedule)), ("prompt_format", get_args(PromptFormat))):
+        choices_of = {"schedule": Schedule, "prompt_format": PromptFormat, "save_dtype": SaveDtype}
+        for name, choices in ((name, get_args(kind)) for name, kind in choices_of.items()):
             if getattr(self, name) not in choices:
                 raise ValueError(f"AdapterTrainingArgs.{name} must be one of {choices}, got {getattr(self, name)!r}")
 
@@ -55,6 +58,8 @@ class AdapterTrainingArgs:
             del found["cpu_tricks"]
         if not self.chat_template_kwargs:  # as adapters of before have it
             del found["chat_template_kwargs"]
+        if self.save_dtype == "float32":  # as adapters of before have it
+            del found["save_dtype"]
         return found
 
 

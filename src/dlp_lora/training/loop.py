@@ -53,6 +53,11 @@ class Run:
         """The number of finished steps."""
         return len(self.losses)
 
+    def round(self, dtype: torch.dtype) -> None:
+        """Rounds the weights to a dtype, after the last step."""
+        for parameter in self.parameters.values():
+            parameter.data = parameter.data.to(dtype)
+
     def save(self, work: Path, identity: dict[str, Any]) -> None:
         """Writes a checkpoint, weights and optimiser moments as safetensors."""
         tensors = {f"weight/{name}": p.detach() for name, p in self.parameters.items()}
