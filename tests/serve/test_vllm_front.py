@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import httpx
 import pytest
 
 import dlp_lora
+import dlp_lora.serve.vllm.process as process_module
 from commands import run
 from conftest import byte_tokenizer, lively_model, make_adapter
 from dlp_lora import Engine, TopP
@@ -27,7 +29,7 @@ from dlp_lora.serve.service import Service
 from dlp_lora.serve.settings import ServerSettings
 from dlp_lora.serve.vllm.backend import VLLMBackend, VLLMSettings
 from dlp_lora.serve.vllm.process import RANKS, VLLMFlags, command, reason, slot_bytes, slot_rank, vllm_server
-from serving import double_engine, extra_adapters, over_http
+from serving import double_engine, extra_adapters, over_http, until
 from vllm_stand_in import Fault, StandIn, standing_in
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*changes nothing")  # the adapter that servers are checked with
@@ -140,12 +142,18 @@ parser.add_argument("--enable-lora", action="store_true")
 parser.add_argument("--enable-prompt-tokens-details", action="store_true")
 parser.add_argument("--fails", action="store_true")
 parser.add_argument("--bare", action="store_true")
+parser.add_argument("--never", action="store_true")
 options = parser.parse_args()
 assert os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
 if options.fails:
     print("Loading weights")
     sys.exit("RuntimeError: there is no such GPU")
+if options.never:
+    import signal, time
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 Path(os.environ["PID_FILE"]).write_text(str(os.getpid()))
+while options.never:
+    time.sleep(1)
 if options.bare:
     from http.server import BaseHTTPRequestHandler, HTTPServer
     class Healthy(BaseHTTPRequestHandler):
@@ -240,6 +248,27 @@ def test_a_signal_while_vllm_is_used_ends_both(model: Path, lively_adapters: Pat
         signal.raise_signal(signal.SIGTERM)
     assert not is_alive(int(fake.read_text()))
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_signal_while_vllm_starts_ends_both_without_waiting(
+    model: Path, lively_adapters: Path, fake: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process_module, "STOP_S", 600.0)
+    outline = read_outline(base_model=str(model), adapters=lively_adapters)
+    flags = VLLMFlags(python=sys.executable, arguments="--never")
+
+    def stop() -> None:
+        until(lambda: fake.exists() and bool(fake.read_text()))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    stopper = threading.Thread(target=stop)
+    stopper.start()
+    started = time.monotonic()
+    with pytest.raises(SystemExit, match="143"), vllm_server(outline, flags, targets=["q_proj"], max_rank=4):
+        pass
+    stopper.join()
+    assert time.monotonic() - started < 300
+    assert not is_alive(int(fake.read_text()))
 
 
 def test_a_vllm_that_does_not_start_is_told_with_its_own_words(model: Path, lively_adapters: Path, fake: Path) -> None:

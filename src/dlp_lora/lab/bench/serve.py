@@ -36,7 +36,7 @@ from dlp_lora.lab.bench.random_adapters import write_random_adapters
 from dlp_lora.lab.bench.server import Server, agree, serving
 from dlp_lora.lab.bench.timing import Run, interleave
 from dlp_lora.policy import Mixture, RoutingSettings
-from dlp_lora.progress import OnProgress, unseen
+from dlp_lora.progress import OnProgress, Progress, unseen
 from dlp_lora.tasks import PROCEDURAL, procedural_task
 
 MODEL = "bench"  # what clients call the routed model
@@ -226,8 +226,7 @@ class _Case:
         with self.random_adapters(self.args.num_adapters - len(self.bundle.adapters)) as more:
             folders = [option for path in {p.parent for p in more.values()} for option in ("--adapter-dir", str(path))]
             options = ("--bundle", str(self.bundle.path), *self.options(), *folders, *options)
-            with serving(options, model=MODEL, threads=self.args.threads) as server:
-                self.programs.add(server.backend())
+            with self.started(options) as server:
                 for name in more:
                     server.load_adapter(name)
                 yield server
@@ -240,7 +239,15 @@ class _Case:
             folder.parent / "router"
         )
         options = ["--adapters", str(folder), "--router", str(folder.parent / "router"), *self.options(), *KEEPS_NO_KV]
-        with serving([*options, "--budget-mb", str(BUDGET_MB)], model=MODEL, threads=self.args.threads) as server:
+        with self.started([*options, "--budget-mb", str(BUDGET_MB)]) as server:
+            yield server
+
+    @contextmanager
+    def started(self, options: Sequence[str]) -> Iterator[Server]:
+        """A server with these options, whose start is shown."""
+        self.on_progress(Progress("start a server", 0, 1))
+        with serving(options, model=MODEL, threads=self.args.threads) as server:
+            self.on_progress(Progress("start a server", 1, 1, f"{server.start_s:.0f} s"))
             self.programs.add(server.backend())
             yield server
 

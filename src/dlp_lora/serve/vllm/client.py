@@ -206,7 +206,8 @@ class VLLMClient:
         try:
             reason = _reason(response.json())
         except ValueError:
-            reason = " ".join(response.text.split())[:200]
+            is_page = "html" in response.headers.get("content-type", "")
+            reason = response.reason_phrase if is_page else " ".join(response.text.split())[:200]
         raise kind(f"{response.request.url} answered {status}: {reason}")
 
     @contextmanager

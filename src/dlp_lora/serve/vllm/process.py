@@ -147,6 +147,7 @@ def vllm_server(
     lines: deque[str] = deque(maxlen=KEPT_LINES)
     reader = threading.Thread(target=_read, args=(process, lines, on_line), daemon=True)
     reader.start()
+    is_up = False
     try:
         with _exits_at_sigterm():
             url = f"http://127.0.0.1:{port}"
@@ -155,9 +156,10 @@ def vllm_server(
                     reader.join(1)
                     raise ModelError(f"vLLM ended with {process.returncode} before it could answer: {reason(lines)}")
                 time.sleep(POLL_S)
+            is_up = True
             yield Running(url=url, key=key)
     finally:
-        _end(process)
+        _end(process, stop_s=STOP_S if is_up else 0.0)  # while it starts, it does not hear SIGTERM
 
 
 @contextmanager
@@ -198,9 +200,9 @@ def reason(lines: Sequence[str]) -> str:
     return " ".join(line.strip() for line in (lines[last], *more))
 
 
-def _end(process: "subprocess.Popen[str]") -> None:
-    """Ends it with its child processes."""
-    for how, seconds in ((signal.SIGTERM, STOP_S), (signal.SIGKILL, STOP_S)):
+def _end(process: "subprocess.Popen[str]", *, stop_s: float) -> None:
+    """Ends it with its child processes, after `stop_s` by force."""
+    for how, seconds in ((signal.SIGTERM, stop_s), (signal.SIGKILL, STOP_S)):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, how)
         with contextlib.suppress(subprocess.TimeoutExpired):
