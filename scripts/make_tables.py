@@ -430,6 +430,21 @@ def _mixtures() -> str:
     return _table(columns, [*rows, {"task": "mean", **mean, "weights": None}])
 
 
+def _learning_curve() -> str:
+    """Right answers to held-out training questions, by learning rate and passes over the examples."""
+    found = _record("learning_curve")
+    names = {"own": "each task's own, r 8", "lora-r64": "one for all tasks, r 64"}
+    rows = [{**row, **{task: scores["accuracy"] for task, scores in row["scores"].items()}} for row in found["rows"]]
+    columns: dict[str, Cell] = {
+        "adapters": lambda row: names[row["kind"]],
+        "learning rate": lambda row: f"{row['learning_rate']:g}",
+        "epochs": lambda row: str(row["epochs"]),
+        **{task: _percent(task, 0) for task in found["kinds"]},
+        "mean": _percent("mean", 1),
+    }
+    return _table(columns, rows)
+
+
 ABLATIONS = (
     *("dlp", "oracle", "base", "never-abstain", "top1", "p0.3", "p0.9", "p1.0", "paper-weights", "prompt-only"),
     *("recompute", "by-sentence", "uniform", "random"),
@@ -592,6 +607,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tasks26-serial-whole": partial(_serial, whole=True),
     "dependent": _dependent,
     "mixtures": _mixtures,
+    "learning-curve": _learning_curve,
     "ablations": _ablations,
     "demo": _demo,
     "router-targets": _targets,
