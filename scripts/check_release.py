@@ -86,8 +86,8 @@ def main() -> None:
     check(args.out.resolve(), [extra for extra in args.extras.split(",") if extra])
 
 
-def check(folder: Path, extras: Sequence[str] = ()) -> None:
-    """Builds, installs, and uses what was installed."""
+def check(folder: Path, extras: Sequence[str] = (), *, model: str | None = None) -> None:
+    """Builds, installs, and uses what was installed; `model` is the base of a bundle that is not the demo's."""
     folder.mkdir(parents=True, exist_ok=True)
     newcomer = Newcomer(folder)
     wheel = build(newcomer, folder / "dist")
@@ -98,7 +98,7 @@ def check(folder: Path, extras: Sequence[str] = ()) -> None:
     if not (folder / "demo" / "bundle" / "bundle.json").is_file():
         newcomer.run(env, "dlp-lora", "demo", "--out", "demo")
     run_readme(newcomer, env)
-    newcomer.run(env, "dlp-lora", "check", "demo/bundle/adapters")
+    newcomer.run(env, "dlp-lora", "check", "demo/bundle/adapters", *(("--model", model) if model else ()))
     newcomer.run(env, "dlp-lora", "route", "--bundle", "demo/bundle", QUESTION)
     newcomer.run(env, "dlp-lora", "generate", "--bundle", "demo/bundle", "--max-new-tokens", "16", QUESTION)
     core = fresh_environment(newcomer, folder / "env-core", TORCH, str(wheel)) if extras else env

@@ -100,4 +100,4 @@ def test_the_wheel_runs_the_readme_the_command_and_the_server(
     engine = dlp_lora.load(tmp_path / "model", adapters=lively_adapters, router=router)
     engine.save_pretrained(tmp_path / "demo" / "bundle")
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    importlib.import_module("check_release").check(tmp_path, ["serve"])
+    importlib.import_module("check_release").check(tmp_path, ["serve"], model=str(tmp_path / "model"))
