@@ -134,7 +134,7 @@ class PrototypeRouter(nn.Module):
     @torch.no_grad()
     def probabilities(self, contexts: Sequence[Context]) -> Float[Tensor, "batch adapters"]:
         """Gives a probability per adapter, on the CPU."""
-        return self.of_units(self._units(contexts)) * has_text(contexts)[:, None]
+        return torch.cat([self.of_units(unit) for unit in self._units(contexts)]) * has_text(contexts)[:, None]
 
     def of_units(self, units: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch adapters"]:
         """Gives a probability per adapter, on the CPU, for the unit vectors of texts."""
@@ -149,13 +149,16 @@ class PrototypeRouter(nn.Module):
     @torch.no_grad()
     def scores(self, contexts: Sequence[Context]) -> Float[Tensor, " batch"]:
         """Scores how surely a text belongs to any of the adapters; higher is surer."""
-        units = self._units(contexts)
-        cosines = self._cosines(units)
-        return cosines.amax(dim=-1).cpu() if self.fit is None else self.fit(units, cosines)
+        return torch.cat([self._score(unit) for unit in self._units(contexts)])
 
-    def _units(self, contexts: Sequence[Context]) -> Float[Tensor, "batch dim"]:
-        # One by one: beside longer texts padding would shift the last digits, which the temperature multiplies.
-        return torch.cat([embed(self.encoder, [context.text]) for context in contexts])
+    def _score(self, unit: Float[Tensor, "1 dim"]) -> Float[Tensor, " 1"]:
+        cosines = self._cosines(unit)
+        return cosines.amax(dim=-1).cpu() if self.fit is None else self.fit(unit, cosines)
+
+    def _units(self, contexts: Sequence[Context]) -> list[Float[Tensor, "1 dim"]]:
+        # One by one, and so are their products with the prototypes: beside other texts the last digits shift, which
+        # the temperature multiplies.
+        return [embed(self.encoder, [context.text]) for context in contexts]
 
     def _cosines(self, units: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch adapters"]:
         return _nearest(units @ self.prototypes.T, self.owners, len(self.names))
