@@ -106,6 +106,8 @@ class TestAdding:
         again = load_router(tmp_path / "router")
         contexts = [Context(example.prompt) for name in ASKED for example in task(name).test]
         assert again.names == ("sums", "tales", "codes", "units")
+        # Products of weights that begin elsewhere may differ in the last bit.
+        assert all(tensor.data_ptr() % 64 == 0 for tensor in again.state_dict().values())
         parts = [replace(context, is_part=True) for context in contexts]
         assert torch.equal(again.probabilities([*contexts, *parts]), found.probabilities([*contexts, *parts]))
         assert right(add_tasks(again, [replace(task("codes"), name="more")]), "units") > 0.9

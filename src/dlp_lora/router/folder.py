@@ -93,7 +93,8 @@ def reading_router(path: str | Path, type: str) -> Iterator[SavedRouter]:
             type=type,
             names=tuple(config.pop("names")),
             tokenizer=Tokenizer.from_file(str(path / TOKENIZER_FILE)),
-            weights=load_file(path / WEIGHTS_FILE),
+            # Copied: in the file weights begin at any address, and products of such weights may differ in the last bit.
+            weights={name: tensor.clone() for name, tensor in load_file(path / WEIGHTS_FILE).items()},
             settings=config,
         )
 
