@@ -28,7 +28,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Training seed; the questions stay the same.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Train four adapters and a router on a small real model, and let them answer together. About 5 minutes.
+    """Train four adapters and a router on a small real model, and let them answer together. About 6 minutes.
 
     Example: `dlp-lora demo --out demo/`
     """
