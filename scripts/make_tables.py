@@ -588,7 +588,9 @@ def _soak() -> str:
         "clients that left": row["left"],
         "adapters loaded or unloaded": row["changes"],
         "memory, from the first to the last third": f"{100 * row['growth']:+.1f} %",
-        "rows, threads, sockets of the idle server afterwards": ", ".join(str(row[f"{what}_after"]) for what in ("rows", "threads", "sockets")),
+        "rows, threads, sockets of the idle server afterwards": ", ".join(
+            str(row[f"{what}_after"]) for what in ("rows", "threads", "sockets")
+        ),
         "restart after kill -9": f"{row['restart_s']:.1f} s",
     }
     return markdown_grid(["counted", "found"], ([what, str(value)] for what, value in shown.items()), num_labels=1)

@@ -23,11 +23,12 @@ class ServerSettings:
     port: Annotated[int, "Port to listen on; 0 takes any free one."] = 8000
     max_batch: Annotated[
         int | None,
-        typer.Option(help="Requests that are answered at the same time. [default: 16, with vLLM 64 a server, with llama.cpp 4]"),
+        typer.Option(help="Requests answered at the same time. [default: 16, with vLLM 64 a server, with llama.cpp 4]"),
     ] = None
     max_queue: Annotated[int, "Requests that may wait; more are refused with 503."] = 256
     max_context: Annotated[
-        int | None, typer.Option(help="Tokens of a prompt and its answer. [default: the model's context, with llama.cpp 4096]")
+        int | None,
+        typer.Option(help="Tokens of a prompt and its answer. [default: the model's context, with llama.cpp 4096]"),
     ] = None
     chunk_tokens: Annotated[int, "Tokens of a new prompt that one pass reads beside the running answers."] = 256
     cache_mb: Annotated[float, "Megabytes of stored KV of earlier requests, for requests with the same beginning."] = (
