@@ -65,6 +65,7 @@ class StandIn:
     asked: list[dict[str, Any]] = field(default_factory=list)  # bodies
     num_aborted: int = 0
     num_loads: int = 0
+    load_s: float = 0.0  # how long it takes to answer that an adapter is loaded
     adapters: dict[str, tuple[str, str]] = field(default_factory=dict)  # names in the bank, and paths, by name
     url: str = ""
 
@@ -156,6 +157,7 @@ class StandIn:
             key = f"{name}#{self.num_loads}"
         await run_in_threadpool(self.engine.add_adapter, path, key)
         self.adapters[name] = key, path
+        await asyncio.sleep(self.load_s)
         return Response(f"Success: LoRA adapter '{name}' added successfully.")
 
     async def _unload(self, request: Request) -> Response:

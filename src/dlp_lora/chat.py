@@ -123,14 +123,23 @@ def template_arguments(template: str) -> frozenset[str]:
     return frozenset(meta.find_undeclared_variables(tree))
 
 
-def _check_arguments(tokenizer: Any, template: str, chat: Chat) -> None:
+def check_reserved(tokenizer: Any, chat_template_kwargs: Mapping[str, Any]) -> None:
+    """Checks that arguments of the chat template are none of the tokenizer's.
+
+    Raises:
+        PromptError: if one is.
+    """
     parameters = inspect.signature(tokenizer.apply_chat_template).parameters.values()
-    reserved = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD} - {"documents"}
-    if taken := sorted(reserved & set(chat.chat_template_kwargs)):
+    reserved = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD} - {"documents"} | {"messages"}
+    if taken := sorted(reserved & set(chat_template_kwargs)):
         raise PromptError(
             f"{', '.join(taken)} cannot be among the arguments of the template (chat_template_kwargs); tools and "
             "continue_final_message are arguments beside it"
         )
+
+
+def _check_arguments(tokenizer: Any, template: str, chat: Chat) -> None:
+    check_reserved(tokenizer, chat.chat_template_kwargs)
     read = template_arguments(template)
     if chat.tools and "tools" not in read:
         raise PromptError(

@@ -146,6 +146,16 @@ def test_what_was_used_longest_ago_goes_first_and_a_longer_entry_takes_the_place
     assert torch.equal(taken.layers[0].keys[0, :, :6], keys[:, :6])
 
 
+def test_a_row_that_is_larger_than_the_budget_takes_no_place() -> None:
+    small, _ = row_of(4, 0)
+    large, _ = row_of(12, 0)
+    kept = KeptKV(2 * small.nbytes / 2**20)
+    kept.keep([1, 2, 3, 4], [b""] * 4, small, 0)
+    kept.keep(list(range(1, 13)), [b""] * 12, large, 0)
+    assert len(kept) == 1
+    assert kept.find([1, 2, 3, 4], [b""] * 4, capacity=8) is not None
+
+
 def test_a_model_whose_cache_is_no_keys_and_values_is_refused() -> None:
     from transformers import MambaConfig, MambaForCausalLM
 

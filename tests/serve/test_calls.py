@@ -42,7 +42,12 @@ def read(answer: str, *, stop: str | None = None) -> tuple[Any, str]:
     writes = tokenizer()
     tokens = tuple(writes(answer)["input_ids"])
     text = writes.decode(tokens, skip_special_tokens=True)
-    writer = TemplateWriter(writes, writes("assistant\n")["input_ids"], [Tool.model_validate(TOOL)])
+    writer = TemplateWriter(
+        writes,
+        writes("assistant\n")["input_ids"],
+        [Tool.model_validate(TOOL)],
+        [writes.convert_tokens_to_ids("<|im_end|>")],
+    )
     done = Done(
         reason="stop",
         stop=stop,
@@ -96,3 +101,12 @@ def test_with_a_response_template_the_model_may_call_or_answer(service: Service)
         )
         text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
         assert (text, end) == (whole["message"]["content"], "[DONE]")
+
+
+def test_with_tools_an_answer_in_a_schema_is_whole(service: Service) -> None:
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["ab", "cd"]}}}
+    chat = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 60, "response_format": schema}
+    manager = AdapterManager(service)
+    for more in ({}, {"tools": [TOOL]}):
+        (choice,) = over_http(service, manager, "/v1/chat/completions", {**chat, **more}).json()["choices"]
+        assert json.loads(choice["message"]["content"]) in ("ab", "cd")

@@ -15,11 +15,11 @@ import pytest
 
 import dlp_lora
 from conftest import byte_tokenizer, lively_model, make_adapter
-from dlp_lora import Engine, MiniMLP, TopK, TopP
+from dlp_lora import AdapterError, Engine, MiniMLP, TopK, TopP
 from dlp_lora.engine.base import Base
-from dlp_lora.engine.bundle import write_bundle
+from dlp_lora.engine.bundle import generation_of, write_bundle
 from dlp_lora.engine.outline import read_outline
-from dlp_lora.serve.adapters import AdapterManager
+from dlp_lora.serve.adapters import AdapterManager, BundleMark
 from dlp_lora.serve.answers import Answers, Piece
 from dlp_lora.serve.errors import APIError
 from dlp_lora.serve.keys import Access, Keys
@@ -28,10 +28,11 @@ from dlp_lora.serve.server import local_service, make_service
 from dlp_lora.serve.service import Service
 from dlp_lora.serve.settings import ServerSettings
 from dlp_lora.serve.vllm.backend import VLLMBackend, VLLMSettings
+from dlp_lora.serve.watch import watch
 from dlp_lora.tasks import Example, Task
 from dlp_lora.training.extend import add_tasks, remove_tasks
 from dlp_lora.training.router import RouterTrainingArgs, train_router
-from serving import over_http
+from serving import over_http, until
 from vllm_stand_in import standing_in
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*changes nothing")  # the adapter that vLLM servers are checked with
@@ -408,6 +409,52 @@ def test_what_was_taught_outlives_a_reload(
     assert running.chosen(asked("codes")) == {"codes"}
 
 
+def test_what_was_taught_for_an_adapter_of_the_bundle_stays_with_the_adapter_that_took_its_place(
+    running: Running,
+) -> None:
+    body = {"lora_name": "poems", "lora_path": "codes", "load_inplace": True, "examples": examples("codes")}
+    assert running.post("/v1/load_lora_adapter", body).status_code == 200
+    assert running.post("/v1/reload").json()["replaced"] == []
+    assert running.chosen(asked("codes")) == {"poems"}
+    assert running.chosen(asked("poems")) == set()
+
+
+def test_a_bundle_that_was_written_while_the_server_started_is_read_again(
+    bundle: Path, base: Path, router: MiniMLP, shelf: Path
+) -> None:
+    mark = BundleMark.of(bundle)
+    engine = dlp_lora.load(bundle)
+    rewrite(bundle, base, router, shelf)
+    service = local_service(engine, ServerSettings(), Keys({}, admin="A"), name="tiny")
+    manager = AdapterManager(service, bundle=mark)
+    ended = watch(manager, bundle, 0.02)
+    until(lambda: "codes" in service.backend.adapters)
+    ended.set()
+    assert manager.generation == generation_of(bundle) > mark.generation
+    told = over_http(service, manager, "/v1/completions", {"prompt": "Tell", "model": "math", "max_tokens": 16})
+    expected = dlp_lora.load(bundle).generate("Tell", mixture={"math": 1.0}, max_new_tokens=16).text
+    assert told.json()["choices"][0]["text"] == expected
+    service.backend.close()
+
+
+def test_a_reload_that_fails_is_tried_again(
+    running: Running, bundle: Path, base: Path, router: MiniMLP, shelf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put, failures = running.service.backend.put_adapters, [AdapterError("not every backend could load it"), OSError()]
+
+    def fails(folders: Any) -> None:
+        if failures:
+            raise failures.pop()
+        put(folders)
+
+    monkeypatch.setattr(running.service.backend, "put_adapters", fails)
+    ended = watch(running.manager, bundle, 0.02)
+    rewrite(bundle, base, router, shelf)
+    until(lambda: "poems" not in running.models)
+    ended.set()
+    assert not failures
+
+
 @pytest.mark.parametrize(
     "given, param",
     [
@@ -431,8 +478,6 @@ def test_examples_that_teach_nothing_are_named_and_nothing_is_loaded(running: Ru
 def test_a_bundle_that_was_written_is_read_again_by_itself(
     running: Running, bundle: Path, base: Path, router: MiniMLP, shelf: Path
 ) -> None:
-    from dlp_lora.serve.watch import watch
-
     ended = watch(running.manager, bundle, 0.02)
     rewrite(bundle, base, router, shelf)
     deadline = time.monotonic() + 30

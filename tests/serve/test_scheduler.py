@@ -1,5 +1,6 @@
 """Whatever comes, goes and switches meanwhile, each row is answered as by the engine alone."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,8 +18,10 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from conftest import lively_model, make_adapter
 from dlp_lora import Engine
 from dlp_lora.engine.trace import Generation
+from dlp_lora.errors import AdapterChangedError
 from dlp_lora.serve.answer_builder import AnswerBuilder, resolved
 from dlp_lora.serve.backend import Request
 from dlp_lora.serve.row import Row
@@ -246,6 +249,25 @@ def test_a_row_whose_adapter_is_on_disk_waits_and_the_others_do_not(lively_adapt
     work_until(scheduler, lambda: row.state == "decoding")
     assert engine.bank.store.num_misses == 1
     base.answer.stream.cancel()
+    finish(scheduler)
+    scheduler.close()
+
+
+def test_a_row_whose_adapter_is_replaced_while_it_loads_fails_alone(lively_adapters: Path, tmp_path: Path) -> None:
+    shelf = shutil.copytree(lively_adapters, tmp_path / "shelf")
+    engine = double_engine(shelf, budget_mb=1.0)
+    scheduler = Scheduler(engine, max_batch=2, chunk_tokens=8, cache_mb=1.0)
+    base = open_row(scheduler, ask(engine, "x", mixture={}, max_tokens=200, ignore_eos=True))
+    with engine.bank.loading:  # as if the disk were slow
+        row = open_row(scheduler, ask(engine, "x", mixture={"math": 1.0}))
+        work_until(scheduler, lambda: row.state == "loading")
+        shutil.rmtree(shelf / "math")
+        make_adapter(lively_model(), shelf / "math", seed=9, scale=0.5)
+        engine.put_adapters({"math": shelf / "math"})
+    work_until(scheduler, lambda: row.has_ended)
+    with pytest.raises(AdapterChangedError):
+        list(row.answer.stream)
+    assert base.state == "decoding"
     finish(scheduler)
     scheduler.close()
 

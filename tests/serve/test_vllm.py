@@ -576,6 +576,65 @@ def test_a_reader_that_leaves_ends_the_request(engine: Engine, backend: VLLMBack
     until(lambda: backend.stats().decoding == backend.stats().waiting == 0)
 
 
+def test_a_request_that_is_cancelled_at_once_gives_its_place_back(engine: Engine, backend: VLLMBackend) -> None:
+    for _ in range(20):
+        stream = backend.open(ask(engine, PROMPTS[0], mixture={}))
+        stream.cancel()
+        assert read(stream).reason == "abort"
+    until(lambda: backend._num_open == 0)
+
+
+def test_an_answer_that_ends_while_its_adapter_is_loaded_leaves_none_behind(
+    engine: Engine, outline: Outline, lively_adapters: Path
+) -> None:
+    with standing_in(upstream(lively_adapters)) as server:
+        backend = VLLMBackend(outline, [server.url], settings=QUICK)
+        server.load_s = 0.3
+        settings = {"settings": replace(engine.call.settings, kv_policy="keep")}
+        for has_closed in (False, True):
+            stream = backend.open(ask(engine, PROMPTS[1], settings=settings))
+            until(lambda: any(name.startswith("keep-") for name in server.adapters))
+            if has_closed:
+                backend.close()
+            else:
+                stream.cancel()
+                until(lambda: not any(name.startswith("keep-") for name in server.adapters))
+                until(lambda: not list(backend._folder.path.glob("keep-*")))
+        assert not server.adapters
+
+
+def test_an_adapter_that_comes_back_is_not_chosen_by_an_answer_that_began_without_it(
+    engine: Engine, outline: Outline, lively_adapters: Path
+) -> None:
+    with standing_in(upstream(lively_adapters)) as server:
+        backend = VLLMBackend(outline, [server.url], settings=QUICK)
+        backend.remove_adapter("units")
+        server.faults.append(Fault(slow_s=0.02))
+        events = []
+        for event in backend.open(ask(engine, PROMPTS[1], max_tokens=60, ignore_eos=True)):
+            events.append(event)
+            if isinstance(event, Token) and event.position == 3:
+                backend.put_adapters({"units": lively_adapters / "units"})
+        trace = read(events).generation.trace
+        assert len(trace) > 3
+        assert not any("units" in sentence.mixture for sentence in trace)
+        backend.close()
+
+
+def test_a_server_that_answers_strangely_is_looked_at_again(
+    engine: Engine, outline: Outline, lively_adapters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with standing_in(upstream(lively_adapters)) as server:
+        backend = VLLMBackend(outline, [server.url], settings=QUICK)
+        with monkeypatch.context() as patch:
+            patch.setattr(StandIn, "_models", lambda self: {"object": "list"})
+            until(lambda: not backend.health.is_alive)
+            assert "/v1/models did not answer in vLLM's form" in backend.health.reason
+        until(lambda: backend.health.is_alive)
+        assert read(backend.open(ask(engine, "x", mixture={}))).reason == "length"
+        backend.close()
+
+
 def test_closing_ends_what_runs_and_leaves_nothing_on_the_servers(
     engine: Engine, outline: Outline, lively_adapters: Path
 ) -> None:

@@ -123,6 +123,49 @@ def test_what_the_servers_cannot_follow_is_a_400(service: Service, engine: Engin
     assert "vLLM encodes a prompt under one mixture" in response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_under_keep_leaves_no_adapter_behind(
+    service: Service, engine: Engine, stand_in: StandIn, stream: bool
+) -> None:
+    body = {"prompt": "Tell me a tale", "max_tokens": 20, "stream": stream, "dlp": {"kv_policy": "keep"}}
+    for _ in range(3):
+        assert ask(service, engine, "/v1/completions", body).status_code == 200
+    backend = service.backend
+    assert isinstance(backend, VLLMBackend)
+    until(lambda: not any(name.startswith("keep-") for name in stand_in.adapters))
+    until(lambda: not list(backend._folder.path.glob("keep-*")))
+
+
+def test_a_request_with_more_answers_than_there_is_room_for_takes_no_place(engine: Engine, stand_in: StandIn) -> None:
+    outline = Outline.of(engine)
+    backend = VLLMBackend(outline, [stand_in.url], settings=VLLMSettings(poll_s=0.1), max_running=2, max_queue=0)
+    small = make_service(outline, backend, ServerSettings(), Keys({}), name="tiny")
+    prompt = {"prompt": "x", "max_tokens": 2, "model": "tiny:base"}
+    for _ in range(3):
+        assert ask(small, engine, "/v1/completions", {**prompt, "n": 4, "temperature": 1}).status_code == 503
+    until(lambda: backend._num_open == 0)
+    assert ask(small, engine, "/v1/completions", prompt).status_code == 200
+    backend.close()
+
+
+def test_what_vllm_refuses_is_refused_and_its_address_is_not_told(
+    service: Service, engine: Engine, stand_in: StandIn
+) -> None:
+    stand_in.faults.append(Fault(status=400))
+    response = ask(service, engine, "/v1/chat/completions", {**CHAT, "model": "tiny:base"})
+    assert response.status_code == 400
+    assert "vLLM refuses the request" in response.json()["error"]["message"]
+    assert "http://" not in response.text
+
+
+def test_an_answer_is_never_asked_to_be_longer_than_it_may_be(
+    service: Service, engine: Engine, stand_in: StandIn
+) -> None:
+    body = {"messages": CHAT["messages"], "min_tokens": 5000, "model": "tiny:base", "dlp": {"deadline_s": 0.5}}
+    ask(service, engine, "/v1/chat/completions", body)
+    assert stand_in.asked[-1]["min_tokens"] <= stand_in.asked[-1]["max_tokens"]
+
+
 def test_a_prompt_is_routed_without_an_answer(service: Service, engine: Engine) -> None:
     told = ask(service, engine, "/v1/route", {"prompt": "Tell me a tale"}).json()
     assert sum(told["mixture"].values()) == 1

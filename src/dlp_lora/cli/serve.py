@@ -87,6 +87,7 @@ def serve(
     `dlp-lora serve --bundle demo/bundle --backend vllm --backend-url http://localhost:8001`
     """
     check_serve_extra()
+    from dlp_lora.serve.adapters import BundleMark
     from dlp_lora.serve.logs import log_as_json
     from dlp_lora.serve.server import listen
     from dlp_lora.serve.server import serve as run
@@ -95,11 +96,13 @@ def serve(
     listener = listen(settings)
     bundle = engine_options.bundle
     name = name_of(bundle or engine_options.adapters or "dlp-lora")
+    folder = None if bundle is None else Path(bundle)
+    mark = BundleMark.of(folder) if folder is not None and folder.is_dir() else None
     with _service(engine_options, hub_options, backend_options, llama_options, settings, keys, name) as service:
         log_as_json()
         run(
             service,
-            bundle=Path(bundle) if bundle is not None and Path(bundle).is_dir() else None,
+            bundle=mark,
             listener=listener,
             on_ready=lambda address: say(f"the playground is at {address}/, the API at {address}/v1"),
         )

@@ -3,14 +3,14 @@
 import os
 import stat
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dlp_lora.bank.adapter_files import CONFIG_FILE, WEIGHTS_FILE, check_adapter_name, content_hash, files_stamp
 from dlp_lora.engine.base import Base
-from dlp_lora.engine.bundle import Bundle, read_bundle
+from dlp_lora.engine.bundle import Bundle, generation_of, read_bundle
 from dlp_lora.engine.loading import load_router
 from dlp_lora.errors import AdapterError, BundleError, DLPLoRAError
 from dlp_lora.router import MiniMLP, Router
@@ -22,6 +22,7 @@ from dlp_lora.tasks import Example, Task
 from dlp_lora.training.extend import add_tasks, remove_tasks
 
 # The files of an adapter; others in its folder, from PEFT or people, are not read.
+MAX_NAME = 255  # bytes of a name in a path
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
@@ -33,27 +34,50 @@ class Files:
     stamp: tuple[tuple[int, int], ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class BundleMark:
+    """What a bundle folder held at a moment. Taken before the bundle is loaded, it shows what was written since."""
+
+    bundle: Bundle
+    generation: int
+    files: Mapping[str, Files]
+
+    @classmethod
+    def of(cls, path: Path) -> "BundleMark":
+        """The mark of a folder now.
+
+        Raises:
+            BundleError: if it is damaged, changed or of a later format.
+        """
+        generation, bundle = generation_of(path), read_bundle(path)
+        return cls(bundle=bundle, generation=generation, files=_files(bundle))
+
+
 class AdapterManager:
     """Loads, unloads and reloads adapters of a service, one after the other; each call may take seconds.
 
-    Adapters may be loaded from `folders`; `reload` reads the `bundle` again.
+    Adapters may be loaded from `folders`; `reload` reads the `bundle` again. Give the mark of a bundle that may have
+    been written since it was loaded.
     """
 
-    def __init__(self, service: Service, *, folders: Sequence[str | Path] = (), bundle: Path | None = None) -> None:
+    def __init__(
+        self, service: Service, *, folders: Sequence[str | Path] = (), bundle: Path | BundleMark | None = None
+    ) -> None:
         self._service = service
         self._folders = [Path(os.path.abspath(folder)) for folder in folders]
         for folder in self._folders:
             if not folder.is_dir():
                 raise AdapterError(f"--adapter-dir {folder} is not a folder")
-        self._bundle = bundle
+        mark = BundleMark.of(bundle) if isinstance(bundle, Path) else bundle
+        self._bundle = None if mark is None else mark.bundle.path
+        self.generation = -1 if mark is None else mark.generation  # of the bundle that was read last
         self._base: Base | None = None
         self._files: dict[str, Files] = {}  # of the bundle's adapters
         self._choices: dict[str, Any] = {}  # settings that the server was started with, instead of the bundle's
-        if bundle is not None:
-            parts = read_bundle(bundle)
-            self._base, self._files = parts.base, _files(parts)
-            chosen = service.call.settings
-            self._choices = {n: v for n in chosen.names() if (v := getattr(chosen, n)) != getattr(parts.settings, n)}
+        if mark is not None:
+            self._base, self._files = mark.bundle.base, dict(mark.files)
+            chosen, stored = service.call.settings, mark.bundle.settings
+            self._choices = {n: v for n in chosen.names() if (v := getattr(chosen, n)) != getattr(stored, n)}
         self._loaded: set[str] = set()  # by a request
         self._tasks: dict[str, Task] = {}  # for the router, by adapter
         self._lock = threading.Lock()
@@ -137,24 +161,26 @@ class AdapterManager:
             if self._bundle is None:
                 raise invalid("the server was not started from a bundle folder, so there is nothing to read again")
             try:
-                bundle = read_bundle(self._bundle)
+                generation, bundle = generation_of(self._bundle), read_bundle(self._bundle)
                 self._check_base(bundle)
                 router = None if bundle.router is None else load_router(bundle.router)
-            except DLPLoRAError as error:
+                before, files = self._files, _files(bundle)
+            except (DLPLoRAError, OSError) as error:
                 raise invalid(str(error), code="bundle_refused") from error
-            before, files = self._files, _files(bundle)
             there = set(self._service.backend.adapters)
             removed = sorted((before.keys() - files.keys()) & there)
             is_new = {name for name in files if name not in before or files[name].content != before[name].content}
             replaced, added = sorted(is_new & there), sorted(files.keys() - there)
             # The same numbers in other files: the backend may read them later.
             rewritten = {name for name in files.keys() & before.keys() if files[name] != before[name]} - self._loaded
-            tasks = {name: task for name, task in self._tasks.items() if name not in {*files, *removed}}
+            # What was taught stays as long as the adapter that it was taught for.
+            gone = {*added, *replaced, *removed}
+            tasks = {name: task for name, task in self._tasks.items() if name not in gone}
             for name in (*added, *replaced):
-                self._check_name(name, bundle.adapters[name])
                 try:
+                    self._check_name(name, bundle.adapters[name])
                     self._service.backend.check_adapter(bundle.adapters[name], name)
-                except AdapterError as error:
+                except (AdapterError, APIError) as error:
                     raise invalid(str(error), code="adapter_refused") from error
             for task in tasks.values():
                 try:
@@ -167,12 +193,15 @@ class AdapterManager:
                     ) from error
             settings = replace(bundle.settings, **self._choices)
             changed = {*added, *replaced, *(rewritten & there)}
-            self._service.backend.put_adapters({name: bundle.adapters[name] for name in sorted(changed)})
+            try:
+                self._service.backend.put_adapters({name: bundle.adapters[name] for name in sorted(changed)})
+            except (DLPLoRAError, OSError) as error:
+                raise invalid(f"the bundle's adapters cannot be loaded: {error}", code="bundle_refused") from error
             self._service.call = replace(self._service.call, router=router, settings=settings)
             for name in removed:
                 self._remove(name)
-            self._files, self._tasks = files, tasks
-            self._loaded -= {*added, *replaced, *removed}
+            self._files, self._tasks, self.generation = files, tasks, generation
+            self._loaded -= gone
             LOGGER.info("bundle reloaded", extra={"added": added, "removed": removed, "replaced": replaced})
         return {
             "message": f"Success: read {self._bundle} again.",
@@ -205,6 +234,8 @@ class AdapterManager:
         path = Path(given)
         if "\0" in given or ".." in path.parts:
             raise invalid('lora_path: must hold no ".."', "lora_path", "path_refused")
+        if any(len(part.encode(errors="replace")) > MAX_NAME for part in path.parts):
+            raise invalid(f"lora_path: a name in it has more than {MAX_NAME} bytes", "lora_path", "path_refused")
         for root in self._folders:
             folder = root / path  # an absolute path stays absolute
             if folder == root or not folder.is_relative_to(root):

@@ -5,7 +5,7 @@ token of each sentence, a `Token` for each token, and `Done` at the end. If the 
 error.
 """
 
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -124,6 +124,10 @@ class Request:
     prompt: Prompt | None = None
     adapters: frozenset[str] | None = None
     id: str = ""
+
+    def among(self, held: Collection[str]) -> frozenset[str]:
+        """The adapters that the router may choose, of those that the answer holds from its start to its end."""
+        return frozenset(held) if self.adapters is None else self.adapters & frozenset(held)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -115,6 +115,12 @@ class SpareCache(Cache):  # type: ignore[misc]
         """Bytes of memory that its buffers take."""
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self._made())
 
+    def nbytes_of(self, num_tokens: int) -> int:
+        """Bytes of memory that so many tokens of a row take."""
+        return num_tokens * sum(
+            int(layer.keys[0, :, :1].nbytes + layer.values[0, :, :1].nbytes) for layer in self._made()
+        )
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object
     ) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol, runtime_checkable
 from uuid import uuid4
 
@@ -96,8 +96,15 @@ class TemplateWriter:
     The template reads the special tokens of the answer, too, unless a stop string has cut it.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], tools: Sequence[Tool]) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: Sequence[int],
+        tools: Sequence[Tool],
+        end_ids: Collection[int],
+    ) -> None:
         self._tokenizer = tokenizer
+        self._end_ids = end_ids
         self._prompt = prompt
         self._tools: list[Any] = [tool.model_dump(exclude_none=True) for tool in tools]
         self._text = ""
@@ -110,8 +117,8 @@ class TemplateWriter:
     def end(self, reason: FinishReason, done: Done) -> tuple[list[Delta], FinishReason]:
         """Reads the answer; if the template cannot read it, it is text."""
         tokens = list(done.generation.tokens)
-        if done.reason == "stop" and done.stop is None:
-            tokens = tokens[:-1]  # its end is no part of the message
+        if done.reason == "stop" and done.stop is None and tokens and tokens[-1] in self._end_ids:
+            tokens = tokens[:-1]  # its end is no part of the message; a grammar ends without one
         written = self._text if isinstance(done.stop, str) else self._tokenizer.decode(tokens)
         prefix = self._tokenizer.decode(list(self._prompt))
         try:

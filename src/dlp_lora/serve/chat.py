@@ -96,5 +96,6 @@ class ChatAnswer:
         if called := called_tools(self._body):
             return CallWriter() if self._body.tool_choice == "required" else ArgumentsWriter(called[0].function.name)
         if tools := offered(self._body):
-            return TemplateWriter(self._tokenizer, self._asked.prompts[0].tokens, tools)
+            end_ids = self._asked.answers[0][0].call.endings.eos_ids
+            return TemplateWriter(self._tokenizer, self._asked.prompts[0].tokens, tools, end_ids)
         return TextWriter()

@@ -52,7 +52,7 @@ class KeptKV:
 
     def keep(self, tokens: Sequence[int], contents: Sequence[Content], cache: SpareCache, row: int) -> None:
         """Stores a copy of the KV of a row, unless another entry begins with it."""
-        if not self.budget or not tokens:
+        if cache.nbytes_of(len(tokens)) > self.budget or not tokens:
             return
         shorter: list[int] = []
         for number, entry in self._entries.items():

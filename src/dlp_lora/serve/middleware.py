@@ -92,7 +92,7 @@ class Gate:
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > self._max_body:
             return self._too_large()
-        path: str = scope["path"]
+        path = str(scope["path"]).removeprefix(scope.get("root_path", ""))  # a server under a prefix has it in both
         scope["state"]["access"] = access = self._service.keys.access(headers.get("authorization"))
         is_guarded = any(path == prefix or path.startswith(f"{prefix}/") for prefix in GUARDED)
         if is_guarded and access is None:

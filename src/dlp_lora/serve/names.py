@@ -7,6 +7,7 @@ from dlp_lora.policy import Mixture
 from dlp_lora.serve.errors import APIError, invalid
 
 BASE = "base"
+MAX_WEIGHT = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +85,8 @@ class ModelNames:
                 weights[name] = float(weight)
             except ValueError:
                 raise invalid(f'model: {part!r} is not NAME=WEIGHT, as in "math=0.6,units=0.4"', "model") from None
+        if any(abs(weight) > MAX_WEIGHT for weight in weights.values()):
+            raise invalid(f"model: a weight must be at most {MAX_WEIGHT}", "model")
         try:
             return Mixture(weights)
         except ValueError as error:

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from dlp_lora.chat import Chat, template_arguments, text_of
+from dlp_lora.chat import Chat, check_reserved, template_arguments, text_of
 from dlp_lora.engine.prompts import EncodedPrompt, encode_chat
 from dlp_lora.errors import PromptError
 from dlp_lora.serve.calls import call_text
@@ -66,6 +66,10 @@ class PromptEncoder:
         if tools and not self.reads_tools:
             messages = _with_tools(messages, tools)
         schemas = [tool.model_dump(exclude_none=True) for tool in tools] if self.reads_tools else []
+        try:
+            check_reserved(self.tokenizer, chat.chat_template_kwargs or {})
+        except PromptError as error:
+            raise invalid(f"chat_template_kwargs: {error}", "chat_template_kwargs") from error
         texts = [message.get("content") or "" for message in messages]
         self._check_length(sum(map(len, [*texts, *map(json.dumps, schemas)])), "messages")
         try:

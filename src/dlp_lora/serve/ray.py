@@ -19,7 +19,7 @@ from starlette.types import ASGIApp
 
 from dlp_lora.engine.outline import read_outline
 from dlp_lora.files import name_of
-from dlp_lora.serve.adapters import AdapterManager
+from dlp_lora.serve.adapters import AdapterManager, BundleMark
 from dlp_lora.serve.app import make_app
 from dlp_lora.serve.keys import ADMIN_KEY, API_KEY, BACKEND_KEY, Keys
 from dlp_lora.serve.server import VLLM_BATCH, local_service, make_service
@@ -71,6 +71,7 @@ def _app_of(args: RayArgs) -> Callable[[], ASGIApp]:
         api_key = os.environ.get(API_KEY)
         keys = Keys({api_key: None} if api_key else {}, admin=os.environ.get(ADMIN_KEY))
         name = name_of(args.bundle)
+        mark = BundleMark.of(Path(args.bundle))
         if args.backend_url:
             from dlp_lora.serve.vllm.backend import VLLMBackend, VLLMSettings
 
@@ -89,7 +90,7 @@ def _app_of(args: RayArgs) -> Callable[[], ASGIApp]:
 
             engine = dlp_lora.load(args.bundle)
             service = local_service(engine, settings, keys, name=name)
-        manager = AdapterManager(service, bundle=Path(args.bundle))
+        manager = AdapterManager(service, bundle=mark)
         ended = watch(manager, Path(args.bundle), args.watch_s)
 
         @asynccontextmanager

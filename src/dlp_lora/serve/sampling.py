@@ -52,6 +52,6 @@ def sampling_of(
 
 def _biases(given: Mapping[str, float], vocab_size: int) -> dict[int, float]:
     for token in given:
-        if not (token.isascii() and token.isdigit()) or int(token) >= vocab_size:
+        if not (token.isascii() and token.isdigit() and len(token) < 20) or int(token) >= vocab_size:
             raise invalid(f"logit_bias: {token[:40]!r} is no token id of 0 to {vocab_size - 1}", "logit_bias")
     return {int(token): bias for token, bias in given.items()}

@@ -244,10 +244,10 @@ class Scheduler:
     def _loaded(self, row: Row, loading: "Future[None]") -> None:
         if row.has_ended:
             return
-        error = loading.exception()
-        if error is None:
+        try:
+            loading.result()
             self._wait(row)
-        else:
+        except Exception as error:  # the adapter may have been replaced since
             self._fail(row, error)
 
     def _wait(self, row: Row) -> None:
@@ -419,8 +419,11 @@ class Scheduler:
             return not row.has_ended
         if row.request.call.settings.kv_policy == "recompute" or not self._are_ready(row):
             return False
-        row.content = self._content(row, row.routed.mixture)
-        return True
+        try:
+            row.content = self._content(row, row.routed.mixture)
+        except Exception as error:
+            self._fail(row, error)
+        return not row.has_ended
 
     def _leave(self, row: Row, cache: SpareCache, i: int) -> None:
         """Handles row number `i` of a cache that has ended or must be read again."""

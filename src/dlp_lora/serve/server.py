@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Callable
-from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -12,7 +11,7 @@ from starlette.types import ASGIApp
 
 from dlp_lora.engine.engine import Engine
 from dlp_lora.engine.outline import Outline
-from dlp_lora.serve.adapters import AdapterManager
+from dlp_lora.serve.adapters import AdapterManager, BundleMark
 from dlp_lora.serve.app import make_app
 from dlp_lora.serve.backend import Backend
 from dlp_lora.serve.grammar import Grammars
@@ -79,7 +78,7 @@ def make_service(
 def serve(
     service: Service,
     *,
-    bundle: Path | None = None,
+    bundle: BundleMark | None = None,
     listener: socket.socket | None = None,
     on_ready: Callable[[str], None] = lambda _: None,
 ) -> None:
@@ -87,7 +86,7 @@ def serve(
 
     Args:
         service: what answers.
-        bundle: the folder that it is of, if it is one, so that it can be read again.
+        bundle: the mark of its folder, if it is of one, so that it can be read again.
         listener: from `listen`; made here by default.
         on_ready: gets the address.
     """
@@ -98,7 +97,7 @@ def serve(
         LOGGER.warning("everybody who reaches this address may ask: there is no key")
     app = make_app(service, manager)
     if bundle is not None and settings.watch_s is not None:
-        watch(manager, bundle, settings.watch_s)
+        watch(manager, bundle.bundle.path, settings.watch_s)
     trim_regularly()
     with contextlib.suppress(KeyboardInterrupt):
         _Server(app, service, lambda: on_ready(address_of(listener))).run(sockets=[listener])

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from dlp_lora.engine.bundle import generation_of
 from dlp_lora.serve.adapters import AdapterManager
-from dlp_lora.serve.errors import APIError
 from dlp_lora.serve.logs import LOGGER
 
 
@@ -20,17 +19,14 @@ def watch(manager: AdapterManager, bundle: Path, every_s: float) -> threading.Ev
 
 
 def _watch(manager: AdapterManager, bundle: Path, every_s: float, ended: threading.Event) -> None:
-    known = generation_of(bundle)
-    refused = known
+    refused = manager.generation
     while not ended.wait(every_s):
         number = generation_of(bundle)
-        if number < 0 or number == known:
+        if number < 0 or number == manager.generation:
             continue
         try:
             manager.reload()
-        except APIError as error:  # the next poll may find it complete
+        except Exception as error:  # the next poll may find it complete, or a lost server back
             if number != refused:
                 LOGGER.error("the bundle was written, and cannot be used: %s", error)
             refused = number
-        else:
-            known = number

@@ -288,7 +288,7 @@ class LlamaCppBackend:
         start = time.perf_counter()
         try:
             router = self.prompt_router.start_row(
-                request.tokens, call=request.call, prompt=request.prompt, among=request.adapters
+                request.tokens, call=request.call, prompt=request.prompt, among=request.among(slot.sources)
             )
             slot.sampler = Sampler(request.sampling, slot.tokens, answer.end_ids, torch.device("cpu"))
             answer.begin(router)

@@ -112,7 +112,7 @@ class KeptAdapter:
         self._sources = sources
         self._replicas = replicas
         self._written: Mixture | None = None
-        self._loaded: dict[Replica, Mixture] = {}
+        self._loaded: dict[Replica, Mixture | None] = {}  # None while a server reads it
 
     async def prepare(self, replica: Replica, mixture: Mixture) -> str:
         """Prepares a server for a mixture; returns the name of its adapter."""
@@ -120,6 +120,7 @@ class KeptAdapter:
             await asyncio.to_thread(rewrite_mixture, self._path, mixture, self._sources)
             self._written = mixture
         if self._loaded.get(replica) != mixture or self._name not in replica.loaded:
+            self._loaded[replica] = None
             await replica.reload(self._name, str(self._path))
             self._loaded[replica] = mixture
         return self._name

@@ -4,6 +4,7 @@ This process routes, finds sentences and stop strings; a thread with an event lo
 """
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
@@ -29,10 +30,11 @@ from dlp_lora.serve.stream import EventStream
 from dlp_lora.serve.vllm.adapters import AnswerAdapters, ContentAdapters, KeptAdapter, SharedAdapters
 from dlp_lora.serve.vllm.answering import Answering, Counts
 from dlp_lora.serve.vllm.check import ProbeAdapter, check
-from dlp_lora.serve.vllm.client import VLLMClient
+from dlp_lora.serve.vllm.client import RefusedError, VLLMClient
 from dlp_lora.serve.vllm.replicas import Replica, Replicas
 
 Result = TypeVar("Result")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,11 +261,10 @@ class VLLMBackend:
 
     async def _end(self) -> None:
         tasks = list(self._open.values())
-        for answer in list(self._open):
+        for answer, task in list(self._open.items()):
             if not answer.has_ended:
                 answer.fail(ClosedError("the server is closing"))
-        for task in tasks:
-            task.cancel()
+                task.cancel()
         if (watch := getattr(self, "_watch", None)) is not None:
             watch.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -309,11 +310,19 @@ class VLLMBackend:
             await self._shared.forget(content)
 
     def _begin(self, answer: AnswerBuilder) -> None:
-        self._open[answer] = self._loop.create_task(self._answer(answer))
+        task = self._open[answer] = self._loop.create_task(self._answer(answer))
+        task.add_done_callback(lambda _: self._free(answer))  # also if it is cancelled before it runs
 
     def _cancel(self, answer: AnswerBuilder) -> None:
-        if (task := self._open.get(answer)) is not None:
+        """Ends an answer; one that has ended may still unload its adapter."""
+        if (task := self._open.get(answer)) is not None and not answer.has_ended:
+            answer.finish("abort")
             task.cancel()
+
+    def _free(self, answer: AnswerBuilder) -> None:
+        del self._open[answer]
+        with self._lock:
+            self._num_open -= 1
 
     async def _answer(self, answer: AnswerBuilder) -> None:
         try:
@@ -322,21 +331,14 @@ class VLLMBackend:
                 sources = dict(self._sources)  # an answer keeps its adapters
                 started = time.perf_counter()
                 router = self.prompt_router.start_row(
-                    request.tokens, call=request.call, prompt=request.prompt, among=request.adapters
+                    request.tokens, call=request.call, prompt=request.prompt, among=request.among(sources)
                 )
                 self._counts.route_s += time.perf_counter() - started
                 answer.begin(router)
                 await Answering(answer, self._adapters_of(answer, sources), self._replicas, self._counts).run()
-        except asyncio.CancelledError:
-            if not answer.has_ended:
-                answer.finish("abort")
         except Exception as error:
             if not answer.has_ended:
                 answer.fail(_as_backend_error(error))
-        finally:
-            self._open.pop(answer, None)
-            with self._lock:
-                self._num_open -= 1
 
     def _adapters_of(self, answer: AnswerBuilder, sources: dict[str, Source]) -> AnswerAdapters:
         request = answer.request
@@ -459,6 +461,9 @@ def _identity(outline: Outline) -> str:
 
 
 def _as_backend_error(error: Exception) -> Exception:
+    if isinstance(error, RefusedError) and error.is_about_request:
+        logger.warning("a request was refused: %s", error)
+        return ValueError(f"vLLM refuses the request: {error.reason}")
     if isinstance(error, DLPLoRAError | ValueError):
         return error
     failure = BackendError(f"the request failed: {type(error).__name__}: {error}")

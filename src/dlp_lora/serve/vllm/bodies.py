@@ -21,7 +21,7 @@ def body_of(answer: AnswerBuilder, model: str) -> dict[str, Any]:
         "model": model,
         "prompt": answer.tokens,
         "max_tokens": answer.max_tokens - num_tokens,
-        "min_tokens": max(0, sampling.min_tokens - num_tokens),
+        "min_tokens": max(0, min(sampling.min_tokens, answer.max_tokens) - num_tokens),
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,

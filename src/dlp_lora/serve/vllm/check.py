@@ -86,7 +86,7 @@ async def check(client: VLLMClient, outline: Outline, probe: ProbeAdapter, *, nu
 async def _base(client: VLLMClient) -> Model:
     try:
         models = await client.models()
-    except (GoneError, FailedError, KeyError, TypeError) as error:
+    except (GoneError, FailedError) as error:
         raise ModelError(f"{client.url} is no vLLM server: {error}") from error
     except RefusedError as error:
         raise ModelError(f"{error}; the key of the backend is read from DLP_LORA_BACKEND_KEY") from error

@@ -37,6 +37,11 @@ class FailedError(UpstreamError):
 class RefusedError(UpstreamError):
     """It refuses the request (any other 4xx)."""
 
+    def __init__(self, message: str, *, status: int, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.is_about_request = status in (400, 422)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
@@ -95,14 +100,18 @@ class VLLMClient:
 
     async def version(self) -> str:
         """Its release."""
-        return str((await self._get("/version"))["version"])
+        answer = await self._get("/version")
+        with self._form("/version"):
+            return str(answer["version"])
 
     async def models(self) -> tuple[Model, ...]:
         """What it serves: the base model, and the adapters that are loaded."""
-        return tuple(
-            Model(name=m["id"], root=m["root"], parent=m.get("parent"), max_context=m.get("max_model_len"))
-            for m in (await self._get("/v1/models"))["data"]
-        )
+        answer = await self._get("/v1/models")
+        with self._form("/v1/models"):
+            return tuple(
+                Model(name=m["id"], root=m["root"], parent=m.get("parent"), max_context=m.get("max_model_len"))
+                for m in answer["data"]
+            )
 
     async def metrics(self) -> str:
         """Its metrics, in Prometheus' text format."""
@@ -113,7 +122,9 @@ class VLLMClient:
     async def tokenize(self, model: str, text: str) -> tuple[int, ...]:
         """Encodes a text, without special tokens."""
         body = {"model": model, "prompt": text, "add_special_tokens": False}
-        return tuple((await self._post("/tokenize", body))["tokens"])
+        answer = await self._post("/tokenize", body)
+        with self._form("/tokenize"):
+            return tuple(answer["tokens"])
 
     async def load(self, name: str, path: str) -> None:
         """Loads an adapter; if it has one of this name, it reads it again."""
@@ -201,14 +212,23 @@ class VLLMClient:
         status = response.status_code
         if status < 400:
             return response
-        kinds: dict[int, type[UpstreamError]] = {404: GoneError, 429: BusyError, 503: BusyError}
-        kind = kinds.get(status, FailedError if status >= 500 else RefusedError)
         try:
             reason = _reason(response.json())
         except ValueError:
             is_page = "html" in response.headers.get("content-type", "")
             reason = response.reason_phrase if is_page else " ".join(response.text.split())[:200]
-        raise kind(f"{response.request.url} answered {status}: {reason}")
+        message = f"{response.request.url} answered {status}: {reason}"
+        if status in (404, 429, 503):
+            raise GoneError(message) if status == 404 else BusyError(message)
+        raise FailedError(message) if status >= 500 else RefusedError(message, status=status, reason=reason)
+
+    @contextmanager
+    def _form(self, route: str) -> Iterator[None]:
+        """Turns an answer of another form into an error of the server."""
+        try:
+            yield
+        except (KeyError, TypeError, AttributeError) as error:
+            raise FailedError(f"{self.url}{route} did not answer in vLLM's form ({error})") from error
 
     @contextmanager
     def _named(self, route: str) -> Iterator[None]:

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from dlp_lora.errors import DLPLoRAError, ModelError
+from dlp_lora.errors import DLPLoRAError
 from dlp_lora.serve.vllm.check import Checked, ProbeAdapter
 from dlp_lora.serve.vllm.client import LostError, UpstreamError, VLLMClient
 
@@ -27,6 +27,7 @@ class Replica:
     num_running: int = 0
     loaded: dict[str, str] = field(default_factory=dict)  # paths by name
     _locks: dict[str, asyncio.Lock] = field(default_factory=dict)
+    _loads: set["asyncio.Task[None]"] = field(default_factory=set)
     _checking: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
@@ -76,6 +77,12 @@ class Replica:
         """
         if self.loaded.get(name) == path:
             return
+        load = asyncio.create_task(self._load(name, path))
+        self._loads.add(load)
+        load.add_done_callback(self._loads.discard)
+        await asyncio.shield(load)  # of a load that is cancelled half-way, nobody would know whether the server has it
+
+    async def _load(self, name: str, path: str) -> None:
         async with self._locks.setdefault(name, asyncio.Lock()):
             if self.loaded.get(name) != path:
                 await self.client.load(name, path)
@@ -89,13 +96,15 @@ class Replica:
 
     async def drop(self, name: str) -> None:
         """Unloads an adapter, if it can be reached."""
+        async with self._locks.setdefault(name, asyncio.Lock()):  # it may still be loading
+            if self.loaded.pop(name, None) is not None:
+                with suppress(UpstreamError):
+                    await self.client.unload(name)
         self._locks.pop(name, None)
-        if self.loaded.pop(name, None) is not None:
-            with suppress(UpstreamError):
-                await self.client.unload(name)
 
     async def close(self) -> None:
         """Unloads all adapters, if it can be reached."""
+        await asyncio.gather(*self._loads, return_exceptions=True)
         if self.is_up:
             for name in [*self.loaded]:
                 await self.drop(name)
@@ -165,7 +174,7 @@ class Replicas:
                 return
             if await replica.client.is_healthy():
                 await replica.verify()
-        except (UpstreamError, ModelError) as error:
+        except Exception as error:  # whatever it answers, the others are watched on
             replica.lose(error)
 
     async def _is_same(self, replica: Replica) -> bool:
