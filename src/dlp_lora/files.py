@@ -51,6 +51,17 @@ def replace_folder(path: str | Path, *, own: Sequence[str] = ()) -> Iterator[Pat
         raise
 
 
+def check_writable(folder: str | Path) -> None:
+    """Checks that files can be written into a folder, which is made if it is missing.
+
+    Raises:
+        OSError: if they cannot.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
 def check_replaceable(path: str | Path, marker: str) -> None:
     """Checks that a folder may be replaced.
 

@@ -11,6 +11,21 @@ def make_folder() -> MixtureFolder:
     return MixtureFolder(None, base="base", layout=BaseLayers({}), budget_mb=1)
 
 
+def test_adapters_of_others_in_the_same_folder_stay(tmp_path: Path) -> None:
+    mine, old = tmp_path / "dlp-mine", tmp_path / f"dlp-{'0' * 24}"
+    for folder in (mine, old):
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text("{}")
+    tmp_path.chmod(0o700)
+    mixtures = MixtureFolder(tmp_path, base="base", layout=BaseLayers({}), budget_mb=0)
+    for entry in mixtures.surplus():
+        mixtures.delete(entry)
+    mixtures.close()
+    assert mine.is_dir()
+    assert not old.exists()
+    assert tmp_path.stat().st_mode & 0o777 == 0o700
+
+
 def left_by_a_process_that_was_killed() -> Path:
     read, write = os.pipe()
     if not os.fork():

@@ -11,11 +11,12 @@ import yaml
 
 import dlp_lora
 from conftest import byte_tokenizer, lively_model
-from dlp_lora import BundleError, Engine, MiniMLP
+from dlp_lora import BundleError, Engine, MiniMLP, RouterError
 from dlp_lora.bank.adapter_files import find_adapters
 from dlp_lora.default_model import NAME
 from dlp_lora.engine.base import Base
 from dlp_lora.engine.bundle import read_bundle
+from dlp_lora.engine.outline import read_outline
 from dlp_lora.router import Measured, MiniMLPConfig
 from hub import LocalHub, local_hub
 
@@ -63,6 +64,23 @@ def test_a_bundle_and_its_base_move_together_and_no_absolute_path_goes_along(mad
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         assert dlp_lora.load(root / "bundles" / "mine").bank.names == NAMES
+
+
+def test_a_link_to_a_bundle_finds_the_base_beside_the_bundle(root: Path, tmp_path: Path) -> None:
+    link = tmp_path / "releases" / "current"
+    link.parent.mkdir()
+    os.symlink(root / "bundles" / "mine", link)
+    assert read_bundle(link).base.find(link) == str(root / "models" / "tiny-base")
+    assert dlp_lora.load(link).bank.names == NAMES
+
+
+def test_a_router_for_other_adapters_is_refused_without_a_model_too(root: Path, lively_adapters: Path) -> None:
+    bundle = read_bundle(root / "bundles" / "mine")
+    adapters = root / "adapters"
+    shutil.copytree(lively_adapters / "math", adapters / "math")
+    shutil.copytree(lively_adapters / "units", adapters / "cooking")
+    with pytest.raises(RouterError, match=r"the router knows poems, units, .* does not know the adapters cooking"):
+        read_outline(base_model=str(root / "models" / "tiny-base"), adapters=adapters, router=bundle.router)
 
 
 def test_without_its_base_a_bundle_says_for_which_it_was_made(root: Path) -> None:

@@ -121,6 +121,14 @@ def test_adapters_and_routers_have_revisions_and_subfolders_of_their_own(cache: 
         cache.load("owner/base", adapters={"math": "owner/loras"}, adapter_revision={"maths": "v1"})
 
 
+def test_a_folder_has_no_revision(lively_adapters: Path, tmp_path: Path) -> None:
+    router("math", "poems", "units")(tmp_path / "router")
+    with pytest.raises(AdapterError, match="is a folder, which has no revision"):
+        dlp_lora.load(lively_model(), tokenizer=byte_tokenizer(), adapters=lively_adapters, adapter_revision="v1")
+    with pytest.raises(RouterError, match="is a folder, which has no revision"):
+        dlp_lora.load_router(tmp_path / "router", revision="v1")
+
+
 def test_a_base_that_is_here_is_loaded_without_a_question_to_the_hub(
     cache: Cache, tmp_path: Path, lively_adapters: Path
 ) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, processors
-from transformers import AlbertConfig, AutoModel, AutoTokenizer
+from transformers import AlbertConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
 import dlp_lora
 from commands import ok, run
@@ -441,6 +441,27 @@ class TestEncoderRouter:
         tasks = [procedural_task(name, num_train=4, num_test=2) for name in ("arithmetic", "object_counting")]
         with pytest.raises(ValueError, match="config is that of a mini-MLP"):
             train_router(tasks, BYTES, RouterTrainingArgs(kind="encoder"), MiniMLPConfig())
+
+    def test_what_fits_none_is_fitted_at_the_temperature_that_it_is_used_at(self, tmp_path: Path) -> None:
+        albert(initializer_range=0.05).save_pretrained(tmp_path)
+        PreTrainedTokenizerFast(tokenizer_object=framed_tokenizer()).save_pretrained(tmp_path)
+        tasks = [procedural_task(name, num_train=60, num_test=20) for name in ("arithmetic", "object_counting")]
+        args = RouterTrainingArgs(
+            kind="encoder",
+            encoder=str(tmp_path),
+            encoder_learning_rate=2e-3,
+            epochs=6,
+            draws=1500,
+            batch_size=16,
+            held_out=0.3,
+            coverage=0.95,
+        )
+        found, _ = train_router(tasks, BYTES, args)
+        assert found.calibration.temperature < 0.9
+        own = [Context(example.prompt) for task in tasks for example in task.test]
+        foreign = [Context(text) for text in everyday_prompts()[:60]]
+        assert (found.probabilities(own).sum(dim=1) > 0.5).float().mean() >= 0.9
+        assert (found.probabilities(foreign).sum(dim=1) > 0.5).float().mean() < 0.95  # at another temperature, all fit
 
 
 class TestPrototypes:

@@ -281,6 +281,12 @@ def test_one_prompt_with_different_answers_so_far_is_not_repeated(tmp_path, capl
     assert not caplog.records
 
 
+def test_one_prompt_with_other_tools_is_not_repeated(tmp_path):
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+    folder = make_folder(tmp_path / "t", train=[SUM, SUM | {"tools": [tool], "answer": "I add them."}])
+    assert len(read_task(folder).train) == 2
+
+
 def test_a_data_directory_reads_as_its_tasks_by_name(tmp_path):
     for name in ("sums", "days", ".cache"):
         make_folder(tmp_path / name)

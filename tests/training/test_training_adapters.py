@@ -1,5 +1,6 @@
 import csv
 import json
+import random
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
@@ -36,9 +37,10 @@ from dlp_lora.training.adapters import (
 )
 from dlp_lora.training.args import PAPER, AdapterTrainingArgs
 from dlp_lora.training.base import load_base, model_hash
-from dlp_lora.training.batches import MIN_SHARED, answer_loss, micro_batches, shared_prefix
+from dlp_lora.training.batches import MIN_SHARED, answer_loss, can_share, micro_batches, shared_prefix
 from dlp_lora.training.cpu import training_dtype
 from dlp_lora.training.loop import Run
+from families import IN_CI, build
 
 TOKENIZER = byte_tokenizer()
 EOS_ID = 256
@@ -129,6 +131,29 @@ def test_a_beginning_that_is_encoded_once_does_not_change_the_loss(
     model, batch = MODELS[architecture], [(start + read, learned) for read, learned in ends]
     with torch.no_grad():
         assert answer_loss(model, batch, share=True).item() == pytest.approx(plain_loss(model, batch), rel=1e-4)
+
+
+# Sliding windows, recurrent states, positions by place and by id, beside those that share.
+KINDS = (*IN_CI, "lfm2", "jamba", "gemma3_text", "gpt_oss", "mpt", "roformer")
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_in_every_kind_of_model_training_computes_the_plain_loss(family: str) -> None:
+    model, numbers = build(family).eval(), random.Random(0)
+
+    def some(num: int) -> list[int]:
+        return [numbers.randrange(5, 90) for _ in range(num)]
+
+    start = some(24)
+    batch = [(start + some(num), some(3)) for num in (1, 9, 4)]
+    with torch.no_grad():
+        found = answer_loss(model, batch, share=can_share(model)).item()
+        assert found == pytest.approx(plain_loss(model, batch), rel=1e-4)
+
+
+def test_models_that_keep_all_keys_and_values_share_a_beginning() -> None:
+    assert [can_share(build(family)) for family in ("llama", "qwen3", "phi3", "deepseek_v3")] == [True] * 4
+    assert [can_share(build(family)) for family in ("lfm2", "gemma3_text", "mpt")] == [False] * 3
 
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), min_size=1, max_size=5))
@@ -311,6 +336,8 @@ def test_a_finished_adapter_is_not_trained_again(tmp_path: Path) -> None:
         ({"learning_rate": 0.5}, r"learning_rate \(0.01, now 0.5\)"),
         ({"r": 2, "seed": 3}, r"r \(8, now 2\), seed \(0, now 3\)"),
         ({"target_modules": "all-linear"}, r"target_modules \(.*, now 'all-linear'\)"),
+        ({"save_dtype": "bfloat16"}, r"save_dtype \('float32', now 'bfloat16'\)"),
+        ({"cpu_tricks": False}, r"cpu_tricks \(True, now False\)"),
     ],
 )
 def test_changed_settings_are_refused_by_name(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -417,11 +444,29 @@ def test_a_folder_of_something_else_is_never_replaced(tmp_path: Path, overwrite:
     assert data.read_text() == "{}"
 
 
-def test_overwrite_trains_anew(tmp_path: Path) -> None:
+def test_overwrite_trains_anew_what_was_trained_with_other_settings(tmp_path: Path) -> None:
     train(tmp_path / "toy")
+    (tmp_path / "toy" / "README.md").write_text("Mine.")
+    assert train(tmp_path / "toy", overwrite=True).was_there
     again = train(tmp_path / "toy", replace(QUICK, seed=3), overwrite=True)
     assert not again.was_there
     assert json.loads((tmp_path / "toy" / TRAINING_FILE).read_text())["args"]["seed"] == 3
+    assert (tmp_path / "toy" / "README.md").read_text() == "Mine."
+
+
+def test_a_place_that_cannot_be_written_is_noticed_before_training(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        train(tmp_path / "file" / "toy", on_progress=kill_at(0))
+
+
+def test_a_trunk_in_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    thesis = tmp_path / "trunk" / "thesis.txt"
+    thesis.parent.mkdir()
+    thesis.write_text("Mine.")
+    with pytest.raises(ValueError, match=r"trunk exists and has no state\.json"):
+        train(tmp_path / "toy", replace(QUICK, schedule="warmup_stable_decay"), trunk=thesis.parent)
+    assert thesis.read_text() == "Mine."
 
 
 def test_unknown_target_modules_list_the_linear_layers(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ the folder: each has a shared lock on the mixtures that it uses, and deletes non
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections import OrderedDict
@@ -28,7 +29,7 @@ from dlp_lora.errors import AdapterError
 from dlp_lora.files import replace_folder
 from dlp_lora.policy import Mixture
 
-PREFIX = "dlp-"
+NAME = re.compile(r"dlp-[0-9a-f]{24}")
 OWN_PREFIX = "dlp-lora-"  # of folders that are made here
 FORMAT = "1"  # of the written files; part of each name
 
@@ -109,13 +110,15 @@ class MixtureFolder:
             self.path, self._own_lock = _folder_in_memory()
         else:
             self.path = Path(path).absolute()
+        if path is None or not self.path.exists():
             self.path.mkdir(parents=True, exist_ok=True)
-        self.path.chmod(0o755)  # the reader may be another user
+            self.path.chmod(0o755)  # the reader may be another user
         self._base = base
         self._layout = layout
         self._budget = budget_mb * 2**20
         self._entries: OrderedDict[str, Entry] = OrderedDict()  # the least recently used first
-        there = [folder for folder in self.path.glob(f"{PREFIX}*") if folder.is_dir()]
+        # Only names that are given here: others may be somebody's adapters.
+        there = [folder for folder in self.path.iterdir() if NAME.fullmatch(folder.name) and folder.is_dir()]
         for folder in sorted(there, key=lambda folder: folder.stat().st_mtime):
             self._entries[folder.name] = Entry(folder.name, folder, _size(folder))
 
@@ -123,7 +126,7 @@ class MixtureFolder:
         """Names a mixture by its content."""
         lines = [FORMAT, self._base]
         lines += sorted(f"{sources[name].content} {units}" for name, units in parts(mixture).items())
-        return PREFIX + hashlib.sha256("\n".join(lines).encode()).hexdigest()[:24]
+        return f"dlp-{hashlib.sha256(chr(10).join(lines).encode()).hexdigest()[:24]}"
 
     def claim(self, mixture: Mixture, sources: Sources) -> Entry:
         """Returns the entry of a mixture, which is in use until it is released; `write` writes its files."""

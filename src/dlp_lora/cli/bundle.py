@@ -102,10 +102,11 @@ def add_task(
     from dlp_lora.training.extend import add_to_bundle
 
     check_replaceable(bundle, BUNDLE_FILE)
-    (fits,) = check_adapters(model_layout(base_of(read_bundle(bundle), model)), {"": adapter})
+    name = name or name_of(adapter)
+    (fits,) = check_adapters(model_layout(base_of(read_bundle(bundle), model)), {name: adapter})
     if not fits.fits:
         raise AdapterError(fits.reason)
-    task = Task(name=name or name_of(adapter), train=read_examples(examples), test=())
+    task = Task(name=name, train=read_examples(examples), test=())
     done = add_to_bundle(bundle, task, adapter, seed=seed)
     if as_json:
         print_json(done.to_dict())

@@ -21,7 +21,7 @@ from dlp_lora.cli.json_lines import print_json
 from dlp_lora.cli.options import with_options, words
 from dlp_lora.cli.progress import progress, working
 from dlp_lora.cli.tables import show_table
-from dlp_lora.files import check_replaceable
+from dlp_lora.files import check_replaceable, check_writable
 from dlp_lora.lab.records.table import table_of
 
 TasksOption = Annotated[str | None, typer.Option("--tasks", help="Comma-separated task names. [default: all]")]
@@ -73,6 +73,7 @@ def train_router(
     if encoder is not None and tokenizer is not None:
         raise ValueError("an encoder has its own tokenizer; leave --tokenizer or --encoder out")
     check_replaceable(out, CONFIG_FILE)
+    check_writable(out.parent)
     given = hub_options.given()
     if encoder is not None and given:
         encoder, given = str(hub_options.folder(encoder, files=FILES, error=RouterError)), {}

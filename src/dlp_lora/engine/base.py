@@ -127,7 +127,7 @@ class Base:
             BundleError: if it is not here and cannot be downloaded.
         """
         if self.path is not None and (bundle / self.path).is_dir():  # an absolute one is the path itself
-            return os.path.normpath(bundle / self.path)
+            return os.path.realpath(bundle / self.path)  # the bundle may be a link to another folder
         if self.origin == "hub":
             return self.name
         if self.origin == "embedded" or (self.origin == "folder" and self.name == NAME):

@@ -275,7 +275,7 @@ def load_router(
     Raises:
         RouterError: if a file is missing or damaged, the router is of a later version or was made for another base.
     """
-    if is_repo_id(path) or subfolder is not None:
+    if is_repo_id(path) or subfolder is not None or revision is not None:
         path = hub.folder(path, files=ROUTER_FILES, error=RouterError, revision=revision, subfolder=subfolder)
     if router_type(path) == "arrow":
         return ArrowRouter.from_pretrained(path, base)
@@ -365,7 +365,7 @@ def adapter_folders(
         if isinstance(revision, Mapping) or isinstance(subfolder, Mapping):
             raise ValueError("adapter_revision and adapter_subfolder by name need adapters by name, {name: path}")
         folder = Path(adapters)
-        if (is_repo_id(adapters) and not folder.is_dir()) or subfolder is not None:
+        if (is_repo_id(adapters) and not folder.is_dir()) or subfolder is not None or revision is not None:
             files = [*ADAPTER_FILES, *(f"*/{file}" for file in ADAPTER_FILES)]
             folder = hub.folder(adapters, files=files, error=AdapterError, revision=revision, subfolder=subfolder)
             if (folder / ADAPTER_CONFIG).is_file():

@@ -13,7 +13,7 @@ from dlp_lora.bank.base_layers import BaseLayers
 from dlp_lora.bank.check import check_adapters, model_layout
 from dlp_lora.engine.arrow import ArrowRouter
 from dlp_lora.engine.base import Base
-from dlp_lora.engine.bundle import read_bundle
+from dlp_lora.engine.bundle import check_names, read_bundle
 from dlp_lora.engine.calls import Call, Endings
 from dlp_lora.engine.engine import Engine
 from dlp_lora.engine.loading import adapter_folders, bundle_folder, load_router
@@ -117,6 +117,8 @@ def read_outline(
     loaded = None if router is None else load_router(router, hub=hub)
     if isinstance(loaded, ArrowRouter):
         raise RouterError(f"{router} runs the base model to route, whose weights are in another process here")
+    if loaded is not None:
+        check_names(loaded.names, list(folders))
     call = Call(
         settings=replace(settings, **changes),
         router=loaded,

@@ -255,7 +255,7 @@ def _example(prompt: str, answers: list[str], choices: list[str] | None = None) 
     return Example(
         prompt=prompt,
         answer=references[0],
-        choices=None if choices is None else tuple(choice for choice in choices if choice.strip()),
+        choices=None if choices is None else tuple(filter(None, (choice.strip() for choice in choices))),
         references=references,
     )
 

@@ -88,7 +88,7 @@ def _split_file(folder: Path, split: str) -> Path | None:
 def _read_split(path: Path) -> dict[int, Example]:
     """The examples of a file by line number, the first of each prompt only."""
     rows: dict[int, Example] = {}
-    seen: set[tuple[str, str]] = set()
+    seen: set[tuple[str, str, str]] = set()
     num_repeated = 0
     for number, row in _rows(path):
         try:
@@ -96,7 +96,7 @@ def _read_split(path: Path) -> dict[int, Example]:
         except TaskError as error:
             raise TaskError(f"{path}:{number}: {error}") from error
         # Questions of a serial prompt share the prompt and differ in the answer so far.
-        key = (example.prompt, example.answer_prefix)
+        key = (example.prompt, example.answer_prefix, json.dumps(example.tools, sort_keys=True))
         if key in seen:
             num_repeated += 1
             continue

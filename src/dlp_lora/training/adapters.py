@@ -11,7 +11,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -21,20 +21,29 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear, ParamWrapper
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dlp_lora.bank.adapter_files import CONFIG_FILE, check_adapter_name
+from dlp_lora.bank.adapter_files import CONFIG_FILE, WEIGHTS_FILE, check_adapter_name
 from dlp_lora.bank.attach import linear_layers, siblings
 from dlp_lora.bank.base_layers import BaseLayers
 from dlp_lora.bank.peft_names import lora_layers, placement
 from dlp_lora.engine.prompts import check_embedded, context_of
 from dlp_lora.errors import PromptError, TaskError, TrainingError
-from dlp_lora.files import hash_json, name_of, recover_folder, replace_folder, write_json
+from dlp_lora.files import (
+    as_json,
+    check_replaceable,
+    check_writable,
+    hash_json,
+    name_of,
+    recover_folder,
+    replace_folder,
+    write_json,
+)
 from dlp_lora.progress import OnProgress, unseen
 from dlp_lora.tasks.formats import encode_example
 from dlp_lora.tasks.task import Task
 from dlp_lora.training.args import AdapterTrainingArgs
 from dlp_lora.training.base import model_hash
 from dlp_lora.training.cpu import fast_on_cpu
-from dlp_lora.training.loop import Run, fit
+from dlp_lora.training.loop import STATE_FILE, Run, fit
 from dlp_lora.training.lora import compute_together
 
 TRAINING_FILE = "training.json"
@@ -94,10 +103,17 @@ def train_adapter(
         "examples": hash_json(examples),
         "args": args.identity(),
     }
-    if (out / CONFIG_FILE).is_file() and not overwrite:
-        return _finished(task.name, out, identity)
+    if (out / CONFIG_FILE).is_file():
+        try:
+            return _finished(task.name, out, identity)
+        except TrainingError:
+            if not overwrite:
+                raise
     if out.exists() and not (out / CONFIG_FILE).is_file() and (out.is_file() or any(out.iterdir())):
         raise TrainingError(f"{out} is there and is no adapter, and would be lost; write somewhere else")
+    check_writable(out.parent)
+    if trunk is not None:
+        check_replaceable(trunk, STATE_FILE)
     work = out.with_name(f".{out.name}.training")
     with lora_on(model, args) as peft_model:
         run = Run(peft_model, examples, args)
@@ -121,7 +137,7 @@ def train_adapter(
             "final_loss": round(sum(run.losses[-20:]) / len(run.losses[-20:]), 5),
         }
         run.round(getattr(torch, args.save_dtype))
-        with replace_folder(out) as folder:
+        with replace_folder(out, own=(CONFIG_FILE, WEIGHTS_FILE, TRAINING_FILE, LOSS_FILE)) as folder:
             run.model.save_pretrained(str(folder))
             (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
             (folder / LOSS_FILE).write_text(_loss_table(run))
@@ -305,11 +321,10 @@ def _finished(name: str, out: Path, identity: dict[str, Any]) -> TrainedAdapter:
     if {**identity, **known} != identity:
         words = {"base_model": "base_model", "model_hash": "the base model's weights", "examples": "examples"}
         changed = [word for key, word in words.items() if known.get(key, identity[key]) != identity[key]]
-        changed += [
-            f"{k} ({known['args'].get(k)!r}, now {identity['args'].get(k)!r})"
-            for k in {**identity["args"], **known["args"]}
-            if known["args"].get(k) != identity["args"].get(k)
-        ]
+        # An identity leaves out some settings that have their default.
+        before, now = ({**as_json(asdict(AdapterTrainingArgs())), **args} for args in (known["args"], identity["args"]))
+        changed += [f"{k} ({before.get(k)!r}, now {now[k]!r})" for k in now if before.get(k) != now[k]]
+        changed += [f"{k} ({before[k]!r}, now gone)" for k in before.keys() - now.keys()]
         raise TrainingError(
             f"{out} was trained with other settings: {', '.join(changed)}; pass overwrite, or write somewhere else"
         )

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from dlp_lora.engine.cache import cache_argument
 
+POSITIONS_BY_PLACE = ("mpt", "roformer", "git")  # model types that ignore `position_ids`
 MIN_SHARED = 8  # tokens: with fewer, a separate pass costs more than it saves
 
 
@@ -24,7 +26,7 @@ def answer_loss(model: Any, batch: Sequence[tuple[list[int], list[int]]], *, sha
     head reads only positions before a token of an answer, because short answers beside a long one are mostly padding.
 
     If `share`, the common beginning of all rows (a chat template's, a task's instruction) is encoded once; gradients
-    flow back through its KV cache. With dropout, the rows would also share its noise.
+    flow back through its KV cache. Only for models that `can_share`.
     """
     start = num_shared(batch) if share else 0
     cache = _encoded(model, batch[0][0][:start], len(batch)) if start else None
@@ -82,11 +84,23 @@ def has_dropout(model: nn.Module) -> bool:
     )
 
 
+def can_share(model: Any) -> bool:
+    """Whether rows of a batch may continue one KV cache in training.
+
+    Padding then lies between the common beginning and the rest. A sliding window would count it, a recurrent state
+    would read it, and positions that come from places in the cache would shift. Dropout would be the same in all rows.
+    """
+    if has_dropout(model) or model.config.model_type in POSITIONS_BY_PLACE:
+        return False
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+
+
 def _encoded(model: Any, tokens: list[int], num_rows: int) -> DynamicCache | None:
     """The KV cache of tokens, for each of so many rows; None if the model keeps none, as with checkpointed layers."""
     cache = DynamicCache()
     ids = torch.tensor([tokens], device=model.device)
-    model(input_ids=ids, use_cache=True, **cache_argument(cache), logits_to_keep=1)
+    places = torch.arange(len(tokens), device=model.device)[None]
+    model(input_ids=ids, position_ids=places, use_cache=True, **cache_argument(cache), logits_to_keep=1)
     if cache.get_seq_length() != len(tokens):
         return None
     cache.batch_repeat_interleave(num_rows)

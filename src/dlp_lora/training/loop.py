@@ -18,9 +18,10 @@ from dlp_lora.errors import TrainingError
 from dlp_lora.files import recover_folder, replace_folder, write_json
 from dlp_lora.progress import OnProgress, Progress
 from dlp_lora.training.args import AdapterTrainingArgs
-from dlp_lora.training.batches import answer_loss, bucketed, has_dropout, micro_batches
+from dlp_lora.training.batches import answer_loss, bucketed, can_share, micro_batches
 from dlp_lora.training.cpu import kept_memory
 
+STATE_FILE = "state.json"
 MAX_TOKENS = 2048  # of one pass; larger batches are computed in parts
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ class Run:
         stable = args.schedule == "warmup_stable_decay"  # a run of more epochs begins with the same steps
         self.num_warm = max(1, round(args.warmup * (per_epoch if stable else self.num_steps)))
         self.num_stable = self.num_steps - round(args.decay * self.num_steps) if stable else self.num_steps
-        self.share = not has_dropout(model)
+        self.share = can_share(model)
         self.losses: list[float] = []
         self.seconds = 0.0
 
@@ -67,7 +68,7 @@ class Run:
         with replace_folder(work) as folder:
             save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "state.safetensors")
             state = {"identity": identity, "losses": self.losses, "seconds": self.seconds}
-            write_json(folder / "state.json", state)
+            write_json(folder / STATE_FILE, state)
 
     def resume(self, work: Path, identity: dict[str, Any], *, at_most: int | None = None) -> None:
         """Reads the checkpoint of the same run, if there is one with at most `at_most` steps.
@@ -76,10 +77,10 @@ class Run:
             TrainingError: naming the checkpoint, if it is damaged.
         """
         recover_folder(work)
-        if not (work / "state.json").is_file():
+        if not (work / STATE_FILE).is_file():
             return
         try:
-            state = json.loads((work / "state.json").read_text(encoding="utf-8"))
+            state = json.loads((work / STATE_FILE).read_text(encoding="utf-8"))
             if {**identity, **state["identity"]} != identity:  # earlier versions kept no hash of the model
                 logger.warning(
                     "%s holds a run with other settings or examples; this one starts at its first step", work

@@ -297,6 +297,7 @@ def _calibrate(
     logits = _logits(router, contexts)
     labels = torch.tensor([sample.label for sample in samples])
     temperature = fit_temperature(logits, labels, torch.logspace(-1, 1, 201))
+    router.calibration = Calibration(temperature=temperature)  # the scores of an encoder depend on it
     router.calibration = _abstaining(router, contexts, temperature, args.coverage)
     if isinstance(router, MiniMLP) and router.near is not None:
         # Of all texts that are lost, most would be of the task with the most varied ones: that reaches further. Then
@@ -360,7 +361,7 @@ def _report(
     for label, choice in zip(labels.tolist(), chosen.tolist(), strict=True):
         confusion[label, choice] += 1
     calibration = router.calibration
-    router.calibration = replace(calibration, temperature=1.0)
+    router.calibration = Calibration(temperature=1.0)
     before = _among(router, contexts)
     router.calibration = calibration
     return RouterReport(

@@ -5,6 +5,7 @@ each batch, and labels of -100 over the prompts. Both start from the same LoRA a
 """
 
 import random
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -85,7 +86,11 @@ def _measure(
     with tempfile.TemporaryDirectory() as folder:
         out = {name: Path(folder) / name for name in (TRAINER, OURS)}
         theirs = partial(_train_with_trainer, plain, tokenizer, encoded, args.training, out[TRAINER])
-        ours = partial(train_adapter, base, tokenizer, few, out[OURS], args.training, overwrite=True)
+
+        def ours() -> None:
+            shutil.rmtree(out[OURS], ignore_errors=True)  # a finished adapter would not be trained again
+            train_adapter(base, tokenizer, few, out[OURS], args.training)
+
         memory: dict[str, Memory] = {}
         runs = {
             TRAINER: counted(TRAINER, plain, _timed(theirs, base.device), memory, base.device),

@@ -21,7 +21,7 @@ def choice_likelihoods(
     """
     model: Any = engine.model
     device = model.device
-    cache = DynamicCache()
+    cache = DynamicCache(config=model.config)
     with engine.fixed(mixture):
         prompt = torch.tensor([list(read)], device=device)
         first = model(prompt, **cache_argument(cache), use_cache=True, logits_to_keep=1).logits[0, -1]
