@@ -404,6 +404,22 @@ def test_an_exported_mixture_is_loaded_by_peft(work: Path, tmp_path: Path) -> No
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("route", "Hi", "--bundle", "{bundle}", "--adapter-revision", "v1"), "route reads no adapters"),
+        (
+            ("chat", "--bundle", "{bundle}", "--raw", "--chat-template-kwargs", '{"x": 1}'),
+            "--raw uses no chat template",
+        ),
+    ],
+)
+def test_an_option_that_would_change_nothing_is_refused(work: Path, words: tuple[str, ...], message: str) -> None:
+    result = run(*(word.replace("{bundle}", str(work / "bundle")) for word in words))
+    assert result.exit_code == 1
+    assert message in " ".join(result.stderr.split())
+
+
 @pytest.mark.parametrize("raw", [(), ("--raw",)], ids=["template", "raw"])
 def test_chatting_answers_each_line_until_an_empty_one(work: Path, raw: tuple[str, ...]) -> None:
     shown = ok("chat", "--bundle", work / "bundle", *QUICK, *raw, stdin="Hello\nAgain\n\nnever read\n")

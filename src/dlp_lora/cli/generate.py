@@ -87,6 +87,8 @@ def chat(
     Example: `dlp-lora chat --bundle demo/bundle`
     """
     template = json_object("chat-template-kwargs", chat_template_kwargs)
+    if raw and template:
+        raise ValueError("--raw uses no chat template; leave --chat-template-kwargs out")
     with open_answerer(engine_options, hub_options, answerer_options) as answerer:
         names = answerer.names
         colours = dict(zip(names, COLOURS * len(names), strict=False))

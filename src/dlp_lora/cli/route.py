@@ -48,6 +48,8 @@ def route(
     from dlp_lora.policy import RoutingSettings, with_p
     from dlp_lora.router.questions import decide, read_held
 
+    if unread := hub_options.adapter_revision or hub_options.adapter_subfolder:
+        raise ValueError(f"route reads no adapters; leave out the option with {unread!r}")
     if bundle is not None and router is None:
         parts = read_bundle(hub_options.folder(bundle, files=FILES, error=BundleError))
         if parts.router is None:
