@@ -95,8 +95,8 @@ class TestProbabilities:
     def test_a_batch_is_its_rows_alone(self) -> None:
         mlp = router()
         alone = torch.cat([mlp.probabilities([context]) for context in CONTEXTS])
-        torch.testing.assert_close(mlp.probabilities(CONTEXTS), alone, rtol=0, atol=1e-5)
-        torch.testing.assert_close(mlp.probabilities(CONTEXTS[::-1]), alone.flip(0), rtol=0, atol=1e-5)
+        torch.testing.assert_close(mlp.probabilities(CONTEXTS), alone, rtol=0, atol=1e-6)
+        torch.testing.assert_close(mlp.probabilities(CONTEXTS[::-1]), alone.flip(0), rtol=0, atol=1e-6)
 
     def test_other_texts_get_other_probabilities(self) -> None:
         found = router().probabilities(CONTEXTS)
