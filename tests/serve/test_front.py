@@ -111,14 +111,15 @@ def test_the_pages_scripts_write_text_and_never_markup() -> None:
     assert not re.search(r"<script(?![^>]*src=)|<style|\son\w+=|\sstyle=|https?://", pages)
 
 
-def test_behind_a_path_prefix_a_key_is_asked_for_as_elsewhere(service: Service) -> None:
+@pytest.mark.parametrize("prefix", ["/llm", "/"])
+def test_behind_a_path_prefix_a_key_is_asked_for_as_elsewhere(service: Service, prefix: str) -> None:
     guarded = replace(service, keys=Keys({"K": None}))
     app = make_app(guarded, AdapterManager(guarded))
 
     async def asked(headers: Any) -> httpx.Response:
-        transport = httpx.ASGITransport(app, root_path="/llm")
+        transport = httpx.ASGITransport(app, root_path=prefix)
         async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
-            return await client.get("/llm/v1/models", headers=headers)
+            return await client.get(f"{prefix.rstrip('/')}/v1/models", headers=headers)
 
     assert asyncio.run(asked({})).status_code == 401
     assert asyncio.run(asked({"Authorization": "Bearer wrong"})).status_code == 401

@@ -126,7 +126,7 @@ class MixtureFolder:
         """Names a mixture by its content."""
         lines = [FORMAT, self._base]
         lines += sorted(f"{sources[name].content} {units}" for name, units in parts(mixture).items())
-        return f"dlp-{hashlib.sha256(chr(10).join(lines).encode()).hexdigest()[:24]}"
+        return "dlp-" + hashlib.sha256("\n".join(lines).encode()).hexdigest()[:24]
 
     def claim(self, mixture: Mixture, sources: Sources) -> Entry:
         """Returns the entry of a mixture, which is in use until it is released; `write` writes its files."""

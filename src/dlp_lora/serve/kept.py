@@ -52,7 +52,7 @@ class KeptKV:
 
     def keep(self, tokens: Sequence[int], contents: Sequence[Content], cache: SpareCache, row: int) -> None:
         """Stores a copy of the KV of a row, unless another entry begins with it."""
-        if cache.nbytes_of(len(tokens)) > self.budget or not tokens:
+        if not self.budget or not tokens or cache.nbytes_of(len(tokens)) > self.budget:
             return
         shorter: list[int] = []
         for number, entry in self._entries.items():

@@ -92,7 +92,9 @@ class Gate:
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > self._max_body:
             return self._too_large()
-        path = str(scope["path"]).removeprefix(scope.get("root_path", ""))  # a server under a prefix has it in both
+        path, prefix = str(scope["path"]), str(scope.get("root_path", "")).rstrip("/")
+        if path.startswith(f"{prefix}/"):  # a server under a prefix has it in both
+            path = path.removeprefix(prefix)
         scope["state"]["access"] = access = self._service.keys.access(headers.get("authorization"))
         is_guarded = any(path == prefix or path.startswith(f"{prefix}/") for prefix in GUARDED)
         if is_guarded and access is None:
