@@ -4,8 +4,8 @@
     python scripts/measure_mixtures.py --out runs/mixtures --json results/mixtures.json \\
         --data tasks26/ --adapters adapters/ --router router/ --extra tasks_extra/
 
-The first command trains what it needs; the second adds the paper's tasks, with adapters that are there. Interrupted,
-the same command goes on where it stopped.
+The first command trains what it needs. The second measures the paper's tasks, with adapters that are there, and adds
+them to the record. Interrupted, the same command goes on where it stopped.
 """
 
 import argparse
@@ -60,17 +60,15 @@ def main() -> None:
     parser.add_argument("--chosen", type=int, default=32, help="questions of each task by which methods are chosen")
     parser.add_argument("--test", type=int, default=96, help="questions of each task that are measured")
     options = parser.parse_args()
+    of_tasks = (options.data, options.adapters, options.router)
+    if any(of_tasks) and not all(of_tasks):
+        parser.error("--data, --adapters and --router go together")
     record: dict[str, Any] = json.loads(options.json.read_text()) if options.json.is_file() else {}
+    name, measure = ("of the paper's tasks", _of_tasks) if options.data else ("made", _made)
     with progress() as show:
-        parts = {"made": _made}
-        if options.data and options.adapters and options.router:
-            parts["of the paper's tasks"] = _of_tasks
-        for name, measure in parts.items():
-            found = measure(options, show)
-            record = {**record, "environment": environment(), name: found}
-            write_json(options.json, record)
-    for name in parts:
-        print(json.dumps({name: record[name]["mixture_less_single"]}, indent=1))
+        record[name] = {"environment": environment(), **measure(options, show)}
+    write_json(options.json, record)
+    print(json.dumps({name: record[name]["mixture_less_single"]}, indent=1))
 
 
 def _made(options: argparse.Namespace, show: OnProgress) -> dict[str, Any]:
