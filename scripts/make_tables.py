@@ -279,7 +279,7 @@ def _short_means(name: str) -> str:
         "BLEU": cell("composite-9", "bleu", 1),
         "ROUGE-L": cell("composite-9", "rougeL", 100),
     }
-    return _table(columns, [{"method": name} for name in MAIN])
+    return _table(columns, [{"method": name} for name in MAIN if name in record["scores"]])
 
 
 def _short_peers() -> str:
@@ -354,7 +354,7 @@ def _by_task(name: str) -> str:
     return _table(columns, [{"task": name, **about} for name, about in tasks], words=2)
 
 
-SERIAL = ("base", "oracle", "oracle-recompute", "whole", "prompt-only", "dlp", "by-sentence", "recompute")
+SERIAL = ("base", "oracle", "whole", "prompt-only", "dlp", "by-sentence", "recompute", "apart", "alone")
 
 
 def _who(row: Mapping[str, Any]) -> str:
@@ -362,30 +362,38 @@ def _who(row: Mapping[str, Any]) -> str:
     return label(row["method"]) if row["method"] in MAIN else about(row["method"])
 
 
-def _serial(*, whole: bool) -> str:
-    """Several questions in one prompt: how many are right, and as a `whole` those after the first and those routed."""
+def _serial() -> str:
+    """Several questions in one prompt: how many are answered right."""
     record = _record("tasks26/record")["serial"]
 
-    def right(row: Mapping[str, Any], key: str = "accuracy", interval: str = "interval") -> str:
-        low, high = row[interval]
-        return f"{100 * row[key]:.1f} ({100 * low:.1f}-{100 * high:.1f})"
+    def right(step: str) -> Cell:
+        def text(row: Mapping[str, Any]) -> str:
+            found = record[step][row["method"]]
+            low, high = found["interval"]
+            return f"{100 * found['accuracy']:.1f} ({100 * low:.1f}-{100 * high:.1f})"
+
+        return text
+
+    columns: dict[str, Cell] = {"method": _who}
+    columns |= {f"{step.removeprefix('serial-')} questions": right(step) for step in record}
+    return _table(columns, [{"method": name} for name in SERIAL])
+
+
+def _serial_details() -> str:
+    """Several questions in one prompt: those after the first that are right, those routed right, and time."""
+    record = _record("tasks26/record")["serial"]
+
+    def cell(step: str, key: str, scale: float, digits: int) -> Cell:
+        return lambda row: f"{scale * record[step][row['method']][key]:.{digits}f}"
 
     columns: dict[str, Cell] = {"method": _who}
     for step in record:
         n = step.removeprefix("serial-")
         columns |= {
-            f"{n} questions": lambda row, step=step: right(record[step][row["method"]]),
+            f"{n}: later ones": cell(step, "accuracy_later", 100, 1),
+            f"{n}: routed": cell(step, "routed", 100, 0),
+            f"{n}: seconds": cell(step, "seconds", 1, 2),
         }
-        columns |= (
-            {}
-            if not whole
-            else {
-                f"{n}: later ones": lambda row, step=step: right(
-                    record[step][row["method"]], "accuracy_later", "interval_later"
-                ),
-                f"{n}: routed": lambda row, step=step: f"{100 * record[step][row['method']]['routed']:.0f}",
-            }
-        )
     return _table(columns, [{"method": name} for name in SERIAL])
 
 
@@ -599,14 +607,14 @@ def _soak() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "families-supported": partial(_families, "supported"),
     "families-refused": partial(_families, "refused", "not built"),
-    "tasks26": partial(_means, "lora_r64/joined"),
-    "tasks26-short": partial(_short_means, "lora_r64/joined"),
+    "tasks26": partial(_means, "tasks26/record"),
+    "tasks26-short": partial(_short_means, "tasks26/record"),
     "peers-short": _short_peers,
     "tasks26-teacher-forced": partial(_teacher_forced, "tasks26/record"),
-    "tasks26-differences": partial(_differences, "lora_r64/joined"),
-    "tasks26-by-task": partial(_by_task, "lora_r64/joined"),
-    "tasks26-serial": partial(_serial, whole=False),
-    "tasks26-serial-whole": partial(_serial, whole=True),
+    "tasks26-differences": partial(_differences, "tasks26/record"),
+    "tasks26-by-task": partial(_by_task, "tasks26/record"),
+    "tasks26-serial": _serial,
+    "tasks26-serial-details": _serial_details,
     "dependent": _dependent,
     "mixtures": _mixtures,
     "learning-curve": _learning_curve,

@@ -114,7 +114,6 @@ _SERIAL = {
     "whole": "as DLP-LoRA, the prompt read as one text",
     "apart": "as DLP-LoRA, each question of the prompt answered in a context of its own",
     "alone": "as DLP-LoRA, each question asked by itself",
-    "oracle-recompute": "each question's own LoRA, the context encoded again at a switch",
 }
 """Who chooses in methods that are for several questions in one prompt alone."""
 

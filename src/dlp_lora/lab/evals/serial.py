@@ -99,7 +99,6 @@ def serial_methods(names: Sequence[str], prompts: Sequence[SerialPrompt]) -> lis
     return [
         SerialMethod(name="base", settings={}, mixture=Mixture()),
         SerialMethod(name="oracle", settings={**lines, "router": told, "kv_policy": "keep"}),
-        SerialMethod(name="oracle-recompute", settings={**lines, "router": told, "kv_policy": "recompute"}),
         SerialMethod(name="dlp", settings={**lines, "kv_policy": "keep"}),
         SerialMethod(name="recompute", settings={**lines, "kv_policy": "recompute"}),
         SerialMethod(name="apart", settings={**lines, "prompt_routing": "apart", "kv_policy": "recompute"}),

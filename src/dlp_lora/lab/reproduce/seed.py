@@ -169,7 +169,7 @@ class Seed:
     def _answer_serial(self, engine: Engine, n: int) -> None:
         """Answers prompts of `n` questions by all methods, those that fit the context."""
         step, file = f"serial-{n}", self.folder / f"serial-{n}.json"
-        found: dict[str, Any] = {}
+        self._serial[step] = {}
         tasks = [task for task in self.tasks if self.kinds[task.name] == "mcq" and task.test]
         if len(tasks) < n:
             self._serial_skipped[step] = len(tasks)
@@ -195,8 +195,8 @@ class Seed:
 
                 found[method.name] = {"rows": answer_serial(engine, method, prompts, args, on_progress=tell)}
                 kept.put(methods=found)
+            self._serial[step] = {method.name: found[method.name]["rows"] for method in methods}
             self._tell(Progress(step, 1, 1))
-        self._serial[step] = {name: own["rows"] for name, own in found.items()}
 
     def _serial_args(self, n: int) -> AnswerArgs:
         """How prompts of `n` questions are answered."""
