@@ -1,6 +1,6 @@
 """Compares methods of several runs of `reproduce` on the questions that all of them answered, without a model.
 
-    python scripts/join_runs.py results/tasks26 results/lora_r64 --data DIR --out results/lora_r64/joined.json
+    python scripts/join_runs.py runs/first runs/second --data DIR --out joined.json
 
 Each folder holds a run's record.json and outputs.jsonl.gz; DIR holds the tasks that they were made from.
 """
