@@ -189,16 +189,16 @@ class RoutingSettings:
 
     `policy` turns probabilities into a mixture. `switching` says when a new sentence may change the mixture.
     `kv_policy` is about the tokens before a switch: "recompute" encodes the whole context again under the new mixture;
-    "keep" leaves the tokens as they were encoded. `prompt_routing` is about prompts with several questions. "questions"
-    routes each line of the answer by its question. "apart" answers each question in a separate context; if a question
-    needs another one, it does as "questions". "whole" routes the prompt as one text. "sentences" also encodes each
+    "keep" leaves the tokens as they were encoded. `prompt_routing` is about prompts with several questions. "apart"
+    answers each question in a separate context; if a question needs another one, it does as "questions". "questions"
+    routes each line of the answer by its question. "whole" routes the prompt as one text. "sentences" also encodes each
     sentence of the prompt under its own mixture.
     """
 
     policy: FusionPolicy = TopP()
     switching: Switching = Switching()
     kv_policy: KVPolicy = "recompute"
-    prompt_routing: PromptRouting = "questions"
+    prompt_routing: PromptRouting = "apart"
 
     def __post_init__(self) -> None:
         for name, choices in (("kv_policy", get_args(KVPolicy)), ("prompt_routing", get_args(PromptRouting))):

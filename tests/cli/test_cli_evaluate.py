@@ -164,7 +164,7 @@ def test_a_bundle_is_evaluated_on_the_tasks_that_have_questions(
     assert found["cut_short"]["dlp"] == cut
     assert set(found["adapters"]) == {"colours", "sides", "story", "untested"}
     assert {"format", "model_hash", "router_hash", "dtype", "metrics", "timings", "without_choices"} <= found.keys()
-    assert found["settings"]["prompt_routing"] == "questions"
+    assert found["settings"]["prompt_routing"] == "apart"
     assert {task: own["kind"] for task, own in found["data"]["tasks"].items()}["colours"] == "mcq"
     assert set(found["differences"]) == {"dlp - base"}
     assert set(found["composites"]["composite-2"]) == {"base", "dlp"}

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache, TextStreamer
 
 from conftest import WordRouter
 from dlp_lora import Context, Engine, Generation, Mixture, RoutingSettings, TopK
@@ -104,7 +105,7 @@ def test_several_prompts_are_answered_in_one_batch_each_cut_or_not(engine: Engin
 def test_a_prompt_that_is_not_cut_is_answered_as_with_questions(engine: Engine, prompt: str) -> None:
     found = engine.generate(prompt, **SHORT)
     assert found.parts == ()
-    same(found, engine.generate(prompt, settings=RoutingSettings(policy=TopK(1)), **SHORT))
+    same(found, engine.generate(prompt, settings=RoutingSettings(policy=TopK(1), prompt_routing="questions"), **SHORT))
 
 
 @pytest.mark.parametrize("settings", [{"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}, {"fixed": 1}])
@@ -114,6 +115,44 @@ def test_beams_several_answers_and_fixed_mixtures_are_not_cut(engine: Engine, se
         arguments["mixture"] = {"math": 1.0}
     answers = engine.generate(PROMPT, **arguments)
     assert all(answer.parts == () for answer in (answers if isinstance(answers, list) else [answers]))
+
+
+@pytest.mark.parametrize("name", ["streamer", "past_key_values", "logits_processor", "prefix_allowed_tokens_fn"])
+def test_a_prompt_is_not_cut_for_what_is_made_for_one_row_or_one_answer(engine: Engine, name: str) -> None:
+    objects: dict[str, Any] = {
+        "streamer": TextStreamer(engine.tokenizer),  # it refuses several rows
+        "past_key_values": DynamicCache(config=engine.model.config),
+        "logits_processor": [lambda ids, scores: scores],  # maybe a grammar
+        "prefix_allowed_tokens_fn": lambda row, ids: list(range(engine.model.config.vocab_size)),
+    }
+    found = engine.generate(PROMPT, **SHORT, **{name: objects[name]})
+    with engine.using(prompt_routing="questions"):
+        same(found, engine.generate(PROMPT, **SHORT))
+
+
+def test_a_chat_with_tools_is_not_cut(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+    monkeypatch.setattr(engine.tokenizer, "chat_template", "{{ tools }}" + engine.tokenizer.chat_template)
+    assert len(engine.generate([user(PROMPT)], **SHORT).parts) == 3
+    assert engine.generate([user(PROMPT)], tools=[tool], **SHORT).parts == ()
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, "Add the sum?", "Hello there. What is the sum?"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_router_reads_each_text_of_a_prompt_once(make_engine: MakeEngine, prompt: str, stream: bool) -> None:
+    router = WordRouter()
+    engine = make_engine(router=router, policy=TopK(1))
+    if stream:
+        list(engine.stream(prompt, **SHORT))
+    else:
+        engine.generate(prompt, **SHORT)
+    assert router.asked.count(Context(prompt)) == 1
+
+
+def test_it_is_the_default(make_engine: MakeEngine) -> None:
+    engine = make_engine(router=WordRouter(), policy=TopK(1))
+    assert RoutingSettings().prompt_routing == engine.prompt_routing == "apart"
+    assert len(engine.generate(PROMPT, **SHORT).parts) == 3
 
 
 def test_a_stream_gives_the_answers_in_the_order_of_the_prompt(engine: Engine) -> None:

@@ -132,7 +132,7 @@ class TestLoad:
         )
         same(loaded.generate(PROMPTS[0], **SETTINGS), in_memory.generate(PROMPTS[0], **SETTINGS))
         assert (loaded.policy, loaded.kv_policy, loaded.switching) == (TopP(0.6), "recompute", Switching())
-        assert loaded.prompt_routing == "questions"
+        assert loaded.prompt_routing == "apart"
         assert not loaded.model.training
 
     def test_no_argument_is_dropped_for_a_model_in_memory_or_another_name_of_the_dtype(

@@ -450,12 +450,12 @@ class TestCaches:
 class TestSettings:
     def test_prompts_are_not_cut_into_sentences_unless_told_so(self, make_engine: MakeEngine) -> None:
         engine = make_engine()
-        assert engine.prompt_routing == "questions"
+        assert engine.prompt_routing == "apart"
         assert not engine.generate(PROMPTS[0], max_new_tokens=1).prompt_trace
         with engine.using(prompt_routing="sentences"):
             assert engine.prompt_routing == "sentences"
             assert engine.generate(PROMPTS[0], max_new_tokens=1).prompt_trace
-        assert engine.prompt_routing == "questions"
+        assert engine.prompt_routing == "apart"
 
     @pytest.mark.usefixtures("unchecked")
     def test_another_word_is_refused(self, make_engine: MakeEngine, engine: Engine) -> None:

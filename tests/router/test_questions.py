@@ -166,7 +166,7 @@ class TestEngine:
         assert set(traced(together[1])) == {"math"}
 
     def test_beams_keep_the_questions(self, make: MakeEngine) -> None:
-        engine = make(segmenter=lambda: LineSegmenter())
+        engine = make(segmenter=lambda: LineSegmenter(), prompt_routing="questions")
         answer = engine.generate(PROMPT, max_new_tokens=4, num_beams=2, do_sample=False)
         assert traced(answer)[0] == "math"
         greedy = engine.generate(PROMPT, max_new_tokens=4, do_sample=False)

@@ -201,14 +201,21 @@ def test_the_questions_are_told_without_an_answer(service: Service, engine: Engi
     assert routed["num_tokens"] == sum(len(part.prompt_tokens) for part in parts)
 
 
-def test_more_questions_than_a_request_may_have_answers_are_refused(
+def test_more_questions_than_a_request_may_have_answers_are_refused_if_it_asked_for_them_apart(
     local: Service, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(serving_module, "MAX_CHOICES", 2)
-    response = over_http(local, AdapterManager(local), "/v1/completions", {"prompt": PROMPT})
+    body = {"prompt": PROMPT, "max_tokens": NUM}
+    asked = {**body, "dlp": {"prompt_routing": "apart"}}
+    response = over_http(local, AdapterManager(local), "/v1/completions", asked)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "dlp.prompt_routing"
     assert "the prompt asks 3 questions, and 2 are answered apart at most" in response.json()["error"]["message"]
+    # Nobody asked for more here: the prompt is answered in one context.
+    answer = post(local, engine, **body)["choices"][0]
+    assert "parts" not in answer["dlp"]
+    with engine.using(prompt_routing="questions"):
+        assert text_of(answer) == engine.generate(PROMPT, max_new_tokens=NUM, do_sample=False).text
 
 
 def test_a_queue_without_room_for_all_parts_takes_none(engine: Engine) -> None:

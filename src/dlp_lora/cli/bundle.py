@@ -39,9 +39,9 @@ def bundle(
     prompt_routing: Annotated[
         str,
         typer.Option(
-            help="Prompts of several questions: questions (each in turn), apart, whole, or sentences (Eq. 6)."
+            help="Prompts of several questions: apart, questions (each in turn), whole, or sentences (Eq. 6)."
         ),
-    ] = "questions",
+    ] = RoutingSettings.prompt_routing,
 ) -> None:
     """Put adapters, router and policy into one folder that `load` and every command take.
 

@@ -48,7 +48,7 @@ PromptRoutingOption = Annotated[
     typer.Option(
         "--prompt-routing",
         help="Prompts of several questions: routed as one text, by question in turn or apart, or by sentence. "
-        "[default: questions]",
+        "[default: apart]",
     ),
 ]
 KVPolicyOption = Annotated[

@@ -14,12 +14,14 @@ from dlp_lora.router.questions import Read, questions_apart
 
 
 def prompts_apart(read: Read, prompt: str | Chat, context: Context) -> list[str | Chat]:
-    """Returns a prompt for each question; or the prompt itself if it is not cut, or has the beginning of an answer.
+    """Returns a prompt for each question; or the prompt itself, if it is not cut.
+
+    With tools or the beginning of an answer, a prompt has one answer, so it is not cut.
 
     Args:
         context: the router's context of the prompt.
     """
-    if context.answer:
+    if context.answer or (isinstance(prompt, Chat) and prompt.tools):
         return [prompt]
     text = context.prompt
     questions = questions_apart(read, context)

@@ -79,7 +79,8 @@ class Call:
 
     `mixtures` are fixed by the caller, one for all rows or one per row; with None, the router chooses. `segmenter`
     makes a segmenter for a row. `contexts` are the router's contexts of known prompts, by their tokens; other prompts
-    are read from their tokens. Decisions of the router go to the `routing_log`.
+    are read from their tokens. `known` has the router's probabilities of the prompts that it has read for this answer.
+    Decisions of the router go to the `routing_log`.
     """
 
     settings: RoutingSettings = field(default_factory=RoutingSettings)
@@ -88,6 +89,7 @@ class Call:
     mixtures: tuple[Mixture, ...] | None = None
     endings: Endings = Endings()
     contexts: Mapping[tuple[int, ...], Context] = field(default_factory=dict)
+    known: dict[Context, list[float]] | None = None
     generating: Generating | None = None
     routing_log: RoutingLog | None = None
 
@@ -127,6 +129,14 @@ def call_setting(name: str, kwargs: Mapping[str, Any], generation_config: Any) -
     configs = (kwargs.get("generation_config"), generation_config)
     values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
     return next((value for value in values if value is not None), None)
+
+
+def is_one_row(kwargs: Mapping[str, Any], generation_config: Any) -> bool:
+    """Whether a call of `generate` needs as many rows as prompts, or has one form for the whole answer."""
+    names = ("streamer", "past_key_values", "logits_processor", "prefix_allowed_tokens_fn")
+    has_object = any(kwargs.get(name) is not None for name in names)
+    numbers = [call_setting(name, kwargs, generation_config) or 1 for name in ("num_beams", "num_return_sequences")]
+    return has_object or max(numbers) > 1
 
 
 def check_call(kwargs: Mapping[str, Any], generation_config: Any, *, is_stream: bool = False) -> None:

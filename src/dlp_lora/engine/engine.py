@@ -25,7 +25,7 @@ from dlp_lora.chat import Chat, Message
 from dlp_lora.engine.apart import joined
 from dlp_lora.engine.base import PROBE_TEXT, PROBE_TOKENS, Base, Probe
 from dlp_lora.engine.bundle import check_names, upload_bundle, write_bundle
-from dlp_lora.engine.calls import Call, Endings, call_setting, check_call, seeded
+from dlp_lora.engine.calls import Call, Endings, call_setting, check_call, is_one_row, seeded
 from dlp_lora.engine.controller import Controller
 from dlp_lora.engine.overrides import Override, overriding
 from dlp_lora.engine.passes import check_keeps_cache
@@ -385,7 +385,7 @@ class Engine:
         with (
             self.fixed(mixture) if mixture is not None else nullcontext(),
             self._overriding({} if settings is None else {"settings": settings}),
-            self._overriding({"endings": Endings.of_call(kwargs, self.model.generation_config)}),
+            self._overriding({"endings": Endings.of_call(kwargs, self.model.generation_config), "known": {}}),
         ):
             yield self.call
 
@@ -393,9 +393,8 @@ class Engine:
         self, prompts: Sequence[EncodedPrompt], call: Call, kwargs: Mapping[str, Any]
     ) -> list[list[EncodedPrompt]]:
         """Returns the prompts to answer instead of each prompt: its questions, if they are answered apart."""
-        numbers = ("num_beams", "num_return_sequences")
-        is_one_row = all((call_setting(name, kwargs, self.model.generation_config) or 1) == 1 for name in numbers)
-        return [self.apart(prompt, call=call) if is_one_row else [prompt] for prompt in prompts]
+        is_whole = is_one_row(kwargs, self.model.generation_config)
+        return [[prompt] if is_whole else self.apart(prompt, call=call) for prompt in prompts]
 
     def _generations(
         self,

@@ -46,7 +46,7 @@ class Routing:
         """
         if self.call.router is None:
             raise RouterError("this engine has no router; choose a mixture with engine.fixed() or engine.disabled()")
-        return read_held(self.call.router, contexts, self.held)
+        return read_held(self.call.router, contexts, self.held, known=self.call.known)
 
     def decide(
         self,

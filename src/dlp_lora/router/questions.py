@@ -55,14 +55,25 @@ def decide(read: Read, context: Context, settings: RoutingSettings) -> Routed:
 
 
 def read_held(
-    router: Router, contexts: Sequence[Context], held: Collection[str] | None = None
+    router: Router,
+    contexts: Sequence[Context],
+    held: Collection[str] | None = None,
+    *,
+    known: dict[Context, list[float]] | None = None,
 ) -> list[dict[str, float]]:
     """Reads contexts with a router and returns each adapter's probability by name; `held` limits the adapters.
 
-    The probability of an adapter outside `held` counts as the probability that none fits.
+    The probability of an adapter outside `held` counts as the probability that none fits. Contexts of prompts in
+    `known` are not read again, and others are added to it.
     """
-    rows = [dict(zip(router.names, row, strict=True)) for row in router.probabilities(contexts).tolist()]
-    return rows if held is None else [{name: p for name, p in row.items() if name in held} for row in rows]
+    rows = dict(known or {})
+    new = [context for context in contexts if context not in rows]
+    if new:
+        rows.update(zip(new, router.probabilities(new).tolist(), strict=True))
+    if known is not None:
+        known.update((context, rows[context]) for context in new if not context.answer + context.sentence)
+    named = [dict(zip(router.names, rows[context], strict=True)) for context in contexts]
+    return named if held is None else [{name: p for name, p in row.items() if name in held} for row in named]
 
 
 def route(read: Read, context: Context) -> Mapping[str, float]:

@@ -187,16 +187,8 @@ class Service:
             raise invalid("stream_options needs stream: true", "stream_options")
         # These apply to one answer, not to several that are joined.
         may_be_parts = is_text and n == 1 and grammar is None and num_logprobs is None
-        parts = [
-            self.backend.prompt_router.apart(prompt, call=call, among=among) if may_be_parts else [prompt]
-            for prompt in prompts
-        ]
-        if (num_rows := sum(map(len, parts))) > MAX_CHOICES:
-            raise invalid(
-                f"dlp.prompt_routing: the prompt asks {num_rows} questions, and {MAX_CHOICES} are answered apart at "
-                'most; ask for fewer, or with dlp.prompt_routing "questions"',
-                "dlp.prompt_routing",
-            )
+        whole = [[prompt] for prompt in prompts]
+        parts = self._apart(prompts, call, among, body.options) if may_be_parts else whole
         for prompt in (prompt for questions in parts for prompt in questions):
             self.encoder.check_room(prompt, 1 if max_tokens is None else max_tokens)
         id_ = f"{prefix}-{uuid4().hex}"
@@ -234,6 +226,21 @@ class Service:
             prompts=tuple(prompts),
             answers=tuple(answers),
             deadline_s=min(body.options.deadline_s or self.settings.deadline_s, self.settings.deadline_s),
+        )
+
+    def _apart(
+        self, prompts: Sequence[EncodedPrompt], call: Call, among: frozenset[str] | None, options: DLPOptions
+    ) -> list[list[EncodedPrompt]]:
+        """The prompts to answer instead of each prompt; too many are no reason to refuse what nobody asked for."""
+        parts = [self.backend.prompt_router.apart(prompt, call=call, among=among) for prompt in prompts]
+        if (num_rows := sum(map(len, parts))) <= MAX_CHOICES:
+            return parts
+        if options.prompt_routing is None:
+            return [[prompt] for prompt in prompts]
+        raise invalid(
+            f"dlp.prompt_routing: the prompt asks {num_rows} questions, and {MAX_CHOICES} are answered apart at "
+            'most; ask for fewer, or with dlp.prompt_routing "questions"',
+            "dlp.prompt_routing",
         )
 
     def _grammar(self, body: ChatRequest, tools: Sequence[Tool]) -> AnswerGrammar | None:

@@ -61,7 +61,7 @@ _METHODS = (
         mixture=lambda key, names: Mixture({SINGLE: 1.0}),
         adapter=SINGLE,
     ),
-    Method("dlp", "DLP-LoRA", "the router, asked again at every sentence: by default top-p 0.6, renormalised, KV kept"),
+    Method("dlp", "DLP-LoRA", "the router, asked again at every sentence: by default top-p 0.6, renormalised"),
     Method(
         "never-abstain",
         "DLP-LoRA, never abstaining",
@@ -78,7 +78,7 @@ _METHODS = (
     Method(
         "prompt-only",
         about="as DLP-LoRA, routed at the prompt, never again",
-        settings={"switching": Switching(min_tokens=NEVER)},
+        settings={"prompt_routing": "questions", "switching": Switching(min_tokens=NEVER)},
     ),
     Method(
         "whole-prompt",

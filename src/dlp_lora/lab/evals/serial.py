@@ -94,7 +94,8 @@ def serial_methods(names: Sequence[str], prompts: Sequence[SerialPrompt]) -> lis
     `dlp` cuts the prompt into its questions, `apart` answers each in a separate context, `whole` reads it as one text,
     `prompt-only` never switches. `alone` asks each question by itself: the goal of the others.
     """
-    lines = {"segmenter": LineSegmenter, "switching": Switching(min_tokens=1, margin=0.0)}
+    switching = Switching(min_tokens=1, margin=0.0)
+    lines = {"segmenter": LineSegmenter, "switching": switching, "prompt_routing": "questions"}
     told = _Told(names, prompts)
     return [
         SerialMethod(name="base", settings={}, mixture=Mixture()),

@@ -82,10 +82,11 @@ class Seed:
             router = self._router()
             with self._engine() as engine:
                 engine.save_pretrained(self.folder / "bundle")
-                self._answer(engine, [method for method in self.methods if not method.adapter])
-                for n in self.args.serial:
-                    self._answer_serial(engine, n)
-                conversation = self._conversation(engine)
+                with engine.using(prompt_routing="questions"):  # one context for all methods but `apart`
+                    self._answer(engine, [method for method in self.methods if not method.adapter])
+                    for n in self.args.serial:
+                        self._answer_serial(engine, n)
+                    conversation = self._conversation(engine)
         if single is not None:
             with self._engine(single=True) as engine:
                 self._answer(engine, [METHODS[SINGLE]])
