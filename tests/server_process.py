@@ -17,6 +17,11 @@ import httpx
 TESTS = Path(__file__).parent
 
 
+def _lines(path: Path) -> list[str]:
+    """The lines of a file to which another process writes, without one that is half written."""
+    return path.read_text().split("\n")[:-1]
+
+
 @dataclass
 class ServerProcess:
     """A server that runs."""
@@ -31,7 +36,7 @@ class ServerProcess:
 
     @property
     def log(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.log_path.read_text().splitlines() if line.startswith("{")]
+        return [json.loads(line) for line in _lines(self.log_path) if line.startswith("{")]
 
     def logged(self, request_id: str) -> dict[str, Any]:
         """What the log says of a request, which is written after its answer was sent."""
@@ -93,7 +98,7 @@ def start(adapters: Path, folder: Path, **settings: Any) -> Iterator[ServerProce
         process = subprocess.Popen([sys.executable, __file__, arguments], env=env, stderr=log, stdout=log, text=True)
     try:
         deadline = time.monotonic() + 120
-        while not (lines := [line for line in log_path.read_text().splitlines() if line.startswith("http")]):
+        while not (lines := [line for line in _lines(log_path) if line.startswith("http")]):
             assert process.poll() is None, log_path.read_text()
             assert time.monotonic() < deadline, "the server does not start"
             time.sleep(0.05)
