@@ -601,6 +601,11 @@ def test_arrow_chooses_among_the_adapters_that_there_are_and_the_router_among_th
     found = bench_router(asked, only=["peers"])["scenarios"]["peers"]
     for name in (ARROW, f"{OURS}, of these"):
         assert (found[name]["tasks"], found[name]["num"], found[name]["num_foreign"]) == (["sums", "tales"], 6, 6)
+    for i, name in enumerate(("days", "rhymes")):
+        make_adapter(model, tmp_path / "adapters" / name, seed=3 + i, scale=0.3)
+    found = bench_router(asked, only=["peers"])["scenarios"]["peers"]
+    assert found[ARROW]["tasks"] == found[OURS]["tasks"]
+    assert f"{OURS}, of these" not in found
     make_adapter(model, tmp_path / "adapters" / "days", seed=3, scale=0.3, r=2)
     with pytest.raises(AdapterError, match=r"PEFT's Arrow does not take the adapters of .*: .*mismatch"):
         bench_router(asked, only=["peers"])

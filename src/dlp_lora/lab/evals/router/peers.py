@@ -79,7 +79,7 @@ def peers(setting: Setting) -> dict[str, Any]:
             found[name] = _measured(make(setting, encoder), setting, name)
         except MissingError as error:
             found[name] = {"skipped": str(error)}
-    if "skipped" not in found[ARROW]:
+    if set(found[ARROW].get("tasks", found[OURS]["tasks"])) != set(found[OURS]["tasks"]):
         name = f"{OURS}, of these"
         found[name] = _measured(_ours(setting, encoder, among=found[ARROW]["tasks"]), setting, name)
     return found
