@@ -350,7 +350,16 @@ def test_outputs_hold_the_runs_own_answers_serial_and_teacher_forced_ones_too(
         low, high = record["teacher_forced_intervals"][method]["colours"]["accuracy"]
         assert low <= mean <= high
     serial = [row for row in rows if row["part"] == "serial-2" and row["method"] == "dlp"]
-    assert record["serial"]["serial-2"]["dlp"]["accuracy"] == np.mean([row["right"] for row in serial])
+    scores = record["serial"]["serial-2"]
+    assert scores["dlp"]["accuracy"] == np.mean([row["right"] for row in serial])
+    for name, own in scores.items():
+        if name == "alone":
+            assert own["difference"] is None
+        else:
+            less = own["accuracy"] - scores["alone"]["accuracy"]
+            assert own["difference"]["value"] == pytest.approx(less, abs=2e-5)
+            low, high = own["difference"]["interval"]
+            assert low <= own["difference"]["value"] <= high
     assert len([row for row in rows if row["part"] == "larger" and row["model"] == "model"]) == 7
     assert read(reproduce(model, tasks(), out, SMALL, infos=INFOS))["larger"] == record["larger"]  # kept, once given
 

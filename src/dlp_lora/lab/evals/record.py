@@ -93,9 +93,17 @@ def _mean(found: Sequence[Any]) -> Any:
     return round(sum(found) / len(found), 5)
 
 
-def serial_scores(rows: Sequence[dict[str, Any]], n: int) -> Serial:
-    """The scores of answers to prompts of `n` questions."""
-    right = np.array([row["right"] for row in rows], dtype=float).reshape(-1, n)  # (prompts, questions)
+def serial_scores(by_method: Mapping[str, Sequence[dict[str, Any]]], n: int) -> dict[str, Serial]:
+    """The scores of each method's answers to the same prompts of `n` questions."""
+    return {name: _serial(rows, n, by_method.get("alone", ())) for name, rows in by_method.items()}
+
+
+def _serial(rows: Sequence[dict[str, Any]], n: int, alone: Sequence[dict[str, Any]]) -> Serial:
+    right, other = (
+        np.array([row["right"] for row in own], dtype=float).reshape(-1, n)  # (prompts, questions)
+        for own in (rows, alone)
+    )
+    less = (right - other).mean(axis=1) if len(other) and rows is not alone else None
 
     def share(key: str, digits: int = 5) -> float:
         return round(float(np.mean([row[key] for row in rows])), digits)
@@ -105,6 +113,9 @@ def serial_scores(rows: Sequence[dict[str, Any]], n: int) -> Serial:
         interval=bootstrap(right.mean(axis=1)).rounded(),
         accuracy_later=round(float(right[:, 1:].mean()), 5),
         interval_later=bootstrap(right[:, 1:].mean(axis=1)).rounded(),
+        difference=None
+        if less is None
+        else Difference(value=round(float(less.mean()), 5), interval=bootstrap(less).rounded()),
         routed=share("routed"),
         num_questions=len(rows),
         seconds=share("seconds", 4),

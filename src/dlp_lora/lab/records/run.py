@@ -98,13 +98,15 @@ class Answered(Compared, TeacherForced):
 class Serial:
     """Prompts of several questions: shares that are right, right after the first one, and routed to their task.
 
-    `cut` is the share of prompts that were answered apart, `seconds` is the time a question took.
+    `difference` is that of `accuracy` from the accuracy of `alone`: each question asked by itself. `cut` is the share
+    of prompts that were answered apart, `seconds` is the time a question took.
     """
 
     accuracy: float | None = None
     interval: Interval | None = None
     accuracy_later: float | None = None
     interval_later: Interval | None = None
+    difference: Difference | None = None
     routed: float | None = None
     num_questions: float | None = None
     seconds: float | None = None

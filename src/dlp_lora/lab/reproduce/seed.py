@@ -95,10 +95,7 @@ class Seed:
             metrics={"bleu": bleu_signature()} if "qa" in self.kinds.values() else {},
             data=Data(hash=data_hash(self.tasks), tasks={t.name: self._about(t) for t in self.tasks}),
             left_out=dict(self.shared.left_out),
-            serial={
-                step: {name: serial_scores(rows, int(step.removeprefix("serial-"))) for name, rows in own.items()}
-                for step, own in self._serial.items()
-            },
+            serial={step: serial_scores(own, int(step.removeprefix("serial-"))) for step, own in self._serial.items()},
             serial_left_out=self._serial_left_out,
             serial_skipped=self._serial_skipped,
             router=router,
