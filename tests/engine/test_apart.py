@@ -128,6 +128,7 @@ def test_a_prompt_is_not_cut_for_what_is_made_for_one_row_or_one_answer(engine: 
     found = engine.generate(PROMPT, **SHORT, **{name: objects[name]})
     with engine.using(prompt_routing="questions"):
         same(found, engine.generate(PROMPT, **SHORT))
+    assert len(engine.generate(PROMPT, **SHORT, logits_processor=[]).parts) == 3
 
 
 def test_a_chat_with_tools_is_not_cut(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

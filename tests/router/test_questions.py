@@ -6,7 +6,7 @@ import torch
 
 from conftest import WORDS, WordRouter
 from dlp_lora import Context, Engine, Switching, TopK
-from dlp_lora.router.questions import in_turn, questions_apart, questions_of, read_in_turn, route
+from dlp_lora.router.questions import in_turn, questions_apart, questions_of, read_held, read_in_turn, route
 from dlp_lora.sentences import LineSegmenter
 
 MakeEngine = Callable[..., Engine]
@@ -266,3 +266,15 @@ def test_questions_are_not_apart_if_one_is_less_like_its_adapters_prompts_than_a
     assert questions_apart(reading(WordRouter()), Context(needed)) == ("Add the sum?", "A rhyme with it?")
     assert questions_apart(reading(ComparingRouter()), Context(needed)) == ()
     assert cut(needed, ComparingRouter()) == ("Add the sum?", "A rhyme with it?")
+
+
+def test_a_prompt_that_is_known_is_not_read_again_and_keeps_its_names() -> None:
+    router = WordRouter()
+    known: dict[Context, dict[str, float]] = {}
+    contexts = [Context("Add the sum?"), Context("Add the sum?", "4\n", "l")]
+    first = read_held(router, contexts, known=known)
+    assert list(known) == contexts[:1]  # an answer grows, so what is read of it does not come back
+    router.asked.clear()
+    router.names = (*router.names, "joined")  # while the answer was prepared
+    assert read_held(router, contexts[:1], held=["math"], known=known) == [{"math": first[0]["math"]}]
+    assert router.asked == []

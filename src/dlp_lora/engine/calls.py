@@ -89,7 +89,7 @@ class Call:
     mixtures: tuple[Mixture, ...] | None = None
     endings: Endings = Endings()
     contexts: Mapping[tuple[int, ...], Context] = field(default_factory=dict)
-    known: dict[Context, list[float]] | None = None
+    known: dict[Context, dict[str, float]] | None = None
     generating: Generating | None = None
     routing_log: RoutingLog | None = None
 
@@ -133,8 +133,8 @@ def call_setting(name: str, kwargs: Mapping[str, Any], generation_config: Any) -
 
 def is_one_row(kwargs: Mapping[str, Any], generation_config: Any) -> bool:
     """Whether a call of `generate` needs as many rows as prompts, or has one form for the whole answer."""
-    names = ("streamer", "past_key_values", "logits_processor", "prefix_allowed_tokens_fn")
-    has_object = any(kwargs.get(name) is not None for name in names)
+    names = ("streamer", "past_key_values", "prefix_allowed_tokens_fn")
+    has_object = any(kwargs.get(name) is not None for name in names) or bool(kwargs.get("logits_processor"))
     numbers = [call_setting(name, kwargs, generation_config) or 1 for name in ("num_beams", "num_return_sequences")]
     return has_object or max(numbers) > 1
 

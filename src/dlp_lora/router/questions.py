@@ -59,7 +59,7 @@ def read_held(
     contexts: Sequence[Context],
     held: Collection[str] | None = None,
     *,
-    known: dict[Context, list[float]] | None = None,
+    known: dict[Context, dict[str, float]] | None = None,
 ) -> list[dict[str, float]]:
     """Reads contexts with a router and returns each adapter's probability by name; `held` limits the adapters.
 
@@ -69,11 +69,11 @@ def read_held(
     rows = dict(known or {})
     new = [context for context in contexts if context not in rows]
     if new:
-        rows.update(zip(new, router.probabilities(new).tolist(), strict=True))
+        found = router.probabilities(new).tolist()
+        rows |= {context: dict(zip(router.names, row, strict=True)) for context, row in zip(new, found, strict=True)}
     if known is not None:
         known.update((context, rows[context]) for context in new if not context.answer + context.sentence)
-    named = [dict(zip(router.names, rows[context], strict=True)) for context in contexts]
-    return named if held is None else [{name: p for name, p in row.items() if name in held} for row in named]
+    return [{name: p for name, p in rows[c].items() if held is None or name in held} for c in contexts]
 
 
 def route(read: Read, context: Context) -> Mapping[str, float]:
