@@ -362,17 +362,18 @@ def _who(row: Mapping[str, Any]) -> str:
     return label(row["method"]) if row["method"] in MAIN else about(row["method"])
 
 
+def _with_interval(found: Mapping[str, Any], key: str, digits: int) -> str:
+    """A share with its interval, in percent."""
+    low, high = found["interval"]
+    return f"{100 * found[key]:.{digits}f} ({100 * low:.{digits}f}-{100 * high:.{digits}f})"
+
+
 def _serial() -> str:
     """Several questions in one prompt: how many are answered right."""
     record = _record("tasks26/record")["serial"]
 
     def right(step: str) -> Cell:
-        def text(row: Mapping[str, Any]) -> str:
-            found = record[step][row["method"]]
-            low, high = found["interval"]
-            return f"{100 * found['accuracy']:.1f} ({100 * low:.1f}-{100 * high:.1f})"
-
-        return text
+        return lambda row: _with_interval(record[step][row["method"]], "accuracy", 1)
 
     columns: dict[str, Cell] = {"method": _who}
     columns |= {f"{step.removeprefix('serial-')} questions": right(step) for step in record}
@@ -402,12 +403,7 @@ def _dependent() -> str:
     scores = _record("dependent")["banks"]["with two_steps"]
 
     def right(way: str) -> Cell:
-        def text(row: Mapping[str, Any]) -> str:
-            found = scores[way][row["kind"]]
-            low, high = found["interval"]
-            return f"{100 * found['right']:.0f} ({100 * low:.0f}-{100 * high:.0f})"
-
-        return text
+        return lambda row: _with_interval(scores[way][row["kind"]], "right", 0)
 
     columns: dict[str, Cell] = {"kind": lambda row: row["kind"].replace("_", " ")}
     columns |= {f"`{way}`" if way != "by-sentence" else "by sentence": right(way) for way in scores}
