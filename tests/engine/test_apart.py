@@ -117,18 +117,56 @@ def test_beams_several_answers_and_fixed_mixtures_are_not_cut(engine: Engine, se
     assert all(answer.parts == () for answer in (answers if isinstance(answers, list) else [answers]))
 
 
-@pytest.mark.parametrize("name", ["streamer", "past_key_values", "logits_processor", "prefix_allowed_tokens_fn"])
+@pytest.mark.parametrize(
+    "name", ["streamer", "past_key_values", "logits_processor", "prefix_allowed_tokens_fn", "stopping_criteria"]
+)
 def test_a_prompt_is_not_cut_for_what_is_made_for_one_row_or_one_answer(engine: Engine, name: str) -> None:
     objects: dict[str, Any] = {
         "streamer": TextStreamer(engine.tokenizer),  # it refuses several rows
         "past_key_values": DynamicCache(config=engine.model.config),
         "logits_processor": [lambda ids, scores: scores],  # maybe a grammar
         "prefix_allowed_tokens_fn": lambda row, ids: list(range(engine.model.config.vocab_size)),
+        "stopping_criteria": [lambda ids, scores: False],  # one bool stops every row of a batch
     }
     found = engine.generate(PROMPT, **SHORT, **{name: objects[name]})
     with engine.using(prompt_routing="questions"):
         same(found, engine.generate(PROMPT, **SHORT))
-    assert len(engine.generate(PROMPT, **SHORT, logits_processor=[]).parts) == 3
+    assert len(engine.generate(PROMPT, **SHORT, logits_processor=[], stopping_criteria=[]).parts) == 3
+
+
+@pytest.mark.parametrize("prompt", ["<|im_start|>", "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n"])
+def test_a_prompt_without_text_is_answered(engine: Engine, prompt: str) -> None:
+    found = engine.generate(prompt, **SHORT)
+    with engine.using(prompt_routing="questions"):
+        same(found, engine.generate(prompt, **SHORT))
+
+
+def test_a_text_of_the_chat_template_whose_last_turn_is_a_tools_is_not_cut(engine: Engine) -> None:
+    calling: Any = [user(PROMPT), {"role": "assistant", "content": "A call."}]
+    for result in ("3", PROMPT):
+        chat: Any = [*calling, {"role": "tool", "content": result}]
+        text = str(engine.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+        for prompt in (chat, text):
+            assert engine.generate(prompt, **SHORT).parts == ()
+
+
+def test_a_prompt_of_very_many_questions_has_one_context(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dlp_lora.engine.engine.MAX_PARTS", 2)
+    whole, cut = engine.generate([PROMPT, "\n".join(QUESTIONS[:2])], **SHORT)
+    assert (len(whole.parts), len(cut.parts)) == (0, 2)
+
+
+def test_penalties_for_repetition_do_not_reach_the_padding_of_shorter_questions(engine: Engine) -> None:
+    engine.tokenizer.pad_token = engine.tokenizer.eos_token
+    engine.model.generation_config.pad_token_id = engine.tokenizer.pad_token_id
+    ids: list[torch.Tensor] = []
+    settings = {**SHORT, "repetition_penalty": 1.5}
+    handle = engine.model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: ids.append(inputs[0]))
+    answer = engine.generate(PROMPT, **settings)
+    handle.remove()
+    assert not (ids[0] == engine.tokenizer.eos_token_id).any()
+    for part, question in zip(answer.parts, QUESTIONS, strict=True):
+        same(part, engine.generate(question, **settings))
 
 
 def test_a_chat_with_tools_is_not_cut(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,10 +202,13 @@ def test_a_stream_gives_the_answers_in_the_order_of_the_prompt(engine: Engine) -
     same(stream.generation, expected)
     for part, other in zip(stream.generation.parts, expected.parts, strict=True):
         same(part, other)
-    numbers = [piece.sentence for piece in pieces]
-    assert numbers == sorted(numbers)
+    texts = [""] * len(expected.trace)
     for piece in pieces:
         assert piece.mixture == expected.trace[piece.sentence].mixture
+        texts[piece.sentence] += piece
+    assert texts == [sentence.text for sentence in expected.trace]
+    numbers = [piece.sentence for piece in pieces]
+    assert numbers == sorted(numbers)
 
 
 def test_limits_hold_for_each_question_and_one_that_has_ended_does_not_end_the_others(engine: Engine) -> None:
@@ -178,8 +219,13 @@ def test_limits_hold_for_each_question_and_one_that_has_ended_does_not_end_the_o
         same(part, engine.generate(question, **SHORT, stop_strings=[stop], tokenizer=engine.tokenizer))
     assert len(answer.parts[0].tokens) < 14
     stream = engine.stream(PROMPT, **SHORT, stop_strings=[stop], tokenizer=engine.tokenizer)
-    assert "".join(stream) == answer.text
+    pieces = list(stream)
+    assert "".join(pieces) == answer.text
     same(stream.generation, answer)
+    # The second answer comes piece by piece, although the first one has ended at a stop string.
+    first = len(answer.parts[0].trace)
+    second = range(first, first + len(answer.parts[1].trace))
+    assert sum(piece.sentence in second for piece in pieces) > len(second)
 
 
 def test_a_stream_that_is_left_early_has_what_was_written(engine: Engine) -> None:

@@ -12,6 +12,8 @@ from dlp_lora.engine.trace import Generation, Sentence
 from dlp_lora.router import Context
 from dlp_lora.router.questions import Read, questions_apart
 
+MAX_PARTS = 128  # questions that `Engine.generate` answers apart at most: each is a row of one batch
+
 
 def prompts_apart(read: Read, prompt: str | Chat, context: Context) -> list[str | Chat]:
     """Returns a prompt for each question; or the prompt itself, if it is not cut.
@@ -25,11 +27,13 @@ def prompts_apart(read: Read, prompt: str | Chat, context: Context) -> list[str 
         return [prompt]
     text = context.prompt
     questions = questions_apart(read, context)
+    if not questions:
+        return [prompt]
     if isinstance(prompt, str):
         head, match, tail = prompt.rpartition(text)  # the chat template may add some around the turn
-        return [f"{head}{question}{tail}" for question in questions] if match and questions else [prompt]
+        return [f"{head}{question}{tail}" for question in questions] if match else [prompt]
     *before, newest = prompt.messages
-    if not questions or newest.get("role") != "user" or text_of(newest).strip() != text:
+    if newest.get("role") != "user" or text_of(newest).strip() != text:
         return [prompt]
     return [replace(prompt, messages=[*before, {**newest, "content": question}]) for question in questions]
 

@@ -133,8 +133,9 @@ def call_setting(name: str, kwargs: Mapping[str, Any], generation_config: Any) -
 
 def is_one_row(kwargs: Mapping[str, Any], generation_config: Any) -> bool:
     """Whether a call of `generate` needs as many rows as prompts, or has one form for the whole answer."""
-    names = ("streamer", "past_key_values", "prefix_allowed_tokens_fn")
-    has_object = any(kwargs.get(name) is not None for name in names) or bool(kwargs.get("logits_processor"))
+    objects = ("streamer", "past_key_values", "prefix_allowed_tokens_fn")
+    lists = ("logits_processor", "stopping_criteria")  # criteria that return one bool end all rows
+    has_object = any(kwargs.get(name) is not None for name in objects) or any(kwargs.get(name) for name in lists)
     numbers = [call_setting(name, kwargs, generation_config) or 1 for name in ("num_beams", "num_return_sequences")]
     return has_object or max(numbers) > 1
 

@@ -22,7 +22,7 @@ from dlp_lora.bank.device import computing_device
 from dlp_lora.bank.paths import Paths, Setting
 from dlp_lora.bank.peft_format import Adapter, check_base_name, read_adapter
 from dlp_lora.chat import Chat, Message
-from dlp_lora.engine.apart import joined
+from dlp_lora.engine.apart import MAX_PARTS, joined
 from dlp_lora.engine.base import PROBE_TEXT, PROBE_TOKENS, Base, Probe
 from dlp_lora.engine.bundle import check_names, upload_bundle, write_bundle
 from dlp_lora.engine.calls import Call, Endings, call_setting, check_call, is_one_row, seeded
@@ -277,7 +277,8 @@ class Engine:
         **kwargs: Any,
     ) -> Generation | list[Generation]:
         """Answers a prompt and returns a Generation, or answers a list of prompts and returns a list of Generations.
-        With `num_return_sequences` it always returns a list.
+        With `num_return_sequences` it always returns a list. A prompt of several questions may be answered apart
+        (`prompt_routing`): then the Generation has `parts`, and limits, stop strings and penalties hold for each.
 
         A string is raw text, as in `model.generate`. A list of messages with role and content is one chat, which goes
         through the tokenizer's chat template. A Chat also has tools and arguments of the template. The arguments of
@@ -393,8 +394,10 @@ class Engine:
         self, prompts: Sequence[EncodedPrompt], call: Call, kwargs: Mapping[str, Any]
     ) -> list[list[EncodedPrompt]]:
         """Returns the prompts to answer instead of each prompt: its questions, if they are answered apart."""
-        is_whole = is_one_row(kwargs, self.model.generation_config)
-        return [[prompt] if is_whole else self.apart(prompt, call=call) for prompt in prompts]
+        if is_one_row(kwargs, self.model.generation_config):
+            return [[prompt] for prompt in prompts]
+        parts = [self.apart(prompt, call=call) for prompt in prompts]
+        return [own if len(own) <= MAX_PARTS else [prompt] for prompt, own in zip(prompts, parts, strict=True)]
 
     def _generations(
         self,
@@ -437,10 +440,13 @@ class Engine:
         fixed = call.mixtures or ()
         if len(fixed) > 1 and len(fixed) != len(prompts):
             raise ValueError(f"{len(fixed)} mixtures were fixed for {len(prompts)} prompts; give one, or one a prompt")
-        return padded(prompts, self.model, self.tokenizer, num_new=kwargs.get("max_new_tokens") or 1)
+        return padded(prompts, self.model, num_new=kwargs.get("max_new_tokens") or 1)
 
     def route(self, prompt: str | Context) -> tuple[dict[str, float], Mixture]:
         """Routes a prompt without running the model: returns each adapter's probability, and the mixture.
+
+        If the prompt asks several questions, these are of the question that the answer has reached: without an answer,
+        of the first.
 
         Raises:
             RouterError: if there is no router.

@@ -144,10 +144,11 @@ def contexts_of(prompts: Sequence[EncodedPrompt]) -> dict[tuple[int, ...], Conte
     return {prompt.tokens: prompt.context for prompt in prompts if prompt.context is not None}
 
 
-def padded(
-    prompts: Sequence[EncodedPrompt], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, num_new: int
-) -> dict[str, Tensor]:
+def padded(prompts: Sequence[EncodedPrompt], model: PreTrainedModel, *, num_new: int) -> dict[str, Tensor]:
     """Pads prompts on the left: input_ids and attention_mask, (batch, seq).
+
+    A row is padded with its own first token, because penalties for repetition also apply to padding: of a token that
+    ends answers, they would make answers longer.
 
     Raises:
         PromptError: if one leaves no room for `num_new` tokens in the model's context.
@@ -162,8 +163,7 @@ def padded(
                 f"shorten the prompt or lower max_new_tokens"
             )
     width = max(map(len, rows))
-    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    ids = [[pad] * (width - len(row)) + row for row in rows]
+    ids = [row[:1] * (width - len(row)) + row for row in rows]
     mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
     device = computing_device(model)
     return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}

@@ -41,7 +41,10 @@ class RowStarter:
             return [prompt]
         context = prompt.context or self.read_prompt.context(prompt.tokens)
         questions = prompts_apart(self.routing(call, among).read, prompt.source, context)
-        return [encode_prompt(self._tokenizer, each) for each in questions] if len(questions) > 1 else [prompt]
+        is_text = isinstance(prompt.source, str)
+        if len(questions) < 2 or (is_text and not self.read_prompt.is_user_last(prompt.tokens)):
+            return [prompt]
+        return [encode_prompt(self._tokenizer, each) for each in questions]
 
     def start_row(
         self, tokens: Sequence[int], call: Call, *, prompt: Prompt | None = None, among: Collection[str] | None = None

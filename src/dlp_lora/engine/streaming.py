@@ -131,6 +131,7 @@ class PieceStreamer(BaseStreamer):
         self._controller = controller
         self._endings = endings
         self._special_ids = frozenset(controller.tokenizer.all_special_ids)
+        self._padding = endings.pad_ids & self._special_ids
         self._has_prompt = False
         self._turn = self._num_sent = self._num_sentences = 0  # of the row in turn
 
@@ -160,18 +161,25 @@ class PieceStreamer(BaseStreamer):
 
     def _send(self, rows: Sequence[RowRouter]) -> None:
         """Passes on the new text of the row in turn, and of the next rows if it has ended."""
-        while True:
-            row = rows[self._turn]
-            is_done = row.ended and self._turn < len(rows) - 1
-            text = row.text + (line_break_after(row.text) if is_done else "")
-            if len(text) > self._num_sent:
-                number = self._num_sentences + len(row.decisions) - 1
-                self.queue.put(Piece.of(text[self._num_sent :], row.mixture, number))
-                self._num_sent = len(text)
-            if not is_done:
-                return
+        while self._turn < len(rows) - 1 and self._has_ended(rows[self._turn]):
+            row = rows[self._turn].copy()
+            row.finish(self.answers[self._turn])
+            self._send_text(row, row.text + line_break_after(row.text))
             self._turn, self._num_sent = self._turn + 1, 0
             self._num_sentences += len(row.decisions)
+        self._send_text(rows[self._turn], rows[self._turn].text)
+
+    def _has_ended(self, row: RowRouter) -> bool:
+        is_padded = self._endings.has_others and row.num_tokens > 0 and row.tokens[-1] in self._padding
+        return row.ended or is_padded
+
+    def _send_text(self, row: RowRouter, text: str) -> None:
+        """Passes on the new text of a row, cut at its sentences."""
+        ends = [*(decision.offset for decision in row.decisions[1:]), len(text)]
+        for number, (decision, end) in enumerate(zip(row.decisions, ends, strict=True)):
+            if piece := text[self._num_sent : end]:
+                self.queue.put(Piece.of(piece, decision.mixture, self._num_sentences + number))
+                self._num_sent = end
 
 
 class Abandoned(StoppingCriteria):  # type: ignore[misc]

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from dlp_lora.chat import in_parts, reads_parts, template_arguments
-from dlp_lora.engine.turns import ASSISTANT, TOOL, USER, Turn
+from dlp_lora.engine.turns import ASSISTANT, TOOL, USER
 
 SYSTEM = "system"
 ROLES = (USER, ASSISTANT, SYSTEM, TOOL, "developer")
@@ -40,10 +40,6 @@ class Span:
     role: str
     start: int
     end: int
-
-    def turn(self, text: str) -> Turn:
-        """Returns the text of the turn."""
-        return Turn(self.role, text[self.start : self.end])
 
 
 class ChatTemplate:

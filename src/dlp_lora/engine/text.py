@@ -12,7 +12,7 @@ from itertools import pairwise
 from transformers import PreTrainedTokenizerBase
 
 from dlp_lora.engine.template import ChatTemplate, Span
-from dlp_lora.engine.turns import ASSISTANT, Turn, read_turns
+from dlp_lora.engine.turns import ASSISTANT, USER, Turn, read_turns
 from dlp_lora.router import Context
 from dlp_lora.sentences import Segmenter
 
@@ -101,12 +101,13 @@ class PromptReader:
 
     def context(self, tokens: Sequence[int]) -> Context:
         """Decodes a prompt, with the beginning of an answer, into the router's context."""
-        if getattr(self._tokenizer, "chat_template", None):
-            text = decode(self._tokenizer, tokens, skip_special_tokens=False)
-            if (spans := self._spans(text)) is not None:
-                turns = [span.turn(text) for span in spans]
-                return read_turns([Turn(turn.role, self._special.sub("", turn.text)) for turn in turns])
-        return Context(decode(self._tokenizer, tokens).strip())
+        turns = self._turns(tokens)
+        return Context(decode(self._tokenizer, tokens).strip()) if turns is None else read_turns(turns)
+
+    def is_user_last(self, tokens: Sequence[int]) -> bool:
+        """Whether no other turn stands between the user's latest turn and the answer."""
+        speakers = [turn.role for turn in self._turns(tokens) or () if turn.role != ASSISTANT or turn.text.strip()]
+        return not speakers or speakers[-1] == USER
 
     def sentences(
         self, tokens: Sequence[int], segmenter: Callable[[], Segmenter], *, min_tokens: int = 1
@@ -145,6 +146,15 @@ class PromptReader:
             for (start, first), (stop, last) in pairwise([*starts, (len(read), end)])
             if first < last
         ]
+
+    def _turns(self, tokens: Sequence[int]) -> list[Turn] | None:
+        """The turns of a conversation, if the prompt is in the chat template."""
+        if not getattr(self._tokenizer, "chat_template", None):
+            return None
+        text = decode(self._tokenizer, tokens, skip_special_tokens=False)
+        if (spans := self._spans(text)) is None:
+            return None
+        return [Turn(span.role, self._special.sub("", text[span.start : span.end])) for span in spans]
 
     def _spans(self, text: str) -> list[Span] | None:
         """The places of a conversation's turns, if the text is in the chat template."""

@@ -44,7 +44,8 @@ class Generation:
 
     `prompt_trace` is the trace of a prompt that is routed by sentences; its positions are among the prompt's tokens.
     `prompt_tokens` are the tokens that the model read. An answer to questions apart has `parts`, one answer per
-    question: its text joins theirs with line breaks, and its tokens and trace are theirs in order.
+    question: its text joins theirs with line breaks, its tokens and trace are theirs in order, and `prompt_tokens` are
+    only in the parts.
     """
 
     text: str
