@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 
 from conftest import WordRouter
-from dlp_lora import Engine, Generation, TopK
+from dlp_lora import Context, Engine, Generation, Mixture, TopK
 from dlp_lora.engine.outline import Outline
 from dlp_lora.serve import service as serving_module
 from dlp_lora.serve.adapters import AdapterManager
 from dlp_lora.serve.answers import Answers
 from dlp_lora.serve.apart import open_all
-from dlp_lora.serve.backend import Done, QueueFullError, Token
+from dlp_lora.serve.backend import Done, QueueFullError, SentenceStart, Token
+from dlp_lora.serve.cutter import SentenceCutter
 from dlp_lora.serve.keys import Access, Keys
 from dlp_lora.serve.local import LocalBackend
 from dlp_lora.serve.schema import CompletionRequest
@@ -216,6 +217,46 @@ def test_more_questions_than_a_request_may_have_answers_are_refused_if_it_asked_
     assert "parts" not in answer["dlp"]
     with engine.using(prompt_routing="questions"):
         assert text_of(answer) == engine.generate(PROMPT, max_new_tokens=NUM, do_sample=False).text
+
+
+def test_more_questions_than_the_server_ever_has_room_for_are_answered_in_one_context(engine: Engine) -> None:
+    service = local_service(engine, ServerSettings(max_batch=1, max_queue=1), Keys({}), name="tiny")
+    try:
+        assert "parts" not in post(service, engine, prompt=PROMPT, max_tokens=4)["choices"][0]["dlp"]
+    finally:
+        service.backend.close()
+
+
+@pytest.mark.parametrize("body", [{"prompt": PROMPT}, {"prompt": "Hello there. What is the sum?"}], ids=str)
+def test_the_router_reads_each_text_of_a_prompt_once(local: Service, engine: Engine, body: Any) -> None:
+    router = engine.router
+    assert isinstance(router, WordRouter)
+    router.asked.clear()
+    post(local, engine, **body, max_tokens=1)
+    assert router.asked.count(Context(body["prompt"])) == 1
+
+
+def test_a_sentence_behind_a_stop_string_takes_no_text_of_the_next_part() -> None:
+    def start(number: int, offset: int) -> SentenceStart:
+        return SentenceStart(
+            number=number,
+            position=number,
+            offset=offset,
+            mixture=Mixture(),
+            probabilities={},
+            switched=False,
+            abstained=True,
+            route_ms=0.0,
+        )
+
+    cutter, pieces = SentenceCutter(), list[tuple[str, int | None]]()
+    events: list[SentenceStart | str] = [start(0, 0), "4", start(1, 3), "", start(2, 2), "\nRoses", " are red"]
+    for event in events:
+        if isinstance(event, str):
+            pieces += [(text, begun and begun.number) for text, begun in cutter.cut(event)]
+        else:
+            cutter.begin(event)
+    assert pieces == [("4", 0), ("\n", None), ("", 1), ("Roses", 2), (" are red", None)]
 
 
 def test_a_queue_without_room_for_all_parts_takes_none(engine: Engine) -> None:

@@ -8,7 +8,8 @@ import json
 import re
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -20,10 +21,11 @@ import pytest
 import torch
 
 import dlp_lora
-from conftest import byte_tokenizer, lively_model
-from dlp_lora import AdapterError, Engine, TopP
+from conftest import WordRouter, byte_tokenizer, lively_model
+from dlp_lora import AdapterError, Context, Engine, TopP
 from dlp_lora.bank.limits import Within
 from dlp_lora.engine.outline import Outline
+from dlp_lora.engine.prompts import encode_prompt
 from dlp_lora.engine.trace import Generation
 from dlp_lora.errors import ModelError, PromptError
 from dlp_lora.policy import Only
@@ -844,3 +846,37 @@ def test_what_these_servers_cannot_do_is_refused(engine: Engine, backend: VLLMBa
         backend.open(ask(engine, "x" * 512))
     with pytest.raises(ValueError, match="logit_bias has the token id 260, and the model knows 0 to 259"):
         backend.open(ask(engine, "x", logit_bias={260: 1.0}))
+
+
+class _OneAtATime(WordRouter):
+    """Notes whether a thread asks it while another one does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_running = self.overlapped = False
+
+    def probabilities(self, contexts: Sequence[Context]) -> torch.Tensor:
+        self.overlapped |= self.is_running
+        self.is_running = True
+        time.sleep(0.002)
+        self.is_running = False
+        return super().probabilities(contexts)
+
+
+def test_the_router_is_never_asked_by_two_threads_at_once(stand_in: StandIn, lively_adapters: Path) -> None:
+    router = _OneAtATime()
+    engine = double_engine(lively_adapters, router=router)
+    backend = VLLMBackend(Outline.of(engine), [stand_in.url], settings=QUICK)
+    try:
+        streams = [backend.open(ask(engine, prompt, max_tokens=60)) for prompt in PROMPTS[:3]]
+        prompt = encode_prompt(engine.tokenizer, "Add the sum?\nA rhyme in verse?")
+        threads = [threading.Thread(target=backend.prompt_router.apart, args=(prompt,)) for _ in range(30)]
+        for thread in threads:
+            thread.start()
+        for stream in streams:
+            read(stream)
+        for thread in threads:
+            thread.join()
+    finally:
+        backend.close()
+    assert not router.overlapped

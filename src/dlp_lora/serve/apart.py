@@ -1,5 +1,6 @@
 """Questions apart: a request for each question of a prompt in, one stream of their answers out, in their order."""
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -56,7 +57,7 @@ class InOrder:
 
     async def __anext__(self) -> Event:
         while (event := self._passed(await self._turn.__anext__())) is None:
-            pass
+            await asyncio.sleep(0)  # the next part may be there as a whole, and other answers wait
         return event
 
     def cancel(self) -> None:

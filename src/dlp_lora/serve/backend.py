@@ -276,6 +276,11 @@ class Backend(Protocol):
         ...
 
     @property
+    def max_open(self) -> int:
+        """The largest number of requests that run or wait."""
+        ...
+
+    @property
     def prompt_router(self) -> PromptRouter:
         """Routes prompts as the backend does, without answers."""
         ...

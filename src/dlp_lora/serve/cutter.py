@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dlp_lora.serve.backend import SentenceStart
 
@@ -15,7 +15,11 @@ class SentenceCutter:
     _starts: deque[SentenceStart] = field(default_factory=deque)
 
     def begin(self, start: SentenceStart) -> None:
-        """Notes the start of a sentence in the next text."""
+        """Notes the start of a sentence in the next text.
+
+        Sentences that began in the rest of an answer behind its stop string have no text: they move to this start.
+        """
+        self._starts = deque(replace(each, offset=min(each.offset, start.offset)) for each in self._starts)
         self._starts.append(start)
 
     def cut(self, text: str) -> Iterator[tuple[str, SentenceStart | None]]:

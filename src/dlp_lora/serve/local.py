@@ -50,7 +50,7 @@ class LocalBackend:
         self.max_context = min(context_of(engine.model), max_context or context_of(engine.model))
         self._vocab_size = cast(nn.Embedding, engine.model.get_input_embeddings()).num_embeddings
         self._scheduler = Scheduler(engine, max_batch=max_batch, chunk_tokens=chunk_tokens, cache_mb=cache_mb)
-        self._max_open = max_batch + max_queue
+        self.max_open = max_batch + max_queue
         self._lock = threading.Lock()
         self._is_closing = False
         self._thread = threading.Thread(target=self._scheduler.run, name="dlp-lora-scheduler", daemon=True)
@@ -96,8 +96,8 @@ class LocalBackend:
         with self._lock:
             if not (health := self.health).is_alive:
                 raise ClosedError(health.reason)
-            if self._scheduler.num_open >= self._max_open:
-                raise QueueFullError(f"{self._max_open} requests run or wait already; try again later")
+            if self._scheduler.num_open >= self.max_open:
+                raise QueueFullError(f"{self.max_open} requests run or wait already; try again later")
             stream = EventStream(lambda: self._scheduler.cancel(row))
             row = Row(AnswerBuilder(resolved(request), stream, max_tokens))
             self._scheduler.add(row)

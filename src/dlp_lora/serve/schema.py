@@ -103,7 +103,10 @@ class DLPOptions(Closed):
     """The routing of one answer, and its report; the server's settings are the defaults."""
 
     trace: bool = Field(default=True, description="Whether the answer says which sentence used which adapters.")
-    prompt_tokens: bool = Field(default=False, description="Whether the answer has the token ids of the prompt.")
+    prompt_tokens: bool = Field(
+        default=False,
+        description="Whether the answer has the token ids of the prompt, or of all contexts of its questions.",
+    )
     adapters: list[str] | None = Field(default=None, description="The adapters that the router may choose among.")
     fixed: dict[str, Annotated[float, Field(allow_inf_nan=False)]] | None = Field(
         default=None, description="Weights by adapter, instead of the router; {} is the base model."

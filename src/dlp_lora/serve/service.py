@@ -233,12 +233,13 @@ class Service:
     ) -> list[list[EncodedPrompt]]:
         """The prompts to answer instead of each prompt; too many are no reason to refuse what nobody asked for."""
         parts = [self.backend.prompt_router.apart(prompt, call=call, among=among) for prompt in prompts]
-        if (num_rows := sum(map(len, parts))) <= MAX_CHOICES:
+        limit = min(MAX_CHOICES, self.backend.max_open)
+        if (num_rows := sum(map(len, parts))) <= limit:
             return parts
         if options.prompt_routing is None:
             return [[prompt] for prompt in prompts]
         raise invalid(
-            f"dlp.prompt_routing: the prompt asks {num_rows} questions, and {MAX_CHOICES} are answered apart at "
+            f"dlp.prompt_routing: the prompt asks {num_rows} questions, and {limit} are answered apart at "
             'most; ask for fewer, or with dlp.prompt_routing "questions"',
             "dlp.prompt_routing",
         )
@@ -269,9 +270,10 @@ class Service:
         if options.adapters is not None:
             _check_known(options.adapters, visible, "dlp.adapters")
             allowed = frozenset(options.adapters)
-        changes: dict[str, Any] = {
-            name: value for name in ("kv_policy", "prompt_routing") if (value := getattr(options, name)) is not None
-        }
+        changes: dict[str, Any] = {"known": {}}  # each text of a prompt is read once
+        for name in ("kv_policy", "prompt_routing"):
+            if (value := getattr(options, name)) is not None:
+                changes[name] = value
         if options.policy is not None:
             changes["policy"] = _policy(options.policy, visible if options.adapters is None else options.adapters)
         if options.switching is not None:

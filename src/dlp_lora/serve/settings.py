@@ -23,9 +23,9 @@ class ServerSettings:
     port: Annotated[int, "Port to listen on; 0 takes any free one."] = 8000
     max_batch: Annotated[
         int | None,
-        typer.Option(help="Requests answered at the same time. [default: 16, with vLLM 64 a server, with llama.cpp 4]"),
+        typer.Option(help="Answers computed at the same time. [default: 16, with vLLM 64 a server, with llama.cpp 4]"),
     ] = None
-    max_queue: Annotated[int, "Requests that may wait; more are refused with 503."] = 256
+    max_queue: Annotated[int, "Answers that may wait; more are refused with 503."] = 256
     max_context: Annotated[
         int | None,
         typer.Option(help="Tokens of a prompt and its answer. [default: the model's context, with llama.cpp 4096]"),

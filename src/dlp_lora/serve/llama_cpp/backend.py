@@ -94,7 +94,7 @@ class LlamaCppBackend:
         except BaseException:
             self._context.close()
             raise
-        self._max_open = max_batch + max_queue
+        self.max_open = max_batch + max_queue
         # Of the adapters, the router and the messages. The thread takes it again while it handles a message.
         self._lock = threading.RLock()
         self.prompt_router = OutlinePromptRouter(outline, self._sources.keys(), lock=self._lock)
@@ -157,8 +157,8 @@ class LlamaCppBackend:
         with self._lock:
             if not (health := self.health).is_alive:
                 raise ClosedError(health.reason)
-            if len(self._open) >= self._max_open:
-                raise QueueFullError(f"{self._max_open} requests run or wait already; try again later")
+            if len(self._open) >= self.max_open:
+                raise QueueFullError(f"{self.max_open} requests run or wait already; try again later")
             if unknown := sorted({n for m in request.call.mixtures or () for n in m} - self._sources.keys()):
                 raise self._unknown(unknown[0])
             stream = EventStream(lambda: self._post(partial(self._abort, slot)))

@@ -12,7 +12,7 @@ later request could find this block. So a request ends at the end of a block, an
 import asyncio
 import logging
 import time
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,12 +46,13 @@ class Counts:
 
 @dataclass(eq=False)
 class Answering:
-    """One answer. `run` yields it token by token."""
+    """One answer. `run` yields it token by token. `routing` is the lock of the router, which other threads ask, too."""
 
     answer: AnswerBuilder
     adapters: AnswerAdapters
     replicas: Replicas
     counts: Counts
+    routing: AbstractContextManager[object]
     replica: Replica | None = None
     _failed: set[Replica] = field(default_factory=set)
     _num_requests: int = 0
@@ -154,7 +155,8 @@ class Answering:
             logprob = chunk.logprobs[i] if num_top is not None else None
             top = dict(list(chunk.tops[i].items())[:num_top]) if num_top and chunk.tops else {}
             started = time.perf_counter()
-            switched = answer.take(token, logprob=logprob, top=top)
+            with self.routing:
+                switched = answer.take(token, logprob=logprob, top=top)
             self.counts.route_s += time.perf_counter() - started
             self.counts.switches += switched
             if answer.has_ended or switched:

@@ -97,9 +97,12 @@ class VLLMBackend:
         )
         self._targets = settings.targets
         self._max_running = max_running
-        self._max_open = max_running + max_queue
-        self._lock = threading.Lock()  # of what other threads ask, and of the router
-        self.prompt_router = OutlinePromptRouter(outline, self._sources.keys(), lock=self._lock, limited=self._limited)
+        self.max_open = max_running + max_queue
+        self._lock = threading.Lock()  # of what other threads ask
+        self._routing = threading.RLock()  # of the router and the adapters' names
+        self.prompt_router = OutlinePromptRouter(
+            outline, self._sources.keys(), lock=self._routing, limited=self._limited
+        )
         self._open: dict[AnswerBuilder, asyncio.Task[None]] = {}
         self._num_open = 0
         self._is_closing = False
@@ -191,8 +194,8 @@ class VLLMBackend:
         with self._lock:
             if self._is_closing:
                 raise ClosedError("the server is closing")
-            if self._num_open >= self._max_open:
-                raise QueueFullError(f"{self._max_open} requests run or wait already; try again later")
+            if self._num_open >= self.max_open:
+                raise QueueFullError(f"{self.max_open} requests run or wait already; try again later")
             self._num_open += 1
         stream = EventStream(lambda: self._call(self._cancel, answer))
         answer = AnswerBuilder(request, stream, max_tokens)
@@ -277,14 +280,17 @@ class VLLMBackend:
             for name in sources:
                 await self._load(name, sources)
             replaced = [self._sources[name] for name in sources if name in self._sources]
-            self._sources.update(sources)
+            with self._routing:
+                self._sources.update(sources)
             await self._forget(replaced)
 
     async def _remove(self, name: str) -> None:
         async with self._changing:
             if name not in self._sources:
                 raise AdapterError(f"no adapter {name!r}; there are {', '.join(sorted(self._sources)) or 'none'}")
-            await self._forget([self._sources.pop(name)])
+            with self._routing:
+                gone = self._sources.pop(name)
+            await self._forget([gone])
 
     async def _load(self, name: str, sources: Mapping[str, Source]) -> None:
         """Loads an adapter in every server that can answer.
@@ -335,7 +341,8 @@ class VLLMBackend:
                 )
                 self._counts.route_s += time.perf_counter() - started
                 answer.begin(router)
-                await Answering(answer, self._adapters_of(answer, sources), self._replicas, self._counts).run()
+                adapters = self._adapters_of(answer, sources)
+                await Answering(answer, adapters, self._replicas, self._counts, self._routing).run()
         except Exception as error:
             if not answer.has_ended:
                 answer.fail(_as_backend_error(error))
