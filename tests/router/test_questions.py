@@ -1,12 +1,13 @@
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from conftest import WORDS, WordRouter
-from dlp_lora import Context, Engine, Switching, TopK
-from dlp_lora.router.questions import in_turn, questions_apart, questions_of, read_held, read_in_turn, route
+from dlp_lora import Context, Engine, RoutingSettings, Switching, TopK
+from dlp_lora.router.questions import decide, in_turn, questions_apart, questions_of, read_held, read_in_turn, route
 from dlp_lora.sentences import LineSegmenter
 
 MakeEngine = Callable[..., Engine]
@@ -120,6 +121,7 @@ def test_a_sentence_within_a_line_is_read_with_the_whole_prompt_where_that_fits(
 
 
 PROMPT = "Add the sum?\n\nA rhyme?\n\nHow long is an inch?"
+QUESTIONS = tuple(PROMPT.split("\n\n"))
 LEADERS = ("math", "poems", "units")
 
 
@@ -179,6 +181,20 @@ class TestEngine:
         assert dict(engine.route("Hello there.")[1]) == {}
         with engine.using(prompt_routing="whole"):
             assert dict(engine.route(PROMPT)[1]) == {}
+
+
+@pytest.mark.parametrize("way", ["apart", "questions"])
+def test_a_decision_names_the_questions_and_is_about_the_one_in_turn(way: Any) -> None:
+    read, settings = reading(WordRouter()), RoutingSettings(policy=TopK(1), prompt_routing=way)
+    first = decide(read, Context(PROMPT), settings)
+    assert first.questions == QUESTIONS
+    assert first.to_dict()["questions"] == list(QUESTIONS)
+    assert dict(first.mixture) == dict(decide(read, Context(QUESTIONS[0]), settings).mixture) == {"math": 1.0}
+    assert dict(decide(read, Context(PROMPT, "4\n"), settings).mixture) == {"poems": 1.0}
+    whole = decide(read, Context(PROMPT), replace(settings, prompt_routing="whole"))
+    assert whole.questions == ()
+    for one in (whole, decide(read, Context(QUESTIONS[0]), settings)):
+        assert "questions" not in one.to_dict()
 
 
 def test_the_command_asks_as_the_engine_does() -> None:

@@ -41,21 +41,22 @@ BundleOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 PolicyOption = Annotated[
-    float | None, typer.Option("--p", help="Fuse the most likely adapters up to this probability. [default: 0.6]")
+    float | None,
+    typer.Option("--p", help="Fuse the most likely adapters up to this probability. [default: the bundle's, else 0.6]"),
 ]
 PromptRoutingOption = Annotated[
     PromptRouting | None,
     typer.Option(
         "--prompt-routing",
-        help="Prompts of several questions: routed as one text, by question in turn or apart, or by sentence. "
-        "[default: apart]",
+        help="Prompts of several questions: each apart, in a separate context; each in turn, in one context "
+        "(questions); whole, as one text; or by sentences (Eq. 6). [default: the bundle's, else apart]",
     ),
 ]
 KVPolicyOption = Annotated[
     KVPolicy | None,
     typer.Option(
         "--kv-policy",
-        help="The KV cache at a switch: encode the context again, or keep it. [default: recompute]",
+        help="The KV cache at a switch: encode the context again, or keep it. [default: the bundle's, else recompute]",
     ),
 ]
 TemplateOption = Annotated[

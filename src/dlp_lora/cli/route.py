@@ -38,6 +38,8 @@ def route(
 ) -> None:
     """Show which adapters a prompt would use; only a router made from adapters loads the language model.
 
+    If the prompt asks several questions, the line has these `questions`, and the adapters of the first.
+
     Reads lines `{"prompt": ...}` or `{"messages": [...]}`. Optional keys are `"history"`, the text before the prompt,
     and `"answer"`, the answer so far (or a last message of the assistant). Prints one line for each, with `probs` (they
     sum to 1), `mixture`, `confidence`, `fits` (the probability that any adapter fits) and `abstained`. Example: `echo

@@ -30,28 +30,38 @@ MARGIN = 0.2  # by which another adapter is more probable where another question
 
 @dataclass(frozen=True, kw_only=True)
 class Routed:
-    """The routing of a context: the adapters' probabilities (sum 1), the probability that any fits, and the mixture."""
+    """The routing of a context: the adapters' probabilities (sum 1), the probability that any fits, and the mixture.
+
+    If a prompt asks several `questions`, it is the routing of the one that the answer has reached.
+    """
 
     probabilities: Mapping[str, float]
     fits: float
     mixture: Mixture
+    questions: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Gives it as JSON data."""
+        """Gives it as JSON data; with the questions if there are several."""
         return {
             "probs": dict(self.probabilities),
             "mixture": dict(self.mixture),
             "confidence": max(self.probabilities.values()),
             "fits": self.fits,
             "abstained": not self.mixture,
+            **({"questions": list(self.questions)} if len(self.questions) > 1 else {}),
         }
 
 
 def decide(read: Read, context: Context, settings: RoutingSettings) -> Routed:
     """Reads a context with a router and turns its probabilities into a mixture."""
-    row = read([context])[0] if settings.prompt_routing == "whole" else route(read, context)
+    row: Mapping[str, float]
+    questions: tuple[str, ...] = ()
+    if settings.prompt_routing == "whole":
+        (row,) = read([context])
+    else:
+        row, questions = _route(read, context, are_apart=settings.prompt_routing == "apart")
     probabilities, mixture = choose(settings.policy, row, settings.switching.unsure)
-    return Routed(probabilities=probabilities, fits=sum(row.values()), mixture=mixture)
+    return Routed(probabilities=probabilities, fits=sum(row.values()), mixture=mixture, questions=questions)
 
 
 def read_held(
@@ -78,10 +88,7 @@ def read_held(
 
 def route(read: Read, context: Context) -> Mapping[str, float]:
     """Reads the question in turn with a router: the one that the answer has reached."""
-    prompt = Context(context.prompt, history=context.history)
-    (row,) = read([prompt])
-    questions = questions_of(read, prompt, row)
-    return row if context == prompt and not questions else read_in_turn(read, [context], [questions])[0]
+    return _route(read, context)[0]
 
 
 def read_in_turn(
@@ -138,6 +145,16 @@ def questions_apart(read: Read, context: Context) -> tuple[str, ...]:
     tail, last = _line_off(read, context, questions[-1], first=False)
     bare = (first, *questions[1:-1], last)
     return tuple("\n".join(filter(None, (head, question, tail))) for question in bare)
+
+
+def _route(read: Read, context: Context, *, are_apart: bool = False) -> tuple[Mapping[str, float], tuple[str, ...]]:
+    """Reads the question in turn with a router; also returns the questions of the prompt."""
+    prompt = Context(context.prompt, history=context.history)
+    (row,) = read([prompt])
+    questions = questions_apart(read, prompt) if are_apart and context == prompt else ()
+    questions = questions or questions_of(read, prompt, row)
+    is_read = context == prompt and not questions
+    return row if is_read else read_in_turn(read, [context], [questions])[0], questions
 
 
 def _surely_one(row: Mapping[str, float]) -> bool:

@@ -129,6 +129,13 @@ def test_a_server_gets_the_options_of_its_backend(bundle: Path, settings: dict[s
     assert case.options() == ["--model", "m", *expected]
 
 
+@pytest.mark.parametrize("load", ["keep", "recompute"])
+def test_routed_pairs_are_asked_in_one_context(bundle: Path, load: str) -> None:
+    case = serve._Case(model="m", args=ServeArgs(), dtype=None, bundle=read_bundle(bundle), on_progress=unseen)
+    asked = [body["dlp"] for body in case.bodies(load, seed=0)]
+    assert asked == [{"kv_policy": load, "prompt_routing": "questions"}] * len(asked) != []
+
+
 @pytest.mark.parametrize("name", PRESETS["gpu"].servers)
 def test_the_serve_command_takes_the_options_of_the_gpu_preset(bundle: Path, name: str) -> None:
     args = replace(PRESETS["gpu"].servers[name], device="cuda").with_defaults()

@@ -53,6 +53,7 @@ SET = {"--bundle", "-b", "--model", "-m", "--adapters", "-a", "--router", "-r", 
 NUM_ROUTED = 4  # random adapters of a bundle that is made here
 WEIGHTS = ((0.6, 0.4), (0.7, 0.3))
 BESIDE = 8  # of the requests in a round: so many are answered by the engine and by the base, too
+ONE_CONTEXT = {"prompt_routing": "questions"}  # of the routed pairs, whose switches are measured
 OURS = ("model", "ignore_eos")  # fields of a request that not every other server knows
 KEEPS_NO_KV = ("--cache-mb", "0")  # where prompts come again
 WARM_UP_TOKENS = 8
@@ -328,7 +329,8 @@ class _Case:
             texts = [f"{a}\n{b}" for a, b in islice(pairwise(questions), number)]
         chats = [[{"role": "user", "content": text}] for text in texts]
         if name != "fixed":
-            return [{"messages": chat, "dlp": {"kv_policy": name}, **same} for chat in chats]
+            dlp = {"kv_policy": name, **ONE_CONTEXT}
+            return [{"messages": chat, "dlp": dlp, **same} for chat in chats]
         two = [(names[i], names[(i + 1) % len(names)]) for i in range(len(names))]
         mixtures = [f"{a}={x},{b}={y}" for x, y in WEIGHTS for a, b in two if a != b] or names
         return [
@@ -340,7 +342,7 @@ class _Case:
         """The engine and the plain base, in this process, which answer the first requests of one stream."""
         draws = self.draws(name, 1)
         where: dict[str, Any] = {"dtype": getattr(torch, str(self.dtype)), "device": self.args.device}
-        routing: dict[str, Any] = {} if name == "fixed" else {"kv_policy": name}
+        routing: dict[str, Any] = {} if name == "fixed" else {"kv_policy": name, **ONE_CONTEXT}
         engine = load(self.bundle.path, base_model=self.model, **where, **routing)
         base: Any = AutoModelForCausalLM.from_pretrained(self.model, dtype=where["dtype"])
         base = base.to(self.args.device).eval()
