@@ -52,3 +52,10 @@ def test_a_callers_mixture_of_too_large_a_rank_is_refused() -> None:
     assert limits.check(Mixture({"a": 0.999})) == Mixture({"a": 1.0})
     with pytest.raises(ValueError, match=r"have a rank of 12 together, and this server takes 8; .* --max-rank 12"):
         limits.check(Mixture({"a": 0.5, "b": 0.5}))
+
+
+@pytest.mark.parametrize(
+    "weights", [{"a": 1e300, "b": 1e200}, {"a": 1e308, "b": 1e308, "c": 1e-308}, {"a": 1e25, "b": 3e9}]
+)
+def test_weights_of_any_size_are_rounded_at_once(weights: dict[str, float]) -> None:
+    assert rounded(weights) == pytest.approx(weights, rel=1e-9, abs=1 / 64)

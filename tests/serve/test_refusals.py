@@ -12,8 +12,10 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from pydantic import ValidationError
 
 from conftest import lively_model, make_adapter
+from dlp_lora.serve.schema import Body, ChatRequest, CompletionRequest, DetokenizeRequest
 from server_process import ServerProcess, start
 
 USER, MATHS, ADMIN = "key-of-a-user", "key-of-maths", "key-of-the-admin"
@@ -124,6 +126,8 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"dlp": {"policy": {"type": "TopK", "k": 1.5}}}, "dlp.policy"),
     ({"dlp": {"adapters": ["nobody"]}}, "dlp.adapters"),
     ({"dlp": {"fixed": {"nobody": 1.0}}}, "dlp.fixed"),
+    ({"dlp": {"fixed": {"math": 1e300, "units": 1e200}}}, "dlp.fixed.math"),
+    ({"logit_bias": {str(i): 1.0 for i in range(20_000)}}, "logit_bias"),
     ({"model": "math", "dlp": {"fixed": {}}}, "dlp.fixed"),
     ({"model": "math", "dlp": {"adapters": ["units"]}}, "dlp.adapters"),
     ({"dlp": {"fixed": {"math": 1.0}, "adapters": ["units"]}}, "dlp.adapters"),
@@ -214,12 +218,14 @@ def test_a_body_without_a_length_is_cut_at_the_limit(server: ServerProcess) -> N
         ("text/plain", None, 415),
         ("multipart/form-data; boundary=x", None, 415),
         ("application/xml", None, 415),
+        (None, None, 200),
+        (None, "https://evil.example", 415),  # a page may send a Blob without a type
     ],
 )
 def test_a_body_is_json_whatever_a_page_elsewhere_calls_it(
-    server: ServerProcess, kind: str, origin: str | None, status: int
+    server: ServerProcess, kind: str | None, origin: str | None, status: int
 ) -> None:
-    headers = {"Content-Type": kind, **({"Origin": origin} if origin else {})}
+    headers = {name: value for name, value in {"Content-Type": kind, "Origin": origin}.items() if value is not None}
     body = json.dumps({"messages": MESSAGES, "max_tokens": 1})
     assert server.client.post(CHAT, content=body, headers=headers).status_code == status
 
@@ -418,3 +424,24 @@ def test_examples_need_a_router_that_learns(guarded: ServerProcess) -> None:
     body = {"lora_name": "tales", "lora_path": "tales", "examples": [{"prompt": "a", "answer": "b"}]}
     message = refused(guarded.post("/v1/load_lora_adapter", body, key=ADMIN), 400, "examples")
     assert "HashRouter" in message
+
+
+@pytest.mark.parametrize(
+    "kind, body",
+    [
+        (CompletionRequest, {"prompt": [-1] * 50_000}),
+        (CompletionRequest, {"prompt": [[-1] * 50_000]}),
+        (CompletionRequest, {"prompt": "x", "stop_token_ids": [-1] * 50_000}),
+        (CompletionRequest, {"prompt": "x", "logit_bias": {str(i): "x" for i in range(50_000)}}),
+        (CompletionRequest, {"prompt": "x", "dlp": {"fixed": {str(i): "x" for i in range(50_000)}}}),
+        (ChatRequest, {"messages": [0] * 50_000}),
+        (ChatRequest, {"messages": [{"role": "user", "content": [0] * 50_000}]}),
+        (ChatRequest, {"messages": MESSAGES, "tools": [0] * 50_000}),
+        (DetokenizeRequest, {"tokens": [""] * 50_000}),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else "-".join(value),
+)
+def test_a_body_with_thousands_of_wrong_items_is_refused_for_a_few(kind: type[Body], body: Any) -> None:
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate(body)
+    assert caught.value.error_count() < 8

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 
 from dlp_lora.policy import FusionPolicy, Mixture
 
@@ -62,11 +63,12 @@ def rounded(weights: Mapping[str, float]) -> Mixture:
 
 def parts(weights: Mapping[str, float]) -> dict[str, int]:
     """Gives weights as whole numbers of 64ths."""
-    exact = {name: weight * PARTS for name, weight in weights.items() if weight}
+    # Fractions, because a sum of floats may lose small weights beside large ones.
+    exact = {name: Fraction(weight) * PARTS for name, weight in weights.items() if weight}
     if not all(share > 0 for share in exact.values()):
         return {name: round(share) or (1 if share > 0 else -1) for name, share in exact.items()}
     units = {name: max(1, math.floor(share)) for name, share in exact.items()}
-    total = max(round(math.fsum(exact.values())), len(exact))
+    total = max(round(sum(exact.values())), len(exact))
     while (missing := total - sum(units.values())) != 0:
         # The weight that is furthest above its share and not yet the smallest; the first of equal ones.
         step = 1 if missing > 0 else -1

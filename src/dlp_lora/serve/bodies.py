@@ -14,10 +14,11 @@ from starlette.responses import Response
 
 from dlp_lora.serve.errors import APIError, invalid, of_exception
 
-# The last one is curl's default. A web page may send it to any address without permission, so it is refused if it comes
+# curl's default. A web page may send it, or no type, to any address without permission, so both are refused if they are
 # from another site's page.
 FORM = "application/x-www-form-urlencoded"
 MAX_DEPTH = 64
+BRACKETS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[{]|[\]}]', re.DOTALL)  # or a string, of whatever length
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -66,9 +67,9 @@ def check_type(request: Request) -> None:
         APIError: if it is another type.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind in ("", "application/json") or (kind.startswith("application/") and kind.endswith("+json")):
+    if kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json")):
         return
-    if kind == FORM and not _is_from_elsewhere(request):
+    if kind in ("", FORM) and not _is_from_elsewhere(request):
         return
     raise APIError(415, f"the content type is {kind[:80]!r}, expected application/json", code="unsupported_media_type")
 
@@ -102,15 +103,17 @@ def _refuse_constant(name: str) -> float:
 
 
 def _depth(body: bytes) -> int:
-    """The largest depth of brackets; those inside strings may count, too."""
+    """The largest depth of brackets, up to the first one too deep."""
     if body.count(b"[") + body.count(b"{") <= MAX_DEPTH:
         return 0
     depth = deepest = 0
-    for match in re.finditer(rb'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', body, re.DOTALL):
+    for match in BRACKETS.finditer(body):
         token = match.group()
         if token in (b"[", b"{"):
             depth += 1
             deepest = max(deepest, depth)
+            if deepest > MAX_DEPTH:
+                break
         elif token in (b"]", b"}"):
             depth -= 1
     return deepest

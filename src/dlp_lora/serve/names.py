@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from dlp_lora.policy import Mixture
 from dlp_lora.serve.errors import APIError, invalid
+from dlp_lora.serve.schema import MAX_WEIGHT
 
 BASE = "base"
-MAX_WEIGHT = 1000
 
 
 @dataclass(frozen=True, kw_only=True)

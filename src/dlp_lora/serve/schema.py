@@ -5,20 +5,25 @@ servers. Fields in REFUSED are refused, because they would change the answer.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, NotRequired
+from typing import Annotated, Any, Literal, NotRequired, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict  # on Python 3.11 pydantic reads no other
 
 from dlp_lora.policy import KVPolicy, PromptRouting, Unsure
 
 MAX_CHOICES = 128  # answers of one request
+MAX_WEIGHT = 1000  # of an adapter in a mixture
 MAX_LOGPROBS = 20
+MAX_ENTRIES = 10_000  # of an object that is checked entry by entry
 MAX_STOPS = 16
 
+Item = TypeVar("Item")
+Items = Annotated[list[Item], Field(fail_fast=True)]  # a body may have millions of wrong items: one error is enough
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Weight = Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT, allow_inf_nan=False)]
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 
 # Fields of other servers that are not supported here, and their values without effect.
@@ -57,6 +62,15 @@ REFUSED: Mapping[str, tuple[Any, ...]] = {
     "vllm_xargs": (),
     "web_search_options": (),
 }
+
+
+def _check_size(data: Any) -> Any:
+    if isinstance(data, dict) and len(data) > MAX_ENTRIES:
+        raise PydanticCustomError("too_many", f"must have at most {MAX_ENTRIES} entries")
+    return data
+
+
+NOT_HUGE = BeforeValidator(_check_size)
 
 
 class Body(BaseModel):
@@ -107,8 +121,8 @@ class DLPOptions(Closed):
         default=False,
         description="Whether the answer has the token ids of the prompt, or of all contexts of its questions.",
     )
-    adapters: list[str] | None = Field(default=None, description="The adapters that the router may choose among.")
-    fixed: dict[str, Annotated[float, Field(allow_inf_nan=False)]] | None = Field(
+    adapters: Items[str] | None = Field(default=None, description="The adapters that the router may choose among.")
+    fixed: Annotated[dict[str, Weight], NOT_HUGE] | None = Field(
         default=None, description="Weights by adapter, instead of the router; {} is the base model."
     )
     policy: dict[str, Any] | None = Field(default=None, description='The policy, such as {"type": "TopP", "p": 0.9}.')
@@ -143,10 +157,10 @@ class SamplingFields(Body):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], NOT_HUGE] | None = None
     seed: Seed | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
-    stop_token_ids: list[TokenId] | None = None
+    stop: StopString | Annotated[Items[StopString], Field(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: Items[TokenId] | None = None
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     response_format: dict[str, Any] | None = None
@@ -194,9 +208,9 @@ class ChatMessage(Body):
     """A turn of a chat."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Items[TextPart] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Items[ToolCall] | None = None
     tool_call_id: str | None = None
 
     @model_validator(mode="after")
@@ -237,8 +251,8 @@ class NamedTool(Body):
 class ChatFields(Body):
     """A chat, with the arguments of its template."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    tools: list[Tool] | None = None
+    messages: Annotated[Items[ChatMessage], Field(min_length=1)]
+    tools: Items[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: bool | None = None
@@ -259,9 +273,9 @@ class CompletionRequest(SamplingFields):
 
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)]
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[list[TokenId]], Field(min_length=1, max_length=MAX_CHOICES)]
+        | Annotated[Items[str], Field(min_length=1, max_length=MAX_CHOICES)]
+        | Annotated[Items[TokenId], Field(min_length=1)]
+        | Annotated[Items[Items[TokenId]], Field(min_length=1, max_length=MAX_CHOICES)]
     )
     max_tokens: Annotated[int, Field(ge=0)] | None = Field(default=None, description="16 by default; 0 only with echo.")
     echo: bool | None = None
@@ -273,8 +287,8 @@ class PromptRequest(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
-    tools: list[Tool] | None = None
+    messages: Annotated[Items[ChatMessage], Field(min_length=1)] | None = None
+    tools: Items[Tool] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
@@ -305,7 +319,7 @@ class DetokenizeRequest(Body):
     """The body of /detokenize."""
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: Items[TokenId]
 
 
 class ExampleFields(Closed):
@@ -321,7 +335,7 @@ class LoadAdapterRequest(Body):
     lora_name: Annotated[str, Field(min_length=1, max_length=200)]
     lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
     load_inplace: bool | None = None
-    examples: Annotated[list[ExampleFields], Field(min_length=1, max_length=10_000)] | None = None
+    examples: Annotated[Items[ExampleFields], Field(min_length=1, max_length=10_000)] | None = None
 
 
 class UnloadAdapterRequest(Body):
