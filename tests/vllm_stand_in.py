@@ -368,7 +368,7 @@ def standing_in(engine: Engine, **settings: Any) -> Iterator[StandIn]:
 
 
 def _event(data: Any) -> bytes:
-    return b"data: " + json.dumps(data).encode() + b"\n\n"
+    return b"data: " + json.dumps(data, ensure_ascii=False).encode() + b"\n\n"  # as vLLM does
 
 
 def _error(status: int, message: str) -> Response:

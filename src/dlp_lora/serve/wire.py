@@ -1,6 +1,5 @@
 """The shared parts of both APIs' answers, and streams of chunks as server-sent events."""
 
-import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any, TypedDict
 
@@ -9,6 +8,7 @@ from dlp_lora.serve.backend import Done, SentenceStart
 from dlp_lora.serve.errors import APIError
 from dlp_lora.serve.schema import DLPTrace, FinishReason, SentenceTrace, Usage
 from dlp_lora.serve.service import Asked
+from dlp_lora.serve.sse import event
 from dlp_lora.serve.trace import sentences_of, start_of
 
 Chunk = dict[str, Any]
@@ -76,11 +76,6 @@ def trace_field(asked: Asked, index: int, ended: Ended) -> TraceField:
     if asked.options.prompt_tokens:
         fields["prompt_tokens"] = [token for request in asked.answers[index] for token in request.tokens]
     return {"dlp": fields} if fields else {}
-
-
-def event(data: Any) -> bytes:
-    """Writes one event."""
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
 async def events(chunks: AsyncIterator[Chunk | None], usage: Callable[[], Usage] | None = None) -> AsyncIterator[bytes]:

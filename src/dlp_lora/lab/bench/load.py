@@ -138,15 +138,16 @@ async def send(client: Any, target: Target, body: Body, answer: Answer, *, leave
     """
     import httpx
 
+    from dlp_lora.serve.sse import data_of
+
     asked = {"model": target.model, **body, "stream": True, "stream_options": {"include_usage": True}}
     route = "chat/completions" if "messages" in body else "completions"
     try:
         async with client.stream("POST", f"{target.url}/{route}", json=asked) as response:
             if response.status_code != 200:
                 raise DLPLoRAError(f"{target.name}: {response.status_code} {(await response.aread())[:300]!r}")
-            async for line in response.aiter_lines():
-                if line.startswith("data:"):
-                    _take(target, answer, line.removeprefix("data:").strip())
+            async for data in data_of(response):
+                _take(target, answer, data)
                 if leave_after is not None and len(answer.times_s) >= leave_after:
                     return answer
     except httpx.HTTPError as error:

@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 
 from dlp_lora.serve.backend import BackendError, UnavailableError
+from dlp_lora.serve.sse import data_of
 
 CONNECT_S = 5.0
 Body = Mapping[str, Any]
@@ -166,10 +167,7 @@ class VLLMClient:
                     if response.status_code != 200:
                         await response.aread()
                         self._checked(response)
-                    async for line in response.aiter_lines():
-                        if not line.startswith("data:"):
-                            continue
-                        data = line.removeprefix("data:").strip()
+                    async for data in data_of(response):
                         if data == "[DONE]":
                             break
                         chunk = self._read(data)
