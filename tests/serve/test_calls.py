@@ -74,6 +74,7 @@ def test_a_call_between_special_tokens_is_a_call_with_arguments_of_the_tools_typ
         ("Nothing.<|im_end|>", None, "Nothing."),
         ("Nothing, st", "st", "Nothing, st"),
         (f"{MARK}no<|im_end|>", None, "no"),
+        *((f"{MARK}{json_}{MARK}<|im_end|>", None, json_) for json_ in ('"look"', "null", "[1]", '{"arguments": {}}')),
     ],
 )
 def test_what_is_no_call_is_text(answer: str, stop: str | None, expected: str) -> None:

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from dlp_lora import Engine
-from dlp_lora.serve import answers
+from dlp_lora.serve import answers, chat
 from dlp_lora.serve.adapters import AdapterManager
 from dlp_lora.serve.app import PAGE, make_app
 from dlp_lora.serve.keys import Keys
@@ -101,6 +101,17 @@ def test_a_silent_stream_is_kept_open_by_comments(
     assert "\n\n: keepalive\n\n" in f"\n\n{response.text}"
     *chunks, end = events_of(response)
     assert (chunks[-1]["choices"][0]["finish_reason"], end) == ("length", "[DONE]")
+
+
+def test_a_stream_whose_call_is_not_certain_yet_is_kept_open_by_comments(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat, "KEEPALIVE_S", 0.0)
+    monkeypatch.setattr(service.encoder.tokenizer, "response_template", {"fields": {}}, raising=False)
+    tool = {"type": "function", "function": {"name": "look"}}
+    body = {"messages": [{"role": "user", "content": "Hi"}], "tools": [tool], "max_tokens": 4, "stream": True}
+    response = over_http(service, AdapterManager(service), "/v1/chat/completions", {**body, "dlp": {"trace": False}})
+    assert "\n\n: keepalive\n\n" in response.text
 
 
 def test_the_pages_scripts_write_text_and_never_markup() -> None:

@@ -15,9 +15,13 @@ import dlp_lora
 from conftest import USUAL_TARGETS, byte_tokenizer, lively_model, make_adapter
 from dlp_lora import AdapterError, Engine
 from dlp_lora.errors import PromptError
+from dlp_lora.serve.adapters import AdapterManager
 from dlp_lora.serve.backend import BackendError, ClosedError, Done, PromptScores, QueueFullError, Request, Token
+from dlp_lora.serve.keys import Keys
 from dlp_lora.serve.local import LocalBackend
-from serving import PROMPTS, alone, ask, double_engine, extra_adapters, read, timeless
+from dlp_lora.serve.server import local_service
+from dlp_lora.serve.settings import ServerSettings
+from serving import PROMPTS, alone, ask, double_engine, extra_adapters, over_http, read, timeless
 
 
 @pytest.fixture(scope="module")
@@ -359,3 +363,17 @@ def test_rows_shorter_than_a_sliding_window_attend_to_their_own_window(tmp_path:
 
 def _fail(*_: Any) -> None:
     raise MemoryError("no memory")
+
+
+def test_a_model_that_samples_by_default_samples_as_with_generate(lively_adapters: Path) -> None:
+    engine = double_engine(lively_adapters)
+    config = engine.model.generation_config
+    config.do_sample, config.temperature, config.top_p = True, 0.9, 0.99
+    service = local_service(engine, ServerSettings(), Keys({}), name="tiny")
+    try:
+        for seed in range(5):
+            body = {"prompt": "Once", "model": "math", "max_tokens": 12, "seed": seed}
+            answer = over_http(service, AdapterManager(service), "/v1/completions", body).json()["choices"][0]
+            assert answer["text"] == engine.generate("Once", mixture={"math": 1.0}, max_new_tokens=12, seed=seed).text
+    finally:
+        service.backend.close()

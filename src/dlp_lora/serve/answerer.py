@@ -15,9 +15,7 @@ from dlp_lora.serve.apart import open_all
 from dlp_lora.serve.backend import Backend, Done, Request, Sampling, SentenceStart, Token
 from dlp_lora.serve.backend import Stream as Events
 from dlp_lora.serve.cutter import SentenceCutter
-from dlp_lora.serve.sampler import defaults_of
-
-SAMPLED = {"temperature": 1.0, "top_k": 50}  # transformers' defaults
+from dlp_lora.serve.sampler import SAMPLED, defaults_of
 
 
 class BackendAnswerer:

@@ -123,16 +123,26 @@ class TemplateWriter:
         prefix = self._tokenizer.decode(list(self._prompt))
         try:
             message = self._tokenizer.parse_response(written, prefix=prefix, tools=self._tools)
+            deltas: list[Delta] = [{"content": message["content"]}] if message.get("content") else []
+            calls = [_call_of(call) for call in message.get("tool_calls") or []]
         except Exception:  # a model may write anything
-            message = {"content": self._text}
-        deltas: list[Delta] = [{"content": message["content"]}] if message.get("content") else []
-        calls = message.get("tool_calls") or []
-        for index, call in enumerate(calls):
-            function = call.get("function", call)
-            arguments = function.get("arguments", {})
-            written = arguments if isinstance(arguments, str) else json.dumps(arguments)
-            deltas += [_begun(str(function.get("name")), index), _arguments(written, index)]
+            deltas, calls = [{"content": self._text}] if self._text else [], []
+        for index, (name, arguments) in enumerate(calls):
+            deltas += [_begun(name, index), _arguments(arguments, index)]
         return deltas, "tool_calls" if calls else reason
+
+
+def _call_of(call: Any) -> tuple[str, str]:
+    """The name and the arguments of a call in a message.
+
+    Raises:
+        TypeError: if it has another form.
+    """
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(name := function.get("name"), str):
+        raise TypeError(f"a call needs the name of a function, got {call!r}")
+    arguments = function.get("arguments", {})
+    return name, arguments if isinstance(arguments, str) else json.dumps(arguments)
 
 
 def call_prefix(name: str) -> str:

@@ -1,9 +1,10 @@
 """/v1/chat/completions: a checked request in, its answer whole or chunk by chunk out."""
 
+import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from dlp_lora.serve.answers import Answers, Ended, Piece
+from dlp_lora.serve.answers import KEEPALIVE_S, Answers, Ended, Piece
 from dlp_lora.serve.backend import Token
 from dlp_lora.serve.calls import (
     ArgumentsWriter,
@@ -58,6 +59,7 @@ class ChatAnswer:
         """Yields the chunks of a stream, up to the last choice's; None if there was none for a while."""
         for index in range(len(self._asked.answers)):
             yield self._chunk(index, {"role": "assistant", "content": ""})
+        sent_s = time.perf_counter()
         async for got in answers.items():
             if got is None:
                 yield None
@@ -70,6 +72,10 @@ class ChatAnswer:
                     more = sentence_field(self._asked, item.sentence) if i == 0 else {}
                     if delta or more or self._body.logprobs:
                         yield self._chunk(index, delta, tokens=item.tokens if i == 0 else (), **more)
+                        sent_s = time.perf_counter()
+                if time.perf_counter() - sent_s > KEEPALIVE_S:  # a call is written, of which nothing can be sent yet
+                    yield None
+                    sent_s = time.perf_counter()
             elif isinstance(item, Ended):
                 deltas, reason = self._writers[index].end(finish_reason(item.done), item.done)
                 for delta in deltas:

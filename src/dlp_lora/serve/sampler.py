@@ -19,6 +19,8 @@ from transformers import (
 
 from dlp_lora.serve.backend import BackendError, Sampling
 
+SAMPLED = {"temperature": 1.0, "top_k": 50}  # of transformers' `generate` if it samples
+
 
 class Sampler:
     """Samples the tokens of one answer by its `Sampling`, with a separate random generator.
@@ -103,7 +105,7 @@ def defaults_of(generation_config: Any) -> dict[str, Any]:
     if not settings.get("do_sample"):
         return {**defaults, "temperature": 0.0}
     chosen = ("temperature", "top_p", "top_k", "min_p")
-    return {**defaults, **{name: settings[name] for name in chosen if settings.get(name) is not None}}
+    return {**defaults, **SAMPLED, **{name: settings[name] for name in chosen if settings.get(name) is not None}}
 
 
 def logprobs(scores: Float[Tensor, " vocab"], token: int, num_top: int) -> tuple[float, dict[int, float]]:

@@ -255,6 +255,7 @@ byId("beside").addEventListener("change", () => {
 });
 byId("stop").addEventListener("click", () => state.running.abort());
 byId("clear").addEventListener("click", () => {
+  state.turns = []; // before the running answer ends, which keeps the turns
   state.running?.abort();
   sessionStorage.removeItem(CHAT);
   start();
