@@ -90,7 +90,9 @@ class ServerProcess:
 
 @contextmanager
 def start(adapters: Path, folder: Path, **settings: Any) -> Iterator[ServerProcess]:
-    """Runs a server while the block lasts. `keys`, `admin` and `slow_s` (per step) stand among the settings."""
+    """Runs a server while the block lasts. `keys`, `admin`, `slow_s` (per step) and `dies_after` (so many
+    passes) stand among the settings.
+    """
     log_path = folder / f"server-{time.monotonic_ns()}.log"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent / "src")])}
     arguments = json.dumps({"adapters": str(adapters), "port": 0, **settings})
@@ -123,9 +125,15 @@ def main(arguments: dict[str, Any]) -> None:
 
     keys = Keys(arguments.pop("keys", None), admin=arguments.pop("admin", None))
     slow_s = arguments.pop("slow_s", 0)
+    dies_after = arguments.pop("dies_after", 0)
     engine = double_engine(Path(arguments.pop("adapters")), **arguments.pop("engine", {}))
     if slow_s:
         engine.model.get_input_embeddings().register_forward_pre_hook(lambda *_: time.sleep(slow_s))
+    if dies_after:
+        passes = iter(range(dies_after))
+        engine.model.model.layers[0].register_forward_pre_hook(
+            lambda *_: sys.exit() if next(passes, None) is None else None
+        )
     log_as_json()
     name = arguments.pop("name", "tiny")
     service = local_service(engine, ServerSettings(**arguments), keys, name=name)

@@ -135,6 +135,17 @@ def test_a_second_signal_ends_it_at_once(doomed: ServerProcess) -> None:
     client.close()
 
 
+def test_a_server_that_can_answer_no_more_ends_so_that_another_one_is_started(
+    lively_adapters: Path, tmp_path: Path
+) -> None:
+    with start(lively_adapters, tmp_path, dies_after=20) as server:
+        for _ in range(8):
+            if server.complete(max_tokens=8).status_code == 500:
+                break
+        assert server.process.wait(timeout=30) == 1
+        assert "it cannot answer any more: the scheduler has ended: SystemExit" in server.log_path.read_text()
+
+
 def test_after_a_kill_it_starts_again_on_the_same_port(lively_adapters: Path, tmp_path: Path) -> None:
     with start(lively_adapters, tmp_path) as server:
         port = int(server.address.rsplit(":", 1)[1])

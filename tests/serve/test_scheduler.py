@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -23,7 +24,8 @@ from dlp_lora import Engine
 from dlp_lora.engine.trace import Generation
 from dlp_lora.errors import AdapterChangedError
 from dlp_lora.serve.answer_builder import AnswerBuilder, resolved
-from dlp_lora.serve.backend import Request
+from dlp_lora.serve.backend import BackendError, Request
+from dlp_lora.serve.cache import SpareCache
 from dlp_lora.serve.row import Row
 from dlp_lora.serve.scheduler import Scheduler
 from dlp_lora.serve.stream import EventStream
@@ -270,6 +272,36 @@ def test_a_row_whose_adapter_is_replaced_while_it_loads_fails_alone(lively_adapt
     assert base.state == "decoding"
     finish(scheduler)
     scheduler.close()
+
+
+@pytest.mark.parametrize("where", ["append", "remove", "take"])
+def test_without_memory_for_a_row_that_joins_or_leaves_the_next_requests_are_answered(
+    engine: Engine, make_scheduler: Callable[..., Scheduler], monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    scheduler = make_scheduler(max_batch=3, cache_mb=1.0)
+    requests = [
+        ask(engine, prompt, mixture={"math": 1.0}, max_tokens=6 + 4 * i) for i, prompt in enumerate(PROMPTS[:3])
+    ]
+    waiting = [open_row(scheduler, request) for request in requests]
+    work_until(scheduler, lambda: waiting[0].answer.num_tokens > 2)
+
+    def fail(*_: Any, **__: Any) -> None:
+        monkeypatch.undo()
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(SpareCache, where, fail)
+    waiting.append(open_row(scheduler, requests[0]))
+    finish(scheduler)
+    assert scheduler.failure is None
+    failed = [row for row in waiting if row.state == "failed"]
+    assert failed
+    with pytest.raises(BackendError, match="out of memory"):
+        list(failed[0].answer.stream)
+    again = [open_row(scheduler, request) for request in requests]
+    finish(scheduler)
+    assert scheduler.num_open == 0
+    for row, request in zip(again, requests, strict=True):
+        assert timeless(read(row.answer.stream).generation) == timeless(alone(engine, request))
 
 
 @pytest.mark.parametrize("kv_policy", ["recompute", "keep"])

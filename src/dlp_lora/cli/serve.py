@@ -151,6 +151,7 @@ def _service(
 
     needs = Needs.of(outline, options.max_rank)
     key = os.environ.get(BACKEND_KEY)
+    ended = None
     with ExitStack() as stack:
         urls = options.backend_url
         if not urls:
@@ -167,7 +168,7 @@ def _service(
                 server = stack.enter_context(
                     vllm_server(outline, flags, targets=needs.targets, max_rank=needs.max_rank, on_line=on_line)
                 )
-            urls, key = (server.url,), server.key
+            urls, key, ended = (server.url,), server.key, server.ended
         backend = VLLMBackend(
             outline,
             urls,
@@ -181,6 +182,7 @@ def _service(
             ),
             max_running=settings.max_batch or VLLM_BATCH * len(urls),
             max_queue=settings.max_queue,
+            ended=ended,
         )
         stack.callback(backend.close)
         for note in backend.notes:

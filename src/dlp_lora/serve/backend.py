@@ -250,10 +250,11 @@ class Stats:
 
 @dataclass(frozen=True, kw_only=True)
 class Health:
-    """Whether a backend can answer, and if not, why."""
+    """Whether a backend can answer, and if not, why; and whether it never will again."""
 
     is_alive: bool
     reason: str = ""
+    is_lost: bool = False
 
 
 @runtime_checkable

@@ -70,6 +70,11 @@ class KeptKV:
         while self.nbytes > self.budget:
             self._drop(next(iter(self._entries)))
 
+    def clear(self) -> None:
+        """Drops all entries."""
+        self._entries.clear()
+        self.nbytes = 0
+
     def _drop(self, number: int) -> None:
         self.nbytes -= self._entries.pop(number).cache.nbytes
 

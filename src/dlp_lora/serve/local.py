@@ -77,7 +77,7 @@ class LocalBackend:
         if self._is_closing:
             return Health(is_alive=False, reason="the server is closing")
         if not self._thread.is_alive():
-            return Health(is_alive=False, reason=f"the scheduler has ended: {self._scheduler.failure!r}")
+            return Health(is_alive=False, reason=f"the scheduler has ended: {self._scheduler.failure!r}", is_lost=True)
         return Health(is_alive=True)
 
     def stats(self) -> Stats:

@@ -8,6 +8,7 @@ the bundle: replicas poll its number, and read the bundle again if the number ha
 
 import asyncio
 import os
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -21,8 +22,10 @@ from dlp_lora.engine.outline import read_outline
 from dlp_lora.files import name_of
 from dlp_lora.serve.adapters import AdapterManager, BundleMark
 from dlp_lora.serve.app import make_app
+from dlp_lora.serve.backend import Backend
 from dlp_lora.serve.keys import ADMIN_KEY, API_KEY, BACKEND_KEY, Keys
-from dlp_lora.serve.server import VLLM_BATCH, local_service, make_service
+from dlp_lora.serve.logs import LOGGER
+from dlp_lora.serve.server import HEALTH_S, VLLM_BATCH, local_service, make_service
 from dlp_lora.serve.settings import ServerSettings
 from dlp_lora.serve.watch import watch
 
@@ -63,6 +66,14 @@ def build_app(args: RayArgs) -> Any:
     return deployment.bind()
 
 
+def _watch_health(backend: Backend, ended: threading.Event) -> None:
+    """Ends the process of a replica whose backend is lost: Ray then starts another one."""
+    while not ended.wait(HEALTH_S):
+        if (health := backend.health).is_lost:
+            LOGGER.error("the replica ends, because it cannot answer any more: %s", health.reason)
+            os._exit(1)
+
+
 def _app_of(args: RayArgs) -> Callable[[], ASGIApp]:
     """Returns a function that makes the application in a replica; the end of its lifespan closes the backend."""
 
@@ -92,6 +103,9 @@ def _app_of(args: RayArgs) -> Callable[[], ASGIApp]:
             service = local_service(engine, settings, keys, name=name)
         manager = AdapterManager(service, bundle=mark)
         ended = watch(manager, Path(args.bundle), args.watch_s)
+        threading.Thread(
+            target=_watch_health, args=(service.backend, ended), name="dlp-lora-health", daemon=True
+        ).start()
 
         @asynccontextmanager
         async def lifespan(_: FastAPI) -> AsyncIterator[None]:

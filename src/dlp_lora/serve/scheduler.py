@@ -165,8 +165,14 @@ class Scheduler:
     @torch.no_grad()
     def turn(self) -> bool:
         """Does the next work; returns whether there was any."""
-        # A list, because each of them must run.
-        return any([self._take_messages(), self._route(), self._run([*self._step(), *self._reads()])])
+        try:
+            # A list, because each of them must run.
+            return any([self._take_messages(), self._route(), self._run([*self._step(), *self._reads()])])
+        except Exception as error:
+            if not _is_out_of_memory(error):
+                raise
+            self._begin_afresh(error)
+            return True
 
     def _post(self, message: Callable[[], None]) -> None:
         self._messages.append(message)
@@ -355,6 +361,22 @@ class Scheduler:
                 self._withdraw(row)
             self._fail(row, error)
 
+    def _begin_afresh(self, error: Exception) -> None:
+        """Ends all begun rows: without memory for a row that joins or leaves, the batch may be half moved."""
+        self._decoding = []
+        self._batch.clear()
+        self._kept.clear()
+        with self.engine.bank.lock:
+            self.engine.bank.forget()
+        for row in list(self._active):
+            for rows in (self._new, self._again):
+                if row in rows:
+                    rows.remove(row)
+            if row.has_ended:
+                self._forget(row)
+            else:
+                self._fail(row, error)
+
     def _begin_reading(self, row: Row) -> bool:
         """Plans the mixtures of a row's tokens, and starts with its stored KV; in case of an error, the row ends."""
         row.begin_reading()
@@ -475,3 +497,8 @@ class Scheduler:
         row.cache = None
         self._rows.discard(row)
         self._active.discard(row)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether there was no memory: PyTorch has a class for that on accelerators alone."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

@@ -13,7 +13,7 @@ from dlp_lora.engine.engine import Engine
 from dlp_lora.engine.outline import Outline
 from dlp_lora.serve.adapters import AdapterManager, BundleMark
 from dlp_lora.serve.app import make_app
-from dlp_lora.serve.backend import Backend
+from dlp_lora.serve.backend import Backend, BackendError
 from dlp_lora.serve.grammar import Grammars
 from dlp_lora.serve.heap import trim_regularly
 from dlp_lora.serve.keys import Keys
@@ -30,6 +30,7 @@ LOCAL_BATCH = 16  # requests that are answered at once
 VLLM_BATCH = 64  # that each vLLM server gets at once
 FLUSH_S = 5  # for answers that were cut to reach their clients
 POLL_S = 0.02
+HEALTH_S = 2  # between two looks at the backend
 
 
 def local_service(engine: Engine, settings: ServerSettings, keys: Keys, *, name: str) -> Service:
@@ -89,6 +90,9 @@ def serve(
         bundle: the mark of its folder, if it is of one, so that it can be read again.
         listener: from `listen`; made here by default.
         on_ready: gets the address.
+
+    Raises:
+        BackendError: if the backend is lost, so that whoever runs the process can start another one.
     """
     settings, keys = service.settings, service.keys
     listener = listener or listen(settings)
@@ -101,6 +105,8 @@ def serve(
     trim_regularly()
     with contextlib.suppress(KeyboardInterrupt):
         _Server(app, service, lambda: on_ready(address_of(listener))).run(sockets=[listener])
+    if (health := service.backend.health).is_lost:
+        raise BackendError(f"the server has ended, because it cannot answer any more: {health.reason}")
 
 
 def listen(settings: ServerSettings) -> socket.socket:
@@ -141,6 +147,8 @@ class _Server(uvicorn.Server):
             timeout_graceful_shutdown=FLUSH_S,
             timeout_keep_alive=30,
             lifespan="off",
+            timeout_notify=HEALTH_S,
+            callback_notify=self._check_backend,
         )
         super().__init__(config)
         self._service = service
@@ -161,6 +169,10 @@ class _Server(uvicorn.Server):
             return
         self._service.is_draining = True
         self._loop.call_soon_threadsafe(self._begin_drain)
+
+    async def _check_backend(self) -> None:
+        """Ends the server if its backend is lost."""
+        self.should_exit = self.should_exit or self._service.backend.health.is_lost
 
     def _begin_drain(self) -> None:
         self._drain = asyncio.ensure_future(self._drained())

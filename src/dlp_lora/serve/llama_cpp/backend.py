@@ -128,7 +128,7 @@ class LlamaCppBackend:
         if self._is_closing:
             return Health(is_alive=False, reason="the server is closing")
         if self._failure is not None:
-            return Health(is_alive=False, reason=f"llama.cpp's thread has ended: {self._failure!r}")
+            return Health(is_alive=False, reason=f"llama.cpp's thread has ended: {self._failure!r}", is_lost=True)
         return Health(is_alive=True)
 
     def stats(self) -> Stats:

@@ -68,6 +68,7 @@ class VLLMBackend:
         urls: of the servers.
         max_running: largest number of requests at the servers.
         max_queue: largest number of further requests that wait.
+        ended: says why the servers ended for good, if they are processes that did.
 
     Raises:
         AdapterError: if an adapter cannot be read, or has a larger rank than the limit of mixtures.
@@ -83,6 +84,7 @@ class VLLMBackend:
         settings: VLLMSettings = VLLMSettings(),  # frozen
         max_running: int = 64,
         max_queue: int = 256,
+        ended: Callable[[], str] | None = None,
     ) -> None:
         if not urls:
             raise ValueError("give the address of at least one vLLM server")
@@ -103,6 +105,7 @@ class VLLMBackend:
         self.prompt_router = OutlinePromptRouter(
             outline, self._sources.keys(), lock=self._routing, limited=self._limited
         )
+        self._ended = ended
         self._open: dict[AnswerBuilder, asyncio.Task[None]] = {}
         self._num_open = 0
         self._is_closing = False
@@ -151,6 +154,8 @@ class VLLMBackend:
         """Whether it can answer."""
         if self._is_closing:
             return Health(is_alive=False, reason="the server is closing")
+        if self._ended is not None and (reason := self._ended()):
+            return Health(is_alive=False, reason=reason, is_lost=True)
         if not self._replicas.up:
             return Health(is_alive=False, reason=f"no backend can answer: {self._replicas.reason}")
         return Health(is_alive=True)

@@ -45,10 +45,11 @@ class VLLMFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class Running:
-    """A running vLLM server."""
+    """A running vLLM server; `ended` says why it has ended, if it has."""
 
     url: str
     key: str
+    ended: Callable[[], str]
 
 
 def slot_rank(max_rank: int) -> int:
@@ -157,7 +158,11 @@ def vllm_server(
                     raise ModelError(f"vLLM ended with {process.returncode} before it could answer: {reason(lines)}")
                 time.sleep(POLL_S)
             is_up = True
-            yield Running(url=url, key=key)
+
+            def ended() -> str:
+                return "" if process.poll() is None else f"vLLM ended with {process.returncode}: {reason(lines)}"
+
+            yield Running(url=url, key=key, ended=ended)
     finally:
         _end(process, stop_s=STOP_S if is_up else 0.0)  # while it starts, it does not hear SIGTERM
 
