@@ -1,9 +1,10 @@
+from datetime import datetime
 from typing import Any
 
 import pytest
 
 from conftest import CHAT_TEMPLATE, byte_tokenizer
-from dlp_lora.chat import Chat, chat_tokens, template_arguments, text_of
+from dlp_lora.chat import Chat, chat_tokens, prints_time, template_arguments, text_of
 from dlp_lora.errors import PromptError
 
 USER = {"role": "user", "content": "Why?"}
@@ -96,3 +97,15 @@ def test_arguments_of_a_template_are_what_it_reads_and_does_not_set() -> None:
     assert template_arguments(set_first) == {"tools"}
     marked = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% break %}{% endfor %}"
     assert template_arguments(marked) == {"messages"}
+
+
+@pytest.mark.parametrize("call", ["strftime_now('%d %b %Y')", 'strftime_now( "%d %b %Y" )'])
+def test_a_template_prints_the_given_time(call: str) -> None:
+    template = "{% if strftime_now is defined %}{{ " + call + " }}{% endif %} " + CHAT_TEMPLATE
+    dated = byte_tokenizer(chat_template=template)
+    now = datetime(2026, 11, 30)
+    assert str(dated.decode(chat_tokens(dated, Chat(messages=[USER]), now=now))).startswith("30 Nov 2026 ")
+    assert prints_time(dated)
+    assert not prints_time(byte_tokenizer())
+    dated.chat_template = {"default": CHAT_TEMPLATE, "tool_use": template}  # type: ignore[assignment]
+    assert prints_time(dated)

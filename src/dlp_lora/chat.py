@@ -2,9 +2,11 @@
 
 import inspect
 import json
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
@@ -14,6 +16,8 @@ Message = Mapping[str, Any]
 """A turn of a chat: its role and its content, a string or a list of parts `{"type": "text", "text": ...}`."""
 
 PROBE = "@@content@@"
+# transformers gives this function to templates; they call it with a constant.
+_CLOCK = re.compile(r"""strftime_now\(\s*("[^"]*"|'[^']*')\s*\)""")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +68,11 @@ def check_text(text: str) -> None:
         raise PromptError(f"a prompt must be Unicode, got half a character in {text[:60]!r}")
 
 
-def chat_tokens(tokenizer: Any, chat: Chat) -> list[int]:
+def chat_tokens(tokenizer: Any, chat: Chat, *, now: datetime | None = None) -> list[int]:
     """Encodes a chat up to the beginning or continuation of the answer.
+
+    Args:
+        now: the time that the template prints; by default the present.
 
     Raises:
         PromptError: if there is no chat template, or the template refuses this chat.
@@ -82,12 +89,14 @@ def chat_tokens(tokenizer: Any, chat: Chat) -> list[int]:
         _check_arguments(tokenizer, template, chat)
         if reads_parts(template):
             messages = [in_parts(message) for message in messages]
+        fixed = {} if now is None else {"chat_template": _at(template, now)}
         encoded = tokenizer.apply_chat_template(
             messages,
             tools=tools,
             add_generation_prompt=not chat.continues,
             continue_final_message=chat.continues,
             return_dict=True,
+            **fixed,
             **chat.chat_template_kwargs,
         )
     except PromptError:
@@ -99,6 +108,15 @@ def chat_tokens(tokenizer: Any, chat: Chat) -> list[int]:
             "change the messages, or set another tokenizer.chat_template"
         ) from error
     return list(encoded["input_ids"])
+
+
+def prints_time(tokenizer: Any) -> bool:
+    """Whether a chat template of the tokenizer prints the time or the date."""
+    return "strftime_now" in str(getattr(tokenizer, "chat_template", None))
+
+
+def _at(template: str, now: datetime) -> str:
+    return _CLOCK.sub(lambda call: json.dumps(now.strftime(call[1][1:-1])), template)
 
 
 @lru_cache(maxsize=64)

@@ -4,6 +4,7 @@ import random
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,13 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import LlamaConfig, MixtralConfig, MixtralForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, MixtralConfig, MixtralForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import dlp_lora
 import dlp_lora.training.batches as batches_module
 import dlp_lora.training.cpu as cpu_module
 import dlp_lora.training.loop as loop_module
-from conftest import ARCHITECTURES, USUAL_TARGETS, byte_tokenizer, lively_model, tiny_model
+from conftest import ARCHITECTURES, CHAT_TEMPLATE, USUAL_TARGETS, byte_tokenizer, lively_model, tiny_model
 from dlp_lora import AdapterError, ModelError, TaskError, TrainingError
 from dlp_lora.bank.adapter_files import WEIGHTS_FILE
 from dlp_lora.bank.attach import linear_layers
@@ -391,6 +392,89 @@ def test_a_checkpoint_of_other_weights_is_not_gone_on_with(tmp_path: Path, caplo
     )
     assert seen[0] == 1
     assert "holds a run with other settings or examples; this one starts at its first step" in caplog.text
+
+
+class Clock(datetime):
+    at = datetime(2026, 11, 30, 23, 59)
+
+    @classmethod
+    def now(cls, tz: Any = None) -> datetime:  # type: ignore[override]
+        return cls.at
+
+
+@pytest.fixture
+def dated(monkeypatch: pytest.MonkeyPatch) -> PreTrainedTokenizerFast:
+    """A tokenizer whose chat template prints the date, at one minute to midnight."""
+    monkeypatch.setattr(Clock, "at", Clock.at)
+    monkeypatch.setattr("dlp_lora.training.adapters.datetime", Clock)
+    return byte_tokenizer(chat_template="Today is {{ strftime_now('%d %b %Y') }}.\n" + str(CHAT_TEMPLATE))
+
+
+def dated_train(tokenizer: PreTrainedTokenizerFast, out: Path, **kwargs: Any) -> TrainedAdapter:
+    args = replace(STABLE, prompt_format="chat", epochs=kwargs.pop("epochs", 1))
+    return train_adapter(lively_model(), tokenizer, toy(), out, args, **kwargs)
+
+
+def test_midnight_changes_no_example_of_a_template_that_prints_the_date(
+    dated: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    dated_train(dated, tmp_path / "whole")
+    with pytest.raises(KilledError):
+        dated_train(dated, tmp_path / "toy", on_progress=kill_at(3))
+    Clock.at = datetime(2026, 12, 1)
+    steps: list[int] = []
+    dated_train(dated, tmp_path / "toy", on_progress=lambda now: steps.append(now.done))
+    assert steps == [3, 4]
+    assert losses_of(tmp_path / "toy") == losses_of(tmp_path / "whole")
+    assert dated_train(dated, tmp_path / "toy").was_there
+    assert json.loads((tmp_path / "toy" / TRAINING_FILE).read_text())["template_time"] == "2026-11-30T23:59:00"
+    dated_train(dated, tmp_path / "next")  # a new run has its own day
+    assert losses_of(tmp_path / "next") != losses_of(tmp_path / "whole")
+
+
+def test_a_trunk_is_gone_on_with_on_another_day(dated: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    dated_train(dated, tmp_path / "short", trunk=tmp_path / "trunk")
+    Clock.at = datetime(2026, 12, 1)
+    steps: list[int] = []
+    dated_train(
+        dated, tmp_path / "long", epochs=2, trunk=tmp_path / "trunk", on_progress=lambda now: steps.append(now.done)
+    )
+    assert steps[0] == 4
+
+
+def test_an_adapter_without_a_time_is_known_if_its_template_prints_none(tmp_path: Path) -> None:
+    train(tmp_path / "toy")
+    assert "template_time" not in json.loads((tmp_path / "toy" / TRAINING_FILE).read_text())
+
+
+@pytest.mark.parametrize("family", ["gemma3", "mllama"])
+def test_parameters_without_a_gradient_do_not_damage_a_checkpoint(family: str, tmp_path: Path) -> None:
+    def run(out: Path, **kwargs: Any) -> list[float]:
+        train_adapter(build(family), TOKENIZER, toy(), out, replace(QUICK, lora_alpha=8), **kwargs)
+        return losses_of(out)
+
+    with pytest.raises(KilledError):
+        run(tmp_path / "toy", on_progress=kill_at(3))
+    saved = load_file(tmp_path / ".toy.training" / "state.safetensors")
+    assert sum(key.startswith("step/") for key in saved) < sum(key.startswith("weight/") for key in saved)
+    assert run(tmp_path / "toy") == run(tmp_path / "whole")
+
+
+def test_a_run_in_two_dtypes_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(KilledError):
+        train(tmp_path / "toy", on_progress=kill_at(3))
+    halved = lively_model().to(torch.bfloat16)
+    train_adapter(halved, TOKENIZER, toy(), tmp_path / "toy", QUICK)
+    assert ".toy.training was begun with the model in float32, and goes on with it in bfloat16" in caplog.text
+    record = json.loads((tmp_path / "toy" / TRAINING_FILE).read_text())
+    assert record["dtype"] == "float32, then bfloat16"
+    assert train(tmp_path / "toy").was_there
+    assert "was trained with the model in float32, then bfloat16" in caplog.text
+    del record["dtype"]
+    (tmp_path / "toy" / TRAINING_FILE).write_text(json.dumps(record))  # as earlier versions wrote it
+    caplog.clear()
+    assert train(tmp_path / "toy").was_there
+    assert not caplog.text
 
 
 @pytest.mark.parametrize("name", ["state.json", "state.safetensors"])

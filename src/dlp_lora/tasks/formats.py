@@ -1,6 +1,7 @@
 """Turns a task's prompt and answer into tokens; training, evaluation and the command line all use this."""
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -51,10 +52,13 @@ def encode_example(
     example: Example,
     prompt_format: PromptFormat,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    *,
+    now: datetime | None = None,
 ) -> tuple[list[int], list[int]]:
     """Returns the tokens to read, and the tokens to learn: the answer, and end-of-sequence if the answer is complete.
 
-    After a plain prompt, the separator is learned with the answer.
+    After a plain prompt, the separator is learned with the answer. `now` is the time that a chat template prints, by
+    default the present.
 
     Raises:
         PromptError: if the chat template refuses the prompt.
@@ -65,7 +69,7 @@ def encode_example(
     if isinstance(prompt, str):
         read, separator = list(tokenizer(prompt)["input_ids"]), _separator(prompt)
     else:
-        read, separator = chat_tokens(tokenizer, prompt), ""
+        read, separator = chat_tokens(tokenizer, prompt, now=now), ""
     if example.answer_prefix:
         read += tokenizer(separator + example.answer_prefix, add_special_tokens=False)["input_ids"]
         separator = ""

@@ -10,8 +10,9 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +26,7 @@ from dlp_lora.bank.adapter_files import CONFIG_FILE, WEIGHTS_FILE, check_adapter
 from dlp_lora.bank.attach import linear_layers, siblings
 from dlp_lora.bank.base_layers import BaseLayers
 from dlp_lora.bank.peft_names import lora_layers, placement
+from dlp_lora.chat import prints_time
 from dlp_lora.engine.prompts import check_embedded, context_of
 from dlp_lora.errors import PromptError, TaskError, TrainingError
 from dlp_lora.files import (
@@ -41,13 +43,15 @@ from dlp_lora.progress import OnProgress, unseen
 from dlp_lora.tasks.formats import encode_example
 from dlp_lora.tasks.task import Task
 from dlp_lora.training.args import AdapterTrainingArgs
-from dlp_lora.training.base import model_hash
+from dlp_lora.training.base import dtype_of, model_hash
 from dlp_lora.training.cpu import fast_on_cpu
 from dlp_lora.training.loop import STATE_FILE, Run, fit
 from dlp_lora.training.lora import compute_together
 
 TRAINING_FILE = "training.json"
 LOSS_FILE = "loss.csv"
+# Earlier versions recorded none of them; only a chat template that prints the time has a time.
+_NOT_RECORDED = ("model_hash", "template_time")
 # Names that PEFT takes for experts of a mixture, if a model has experts.
 _PEFT_EXPERTS = {"gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj", "gate_up_proj", "lm_head"}
 
@@ -96,16 +100,20 @@ def train_adapter(
     args, out = args or AdapterTrainingArgs(), Path(out)
     check_adapter_name(name_of(out), out)
     recover_folder(out)
-    examples, num_left_out = _encode(model, tokenizer, task, args)
+    work = out.with_name(f".{out.name}.training")
+    begun = [out / TRAINING_FILE, work / STATE_FILE, *([] if trunk is None else [Path(trunk) / STATE_FILE])]
+    now = _time_of(begun) if prints_time(tokenizer) else None
+    examples, num_left_out = _encode(model, tokenizer, task, args, now)
     identity: dict[str, Any] = {
         "base_model": Path(model.config._name_or_path).name,
         "model_hash": model_hash(model),
         "examples": hash_json(examples),
         "args": args.identity(),
+        **({} if now is None else {"template_time": now.isoformat()}),
     }
     if (out / CONFIG_FILE).is_file():
         try:
-            return _finished(task.name, out, identity)
+            return _finished(task.name, out, identity, dtype_of(model))
         except TrainingError:
             if not overwrite:
                 raise
@@ -114,7 +122,6 @@ def train_adapter(
     check_writable(out.parent)
     if trunk is not None:
         check_replaceable(trunk, STATE_FILE)
-    work = out.with_name(f".{out.name}.training")
     with lora_on(model, args) as peft_model:
         run = Run(peft_model, examples, args)
         run.resume(work, identity)
@@ -131,6 +138,7 @@ def train_adapter(
             )
         record = {
             **identity,
+            "dtype": run.dtype,
             "seconds": round(run.seconds, 2),
             "num_examples": len(examples),
             "num_left_out": num_left_out,
@@ -179,11 +187,15 @@ def train_adapters(
 
 
 def _encode(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, args: AdapterTrainingArgs
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    args: AdapterTrainingArgs,
+    now: datetime | None,
 ) -> tuple[list[tuple[list[int], list[int]]], int]:
     context = context_of(model)
     longest = min(args.max_length, context)  # tokens
-    encoded = list(_encoded(tokenizer, task, args))
+    encoded = list(_encoded(tokenizer, task, args, now))
     kept = [pair for pair in encoded if len(pair[0]) + len(pair[1]) <= longest]
     left_out = len(encoded) - len(kept)
     if left_out:
@@ -198,10 +210,23 @@ def _encode(
 
 
 def _encoded(
-    tokenizer: PreTrainedTokenizerBase, task: Task, args: AdapterTrainingArgs
+    tokenizer: PreTrainedTokenizerBase, task: Task, args: AdapterTrainingArgs, now: datetime | None = None
 ) -> Iterator[tuple[list[int], list[int]]]:
     for example in task.train:
-        yield encode_example(tokenizer, example, args.prompt_format, args.chat_template_kwargs)
+        yield encode_example(tokenizer, example, args.prompt_format, args.chat_template_kwargs, now=now)
+
+
+def _time_of(files: Sequence[Path]) -> datetime:
+    """The time that a run to continue was begun at, so that its examples are the same on another day; else the present.
+
+    A damaged file is named where the run is continued.
+    """
+    for file in files:
+        recover_folder(file.parent)
+        with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+            found = json.loads(file.read_text(encoding="utf-8"))
+            return datetime.fromisoformat(found.get("identity", found)["template_time"])
+    return datetime.now().replace(microsecond=0)
 
 
 def _too_long(task: Task, args: AdapterTrainingArgs, context: int) -> TaskError:
@@ -301,11 +326,10 @@ def _no_modules(model: PreTrainedModel, missing: Sequence[str]) -> TrainingError
     )
 
 
-def _finished(name: str, out: Path, identity: dict[str, Any]) -> TrainedAdapter:
+def _finished(name: str, out: Path, identity: dict[str, Any], dtype: str) -> TrainedAdapter:
     try:
         record = json.loads((out / TRAINING_FILE).read_text())
-        # Earlier versions kept no hash.
-        known = {key: record[key] for key in identity if key != "model_hash" or key in record}
+        known = {key: record[key] for key in identity if key not in _NOT_RECORDED or key in record}
         known["args"] = {**AdapterTrainingArgs().identity(), **known["args"]}
         known["args"].pop("checkpoint_every", None)  # a setting of earlier versions, and none of the result
         found = _trained(name, out, record)
@@ -327,6 +351,10 @@ def _finished(name: str, out: Path, identity: dict[str, Any]) -> TrainedAdapter:
         changed += [f"{k} ({before[k]!r}, now gone)" for k in before.keys() - now.keys()]
         raise TrainingError(
             f"{out} was trained with other settings: {', '.join(changed)}; pass overwrite, or write somewhere else"
+        )
+    if (before := record.get("dtype", dtype)) != dtype:
+        logger.warning(
+            "%s was trained with the model in %s, and stays as it is; the model is in %s", out, before, dtype
         )
     return replace(found, was_there=True)
 

@@ -29,6 +29,11 @@ def load_base(
     return load_model(model, dtype=dtype, device=device, **kwargs)
 
 
+def dtype_of(model: PreTrainedModel) -> str:
+    """The name of the model's dtype, as records have it."""
+    return str(model.dtype).removeprefix("torch.")
+
+
 def model_hash(model: PreTrainedModel) -> str:
     """A hash of some values of every parameter; it does not depend on the dtype of the loaded weights.
 

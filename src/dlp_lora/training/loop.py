@@ -18,6 +18,7 @@ from dlp_lora.errors import TrainingError
 from dlp_lora.files import recover_folder, replace_folder, write_json
 from dlp_lora.progress import OnProgress, Progress
 from dlp_lora.training.args import AdapterTrainingArgs
+from dlp_lora.training.base import dtype_of
 from dlp_lora.training.batches import answer_loss, bucketed, can_share, micro_batches
 from dlp_lora.training.cpu import kept_memory
 
@@ -46,6 +47,7 @@ class Run:
         self.num_warm = max(1, round(args.warmup * (per_epoch if stable else self.num_steps)))
         self.num_stable = self.num_steps - round(args.decay * self.num_steps) if stable else self.num_steps
         self.share = can_share(model)
+        self.dtype = dtype_of(model.get_base_model())
         self.losses: list[float] = []
         self.seconds = 0.0
 
@@ -67,7 +69,7 @@ class Run:
                 tensors[f"{key}/{name}"] = value
         with replace_folder(work) as folder:
             save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "state.safetensors")
-            state = {"identity": identity, "losses": self.losses, "seconds": self.seconds}
+            state = {"identity": identity, "dtype": self.dtype, "losses": self.losses, "seconds": self.seconds}
             write_json(folder / STATE_FILE, state)
 
     def resume(self, work: Path, identity: dict[str, Any], *, at_most: int | None = None) -> None:
@@ -87,12 +89,15 @@ class Run:
                 )
                 return
             losses, seconds = [float(loss) for loss in state["losses"]], float(state["seconds"])
+            before = str(state.get("dtype", self.dtype))
             if at_most is not None and len(losses) > at_most:
                 return
             tensors = load_file(work / "state.safetensors")
             with torch.no_grad():
                 for name, parameter in self.parameters.items():
                     parameter.copy_(tensors[f"weight/{name}"])
+                    if f"step/{name}" not in tensors:  # it has had no gradient, as in a part for images
+                        continue
                     self.optimizer.state[parameter] = {
                         key: tensors[f"{key}/{name}"].to(parameter.device if key != "step" else "cpu")
                         for key in ("step", "exp_avg", "exp_avg_sq")
@@ -102,6 +107,10 @@ class Run:
                 f"the checkpoint {work} is damaged ({error!r}); remove this folder to train from the first step"
             ) from error
         self.losses, self.seconds = losses, seconds
+        if before.split()[-1] != self.dtype:
+            logger.warning("%s was begun with the model in %s, and goes on with it in %s", work, before, self.dtype)
+            before += f", then {self.dtype}"
+        self.dtype = before
 
     def learning_rate(self) -> float:
         """The learning rate of the next step."""
