@@ -35,7 +35,7 @@ from dlp_lora.lab.evals.mixtures import (
 )
 from dlp_lora.lab.records.environment import environment
 from dlp_lora.progress import OnProgress, staged
-from dlp_lora.router import Context, Router
+from dlp_lora.router import Context, Router, router_hash
 from dlp_lora.tasks import procedural_task
 from dlp_lora.tasks.hub import read_data
 from dlp_lora.tasks.task import PromptFormat
@@ -124,7 +124,7 @@ def _measured(
     for task in tasks:
         found = _rows_of(router, engine.bank.names, [example.prompt for example in task.test])
         rows |= {(task.name, i): row for i, row in enumerate(found)}
-    groups = methods(asked, rows)
+    groups, chooser = methods(asked, rows), router_hash(router)
     answers: dict[str, dict[str, Any]] = {}
     for method in (method for own in groups.values() for method in own):
         given = answer_all(
@@ -133,7 +133,7 @@ def _measured(
             pooled,
             args,
             folder / f"{method.name.replace('/', '-')}.jsonl",
-            identity=identity_of(engine, tasks, method),
+            identity={**identity_of(engine, tasks, method), "router": chooser},  # the mixtures come from it
             on_progress=staged(show, method.name),
         )
         answers[method.name] = {

@@ -1,13 +1,15 @@
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import dlp_lora
 import reference
-from conftest import byte_tokenizer, lively_model, make_adapter
+from conftest import WordRouter, byte_tokenizer, lively_model, make_adapter
 from dlp_lora import Engine, Mixture, TaskError
 from dlp_lora.errors import RecordError
 from dlp_lora.kept import differences, keep_rows, read_rows
@@ -178,3 +180,60 @@ def test_what_was_computed_for_one_method_is_taken_for_another_with_the_same_mix
     monkeypatch.setattr("dlp_lora.lab.evals.answers.choice_likelihoods", lambda *_: pytest.fail("computed again"))
     again = FREE.answer(engine, METHODS["prompt-only"], questions[0], PLAIN, FREE.known(rows))
     assert [row["likelihoods"] for row in again] == [row["likelihoods"] for row in rows]
+
+
+def test_a_prompt_that_is_cut_into_questions_has_no_likelihoods_and_ends_if_all_its_answers_end(
+    lively_adapters: Path,
+) -> None:
+    cut = Example(prompt="Add the sum?\n\nHow long is an inch?", answer="a", choices=("a", "b"))
+    test = (cut, replace(cut, prompt="Add the sum?"))
+    task = Task(name="math", train=(Example(prompt="p:", answer="a" * 20),), test=test)
+
+    def engine(eos_id: int | None = None) -> Engine:
+        model = lively_model()
+        model.generation_config.eos_token_id = eos_id
+        return dlp_lora.load(
+            model,
+            tokenizer=byte_tokenizer(),
+            adapters=lively_adapters,
+            router=WordRouter(),
+            policy=dlp_lora.TopK(1),
+            prompt_routing="apart",
+        )
+
+    def rows(eos_id: int) -> list[dict[str, Any]]:
+        own = engine(eos_id)
+        pooled, _ = batches(own.model, own.tokenizer, [task], PLAIN)
+        found = [row for batch in pooled for row in FREE.answer(own, METHODS["dlp"], batch, PLAIN, {})]
+        return sorted(found, key=lambda row: row["index"])
+
+    answer = engine().generate(cut.prompt, max_new_tokens=32, do_sample=False)
+    first, last = (part.tokens for part in answer.parts)
+    of_last = next(token for token in last if token not in first)
+    of_both = next(token for token in last if token in first)
+    assert ["likelihoods" in row for row in rows(of_last)] == [False, True]
+    assert [rows(eos_id)[0]["ended"] for eos_id in (of_last, of_both)] == [False, True]
+
+
+@pytest.mark.parametrize("record", [True, False], ids=["recorded", "older"])
+def test_answers_in_another_precision_are_refused_and_older_ones_taken(
+    make_engine: MakeEngine, tmp_path: Path, record: bool
+) -> None:
+    engine, file = make_engine(router=None), tmp_path / "base.jsonl"
+    task = Task(name="math", train=(sized(10),), test=(sized(20),))
+    questions, _ = batches(engine.model, engine.tokenizer, [task], PLAIN)
+
+    def answer() -> list[dict[str, Any]]:
+        identity = identity_of(engine, [task], METHODS["base"])
+        return answer_all(engine, METHODS["base"], questions, PLAIN, file, identity=identity)
+
+    rows = answer()
+    if not record:
+        lines = file.read_text().splitlines()
+        before = json.loads(lines[0])
+        assert before["identity"].pop("dtype") == "float32"
+        file.write_text("\n".join([json.dumps(before), *lines[1:], ""]))
+    assert answer() == rows
+    engine.model.to(torch.bfloat16)
+    with pytest.raises(RecordError, match="dtype was 'float32' and is 'bfloat16'; remove it, or write somewhere else"):
+        answer()

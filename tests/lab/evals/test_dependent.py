@@ -9,6 +9,7 @@ from dlp_lora.errors import RecordError
 from dlp_lora.lab.evals.dependent import (
     KINDS,
     WAYS,
+    Dependent,
     _scored,
     answer_dependent,
     dependent_prompts,
@@ -82,6 +83,21 @@ def test_a_stopped_run_goes_on_with_its_answers(make_engine: Callable[..., Engin
     assert [progress.done for progress in seen] == [2, 4, 5]
     with pytest.raises(RecordError, match="max_new_tokens was 4 and is 8"):
         answer_dependent(engine, "keep", prompts, file, **{**settings, "max_new_tokens": 8})
+
+
+@pytest.mark.parametrize("prompts", [dependent_prompts(5, seed=1), dependent_prompts(3), dependent_prompts(5)[::-1]])
+def test_answers_to_other_prompts_are_not_taken(
+    make_engine: Callable[..., Engine], tmp_path: Path, prompts: list[Dependent]
+) -> None:
+    engine, file = make_engine(), tmp_path / "rows.jsonl"
+    settings: dict[str, Any] = {"identity": {}, "max_new_tokens": 4, "batch_size": 2}
+    first = answer_dependent(engine, "keep", dependent_prompts(5), file, **settings)
+    before = file.read_bytes()
+    with pytest.raises(RecordError, match=r"rows\.jsonl holds answers to other prompts; remove it"):
+        answer_dependent(engine, "keep", prompts, file, **settings)
+    assert file.read_bytes() == before
+    more = answer_dependent(engine, "keep", dependent_prompts(7), file, **settings)
+    assert more[:4] == first[:4]
 
 
 def test_a_pause_in_a_batch_does_not_count_as_the_time_of_a_prompt() -> None:

@@ -2,10 +2,18 @@
 
 import json
 import random
+import runpy
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from conftest import HashRouter
+from dlp_lora import Engine
+from dlp_lora.errors import RecordError
 from dlp_lora.lab.evals.methods import Method
 from dlp_lora.lab.evals.mixtures import (
     CROSSES,
@@ -20,6 +28,7 @@ from dlp_lora.lab.evals.mixtures import (
     right,
 )
 from dlp_lora.policy import Mixture
+from dlp_lora.progress import unseen
 from dlp_lora.tasks import Example, Task
 
 EXAMPLES = {
@@ -162,3 +171,33 @@ def test_methods_are_chosen_on_the_first_questions_and_compared_on_the_others() 
     assert found["mixture_less_single"]["made"]["paper"]["value"] == 0.5
     low, high = found["mixture_less_single"]["made"]["paper"]["interval"]
     assert 0 <= low <= 0.5 <= high <= 1
+
+
+class SaltedRouter(HashRouter):
+    """Routers of different salts are different."""
+
+    def __init__(self, salt: str) -> None:
+        super().__init__()
+        self.salt = salt
+
+    def save_pretrained(self, path: str | Path) -> None:
+        Path(path).mkdir()
+        Path(path, "router_config.json").write_text(self.salt)
+
+
+def test_answers_under_the_mixtures_of_another_router_are_refused(
+    make_engine: Callable[..., Engine], tmp_path: Path
+) -> None:
+    measured = runpy.run_path(str(Path(__file__).parents[3] / "scripts" / "measure_mixtures.py"))["_measured"]
+    one = mixed()
+    asked = [replace(one, pair=("math", "poems"), task=replace(one.task, name="math"))]
+
+    def run(salt: str) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = measured(
+            make_engine(), SaltedRouter(salt), asked, tmp_path / "run", "plain", unseen
+        )  # fmt: skip
+        return found
+
+    assert run("a") == run("a")
+    with pytest.raises(RecordError, match=r"base\.jsonl holds answers under other settings: router was .*; remove it"):
+        run("b")

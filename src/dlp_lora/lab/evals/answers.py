@@ -28,7 +28,7 @@ from dlp_lora.progress import OnProgress, unseen
 from dlp_lora.router import router_hash
 from dlp_lora.tasks.formats import as_prompt, encode_example
 from dlp_lora.tasks.task import Example, PromptFormat, Task
-from dlp_lora.training.base import model_hash
+from dlp_lora.training.base import dtype_of, model_hash
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +117,7 @@ def identity_of(engine: Engine, tasks: Sequence[Task], method: Method) -> dict[s
     found: dict[str, Any] = {
         "model": Path(engine.model.config._name_or_path).name,
         "model_hash": model_hash(engine.model),
+        "dtype": dtype_of(engine.model),
         "adapters": {name: content_hash(adapter.path) for name, adapter in engine.bank.adapters.items()},
         "data": data_hash(tasks),
     }
@@ -266,7 +267,8 @@ def _answer(
             for q in asked
         ]
         with method.on(engine, [q.key for q in asked]):
-            # Choices are read after a prompt under one mixture: encoded by sentences it would be another method's.
+            # Choices are read after a prompt under one mixture: encoded by sentences, or cut into its questions, it
+            # would be another method's.
             by_sentence = method.mixture is None and engine.settings.prompt_routing == "sentences"
             is_scored = args.likelihoods and not by_sentence
             answers += engine.generate(prompts, max_new_tokens=room, do_sample=False)
@@ -279,12 +281,12 @@ def _answer(
             "index": question.index,
             "text": answer.text,
             "num_tokens": len(answer.tokens),
-            "ended": answer.tokens[-1] in engine.eos_ids,
+            "ended": all(part.tokens[-1] in engine.eos_ids for part in answer.parts or (answer,)),
             "mixture": dict(rounded(mixture)),
             "num_switches": sum(sentence.switched for sentence in answer.trace[1:]),
             "seconds": round(seconds, 4),
         }
-        if is_scored and question.choices:
+        if is_scored and question.choices and not answer.parts:
             likelihoods = known.get((*question.key, rounded(mixture)))
             if likelihoods is None:
                 likelihoods = choice_likelihoods(engine, question.read, question.choices, mixture)

@@ -15,7 +15,8 @@ import numpy as np
 
 from dlp_lora.engine.engine import Engine
 from dlp_lora.engine.trace import Generation
-from dlp_lora.kept import keep_rows
+from dlp_lora.errors import RecordError
+from dlp_lora.kept import keep_rows, read_rows
 from dlp_lora.lab.evals.bootstrap import bootstrap
 from dlp_lora.lab.evals.metrics import contains, text_after
 from dlp_lora.progress import OnProgress, unseen
@@ -230,8 +231,11 @@ def answer_dependent(
         identity: the other settings on which answers depend.
 
     Raises:
-        RecordError: if the file was begun with other settings.
+        RecordError: if the file was begun with other settings or prompts.
     """
+    known = [row.get("prompt") for row in read_rows(file)]
+    if known != [each.prompt for each in prompts[: len(known)]]:
+        raise RecordError(f"{file} holds answers to other prompts; remove it, or write somewhere else")
     settings = {"way": way, "max_new_tokens": max_new_tokens, "prompt_format": prompt_format, **identity}
 
     def answered(batch: Sequence[Dependent]) -> list[dict[str, Any]]:

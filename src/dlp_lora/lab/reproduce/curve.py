@@ -29,7 +29,7 @@ from dlp_lora.tasks.manifest import TaskInfo, kind_of
 from dlp_lora.tasks.task import same_prompt
 from dlp_lora.training.adapters import train_adapter
 from dlp_lora.training.args import AdapterTrainingArgs
-from dlp_lora.training.base import load_base, model_hash
+from dlp_lora.training.base import dtype_of, load_base, model_hash
 
 OWN = "own"
 
@@ -110,7 +110,7 @@ def learning_curve(
     settings = {"format": FORMAT, "model": Path(str(model)).name, "data": data_hash(tasks), "args": as_json(kept)}
     check_settings(out, settings)
     base, tokenizer = load_base(model, dtype=kept_dtype(out))
-    settings |= {"model_hash": model_hash(base), "dtype": str(base.dtype).removeprefix("torch.")}
+    settings |= {"model_hash": model_hash(base), "dtype": dtype_of(base)}
     check_settings(out, settings)
     keep_settings(out, settings)
     environments = Environments(out)

@@ -69,9 +69,8 @@ def evaluate_bundle(
     record = RunRecord(
         **vars(evaluation.record()),
         bundle=name,
-        **{key: identity[key] for key in ("model", "model_hash", "adapters")},
+        **{key: identity[key] for key in ("model", "model_hash", "dtype", "adapters")},
         router_hash=identity.get("routing", {}).get("router"),
-        dtype=str(engine.model.dtype).removeprefix("torch."),
         environment=environment(),
         metrics={"bleu": bleu_signature()} if "qa" in kinds.values() else {},
         data=Data(hash=data_hash(list(tasks)), tasks={task.name: TaskRecord(kind=kinds[task.name]) for task in tasks}),

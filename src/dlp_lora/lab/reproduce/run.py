@@ -27,7 +27,7 @@ from dlp_lora.tasks import Task
 from dlp_lora.tasks.manifest import TaskInfo, kind_of
 from dlp_lora.tasks.task import same_prompt
 from dlp_lora.training.adapters import check_lengths
-from dlp_lora.training.base import load_base, model_hash
+from dlp_lora.training.base import dtype_of, load_base, model_hash
 
 OUTPUTS_FILE = "outputs.jsonl.gz"
 
@@ -66,7 +66,7 @@ def reproduce(
     settings = settings_of(model, tasks, args)
     check_settings(out, settings)
     base, tokenizer = load_base(model, dtype=kept_dtype(out))
-    settings |= {"model_hash": model_hash(base), "dtype": str(base.dtype).removeprefix("torch.")}
+    settings |= {"model_hash": model_hash(base), "dtype": dtype_of(base)}
     check_settings(out, settings)
     check_lengths(base, tokenizer, tasks, args.training)
     questions, left_out = batches(base, tokenizer, tasks, args.answers)
