@@ -700,6 +700,17 @@ def test_every_target_is_judged_and_the_largest_scale_is_the_last() -> None:
     assert met["Whole prompt"] is None
 
 
+def test_ten_tasks_of_the_data_are_no_extra_tasks_and_without_an_eleventh_there_are_no_false_routes() -> None:
+    whole = {"accuracy": 0.99, "interval": [0.98, 1.0]}
+    row = {"added": 10, "examples": 32, "new": whole, "lost": 0.0, "add_seconds": 2.0}
+    own = {**row, "base": "without-0", "new_fit": 0.5, "false_routes": [0.05, 0.3]}
+    extra = {**row, "base": "extra", "new_fit": 0.96, "false_routes": None}
+    record: Any = {"router": {}, "scenarios": {"extension": {"add": [own, extra]}}}
+    values = {target["name"]: target["value"] for target in judged(record)}
+    assert values["Ten new tasks from 32 examples: their prompts fit"] == 0.96
+    assert values["Ten new tasks: false routes of others"] is None
+
+
 def test_the_page_has_every_section_and_picture(record: Path, tmp_path: Path) -> None:
     written = write_report(record, tmp_path)
     markdown = written.markdown.read_text()

@@ -108,5 +108,10 @@ def _new_task(extension: Mapping[str, Any]) -> dict[str, Any]:
 
 def _ten_tasks(extension: Mapping[str, Any]) -> dict[str, Any]:
     """Ten extra tasks from 32 examples each, added to the measured router."""
-    rows = [row for row in extension.get("add", ()) if row["added"] == 10 and row["examples"] == 32]
-    return {"new_fit": rows[0]["new_fit"], "after": rows[0]["false_routes"][1]} if rows else {}
+    rows = [
+        row for row in extension.get("add", ()) if (row["base"], row["added"], row["examples"]) == ("extra", 10, 32)
+    ]
+    if not rows:
+        return {}
+    _, after = rows[0]["false_routes"] or (None, None)  # without any other extra task there are none
+    return {"new_fit": rows[0]["new_fit"], "after": after}
