@@ -6,7 +6,7 @@ import pytest
 from dlp_lora.lab.evals.metrics import bleu_of, bleu_statistics, rouge_each
 from dlp_lora.lab.evals.record import compared, composites_of, merged, without_choices
 from dlp_lora.lab.evals.scores import Values, ValuesByTask, difference, intervals, pooled, scores, tabulate
-from dlp_lora.lab.records.run import Difference, Interval, RunRecord, Serial
+from dlp_lora.lab.records.run import Difference, Interval, RouterRecord, RunRecord, Serial, Trained, Training
 from dlp_lora.tasks import Example, Task
 
 REFERENCES = ["The cat sat on the mat today.", "A dog barked at the old postman.", "It rained all day in the north."]
@@ -103,6 +103,30 @@ def test_seeds_that_answered_no_serial_prompt_leave_the_mean_to_the_others() -> 
     records = [RunRecord(serial={"serial-2": own}) for own in ({"base": half}, {})]
     for order in (records, records[::-1]):
         assert merged(order, [0, 1]).serial == {"serial-2": {"base": half}}
+
+
+def test_router_times_and_cut_answers_are_means_over_the_seeds() -> None:
+    def of_seed(accuracy: float, seconds: float, cut: dict[str, float], wrong: dict[str, float]) -> RunRecord:
+        trained = Trained(seconds=seconds, final_loss=0.5, num_examples=9)
+        return RunRecord(
+            cut_short={"dlp": cut},
+            timings={"dlp": seconds},
+            router=RouterRecord(accuracy=accuracy, seconds=seconds, confusion={"a": {"a": 3, **wrong}}),
+            training=Training(adapters={"a": trained}),
+            serial_left_out={"serial-3": 4} if wrong else {},
+        )
+
+    first, second = of_seed(0.5, 10.0, {"a": 3}, {"b": 1}), of_seed(1.0, 30.0, {"b": 2}, {})
+    for records in ([first, second], [second, first]):
+        found = merged(records, [0, 1])
+        assert found.cut_short == {"dlp": {"a": 1.5, "b": 1.0}}
+        assert found.timings == {"dlp": 20.0}
+        assert found.router is not None
+        assert (found.router.accuracy, found.router.ece, found.router.seconds) == (0.75, None, 20.0)
+        assert found.router.confusion == {"a": {"a": 6, "b": 1}}
+        assert found.training.adapters == {"a": Trained(seconds=20.0, final_loss=0.5, num_examples=9)}
+        assert found.serial_left_out == {"serial-3": 2.0}
+    assert merged([first], [0]) == first
 
 
 def test_a_pool_is_called_after_its_size_where_that_says_which_it_is() -> None:

@@ -383,6 +383,21 @@ def _own(cell: Cell | str | None) -> bool:
     return isinstance(cell, Cell) and cell.digits == 1
 
 
+def test_of_several_seeds_the_report_names_what_is_a_mean() -> None:
+    data, one = full(), record(full())
+    data |= {"seeds": [0, 1], "by_seed": {"0": {}, "1": {}}, "cut_short": {"dlp": {"sums": 2.5}, "base": {"sums": 1e3}}}
+    two = record(data)
+    (cut,) = (row for row in provenance.making_table(two).rows if row[0] == "Answers cut off")
+    assert cut[1] == "DLP-LoRA 2.5, base model 1,000"
+    for made in (provenance.training_table, findings.router_table):
+        assert "Means over the seeds 0, 1." in made(two).notes
+        assert not any("seeds" in note for note in made(one).notes)
+    assert provenance.making_table(two).notes == ("Of several seeds, times and cut answers are means.",)
+    for made in (findings.difference_table, findings.serial_table, tables.composite_table, tables.accuracy_table):
+        (note,) = (note for note in made(two).notes if "95 % bootstrap" in note)
+        assert "of several seeds, the range of all their intervals" in note
+
+
 def test_intervals_are_widened_to_the_extremes_of_the_seeds() -> None:
     data = full()
     by_seed = {seed: {"dlp": {"sums": {"accuracy": x}}} for seed, x in (("0", 0.7), ("1", 0.95))}

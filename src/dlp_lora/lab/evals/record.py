@@ -1,7 +1,7 @@
 """The numbers of a record: tables of scored answers in, parts of a record out, for one seed or several."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -69,14 +69,34 @@ def without_choices(tasks: Sequence[Task], kinds: Mapping[str, str]) -> dict[str
 
 
 def merged(records: Sequence[RunRecord], seeds: Sequence[int]) -> RunRecord:
-    """One record out of the seeds': mean scores, intervals that hold every seed's, all else as the first has it."""
+    """One record out of the seeds': mean scores, times and counts, and intervals that hold every seed's.
+
+    The router's `confusion` counts the prompts of all seeds; all else is as the first has it.
+    """
     first = records[0]
     if len(records) == 1:
         return first
-    averaged = [f.name for kind in (Compared, TeacherForced) for f in fields(kind)] + ["serial"]
+    averaged = [f.name for kind in (Compared, TeacherForced) for f in fields(kind)]
+    averaged += ["serial", "timings", "training", "router"]
     by_seed = {str(seed): record.scores for seed, record in zip(seeds, records, strict=True)}
     means = {name: _mean([getattr(record, name) for record in records]) for name in averaged}
+    if (router := means["router"]) is not None:
+        confusions = [record.router.confusion for record in records if record.router]
+        summed = {task: _sum_of([own.get(task, {}) for own in confusions]) for task in router.confusion}
+        means["router"] = replace(router, confusion=summed)
+    cut = {name: [record.cut_short.get(name, {}) for record in records] for name in first.cut_short}
+    means["cut_short"] = {name: _mean_count(own) for name, own in cut.items()}
+    means["serial_left_out"] = _mean_count([record.serial_left_out for record in records])
     return replace(first, **means, by_seed=by_seed)
+
+
+def _sum_of(counts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The sums of counts that are left out where they are zero."""
+    return {key: sum(own.get(key, 0) for own in counts) for key in dict.fromkeys(key for own in counts for key in own)}
+
+
+def _mean_count(counts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {key: round(total / len(counts), 5) for key, total in _sum_of(counts).items()}
 
 
 def _mean(found: Sequence[Any]) -> Any:
@@ -88,8 +108,8 @@ def _mean(found: Sequence[Any]) -> Any:
         return {key: _mean([own[key] for own in found if key in own]) for key in keys}
     if isinstance(first, Interval):
         return Interval(min(low for low, _ in found), max(high for _, high in found))
-    if isinstance(first, Difference | Serial):
-        return type(first)(**{f.name: _mean([getattr(own, f.name) for own in found]) for f in fields(first)})
+    if is_dataclass(first):
+        return replace(first, **{f.name: _mean([getattr(own, f.name) for own in found]) for f in fields(first)})
     return round(sum(found) / len(found), 5)
 
 

@@ -270,7 +270,8 @@ def _confusion_picture(record: Record) -> tuple[Picture, ...]:
     }
     if not counts:
         return ()
-    caption = "Rows: tasks. Columns: the router's first choice for their test prompts, in numbers of prompts."
+    of = " of all seeds" if len(record.run.by_seed) > 1 else ""
+    caption = f"Rows: tasks. Columns: the router's first choice for their test prompts, in numbers of prompts{of}."
     return (Picture(name="confusion", caption=caption, svg=confusion(counts)),)
 
 

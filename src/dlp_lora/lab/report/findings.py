@@ -8,7 +8,7 @@ from dlp_lora.lab.records.run import RouterRecord, Serial
 from dlp_lora.lab.records.table import Cell, Column, Measure, Table, cell, number, plain, table_of
 from dlp_lora.lab.report import paper
 from dlp_lora.lab.report.record import METRICS, Record, measure_of, metrics_of, points
-from dlp_lora.lab.report.tables import INTERVALS, relative
+from dlp_lora.lab.report.tables import INTERVALS, SEVERAL, relative
 
 PAIRS = tuple(f"dlp - {other}" for other in ("oracle", "base", SINGLE))
 _SERIAL = {"accuracy": "Right", "accuracy_later": "Later", "routed": "Routed"}
@@ -38,7 +38,8 @@ def difference_table(record: Record) -> Table:
         names,
         rows,
         notes=(
-            "Paired: both methods answer the same examples. In brackets: 95 % bootstrap intervals of the difference.",
+            "Paired: both methods answer the same examples. "
+            f"In brackets: 95 % bootstrap intervals of the difference{SEVERAL}.",
             "The paper's are its averages over four other models (section 4.2).",
         ),
         num_labels=3,
@@ -98,7 +99,7 @@ def serial_table(record: Record) -> Table:
         rows,
         notes=(
             "Right: questions answered right. Later: the same without the first of each prompt. Routed: answers under "
-            "their own task's adapter. In brackets: 95 % bootstrap intervals.",
+            f"their own task's adapter. In brackets: 95 % bootstrap intervals{SEVERAL}.",
             *(note for serial in serials for note in _what_switching_adds(record, serial)),
         ),
     )
@@ -158,7 +159,7 @@ def router_table(record: Record) -> Table:
         "The router",
         ("Router", "Here", "Paper"),
         rows if record.run.router else (),
-        notes=("The paper's: section 4.1, on its own data for the 26 tasks.",),
+        notes=("The paper's: section 4.1, on its own data for the 26 tasks.", *record.seed_notes),
     )
 
 

@@ -50,7 +50,8 @@ def sections(record: Record, pictures: Sequence[Picture]) -> tuple[Section, ...]
         section("Several questions in one prompt", serial_table(record)),
         section(
             "Routing",
-            "A prompt of several tasks and its answer, sentence by sentence, with the adapters that spoke (Fig. 3)."
+            "A prompt of several tasks and its answer, sentence by sentence, with the adapters that spoke (Fig. 3)"
+            f"{', with the first seed' if len(record.run.by_seed) > 1 else ''}."
             if conversation
             else None,
             routing_picture(conversation, labels=labels) if conversation else None,

@@ -21,7 +21,7 @@ def making_table(record: Record) -> Table:
         "Precision": run.dtype,
         "Tasks": _count_tasks(record),
         "Left out": _left_out(record),
-        "Answers cut off": ", ".join(f"{label(m)} {sum(own.values()):,}" for m, own in run.cut_short.items()),
+        "Answers cut off": ", ".join(f"{label(m)} {_count(sum(own.values()))}" for m, own in run.cut_short.items()),
         "Data hash": run.data.hash,
         "Seeds": ", ".join(map(str, run.seeds)),
         "Hardware": _each(environments, _HARDWARE),
@@ -31,7 +31,13 @@ def making_table(record: Record) -> Table:
         "Peak memory": None if run.peak_memory_mb is None else f"{run.peak_memory_mb:,.0f} MB",
         "Outputs": run.outputs,
     }
-    return table_of("The run", ("", record.name), ((k, fact or None) for k, fact in facts.items()), num_labels=2)
+    return table_of(
+        "The run",
+        ("", record.name),
+        ((k, fact or None) for k, fact in facts.items()),
+        notes=("Of several seeds, times and cut answers are means.",) if len(run.by_seed) > 1 else (),
+        num_labels=2,
+    )
 
 
 def settings_table(record: Record) -> Table:
@@ -51,7 +57,7 @@ def training_table(record: Record) -> Table:
         for name, row in trained.items()
     ]
     columns = ("Adapter", "Examples", "Left out", "Seconds", "Final loss")
-    return table_of("Training, adapter by adapter", columns, rows, folded=True)
+    return table_of("Training, adapter by adapter", columns, rows, notes=record.seed_notes, folded=True)
 
 
 def duration(seconds: float) -> str:
@@ -75,6 +81,10 @@ def _entry(key: str, value: Any) -> str:
     )
 
 
+def _count(number: float) -> str:
+    return f"{number:,.1f}".removesuffix(".0")
+
+
 def _count_tasks(record: Record) -> str:
     described = record.run.data.tasks.values()
     train, test = sum(task.num_train or 0 for task in described), sum(task.num_test or 0 for task in described)
@@ -89,7 +99,7 @@ def _left_out(record: Record) -> str | None:
         return None
     counts = {task: count for task, count in (asked or {}).items() if count}
     tasks = ", ".join(f"{task} {count}" for task, count in counts.items()) or "no task"
-    return f"{sum(learned)} examples to learn from, {sum(counts.values())} to be scored on ({tasks})"
+    return f"{_count(sum(learned))} examples to learn from, {sum(counts.values())} to be scored on ({tasks})"
 
 
 def _training_time(record: Record) -> str:

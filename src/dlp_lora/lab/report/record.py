@@ -121,6 +121,12 @@ class Record:
         found = at(self.run.differences, pair, composite, metric)
         return found and measure_of(found.value, found.interval, metric)
 
+    @property
+    def seed_notes(self) -> tuple[str, ...]:
+        """Says of numbers that they are means over the seeds, if there are several."""
+        seeds = ", ".join(self.run.by_seed)
+        return (f"Means over the seeds {seeds}.",) if len(self.run.by_seed) > 1 else ()
+
     def seed_means(self, method: str, tasks: Sequence[str], metric: str) -> list[float | None]:
         """A method's mean score over tasks, as recorded, for each seed."""
         by_seed = [[at(own, method, task, metric) for task in tasks] for own in self.run.by_seed.values()]

@@ -14,9 +14,10 @@ from dlp_lora.lab.report.record import METRICS, QA_METRICS, Record, RecordedTask
 
 POOLED_METRICS = ("accuracy", *QA_METRICS)
 NO_LARGER = "no larger model was at hand"
+SEVERAL = "; of several seeds, the range of all their intervals"
 INTERVALS = (
-    "In brackets: 95 % bootstrap intervals over the test examples, widened to the lowest and the highest seed where "
-    "there are several. An average's interval is recorded with it or follows from those of its tasks."
+    f"In brackets: 95 % bootstrap intervals over the test examples{SEVERAL}. "
+    "An average's interval is recorded with it or follows from those of its tasks."
 )
 MARKS = (
     "At chance: the interval includes the accuracy of guessing among the options. Below chance: it lies under it; a "
@@ -128,7 +129,7 @@ def composite_table(record: Record) -> Table:
             not_the_paper(record),
             *_stand_ins(record),
             f"{label('oracle')}: {about('oracle')}; the paper's table has no such row.",
-            "In brackets: 95 % bootstrap intervals over the examples.",
+            f"In brackets: 95 % bootstrap intervals over the examples{SEVERAL}.",
             _RELATIVE.format(label("base")),
         ),
         num_labels=3,
