@@ -14,6 +14,7 @@ from jaxtyping import Float, Int, Num
 from dlp_lora.errors import DLPLoRAError
 
 MAX_NGRAM = 4
+_GROUPED = re.compile(r"(?<![\w,.])\d{1,3}(?:,\d{3})+(?!\w|,\d)")  # 12,000
 INSTALL = 'BLEU and ROUGE need the packages sacrebleu and rouge-score; run `pip install "dlp-lora[eval]"`'
 
 
@@ -44,11 +45,24 @@ def contains(answer: str, references: Sequence[str]) -> bool:
 
 
 def text_after(answer: str, reference: str) -> str | None:
-    """The text of the answer after the first occurrence of a reference as whole words; None if there is none."""
-    wanted = normalise(reference)
-    # "3" does not stand in "3.5", nor "5".
-    found = re.search(rf"(?<!\w)(?<!\d\.){re.escape(wanted)}(?!\w|\.\d)", normalise(answer)) if wanted else None
+    """The text of the answer after the first occurrence of a reference as whole words; None if there is none.
+
+    Numbers are whole, too: "3" does not stand in "3.5", "5.3", "-3", "1/3" or "3,500", and "12000" stands in "12,000".
+    """
+    wanted = _GROUPED.sub(_without_commas, normalise(reference))
+    if not wanted:
+        return None
+    before, after = r"(?<!\w)(?<!\d\.)", r"(?!\w|\.\d)"
+    if wanted[0].isdecimal():  # in "10-3" there is no sign
+        before += r"(?<!\d/)(?<!(?<![\w)])[-\u2212])"
+    if wanted[-1].isdecimal():
+        after += r"(?!/\d)"
+    found = re.search(before + re.escape(wanted) + after, _GROUPED.sub(_without_commas, normalise(answer)))
     return None if found is None else found.string[found.end() :]
+
+
+def _without_commas(number: re.Match[str]) -> str:
+    return number[0].replace(",", "")
 
 
 def bleu_signature() -> str:
