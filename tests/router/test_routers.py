@@ -598,6 +598,15 @@ class TestPrototypes:
         found = same.of_units(embed(encoder, ["Why not?"]))
         torch.testing.assert_close(found, router.probabilities([Context("Why not?")]), rtol=1e-3, atol=1e-4)
 
+    @pytest.mark.parametrize("num", [0, 1])
+    def test_a_threshold_of_fewer_than_two_everyday_prompts_is_refused(self, num: int) -> None:
+        encoder = text_encoder()
+        with pytest.raises(ValueError, match=f"at least 2 everyday prompts, got {num}; leave `everyday` out"):
+            PrototypeRouter.from_texts(EASY, encoder, everyday=["Hi."] * num)
+        units = {name: torch.eye(encoder.dim)[i : i + 1] for i, name in enumerate(EASY)}
+        with pytest.raises(ValueError, match=f"at least 2 everyday prompts, got {num}; leave `everyday` out"):
+            PrototypeRouter.from_units(units, encoder, everyday=torch.eye(encoder.dim)[:num])
+
     def test_where_texts_and_everyday_prompts_overlap_the_threshold_loses_as_few_as_it_can(self) -> None:
         inside, everyday = torch.linspace(0, 1, 101), torch.linspace(-0.6, 0.4, 101)
         at = Threshold.between(inside, everyday).at

@@ -82,11 +82,14 @@ class PrototypeRouter(nn.Module):
             num_prototypes: the largest number of an adapter's prototypes; its texts are clustered into so many.
             temperature: by default it is fitted, with one text left out at a time, if at least two adapters have
                 several texts and these are 8 or more; otherwise it is 0.05.
-            everyday: prompts that fit no adapter, for the threshold; by default those of `everyday.json`.
+            everyday: at least two prompts that fit no adapter, for the threshold; by default those of `everyday.json`.
 
         Raises:
             RouterError: if there is no adapter, or one has no text.
+            ValueError: if there are fewer than two everyday prompts.
         """
+        everyday = everyday_prompts() if everyday is None else everyday
+        _check_everyday(len(everyday))
         if not isinstance(encoder, TextEncoder):
             encoder = TextEncoder.from_pretrained(encoder)
         return cls.from_units(
@@ -94,7 +97,7 @@ class PrototypeRouter(nn.Module):
             encoder,
             num_prototypes=num_prototypes,
             temperature=temperature,
-            everyday=_embed_all(encoder, everyday_prompts() if everyday is None else everyday),
+            everyday=_embed_all(encoder, everyday),
         )
 
     @classmethod
@@ -110,6 +113,7 @@ class PrototypeRouter(nn.Module):
         """Makes a router as `from_texts` does, from the unit vectors of the texts (`embed`)."""
         if num_prototypes < 1:
             raise ValueError(f"num_prototypes must be at least 1, got {num_prototypes}")
+        _check_everyday(len(everyday))
         names = check_labels(sorted(texts))
         clusters: list[Tensor] = []
         owners: list[int] = []
@@ -272,6 +276,13 @@ class Fit(nn.Module):
     ) -> Float[Tensor, " batch"]:
         best, owners = cosines.max(dim=-1)
         return (best - self.typical[owners]) / self.spreads[owners] + (best - nearest) / self.margin
+
+
+def _check_everyday(num: int) -> None:
+    if num < 2:
+        raise ValueError(
+            f"a threshold takes at least 2 everyday prompts, got {num}; leave `everyday` out for the default"
+        )
 
 
 @torch.no_grad()
