@@ -83,6 +83,11 @@ def test_a_killed_run_goes_on_to_the_same_record_and_other_settings_are_refused(
     assert kinds == [(p.kind, p.learning_rate, p.epochs) for p in points(ARGS)]
     assert len(kinds) == 6
     assert set(measured(whole)[0]["scores"]) == {task.name for task in tasks()}
+    file = tmp_path / "whole" / "settings.json"
+    settings = json.loads(file.read_text())
+    del settings["args"]["training"]["weight_decay"], settings["args"]["answers"]["chat_template_kwargs"]
+    file.write_text(json.dumps(settings))  # as versions without these settings wrote it
+    assert measured(learning_curve(model, tasks(), tmp_path / "whole", ARGS)) == measured(whole)
     with pytest.raises(RecordError, match="held_out was 2 and is 1"):
         learning_curve(model, tasks(), tmp_path / "whole", replace(ARGS, held_out=1))
 

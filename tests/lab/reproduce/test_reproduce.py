@@ -412,6 +412,25 @@ def test_another_model_of_the_same_name_is_refused_and_a_run_without_its_hash_go
     assert json.loads((out / "settings.json").read_text())["model_hash"] == known
 
 
+def test_a_run_from_before_a_setting_existed_goes_on_with_its_default(
+    model: Path, whole: Whole, tmp_path: Path
+) -> None:
+    out = tmp_path / whole[0].parent.name
+    shutil.copytree(whole[0].parent, out)
+    written = (out / "settings.json").read_text()
+    settings = json.loads(written)
+    del settings["args"]["training"]["chat_template_kwargs"], settings["args"]["router"]["coverage"]
+    del settings["args"]["limit"]
+    (out / "settings.json").write_text(json.dumps(settings))
+    args = replace(SMALL, training=replace(SMALL.training, chat_template_kwargs={"enable_thinking": False}))
+    with pytest.raises(
+        RecordError, match=r"args\.training\.chat_template_kwargs\.enable_thinking was None and is False;"
+    ):
+        reproduce(model, tasks(), out, args, infos=INFOS)
+    assert read(reproduce(model, tasks(), out, SMALL, infos=INFOS)) == read(whole[0])
+    assert (out / "settings.json").read_text() == written
+
+
 @pytest.mark.parametrize("what", ["one task", "no test", "no model", "too long"])
 def test_what_cannot_work_is_said_before_anything_is_written(model: Path, tmp_path: Path, what: str) -> None:
     long = tuple(replace(e, prompt=e.prompt + "?" * 510) for e in tasks()[1].train)

@@ -108,10 +108,10 @@ def learning_curve(
     check_scoring(kinds.values())
     kept = {**asdict(args), "training": args.training.identity()}
     settings = {"format": FORMAT, "model": Path(str(model)).name, "data": data_hash(tasks), "args": as_json(kept)}
-    check_settings(out, settings)
+    check_settings(out, settings, CurveArgs())
     base, tokenizer = load_base(model, dtype=kept_dtype(out))
     settings |= {"model_hash": model_hash(base), "dtype": dtype_of(base)}
-    check_settings(out, settings)
+    check_settings(out, settings, CurveArgs())
     keep_settings(out, settings)
     environments = Environments(out)
     rows = []

@@ -64,10 +64,10 @@ def reproduce(
     kinds = {task.name: kind_of(task, infos) for task in tasks}
     check_scoring(kinds.values())
     settings = settings_of(model, tasks, args)
-    check_settings(out, settings)
+    check_settings(out, settings, ReproduceArgs())
     base, tokenizer = load_base(model, dtype=kept_dtype(out))
     settings |= {"model_hash": model_hash(base), "dtype": dtype_of(base)}
-    check_settings(out, settings)
+    check_settings(out, settings, ReproduceArgs())
     check_lengths(base, tokenizer, tasks, args.training)
     questions, left_out = batches(base, tokenizer, tasks, args.answers)
     keep_settings(out, settings)

@@ -1,7 +1,7 @@
 """The settings of a run on disk: what a later call may add to them, and what it may not change."""
 
 from collections.abc import Collection
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +50,11 @@ def added(out: Path, args: ReproduceArgs) -> str:
     return ", ".join(f"{key} {' '.join(map(str, own))}" for key, own in new.items() if own) if before else ""
 
 
-def check_settings(out: Path, settings: dict[str, Any]) -> None:
+def check_settings(out: Path, settings: dict[str, Any], defaults: Any) -> None:
     """Checks that a run in `out` has the same settings, as far as they are given, but for what may grow.
+
+    Args:
+        defaults: the dataclass of `settings["args"]`; its values count where an earlier version had no such setting.
 
     Raises:
         RecordError: naming what is different.
@@ -59,7 +62,7 @@ def check_settings(out: Path, settings: dict[str, Any]) -> None:
     before = {key: value for key, value in _kept(out).items() if key in settings}
     if not before:
         return
-    if changed := differences(_fixed(before), _fixed(settings)):
+    if changed := differences(_fixed(before, defaults), _fixed(settings, defaults)):
         raise RecordError(f"{out} holds a run with other settings: {changed}; choose another --out")
 
 
@@ -79,5 +82,14 @@ def _kept(out: Path) -> dict[str, Any]:
     return read_kept(out / "settings.json")
 
 
-def _fixed(settings: dict[str, Any]) -> dict[str, Any]:
-    return {**settings, "args": {key: value for key, value in settings["args"].items() if key not in GROWING}}
+def _fixed(settings: dict[str, Any], defaults: Any) -> dict[str, Any]:
+    args = _filled(settings["args"], defaults)
+    return {**settings, "args": {key: value for key, value in args.items() if key not in GROWING}}
+
+
+def _filled(args: dict[str, Any], defaults: Any) -> dict[str, Any]:
+    found = {**as_json(asdict(defaults)), **args}
+    for part in fields(defaults):
+        if is_dataclass(value := getattr(defaults, part.name)) and isinstance(found[part.name], dict):
+            found[part.name] = _filled(found[part.name], value)
+    return found
