@@ -7,12 +7,13 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from dlp_lora.errors import TrainingError
 from dlp_lora.files import recover_folder, replace_folder, write_json
@@ -47,7 +48,7 @@ class Run:
         self.num_warm = max(1, round(args.warmup * (per_epoch if stable else self.num_steps)))
         self.num_stable = self.num_steps - round(args.decay * self.num_steps) if stable else self.num_steps
         self.share = can_share(model)
-        self.dtype = dtype_of(model.get_base_model())
+        self.dtype = dtype_of(cast(PreTrainedModel, model.get_base_model()))
         self.losses: list[float] = []
         self.seconds = 0.0
 

@@ -1,7 +1,7 @@
 """The numbers of a record: tables of scored answers in, parts of a record out, for one seed or several."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,17 @@ import numpy as np
 from dlp_lora.lab.evals.bootstrap import bootstrap
 from dlp_lora.lab.evals.methods import MAIN, SINGLE
 from dlp_lora.lab.evals.scores import ValuesByTask, difference, intervals, pooled, scores, tabulate
-from dlp_lora.lab.records.run import Compared, Difference, Interval, RunRecord, Serial, TeacherForced
+from dlp_lora.lab.records.run import (
+    Compared,
+    Difference,
+    Interval,
+    RouterRecord,
+    RunRecord,
+    Serial,
+    TeacherForced,
+    Trained,
+    Training,
+)
 from dlp_lora.tasks.task import Task
 
 
@@ -108,8 +118,8 @@ def _mean(found: Sequence[Any]) -> Any:
         return {key: _mean([own[key] for own in found if key in own]) for key in keys}
     if isinstance(first, Interval):
         return Interval(min(low for low, _ in found), max(high for _, high in found))
-    if is_dataclass(first):
-        return replace(first, **{f.name: _mean([getattr(own, f.name) for own in found]) for f in fields(first)})
+    if isinstance(first, Difference | Serial | RouterRecord | Training | Trained):
+        return type(first)(**{f.name: _mean([getattr(own, f.name) for own in found]) for f in fields(first)})
     return round(sum(found) / len(found), 5)
 
 
