@@ -6,6 +6,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from contextvars import copy_context
 from functools import partial
 from pathlib import Path
@@ -217,6 +218,34 @@ class TestMerged:
         assert "the base weights hold a mixture while another context is inside engine.merged()" in found[0]
         assert mixtures_of(inside) == mixtures_of(carried) == {MATH}
         assert found[1].tokens
+
+    def test_a_second_one_is_refused_even_if_it_began_before_the_first_was_merged(
+        self, make_engine: MakeEngine
+    ) -> None:
+        engine = make_engine()
+        with engine.fixed({"math": 1.0}):
+            wanted = engine.generate(PROMPT, **GREEDY).tokens
+        found: list[Any] = []
+
+        def run() -> None:
+            try:
+                with engine.merged({"units": 1.0}):
+                    found.append(engine.generate(PROMPT, **GREEDY))
+            except ValueError as error:
+                found.append(str(error))
+
+        thread = threading.Thread(target=run)
+        with ExitStack() as first:
+            with engine.bank.lock:
+                thread.start()
+                while not engine.bank.lock.is_awaited:
+                    assert thread.is_alive()
+                first.enter_context(engine.merged({"math": 1.0}))
+            thread.join()
+            assert found == ["the base weights hold another mixture; leave engine.merged() first"]
+            assert engine.generate(PROMPT, **GREEDY).tokens == wanted
+        run()
+        assert mixtures_of(found[1]) == {UNITS}
 
 
 class TestStream:

@@ -175,11 +175,14 @@ def merged(model: nn.Module, bank: AdapterBank, mixture: Mixture) -> Iterator[No
 
     Raises:
         ModelError: if a layer has no ordinary weight, such as a quantised layer.
+        ValueError: if the base weights hold another mixture already.
     """
     pristine: list[tuple[FusedLinear, Tensor]] = []
     merging = ExitStack()
     try:
         with bank.lock:
+            if bank.is_merged:
+                raise ValueError("the base weights hold another mixture; leave engine.merged() first")
             bank.fuse([mixture])
             pairs = list(_fused_pairs(model))
             bank.clear()

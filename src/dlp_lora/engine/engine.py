@@ -6,7 +6,7 @@ model's `generate`, and add a trace: which sentence used which adapters.
 
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -524,16 +524,20 @@ class Engine:
 
         Raises:
             ModelError: if a layer has no separate ordinary weight, such as a quantised or tied layer.
+            ValueError: if the base weights hold another mixture already.
         """
         mixtures = self._checked(mixture)
+        merging = ExitStack()
         with self._overriding({"mixtures": mixtures}) as override:
             with self.bank.lock:
+                merging.enter_context(merged(self.model, self.bank, mixtures[0]))
                 self._controller.merged = override
             try:
-                with merged(self.model, self.bank, mixtures[0]):
-                    yield self
+                yield self
             finally:
-                self._controller.merged = None
+                with self.bank.lock:
+                    merging.close()
+                    self._controller.merged = None
 
     @contextmanager
     def disabled(self) -> Iterator["Engine"]:
