@@ -725,6 +725,7 @@ def test_the_folder_keeps_what_is_in_use_and_drops_what_was_used_longest_ago(
         assert plain(read(backend.open(request)).generation) == expected
         assert len(list(tmp_path.glob("dlp-*"))) <= 1  # the last one, as none was written since
     backend.close()
+    assert not list(tmp_path.glob("probe-*"))
 
 
 def test_two_servers_of_one_folder_do_not_delete_each_others_mixtures(

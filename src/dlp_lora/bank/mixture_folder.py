@@ -11,12 +11,14 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 
@@ -30,7 +32,11 @@ from dlp_lora.files import replace_folder
 from dlp_lora.policy import Mixture
 
 NAME = re.compile(r"dlp-[0-9a-f]{24}")
-OWN_PREFIX = "dlp-lora-"  # of folders that are made here
+# Of one answer or one process, also half-written ones: a kill leaves them.
+PASSING_NAME = re.compile(r"\.?(keep|probe)-[0-9a-f]{32}(\..*)?")
+PASSING_S = 24 * 3600  # no answer takes as long
+OWN_PREFIX, OWN_MARKER = "dlp-lora-mixtures-", ".dlp-lora-mixtures"  # of folders that are made here
+OWN_NAME = re.compile(rf"{OWN_PREFIX}[a-z0-9_]{{8}}")
 FORMAT = "1"  # of the written files; part of each name
 
 
@@ -106,6 +112,7 @@ class MixtureFolder:
         if budget_mb < 0:
             raise ValueError(f"adapter_cache_mb must not be negative, got {budget_mb}")
         self._own_lock: int | None = None  # of a folder that was made here
+        self._probe: tuple[Path, int] | None = None  # with its lock
         if path is None:
             self.path, self._own_lock = _folder_in_memory()
         else:
@@ -117,6 +124,9 @@ class MixtureFolder:
         self._layout = layout
         self._budget = budget_mb * 2**20
         self._entries: OrderedDict[str, Entry] = OrderedDict()  # the least recently used first
+        for folder in self.path.iterdir():
+            if PASSING_NAME.fullmatch(folder.name):
+                _delete_if_left(folder)
         # Only names that are given here: others may be somebody's adapters.
         there = [folder for folder in self.path.iterdir() if NAME.fullmatch(folder.name) and folder.is_dir()]
         for folder in sorted(there, key=lambda folder: folder.stat().st_mtime):
@@ -158,6 +168,13 @@ class MixtureFolder:
         if not entry.nbytes:
             entry.nbytes = _size(entry.path)
 
+    def write_probe(self, module: str, *, d_in: int, d_out: int, rank: int) -> Path:
+        """Writes an adapter that changes nothing, for checks of servers; it is deleted at the end."""
+        path = self.path / f"probe-{uuid4().hex}"
+        write_zeros(path, module, d_in=d_in, d_out=d_out, rank=rank)
+        self._probe = path, _locked(path / CONFIG_FILE, fcntl.LOCK_SH)
+        return path
+
     @property
     def used(self) -> list[Entry]:
         """The entries in use."""
@@ -194,11 +211,16 @@ class MixtureFolder:
             shutil.rmtree(gone, ignore_errors=True)
 
     def close(self) -> None:
-        """Releases all entries, and deletes the folder if it was made here."""
+        """Releases all entries, and deletes the probe, and the folder if it was made here."""
         for entry in self._entries.values():
             if entry.lock is not None:
                 os.close(entry.lock)
         self._entries.clear()
+        if self._probe is not None:
+            path, lock = self._probe
+            shutil.rmtree(path, ignore_errors=True)
+            os.close(lock)
+            self._probe = None
         if self._own_lock is not None:
             shutil.rmtree(self.path, ignore_errors=True)
             os.close(self._own_lock)
@@ -256,13 +278,26 @@ def _folder_in_memory() -> tuple[Path, int]:
     """
     parent = Path("/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir())
     for folder in parent.glob(f"{OWN_PREFIX}*"):
-        with suppress(OSError):  # somebody else's, or in use
+        if not (OWN_NAME.fullmatch(folder.name) and (folder / OWN_MARKER).is_file()):
+            continue  # somebody else's
+        with suppress(OSError):  # another user's, or in use
             os.close(_locked(folder, fcntl.LOCK_EX | fcntl.LOCK_NB))
             shutil.rmtree(folder, ignore_errors=True)
     # Locked before it has a name that others look for.
     made = Path(tempfile.mkdtemp(prefix=f".{OWN_PREFIX}", dir=parent))
     lock = _locked(made, fcntl.LOCK_EX)
+    (made / OWN_MARKER).touch()
     return made.rename(made.with_name(made.name.removeprefix("."))), lock
+
+
+def _delete_if_left(folder: Path) -> None:
+    """Deletes a folder that a killed process left."""
+    with suppress(OSError):  # gone, another user's, or in use
+        if time.time() - folder.stat().st_mtime < PASSING_S:
+            return
+        with suppress(FileNotFoundError):  # half-written
+            os.close(_locked(folder / CONFIG_FILE, fcntl.LOCK_EX | fcntl.LOCK_NB))
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _size(folder: Path) -> int:

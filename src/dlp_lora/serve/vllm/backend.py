@@ -17,7 +17,7 @@ from uuid import uuid4
 
 from dlp_lora.bank.check import check_fits
 from dlp_lora.bank.limits import Limits, Within
-from dlp_lora.bank.mixture_folder import MixtureFolder, Source, read_source, write_zeros
+from dlp_lora.bank.mixture_folder import MixtureFolder, Source, read_source
 from dlp_lora.engine.calls import Call
 from dlp_lora.engine.outline import Outline
 from dlp_lora.errors import AdapterError, DLPLoRAError
@@ -399,10 +399,9 @@ class VLLMBackend:
 
     def _write_probe(self) -> ProbeAdapter:
         """Writes the adapter for checks of servers."""
-        name = f"probe-{uuid4().hex}"
         module, (d_in, d_out) = self._a_module()
-        write_zeros(self._folder.path / name, module, d_in=d_in, d_out=d_out, rank=self.limits.max_rank)
-        return ProbeAdapter(name=name, path=str(self._folder.path / name), max_rank=self.limits.max_rank)
+        path = self._folder.write_probe(module, d_in=d_in, d_out=d_out, rank=self.limits.max_rank)
+        return ProbeAdapter(name=path.name, path=str(path), max_rank=self.limits.max_rank)
 
     def _a_module(self) -> tuple[str, tuple[int, int]]:
         """A module that adapters change, because vLLM cannot adapt every module."""
