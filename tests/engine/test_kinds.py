@@ -11,12 +11,16 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 import dlp_lora
 from conftest import byte_tokenizer, lively_model, make_adapter, tiny_model
-from dlp_lora import ModelError
+from dlp_lora import AdapterError, ModelError
+from dlp_lora.bank.adapter_files import WEIGHTS_FILE
+from dlp_lora.bank.attach import linear_layers
 from dlp_lora.bank.device import check_devices, choose_device
+from dlp_lora.bank.peft_format import check_base_copies, read_adapter
 from dlp_lora.engine.cache import CACHE_NAME
 
 SMALL: dict[str, Any] = {
@@ -136,6 +140,34 @@ class TestDevice:
             pass
         with pytest.raises(ValueError, match="device= and device_map="):
             dlp_lora.load(tmp_path / "base", device_map=places, device="cpu", **parts)
+
+    @pytest.mark.parametrize(
+        "extra, name, reason",
+        [
+            ({"modules_to_save": ["lm_head"]}, "lm_head", r"modules_to_save=\['lm_head'\]: it replaces whole layers"),
+            ({"trainable_token_indices": [3, 5]}, "trainable_tokens", r"trainable_token_indices=\[3, 5\]: it changes"),
+        ],
+        ids=["head", "tokens"],
+    )
+    def test_weights_that_were_trained_beside_the_loras_are_refused_if_the_bases_are_on_disk(
+        self, tmp_path: Path, extra: dict[str, Any], name: str, reason: str
+    ) -> None:
+        pytest.importorskip("accelerate", reason="needs accelerate")
+        lively_model().save_pretrained(tmp_path / "base")
+        byte_tokenizer().save_pretrained(tmp_path / "base")
+        places = {"model.embed_tokens": "disk", "model.layers": "cpu", "model.norm": "cpu"}
+        places |= {"model.rotary_emb": "cpu", "lm_head": "disk"}
+        same = make_adapter(lively_model(), tmp_path / "same", seed=1, **extra)
+        load = partial(dlp_lora.load, tmp_path / "base", device_map=places, offload_folder=str(tmp_path / "off"))
+        assert load(adapters={"same": same}).bank.names == ("same",)
+        weights = load_file(same / WEIGHTS_FILE)
+        (trained,) = [weight for key, weight in weights.items() if name in key]
+        trained.add_(1)
+        save_file(weights, same / WEIGHTS_FILE, metadata={"format": "pt"})
+        with pytest.raises(AdapterError, match=reason):
+            load(adapters={"same": same})
+        with pytest.raises(AdapterError, match=rf"{reason}.*the base model's weight cannot be read to compare it"):
+            check_base_copies(read_adapter(same, layout=linear_layers(lively_model())), lambda _: None)
 
     def test_a_model_on_meta_or_on_several_devices_is_refused_by_name(self, lively_adapters: Path) -> None:
         with torch.device("meta"):

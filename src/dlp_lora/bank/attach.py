@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from dlp_lora.bank.bank import AdapterBank
 from dlp_lora.bank.base_layers import BaseLayers
 from dlp_lora.bank.cpu import check_prepacking, prepack
-from dlp_lora.bank.device import computing_device
+from dlp_lora.bank.device import computing_device, offloaded_weight
 from dlp_lora.bank.group import FusedPair, Group, keep_alignment
 from dlp_lora.bank.linear import FusedLinear, Outputs, Place, is_ordinary, is_plain
 from dlp_lora.bank.paths import PLAIN, Paths, Setting, check_setting, fixed
@@ -67,11 +67,14 @@ def _weights_of(model: nn.Module) -> Callable[[str], Tensor | None]:
     alive = weakref.ref(model)
 
     def tensor(name: str) -> Tensor | None:
-        module, _, attribute = name.rpartition(".")
+        path, _, attribute = name.rpartition(".")
         try:
-            weight = getattr(alive().get_submodule(module), attribute, None)  # type: ignore[union-attr]
+            module = alive().get_submodule(path)  # type: ignore[union-attr]
         except AttributeError:
             return None
+        weight = getattr(module, attribute, None)
+        if isinstance(weight, Tensor) and weight.is_meta:
+            weight = offloaded_weight(getattr(module, "base_layer", module), attribute)
         return weight if isinstance(weight, Tensor) and not weight.is_meta else None
 
     return tensor

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dlp_lora.errors import ModelError
 
@@ -70,10 +70,24 @@ def _missing(device: str | torch.device) -> ValueError:
     return ValueError(f"there is no device {str(device)!r} here; there is {', '.join(names)}")
 
 
+def offloaded_weight(module: nn.Module, name: str) -> Tensor | None:
+    """Returns a weight of a module that accelerate's hook loads for each pass; None if there is none."""
+    for hook in _hooks(module):
+        weight: Tensor | None = (getattr(hook, "weights_map", None) or {}).get(name)
+        if weight is not None:
+            return weight
+    return None
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    """Accelerate's hooks on a module."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    return list(getattr(hook, "hooks", [hook]))
+
+
 def _hooked_device(module: nn.Module) -> torch.device | None:
     """The device to which accelerate's hook on a module moves its weights."""
-    hook: Any = getattr(module, "_hf_hook", None)
-    for each in getattr(hook, "hooks", [hook]):
+    for each in _hooks(module):
         device = getattr(each, "execution_device", None)
         if device is not None:
             return torch.device(device)

@@ -135,12 +135,14 @@ def check_base_copies(adapter: Adapter, tensor: Callable[[str], Tensor | None]) 
     """Compares an adapter's copies of base weights with the model's, if `tensor` returns these by name.
 
     Raises:
-        AdapterError: if they differ from the model's.
+        AdapterError: if they differ from the model's, or were trained and cannot be compared.
     """
     for name, copy in read_base_copies(adapter).items():
         weight = tensor(name)
         about = adapter.base_copies[name]
         if weight is None:
+            if about.is_trained:
+                raise AdapterError(f"{about.reason} (the base model's weight cannot be read to compare it)")
             continue
         if about.rows is not None:
             rows = [row for row in about.rows if row < weight.shape[0]]
