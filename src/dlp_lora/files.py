@@ -143,6 +143,15 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return data
 
 
+def link_or_copy(source: str, target: str) -> str:
+    """Puts a file also into another place, with its time: as a hard link if possible. Returns the target."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
+    return target
+
+
 def name_of(path: str | Path) -> str:
     """The name of a folder, also of "."; for a link, the link's name."""
     return Path(os.path.abspath(path)).name
@@ -152,17 +161,9 @@ def _carry_over(entries: Sequence[Path], folder: Path) -> None:
     """Puts files and folders also into another folder on the same disk, as hard links if possible."""
     for entry in entries:
         if entry.is_dir() and not entry.is_symlink():
-            shutil.copytree(entry, folder / entry.name, symlinks=True, copy_function=_link_or_copy)
+            shutil.copytree(entry, folder / entry.name, symlinks=True, copy_function=link_or_copy)
         else:
-            _link_or_copy(str(entry), str(folder / entry.name))
-
-
-def _link_or_copy(source: str, target: str) -> str:
-    try:
-        os.link(source, target, follow_symlinks=False)
-    except OSError:
-        shutil.copy2(source, target, follow_symlinks=False)
-    return target
+            link_or_copy(str(entry), str(folder / entry.name))
 
 
 def _finish_files(folder: Path) -> None:

@@ -28,7 +28,7 @@ from dlp_lora import (
     TopP,
 )
 from dlp_lora.bank.export import export_mixture
-from dlp_lora.engine.bundle import BUNDLE_FILE
+from dlp_lora.engine.bundle import BUNDLE_FILE, read_bundle
 from dlp_lora.lab.bench.memory import held_nbytes
 from dlp_lora.router import MiniMLPConfig
 
@@ -300,6 +300,14 @@ class TestBundle:
         engine.save_pretrained(one)
         dlp_lora.load(str(one)).save_pretrained(two)
         assert folder_of(one) == folder_of(two)
+
+    def test_an_engine_goes_on_after_it_is_saved_over_its_bundle(self, engine: Engine, tmp_path: Path) -> None:
+        engine.save_pretrained(tmp_path / "bundle")
+        loaded = dlp_lora.load(tmp_path / "bundle", segmenter=every_six, budget_mb=0.001)
+        for _ in range(2):
+            loaded.save_pretrained(tmp_path / "bundle")
+        assert read_bundle(tmp_path / "bundle").adapters.keys() == {*engine.bank.names}
+        same(loaded.generate(PROMPTS[0], **SETTINGS), engine.generate(PROMPTS[0], **SETTINGS))
 
     def test_a_bundle_may_be_moved(self, engine: Engine, tmp_path: Path) -> None:
         engine.save_pretrained(tmp_path / "here" / "bundle")

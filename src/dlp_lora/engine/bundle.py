@@ -7,6 +7,7 @@ router/                the router, if there is one
 """
 
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from dlp_lora.bank.adapter_files import CONFIG_FILE, WEIGHTS_FILE, content_hash
 from dlp_lora.engine.base import Base
 from dlp_lora.engine.card import CARD_FILE, is_card, model_card
 from dlp_lora.errors import BundleError, RouterError
-from dlp_lora.files import name_of, recover_folder, replace_folder
+from dlp_lora.files import link_or_copy, name_of, recover_folder, replace_folder
 from dlp_lora.policy import RoutingSettings
 from dlp_lora.router import Router, folder_hash, listed
 
@@ -148,7 +149,9 @@ def write_bundle(
             target = folder / "adapters" / name
             target.mkdir(parents=True)
             for file in (CONFIG_FILE, WEIGHTS_FILE):
-                shutil.copyfile(source / file, target / file)
+                # Files of the old bundle are not written again, so that an engine that reads them goes on.
+                is_old = Path(os.path.realpath(source / file)).is_relative_to(os.path.realpath(path))
+                (link_or_copy if is_old else shutil.copyfile)(str(source / file), str(target / file))
             hashes[name] = content_hash(target)
         if router is not None:
             router.save_pretrained(folder / "router")
