@@ -5,7 +5,7 @@ import gc
 import shutil
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import reference
-from conftest import EveryK, byte_tokenizer, lively_model, make_adapter, tiny_model
+from conftest import EveryK, HashRouter, byte_tokenizer, lively_model, make_adapter, tiny_model
 from dlp_lora import AdapterError, Context, Engine, RouterError, TopP
 from dlp_lora.bank.attach import linear_layers, siblings
 from dlp_lora.bank.bank import AdapterBank
@@ -110,6 +110,25 @@ def test_a_pass_computes_what_it_began_whatever_another_thread_does(
     assert torch.equal(logits(engine), wanted)
     thread.join()
     assert engine.bank.names == (("math", "poems", "units", "wide") if change == "add" else ("poems", "units"))
+
+
+def test_the_router_runs_only_while_its_thread_holds_the_bank(make_engine: MakeEngine) -> None:
+    class Noting(HashRouter):
+        def probabilities(self, contexts: Sequence[Context]) -> Tensor:
+            has_lock.append(engine.bank.lock._owner == threading.get_ident())
+            return super().probabilities(contexts)
+
+    has_lock: list[bool] = []
+    engine = make_engine(router=Noting())
+    first, second = (found.text for found in engine.generate(PROMPTS, **GREEDY))
+    stop = next(letter for letter in first if letter.isascii() and letter not in second[:12])
+    engine.generate(PROMPTS, stop_strings=[stop], **GREEDY)
+    engine.generate(PROMPTS[0], num_beams=2, **GREEDY)
+    with engine.stream(PROMPTS[0], **GREEDY) as stream:
+        next(stream)
+    assert stream.generation.tokens
+    assert has_lock
+    assert all(has_lock)
 
 
 def test_two_threads_generate_at_once_as_each_alone(make_engine: MakeEngine) -> None:

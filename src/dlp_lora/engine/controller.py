@@ -221,10 +221,11 @@ class Controller:
         copies = len(answers) // inputs["input_ids"].shape[0]
         ids, mask = (inputs[key].repeat_interleave(copies, dim=0) for key in ("input_ids", "attention_mask"))
         call = replace(self.call, routing_log=None)  # its decisions were logged when they were made
-        rows = self._start_rows(ids, kept_tokens(ids, mask), call)
-        for row, tokens in zip(rows, answers, strict=True):
-            for token in tokens[:-1]:
-                row.push(token)
+        with self.bank.lock:  # a router may run the base model
+            rows = self._start_rows(ids, kept_tokens(ids, mask), call)
+            for row, tokens in zip(rows, answers, strict=True):
+                for token in tokens[:-1]:
+                    row.push(token)
         return rows
 
     @torch.inference_mode(False)  # buffers outlive the call, and the next call may need gradients
