@@ -10,8 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import dlp_lora
 from commands import json_lines, ok, run
 from conftest import byte_tokenizer, lively_model
-from dlp_lora import MiniMLP
+from dlp_lora import BundleError, MiniMLP
 from dlp_lora.engine.bundle import read_bundle
+from dlp_lora.engine.outline import read_outline
 from dlp_lora.router import MiniMLPConfig
 from dlp_lora.tasks import Example, Task, write_task
 from hub import LocalHub, local_hub
@@ -151,13 +152,47 @@ def test_adapters_are_checked_against_the_revision_that_was_named(
     ok("check", lively_adapters, "--model", parts, "--subfolder", "base")
 
 
-def test_a_bundle_is_made_for_the_revision_that_was_named(hub: LocalHub, parts: Path, tmp_path: Path) -> None:
+def test_a_bundle_is_made_for_the_revision_that_was_named(
+    hub: LocalHub, parts: Path, lively_adapters: Path, tmp_path: Path
+) -> None:
     make = ("bundle", "--adapters", parts / "bundle" / "adapters", "--router", parts / "router")
     ok(*make, "--model", "owner/base", "--revision", "v1", "--out", tmp_path / "bundle")
     written = json.loads((tmp_path / "bundle" / "bundle.json").read_text())["base_model"]
     assert (written["name"], written["origin"], written["path"]) == ("owner/base", "hub", None)
     ok(*make, "--model", parts, "--subfolder", "base", "--out", tmp_path / "other")
     assert read_bundle(tmp_path / "other").base_model == str(parts / "base")
+    dlp_lora.load(parts, subfolder="base", adapters=lively_adapters).save_pretrained(tmp_path / "third")
+    assert read_bundle(tmp_path / "third").base_model == str(parts / "base")
+    assert "revision" not in json.loads((parts / "bundle" / "bundle.json").read_text())["base_model"]
+
+
+@pytest.mark.parametrize("way", ["by the command", "by an engine"])
+def test_a_bundle_keeps_the_revision_and_the_folder_of_its_base(
+    way: str, hub: LocalHub, parts: Path, lively_adapters: Path, tmp_path: Path
+) -> None:
+    write_base(tmp_path / "repository" / "sub")
+    hub.add("owner/base", tmp_path / "repository", revision="v5")
+    bundle = tmp_path / "bundle"
+    if way == "by the command":
+        make = ("bundle", "--adapters", lively_adapters, "--router", parts / "router", "--out", bundle)
+        ok(*make, "--model", "owner/base", "--revision", "v5", "--subfolder", "sub")
+    else:
+        place = {"revision": "v5", "subfolder": "sub"}
+        dlp_lora.load("owner/base", **place, adapters=lively_adapters, router=parts / "router").save_pretrained(bundle)
+        assert read_bundle(bundle).base.fingerprint is not None
+    assert str(read_bundle(bundle).base) == "'owner/base', revision 'v5', subfolder 'sub'"
+    ask = ("generate", "Why?", "--bundle")
+    (found,) = json_lines(ok(*ask, bundle, *QUICK))
+    (wanted,) = json_lines(ok(*ask, parts / "bundle", *QUICK))
+    assert found["text"] == wanted["text"]
+    (other,) = json_lines(ok(*ask, bundle, "--model", parts / "other", *QUICK))
+    assert other["text"] != wanted["text"]
+    again = dlp_lora.load(bundle)
+    again.save_pretrained(bundle)
+    assert read_bundle(bundle).base.place == {"revision": "v5", "subfolder": "sub"}
+    with pytest.raises(BundleError, match="made for 'owner/base', revision 'v5', subfolder 'sub', and another program"):
+        read_outline(bundle)
+    assert read_outline(bundle, base_model=str(parts / "base")).adapters.keys() == {*NAMES}
 
 
 def test_routers_are_made_with_the_revision_that_was_named(

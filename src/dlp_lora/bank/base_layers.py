@@ -25,6 +25,8 @@ class BaseLayers(dict[str, tuple[int, int]]):
             nothing in its type, and its text model is called "model".
         source: the model's name or path, or "".
         folder: the folder of its files, or None if they are not on this machine.
+        revision: the branch, tag or commit of `source` that it was read from, if one was chosen.
+        subfolder: the folder inside `source` that it was read from, if it is not `source` itself.
     """
 
     def __init__(
@@ -36,6 +38,8 @@ class BaseLayers(dict[str, tuple[int, int]]):
         parameters: Mapping[str, tuple[int, ...]] | None = None,
         source: str = "",
         folder: Path | None = None,
+        revision: str | None = None,
+        subfolder: str | None = None,
     ) -> None:
         super().__init__(layers)
         self._build = build
@@ -43,6 +47,8 @@ class BaseLayers(dict[str, tuple[int, int]]):
         self._tensor = tensor
         self.source = source
         self.folder = folder
+        self.revision = revision
+        self.subfolder = subfolder
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied or unpickled layout has no access to the model."""

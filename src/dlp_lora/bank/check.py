@@ -70,6 +70,8 @@ def model_layout(
         place = str(folder)
         source = place if Path(source).is_dir() else source
     known: dict[str, Any] = {"source": source, "folder": Path(place) if Path(place).is_dir() else None}
+    if source != place:  # not its folder itself
+        known |= {"revision": revision, "subfolder": subfolder}
     build = partial(_built, place, source=source, trust_remote_code=trust_remote_code)
     if (stored := layout_of(place)) is not None:
         tensor = _stored_weights(place, {"lm_head.weight": "model.embed_tokens.weight"})

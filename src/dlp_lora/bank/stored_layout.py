@@ -54,14 +54,17 @@ def layout_of(folder: str | Path) -> StoredLayout | None:
     return StoredLayout(layers=layers, parameters=parameters)
 
 
-def stored_folder(source: str, *, commit: str | None = None, cache_dir: str | Path | None = None) -> Path | None:
+def stored_folder(
+    source: str, *, commit: str | None = None, subfolder: str | None = None, cache_dir: str | Path | None = None
+) -> Path | None:
     """Returns the folder of a model on this machine, for a hub id in the hub's cache; None if it is not here."""
     if Path(source).is_dir():
-        return Path(source)
+        return Path(source, subfolder or "")
     from huggingface_hub import try_to_load_from_cache
 
     try:
-        file = try_to_load_from_cache(source, "config.json", cache_dir=cache_dir, revision=commit)
+        name = Path(subfolder or "", "config.json").as_posix()
+        file = try_to_load_from_cache(source, name, cache_dir=cache_dir, revision=commit)
     except ValueError:  # no id of a repository
         return None
     return Path(file).parent if isinstance(file, str) else None

@@ -72,7 +72,9 @@ def bundle(
         check_names(loaded.names, [check.name for check in checks])
     write_bundle(
         out,
-        base=Base.of(layers.source, bundle=out, folder=layers.folder),
+        base=Base.of(
+            layers.source, bundle=out, revision=layers.revision, subfolder=layers.subfolder, folder=layers.folder
+        ),
         adapters={check.name: check.path for check in checks},
         router=loaded,
         settings=settings,
@@ -103,7 +105,9 @@ def add_task(
 
     check_replaceable(bundle, BUNDLE_FILE)
     name = name or name_of(adapter)
-    (fits,) = check_adapters(model_layout(base_of(read_bundle(bundle), model)), {name: adapter})
+    read = read_bundle(bundle)
+    place = {} if model else read.base.place
+    (fits,) = check_adapters(model_layout(base_of(read, model), **place), {name: adapter})
     if not fits.fits:
         raise AdapterError(fits.reason)
     task = Task(name=name, train=read_examples(examples), test=())

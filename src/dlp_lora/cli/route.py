@@ -56,7 +56,12 @@ def route(
         parts = read_bundle(hub_options.folder(bundle, files=FILES, error=BundleError))
         if parts.router is None:
             raise ValueError(f"{bundle} has no router; train one with train-router")
-        of_base = replace(hub_options, revision=hub_options.base_revision, subfolder=hub_options.base_subfolder)
+        place = {} if model else parts.base.place
+        of_base = replace(
+            hub_options,
+            revision=hub_options.base_revision or place.get("revision"),
+            subfolder=hub_options.base_subfolder or place.get("subfolder"),
+        )
         chooser = _load(parts.router, lambda: base_of(parts, model), of_base)
         check_names(chooser.names, list(parts.adapters))
         settings = parts.settings

@@ -47,7 +47,8 @@ class Base:
     """The base model of a bundle.
 
     `name` is its id on the hub, or the name of the embedded model, of its folder, or of a model in memory (maybe "").
-    `path` is the path of its folder: relative to the bundle, or absolute and then only a hint.
+    `path` is the path of its folder: relative to the bundle, or absolute and then only a hint. `revision` and
+    `subfolder` are its place in a repository of the hub, if it was loaded from another one than the default.
     """
 
     name: str
@@ -55,28 +56,45 @@ class Base:
     path: str | None = None
     fingerprint: Fingerprint | None = None
     probe: Probe | None = None
+    revision: str | None = None
+    subfolder: str | None = None
 
     @classmethod
     def of(
-        cls, source: str, *, bundle: Path | None = None, commit: str | None = None, folder: Path | None = None
+        cls,
+        source: str,
+        *,
+        bundle: Path | None = None,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        commit: str | None = None,
+        folder: Path | None = None,
     ) -> "Base":
         """Describes the model that was loaded from a path or hub id, for a bundle in a folder.
 
-        Without `bundle`, as on the hub, the path is left out. `folder` has its files, if it is known.
+        Without `bundle`, as on the hub, the path is left out. `commit` is that of the revision, and `folder` has the
+        model's files, if they are known.
         """
         if not source:
             return cls(name="", origin="memory")
-        folder = folder or stored_folder(source, commit=commit)
+        subfolder = subfolder or None
+        folder = folder or stored_folder(source, commit=commit or revision, subfolder=subfolder)
         fingerprint = Fingerprint.of(folder) if folder is not None else None
         if not _is_path(source):
-            return cls(name=source, origin="hub", fingerprint=fingerprint)
-        place = Path(os.path.realpath(source))
+            return cls(name=source, origin="hub", fingerprint=fingerprint, revision=revision, subfolder=subfolder)
+        place = Path(os.path.realpath(Path(source, subfolder or "")))
         if place == Path(os.path.realpath(cache_dir() / NAME)):
             return cls(name=NAME, origin="embedded", fingerprint=fingerprint)
         if cached := _IN_CACHE.search(os.path.abspath(source)):
-            return cls(name=cached[1].replace("--", "/"), origin="hub", fingerprint=fingerprint)
+            name = cached[1].replace("--", "/")
+            return cls(name=name, origin="hub", fingerprint=fingerprint, subfolder=subfolder)
         path = None if bundle is None else _path_between(Path(os.path.realpath(bundle)), place)
-        return cls(name=Path(os.path.abspath(source)).name, origin="folder", path=path, fingerprint=fingerprint)
+        return cls(
+            name=Path(os.path.abspath(Path(source, subfolder or ""))).name,
+            origin="folder",
+            path=path,
+            fingerprint=fingerprint,
+        )
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Base":
@@ -86,7 +104,9 @@ class Base:
             KeyError, TypeError, ValueError: if the data are wrong.
         """
         name, origin, path, marks = data["name"], data["origin"], data["path"], data["fingerprint"]
-        if not isinstance(name, str) or not isinstance(path, str | None) or origin not in get_args(Origin):
+        places = path, data.get("revision"), data.get("subfolder")  # most bundles have only the first
+        are_texts = isinstance(name, str) and all(isinstance(place, str | None) for place in places)
+        if not are_texts or origin not in get_args(Origin):
             raise TypeError(f"{dict(data)!r} names no base model")
         probe = data.get("probe")  # bundles that were made without the model have none
         return cls(
@@ -95,6 +115,8 @@ class Base:
             path=path,
             fingerprint=marks and Fingerprint.from_dict(marks),
             probe=probe and Probe.from_dict(probe),
+            revision=data.get("revision"),
+            subfolder=data.get("subfolder"),
         )
 
     @classmethod
@@ -112,13 +134,20 @@ class Base:
 
     def __str__(self) -> str:
         where = f" (the folder {self.path})" if self.path is not None else ""
+        where += "".join(f", {name} {value!r}" for name, value in self.place.items())
         return (repr(self.name) if self.name else "a model without a name") + where
 
     def to_dict(self) -> dict[str, Any]:
         """Gives it as JSON data."""
         marks = self.fingerprint and self.fingerprint.to_dict()
-        data = {"name": self.name, "origin": self.origin, "path": self.path, "fingerprint": marks}
+        data = {"name": self.name, "origin": self.origin, "path": self.path, "fingerprint": marks, **self.place}
         return data if self.probe is None else {**data, "probe": self.probe.to_dict()}
+
+    @property
+    def place(self) -> dict[str, str]:
+        """The revision and the subfolder, if they are not the default."""
+        place = {"revision": self.revision, "subfolder": self.subfolder}
+        return {name: value for name, value in place.items() if value is not None}
 
     def find(self, bundle: Path) -> str:
         """Returns the path or hub id of the model on this machine.
@@ -151,8 +180,8 @@ class Base:
         cache_dir: str | Path | None = None,
     ) -> list[str]:
         """Lists the differences between the model at a path or hub id and this one, if its files are here."""
-        folder = stored_folder(source, commit=commit, cache_dir=cache_dir)
-        fingerprint = Fingerprint.of(folder / (subfolder or "")) if folder is not None else None
+        folder = stored_folder(source, commit=commit, subfolder=subfolder, cache_dir=cache_dir)
+        fingerprint = Fingerprint.of(folder) if folder is not None else None
         return (
             self.fingerprint.differences(fingerprint)
             if self.fingerprint is not None and fingerprint is not None

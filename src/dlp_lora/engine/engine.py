@@ -660,7 +660,13 @@ class Engine:
             self.bank.store.check_files(name)
         config = self.model.config
         commit = getattr(config, "_commit_hash", None)
-        base = Base.of(config._name_or_path, bundle=None if repo_id else path, commit=commit)
+        base = Base.of(
+            config._name_or_path,
+            bundle=None if repo_id else path,
+            revision=self.bank.base.revision,
+            subfolder=self.bank.base.subfolder,
+            commit=commit,
+        )
         write_bundle(
             path,
             base=replace(base, probe=self.probe()),

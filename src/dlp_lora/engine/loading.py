@@ -102,8 +102,8 @@ def load(
         prepack: the same as `paths="prepacked"`.
         routing_log: the file for the router's decisions.
         revision: the branch, tag or commit of the first argument's repository. `base_revision`, `adapter_revision` and
-            `router_revision` are for a bundle's base model, the adapters and the router; adapters by name may have one
-            each, `{name: revision}`.
+            `router_revision` are for a bundle's base model (by default those of the bundle), the adapters and the
+            router; adapters by name may have one each, `{name: revision}`.
         subfolder: the folder of the first argument inside its repository or path; `base_subfolder`,
             `adapter_subfolder` and `router_subfolder` are for the others.
         token: for all private repositories.
@@ -126,8 +126,9 @@ def load(
         if settings is None and "kv_policy" not in changes:
             _tell_kept_policy(bundle)
         settings = settings or bundle.settings
+        place = {} if base_model else bundle.base.place
         model = base_model or bundle.base_model
-        revision, subfolder = base_revision, base_subfolder
+        revision, subfolder = base_revision or place.get("revision"), base_subfolder or place.get("subfolder")
     elif base_model is not None or base_revision is not None or base_subfolder is not None:
         raise ValueError(
             "base_model, base_revision and base_subfolder are for bundles, but the first argument is not a bundle"
@@ -149,6 +150,7 @@ def load(
         )
     _check_base(bundle, model, subfolder=subfolder, cache_dir=cache_dir)
     base = linear_layers(model)
+    base.revision, base.subfolder = revision, subfolder
     folders = adapter_folders(adapters, hub, revision=adapter_revision, subfolder=adapter_subfolder)
     bank = AdapterBank(
         base,

@@ -17,7 +17,7 @@ from dlp_lora.engine.bundle import check_names, read_bundle
 from dlp_lora.engine.calls import Call, Endings
 from dlp_lora.engine.engine import Engine
 from dlp_lora.engine.loading import adapter_folders, bundle_folder, load_router
-from dlp_lora.errors import AdapterError, ModelError, RouterError
+from dlp_lora.errors import AdapterError, BundleError, ModelError, RouterError
 from dlp_lora.hub import Hub
 from dlp_lora.policy import RoutingSettings
 from dlp_lora.sentences import Segmenter, SentenceSegmenter
@@ -91,6 +91,11 @@ def read_outline(
     if bundle is not None:
         folder = bundle_folder(bundle, None, hub, revision=revision, subfolder=subfolder)
         read = read_bundle(bundle if folder is None else folder)
+        if not base_model and read.base.place:
+            raise BundleError(
+                f"{read.path} was made for {read.base}, and another program reads the base model here: download it, "
+                "and give its folder with --model, or base_model= in Python"
+            )
         source, base, folders, settings = base_model or read.base_model, read.base, read.adapters, read.settings
         router = read.router
     elif base_model is None or adapters is None:
