@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import dlp_lora
 from commands import json_lines, ok, run
 from conftest import byte_tokenizer, lively_model
-from dlp_lora import BundleError, MiniMLP
+from dlp_lora import BundleError, MiniMLP, ModelError, RouterError
 from dlp_lora.engine.bundle import read_bundle
 from dlp_lora.engine.outline import read_outline
 from dlp_lora.router import MiniMLPConfig
+from dlp_lora.router.encoder import TextEncoder
 from dlp_lora.tasks import Example, Task, write_task
 from hub import LocalHub, local_hub
 
@@ -112,7 +114,9 @@ def test_no_server_is_asked_for_what_must_be_here(hub: LocalHub) -> None:
     assert not hub.requests
 
 
-def test_code_of_a_repository_runs_only_where_it_is_trusted(parts: Path, lively_adapters: Path, tmp_path: Path) -> None:
+def test_code_of_a_repository_runs_only_where_it_is_trusted(
+    parts: Path, lively_adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_base(tmp_path / "base")
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}}
@@ -123,9 +127,14 @@ def test_code_of_a_repository_runs_only_where_it_is_trusted(parts: Path, lively_
         "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
     )
     ask = ("generate", "Why?", "--model", tmp_path / "base", "--adapters", lively_adapters, "--fixed", "math", *QUICK)
-    refused = run(*ask)
+    refused = run(*ask, stdin="y\n" * 9)  # transformers would ask
     assert refused.exit_code == 1
     assert "trust_remote_code" in refused.stderr
+    monkeypatch.setattr("sys.stdin", StringIO("y\n" * 9))
+    with pytest.raises(ModelError, match="contains custom code"):
+        read_outline(base_model=str(tmp_path / "base"), adapters=lively_adapters)
+    with pytest.raises(RouterError, match="contains custom code"):
+        TextEncoder.from_pretrained(tmp_path / "base")
     (found,) = json_lines(ok(*ask, "--trust-remote-code"))
     (plain,) = json_lines(ok("generate", "Why?", "--bundle", parts / "bundle", "--fixed", "math", *QUICK))
     assert found["text"] == plain["text"]

@@ -218,6 +218,8 @@ def _pretrained(
     source: str, tokenizer: PreTrainedTokenizerBase | None, dtype: torch.dtype | str, kwargs: dict[str, Any]
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """Loads a base model and, unless there is one already, its tokenizer."""
+    # Without a value, transformers would ask on the terminal whether to run code.
+    kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))
     of_both = {name: kwargs[name] for name in OF_MODEL_AND_TOKENIZER if name in kwargs}
     which = ", ".join(f"{name} {of_both[name]!r}" for name in ("revision", "subfolder", "cache_dir") if name in of_both)
     what = f"the base model {source!r}" + (f" ({which})" if which else "")

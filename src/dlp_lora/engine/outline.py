@@ -108,8 +108,8 @@ def read_outline(
             RoutingSettings(),
         )
     try:
-        config = AutoConfig.from_pretrained(source)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(f"the base model {source!r} cannot be read: {str(error).splitlines()[0]}") from error
     try:

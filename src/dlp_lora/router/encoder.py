@@ -63,8 +63,11 @@ class TextEncoder(nn.Module):
             if Path(source).is_dir() and not list(Path(source).glob("*.safetensors")):
                 _refuse_pickles(Path(source))
                 logger.warning("%s holds no weights: the encoder starts from random ones", source)
-                return cls.from_config(AutoConfig.from_pretrained(source), tokenizer, max_tokens=max_tokens)
-            model = AutoModel.from_pretrained(str(source), dtype=torch.float32, use_safetensors=True)
+                config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+                return cls.from_config(config, tokenizer, max_tokens=max_tokens)
+            model = AutoModel.from_pretrained(
+                str(source), dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+            )
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise RouterError(f"the encoder {str(source)!r} cannot be loaded: {reason}") from error
@@ -75,7 +78,7 @@ class TextEncoder(nn.Module):
         cls, config: PreTrainedConfig, tokenizer: Tokenizer, *, max_tokens: int = MAX_TOKENS
     ) -> "TextEncoder":
         """Makes an encoder of random weights."""
-        model = AutoModel.from_config(config, dtype=torch.float32)
+        model = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
         return cls(cast(PreTrainedModel, model), tokenizer, max_tokens=max_tokens).eval()
 
     @classmethod

@@ -19,7 +19,7 @@ def load_tokenizer(source: str | Path, **kwargs: Any) -> Tokenizer:
     from transformers import AutoTokenizer  # seconds, and only who makes a router needs it
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(source), **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(str(source), **{"trust_remote_code": False, **kwargs})
     except (OSError, ValueError) as error:
         raise RouterError(f"no tokenizer can be loaded from {str(source)!r}: {str(error).splitlines()[0]}") from error
     backend = getattr(tokenizer, "backend_tokenizer", None)

@@ -152,7 +152,9 @@ class Benchmark(Generic[Args]):
         """
         args = args or self.args()
         device = begin(args)
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(model), padding_side="left")
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(model), padding_side="left", trust_remote_code=False
+        )
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         texts, bandwidth = read_prompts(args.prompts), bandwidth_gb_s(device)

@@ -41,7 +41,9 @@ def base_model(case: Case) -> Any:
     As they are loaded, weights lie in the memory of their file, which all variants that leave them there would share:
     touched by each of them, they stay in the CPU's caches, where those of an engine, which moves them, are not.
     """
-    model: Any = AutoModelForCausalLM.from_pretrained(str(case.model), dtype=getattr(torch, case.dtype))
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        str(case.model), dtype=getattr(torch, case.dtype), trust_remote_code=False
+    )
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     return model.to(case.device).eval()

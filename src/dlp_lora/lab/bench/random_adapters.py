@@ -37,7 +37,8 @@ def write_random_adapters(
 
 def _shapes(model: str | Path, target_modules: Sequence[str]) -> dict[str, tuple[int, int]]:
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(model)))
+        config = AutoConfig.from_pretrained(str(model), trust_remote_code=False)
+        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     head = empty.get_output_embeddings()
     layers = {name: shape for name, shape in linear_layers(empty).items() if empty.get_submodule(name) is not head}
     if list(target_modules) == ["all-linear"]:

@@ -37,6 +37,7 @@ from dlp_lora.lab.bench.server import Server, agree, serving
 from dlp_lora.lab.bench.timing import Run, interleave
 from dlp_lora.policy import Mixture, RoutingSettings
 from dlp_lora.progress import OnProgress, Progress, unseen
+from dlp_lora.router import load_tokenizer
 from dlp_lora.tasks import PROCEDURAL, procedural_task
 
 MODEL = "bench"  # what clients call the routed model
@@ -170,7 +171,7 @@ def _bundle(model: str, path: str | None) -> Iterator[Bundle]:
     with tempfile.TemporaryDirectory() as folder:
         written = write_random_adapters(model, Path(folder), NUM_ROUTED, r=8, target_modules=("q_proj", "v_proj"))
         adapters = {f"routed_{i}": adapter for i, adapter in enumerate(written.values())}
-        router = mini_mlp(tuple(adapters), AutoTokenizer.from_pretrained(model).backend_tokenizer)
+        router = mini_mlp(tuple(adapters), load_tokenizer(model))
         bundle = Path(folder) / "bundle"
         write_bundle(bundle, base=Base.of(model), adapters=adapters, router=router, settings=RoutingSettings())
         yield read_bundle(bundle)
@@ -236,9 +237,7 @@ class _Case:
     def server_on_disk(self, adapters: Mapping[str, Path]) -> Iterator[Server]:
         """A server of adapters on disk, with a router of random weights that knows their names."""
         folder = next(iter(adapters.values())).parent
-        mini_mlp(tuple(adapters), AutoTokenizer.from_pretrained(self.model).backend_tokenizer).save_pretrained(
-            folder.parent / "router"
-        )
+        mini_mlp(tuple(adapters), load_tokenizer(self.model)).save_pretrained(folder.parent / "router")
         options = ["--adapters", str(folder), "--router", str(folder.parent / "router"), *self.options(), *KEEPS_NO_KV]
         with self.started([*options, "--budget-mb", str(BUDGET_MB)]) as server:
             yield server
@@ -344,7 +343,7 @@ class _Case:
         where: dict[str, Any] = {"dtype": getattr(torch, str(self.dtype)), "device": self.args.device}
         routing: dict[str, Any] = {} if name == "fixed" else {"kv_policy": name, **ONE_CONTEXT}
         engine = load(self.bundle.path, base_model=self.model, **where, **routing)
-        base: Any = AutoModelForCausalLM.from_pretrained(self.model, dtype=where["dtype"])
+        base: Any = AutoModelForCausalLM.from_pretrained(self.model, dtype=where["dtype"], trust_remote_code=False)
         base = base.to(self.args.device).eval()
 
         def by_engine(body: Body, num_tokens: int) -> Answer:
@@ -432,7 +431,8 @@ class _Case:
 
     def text_ids(self, length: int) -> list[int]:
         """So many tokens of a text."""
-        ids: list[int] = AutoTokenizer.from_pretrained(self.model)(" ".join(PROMPTS))["input_ids"]
+        tokenizer = AutoTokenizer.from_pretrained(self.model, trust_remote_code=False)
+        ids: list[int] = tokenizer(" ".join(PROMPTS))["input_ids"]
         return (ids * -(-length // len(ids)))[:length]
 
 

@@ -63,7 +63,7 @@ def bench_train(
     device = begin(args)
     loaded, tokenizer = load_base(model)
     base: Any = loaded
-    plain: Any = AutoModelForCausalLM.from_pretrained(str(model), dtype=base.dtype)
+    plain: Any = AutoModelForCausalLM.from_pretrained(str(model), dtype=base.dtype, trust_remote_code=False)
     base, plain = base.to(device), plain.to(device)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -72,7 +72,7 @@ class LlamaCppBackend:
         num_gpu_layers: int = 0,
     ) -> None:
         self.outline = outline
-        config: Any = AutoConfig.from_pretrained(outline.source).get_text_config()
+        config: Any = AutoConfig.from_pretrained(outline.source, trust_remote_code=False).get_text_config()
         check_model_type(config.model_type)
         check_runs(gguf)
         max_context = min(n for n in (outline.max_context, max_context or MAX_CONTEXT) if n is not None)
