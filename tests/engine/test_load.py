@@ -29,8 +29,10 @@ from dlp_lora import (
 )
 from dlp_lora.bank.export import export_mixture
 from dlp_lora.engine.bundle import BUNDLE_FILE, read_bundle
+from dlp_lora.engine.outline import read_outline
 from dlp_lora.lab.bench.memory import held_nbytes
-from dlp_lora.router import MiniMLPConfig
+from dlp_lora.router import MiniMLPConfig, load_tokenizer
+from dlp_lora.router.encoder import TextEncoder
 
 NAMES = ("math", "poems", "units")
 SETTINGS: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False}
@@ -178,6 +180,33 @@ class TestLoad:
         torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
         with pytest.raises(ModelError, match="cannot be loaded"):
             dlp_lora.load(tmp_path, adapters=lively_adapters)
+
+    @pytest.mark.parametrize(
+        "name, text, message",
+        [
+            ("model.safetensors", None, "has weights that are truncated or not in a safetensors file"),
+            ("model.safetensors", "version https://git-lfs.github.com/spec/v1\n", "fetch them with `git lfs pull`"),
+            ("tokenizer.json", '{"model": {"type": "Other"}, "added_tokens": []}', "has no tokenizer that can be"),
+        ],
+        ids=["truncated weights", "a pointer of Git LFS", "another tokenizer"],
+    )
+    def test_a_damaged_file_of_the_model_is_refused_in_a_line_with_its_folder(
+        self, base: Path, tmp_path: Path, lively_adapters: Path, name: str, text: str | None, message: str
+    ) -> None:
+        folder = Path(shutil.copytree(base, tmp_path / "damaged"))
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[: len(whole) // 2] if text is None else text.encode())
+        with pytest.raises(ModelError, match=f"the base model '.*damaged' .*{message}") as error:
+            dlp_lora.load(folder, adapters=lively_adapters)
+        assert len(str(error.value).splitlines()) == 1
+        if name == "tokenizer.json":
+            with pytest.raises(ModelError, match=message):
+                read_outline(base_model=str(folder), adapters=lively_adapters)
+            with pytest.raises(RouterError, match=r"no tokenizer can be loaded from '.*damaged'"):
+                load_tokenizer(folder)
+        else:
+            with pytest.raises(RouterError, match=r"the encoder '.*damaged' cannot be loaded"):
+                TextEncoder.from_pretrained(folder)
 
     def test_a_model_in_memory_needs_its_tokenizer(self, lively_adapters: Path) -> None:
         with pytest.raises(ValueError, match=r"comes with its tokenizer: load\(model, tokenizer=\.\.\.\)"):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
@@ -240,7 +241,7 @@ def _pretrained(
         )
     try:
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, **of_both)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # the tokenizers library raises bare ones for files that it cannot read
         raise ModelError(
             f"{what} has no tokenizer that can be loaded; give one with tokenizer=, or save it there: {_reason(error)}"
         ) from error
@@ -255,6 +256,11 @@ def _pretrained(
         )
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"{what} cannot be loaded: {_reason(error)}") from error
+    except SafetensorError as error:
+        raise ModelError(
+            f"{what} has weights that are truncated or not in a safetensors file ({error}); copy them again, or fetch "
+            "them with `git lfs pull` if they are pointers of Git LFS"
+        ) from error
     model, report = loaded
     check_weights(source, list(report["missing_keys"]))
     return model, tokenizer

@@ -109,9 +109,13 @@ def read_outline(
         )
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(f"the base model {source!r} cannot be read: {str(error).splitlines()[0]}") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare ones for files that it cannot read
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"the base model {source!r} has no tokenizer that can be loaded: {reason}") from error
     try:
         generation_config = GenerationConfig.from_pretrained(source)
     except OSError:  # it has no context length

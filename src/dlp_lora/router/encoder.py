@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AlbertConfig, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
@@ -68,7 +69,7 @@ class TextEncoder(nn.Module):
             model = AutoModel.from_pretrained(
                 str(source), dtype=torch.float32, use_safetensors=True, trust_remote_code=False
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             reason = str(error).splitlines()[0]
             raise RouterError(f"the encoder {str(source)!r} cannot be loaded: {reason}") from error
         return cls(model, tokenizer, max_tokens=max_tokens).eval()

@@ -20,8 +20,9 @@ def load_tokenizer(source: str | Path, **kwargs: Any) -> Tokenizer:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(source), **{"trust_remote_code": False, **kwargs})
-    except (OSError, ValueError) as error:
-        raise RouterError(f"no tokenizer can be loaded from {str(source)!r}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # the tokenizers library raises bare ones for files that it cannot read
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RouterError(f"no tokenizer can be loaded from {str(source)!r}: {reason}") from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise RouterError(f"the tokenizer of {str(source)!r} has no tokenizer.json; choose another with --tokenizer")
