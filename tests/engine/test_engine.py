@@ -268,6 +268,19 @@ class TestBatches:
         check_trace(ended)
         check_trace(other)
 
+    @pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS[:2]], ids=["one row", "two rows"])
+    def test_no_eos_ends_a_row_if_the_call_says_so(self, make_engine: MakeEngine, prompts: list[str]) -> None:
+        engine = make_engine()
+        settings = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
+        inputs = engine.tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+        processors = [LogitsProcessorList([EndAt({0: 8})]) for _ in range(2)]
+        wanted = engine.model.generate(**inputs, logits_processor=processors[0], **settings)[:, -20:].tolist()
+        found = engine.generate(prompts, logits_processor=processors[1], **settings)
+        assert [list(generation.tokens) for generation in found] == wanted
+        assert found[0].tokens[8] == EOS_ID
+        for generation in found:
+            check_trace(generation)
+
     def test_an_eos_of_the_tokenizer_alone_ends_nothing(self, make_engine: MakeEngine) -> None:
         engine = make_engine()
         engine.model.generation_config.eos_token_id = 30

@@ -125,9 +125,13 @@ NOT_ARGUMENTS = ("inputs", "input_ids", "inputs_embeds", "attention_mask", "retu
 
 
 def call_setting(name: str, kwargs: Mapping[str, Any], generation_config: Any) -> Any:
-    """The value of an argument of `generate`: from the call, else from its config, else from the model; or None."""
-    configs = (kwargs.get("generation_config"), generation_config)
-    values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+    """The value of an argument of `generate`: from the call, else from its config, else from the model; or None.
+
+    As in `generate`, None in the call counts, and None in its config does not.
+    """
+    if name in kwargs:
+        return kwargs[name]
+    values = (getattr(config, name, None) for config in (kwargs.get("generation_config"), generation_config))
     return next((value for value in values if value is not None), None)
 
 
