@@ -710,6 +710,25 @@ class TestOrdinaryModel:
             engine.model(**inputs, labels=inputs["input_ids"]).loss.backward()
         assert not torch.allclose(engine.model.get_input_embeddings().weight.grad, gradient)
 
+    def test_an_engine_that_was_made_and_changed_in_inference_mode_answers_and_trains_outside(
+        self, make_engine: MakeEngine, lively_adapters: Path, tmp_path: Path
+    ) -> None:
+        lively_model().save_pretrained(tmp_path)
+        byte_tokenizer().save_pretrained(tmp_path)
+        wanted = make_engine().generate(PROMPTS[0], mixture={"math": 1.0}, **ASCII)
+        with torch.inference_mode():
+            engine = dlp_lora.load(tmp_path, adapters=lively_adapters, paths="stacked")
+            inside = engine.generate(PROMPTS[0], mixture={"math": 1.0}, **ASCII)
+            engine.put_adapters({"math": lively_adapters / "math"})
+            with engine.merged({"math": 1.0}):
+                assert torch.is_inference_mode_enabled()
+            engine.compile(max_rank=32)
+        assert inside.tokens == engine.generate(PROMPTS[0], mixture={"math": 1.0}, **ASCII).tokens == wanted.tokens
+        with torch.inference_mode():
+            model = engine.detach()
+        inputs = left_padded(*PROMPTS)
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+
     @pytest.mark.parametrize("kv_policy", ["keep", "recompute"])
     def test_a_decoding_loop_of_ones_own_routes(self, make_engine: MakeEngine, kv_policy: str) -> None:
         engine = make_engine(kv_policy=kv_policy)

@@ -171,6 +171,7 @@ def detach(model: nn.Module) -> None:
 
 
 @contextmanager
+@torch.inference_mode(False)  # of its steps, not of the block
 def merged(model: nn.Module, bank: AdapterBank, mixture: Mixture) -> Iterator[None]:
     """Adds a mixture to the base weights for a while: `W + B A`, in float32 and rounded once.
 

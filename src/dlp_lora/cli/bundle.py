@@ -106,7 +106,7 @@ def add_task(
     check_replaceable(bundle, BUNDLE_FILE)
     name = name or name_of(adapter)
     read = read_bundle(bundle)
-    place = {} if model else read.base.place
+    place: dict[str, Any] = {} if model else read.base.place
     (fits,) = check_adapters(model_layout(base_of(read, model), **place), {name: adapter})
     if not fits.fits:
         raise AdapterError(fits.reason)

@@ -189,6 +189,7 @@ class Engine:
         self._put({name: folder}, replace=False)
         return name
 
+    @torch.inference_mode(False)
     def put_adapters(self, folders: Mapping[str, str | Path]) -> None:
         """Adds PEFT adapters by name, or replaces those of their names, even while answers are generated.
 
@@ -369,8 +370,8 @@ class Engine:
         in_memory = self.bank.store.budget_mb is None
         adapters: list[Adapter] = []
         for name, folder in folders.items():
-            adapters.append(read_adapter(folder, name, weights=in_memory, layout=self.bank.base, stacklevel=5))
-            check_base_name(adapters[-1], self.model.config._name_or_path, stacklevel=5)
+            adapters.append(read_adapter(folder, name, weights=in_memory, layout=self.bank.base, stacklevel=4))
+            check_base_name(adapters[-1], self.model.config._name_or_path, stacklevel=4)
         with self.bank.lock:
             if self.bank.is_merged:
                 raise ValueError("the base weights hold a mixture; leave engine.merged() first")
@@ -587,6 +588,7 @@ class Engine:
             )
         return tuple(Mixture(m) for m in mixtures)
 
+    @torch.inference_mode(False)
     def compile(self, *, max_rank: int = 64, **kwargs: Any) -> None:
         """Compiles decoding steps over a static cache, once for each batch size and length of the cache.
 
@@ -687,6 +689,7 @@ class Engine:
             scores = forward(input_ids=ids).logits[0, :-1].float().log_softmax(dim=-1)
         return Probe(tokens=tuple(tokens), logprobs=tuple(scores.gather(1, ids[0, 1:, None])[:, 0].tolist()))
 
+    @torch.inference_mode(False)
     def detach(self) -> PreTrainedModel:
         """Removes the adapters and returns the base model, bit for bit as it was."""
         with self.bank.lock:

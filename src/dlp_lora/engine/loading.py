@@ -50,6 +50,7 @@ _OF_FILES = ("revision", "token", "cache_dir", "local_files_only")
 _QUIETLY = tuple(f"_raise_exceptions_for_{what}" for what in ("gated_repo", "missing_entries", "connection_errors"))
 
 
+@torch.inference_mode(False)  # the weights and buffers made here outlive the call
 def load(
     model: str | Path | PreTrainedModel,
     *,
@@ -237,7 +238,7 @@ def _pretrained(
     if has_adapter:
         warnings.warn(
             f"{source!r} holds an adapter beside the base model, which is loaded without it; adapters= takes it",
-            stacklevel=4,
+            stacklevel=5,
         )
     try:
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, **of_both)
@@ -353,7 +354,7 @@ def _check_base(
         warnings.warn(
             f"{bundle.path} was made for {bundle.base.name!r}, but the base model {source!r} is another one: "
             f"{'; '.join(differences)}",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -363,7 +364,7 @@ def _tell_kept_policy(bundle: Bundle) -> None:
         warnings.warn(
             f"{bundle.path} was saved with kv_policy='keep', which was the default then; with 'recompute', the default "
             "now, later questions of a prompt are answered right more often: pass kv_policy=, or save the bundle again",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -405,6 +406,6 @@ def adapter_folders(
 def _read_adapters(folders: Mapping[str, Path], base: BaseLayers, *, weights: bool, strict: bool) -> Iterator[Adapter]:
     """Reads one adapter at a time, because the bank stores them in another form."""
     for name, folder in folders.items():
-        adapter = read_adapter(folder, name, weights=weights, layout=base, stacklevel=4)
-        check_base_name(adapter, base.source, strict=strict, stacklevel=4)  # load's caller
+        adapter = read_adapter(folder, name, weights=weights, layout=base, stacklevel=5)
+        check_base_name(adapter, base.source, strict=strict, stacklevel=5)  # load's caller
         yield adapter
