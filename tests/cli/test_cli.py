@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -27,6 +27,7 @@ from dlp_lora.cli.bench import COLUMNS, LABELS, cell, table_of_record
 from dlp_lora.cli.common import console
 from dlp_lora.cli.generate import routing_table, say_answer
 from dlp_lora.cli.tables import show_table, tables
+from dlp_lora.engine.streaming import Piece
 from dlp_lora.lab.bench.suite import PRESETS
 from dlp_lora.tasks import Example, Task, write_task
 
@@ -207,6 +208,26 @@ def test_paths_and_answers_are_printed_as_they_are(work: Path, tmp_path: Path) -
     with console.capture() as shown:
         show_table(routing_table((sentence,)))
     assert "fe80:a:b" in shown.get()
+
+
+@pytest.mark.parametrize("text", ["\\", "\\[ x \\]", "\\\\", "[red] \\[red]", "a[/]"])
+def test_backslashes_and_brackets_of_an_answer_are_printed_as_they_are(text: str) -> None:
+    class Said(list[Piece]):
+        def __enter__(self) -> "Said":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    sentence = dlp_lora.Sentence(
+        text=text, start=0, end=1, probabilities={}, mixture=dlp_lora.Mixture(), switched=False, abstained=False
+    )
+    with console.capture() as shown:
+        say_answer(cast(Any, Said([Piece.of(text, dlp_lora.Mixture(), 0)])), {})
+    assert shown.get() == f"{text}\n"
+    with console.capture() as shown:
+        show_table(routing_table((sentence,)))
+    assert text in [line.split("  ")[0] for line in shown.get().splitlines()]
 
 
 def test_spaces_between_words_of_an_option_are_none_of_them(work: Path, tmp_path: Path) -> None:

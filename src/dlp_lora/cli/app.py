@@ -8,14 +8,14 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 from typer.core import TyperGroup
 from typer.main import get_group
 
 import dlp_lora
 from dlp_lora.cli.bundle import add_task, bundle, remove_task
 from dlp_lora.cli.check import check
-from dlp_lora.cli.common import console, say, stderr, to_try
+from dlp_lora.cli.common import console, say, say_error, stderr, to_try
 from dlp_lora.cli.demo import demo
 from dlp_lora.cli.evaluate import evaluate, reproduce
 from dlp_lora.cli.export import export
@@ -48,7 +48,7 @@ class _Commands(TyperGroup):
         except (DLPLoRAError, ValueError, OSError) as error:
             if os.environ.get("DLP_LORA_TRACEBACK"):
                 raise
-            stderr.print(f"[bold red]error:[/] {escape(' '.join(str(error).split()))}", soft_wrap=True)
+            say_error(str(error))
             raise typer.Exit(1) from error
         except KeyboardInterrupt:
             goes_on = "; run it again to continue" if ctx.invoked_subcommand in RESUMABLE else ""
@@ -113,7 +113,7 @@ def main() -> None:
     """Runs the command line."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    warnings.showwarning = lambda message, *_: stderr.print(f"[yellow]warning:[/] {escape(str(message))}")
+    warnings.showwarning = lambda message, *_: stderr.print(Text("warning:", "yellow"), str(message), markup=False)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # Set here and read by transformers, whose import is left to the commands that need it.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from dlp_lora.errors import DLPLoRAError
 from dlp_lora.hub import Hub
@@ -281,6 +282,11 @@ def base_of(bundle: "Bundle", model: str | None) -> str:
 def say(text: str) -> None:
     """Prints a line on standard error without markup, because paths may look like markup."""
     stderr.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def say_error(text: str) -> None:
+    """Prints an error as one line on standard error, without markup."""
+    stderr.print(Text("error:", "bold red"), " ".join(text.split()), markup=False, soft_wrap=True)
 
 
 def to_try(*args: str | Path) -> str:

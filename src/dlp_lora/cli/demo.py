@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
+from rich.text import Text
 
 from dlp_lora.cli.common import JsonOption, ModelOption, base_model, console, say, to_try
 from dlp_lora.cli.json_lines import print_json
@@ -64,7 +64,7 @@ def _show_answer(answer: dict[str, Any]) -> None:
 
 
 def _show_two_questions(serial: Any) -> None:
-    console.print(f"\n[bold]Two tasks in one prompt:[/] {escape(serial.prompt)}")
+    console.print(Text("\nTwo tasks in one prompt:", "bold"), serial.prompt, markup=False)
     rows = []
     for sentence in serial.trace:
         used = ", ".join(f"{name} {weight:.0%}" for name, weight in sentence["mixture"].items()) or "base model"
@@ -72,7 +72,7 @@ def _show_two_questions(serial: Any) -> None:
         rows.append((sentence["text"].strip(), used, f"{best[0]} {best[1]:.1%}"))
     columns = ("sentence", "adapters", "first choice of the router")
     show_table(table_of("DLP-LoRA, sentence by sentence", columns, rows, num_labels=3))
-    console.print(f"The base model says: [dim]{escape(' '.join(serial.base.split()) or '(nothing)')}[/]\n")
+    console.print("The base model says:", Text(f"{' '.join(serial.base.split()) or '(nothing)'}\n", "dim"))
 
 
 def _accuracy_table(accuracy: dict[str, dict[str, float]]) -> Table:

@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
+from rich.text import Text
 
 from dlp_lora.chat import Chat, Message
 from dlp_lora.cli.answerer import Answerer, AnswererOptions, open_answerer
-from dlp_lora.cli.common import EngineOptions, HubOptions, JsonOption, TemplateOption, console, say, stderr
+from dlp_lora.cli.common import EngineOptions, HubOptions, JsonOption, TemplateOption, console, say, say_error, stderr
 from dlp_lora.cli.json_lines import print_json, prompt_of, questions
 from dlp_lora.cli.options import json_object, with_options
 from dlp_lora.cli.tables import show_table
@@ -92,8 +92,7 @@ def chat(
     with open_answerer(engine_options, hub_options, answerer_options) as answerer:
         names = answerer.names
         colours = dict(zip(names, COLOURS * len(names), strict=False))
-        legend = "  ".join(f"[{colour}]■ {escape(name)}[/]" for name, colour in colours.items())
-        console.print(f"{legend}  ■ base model")
+        console.print(Text.assemble(*((f"■ {name}  ", colour) for name, colour in colours.items()), "■ base model"))
         messages: list[Message] = []
         while line := _ask():
             question: Message = {"role": "user", "content": line}
@@ -105,7 +104,7 @@ def chat(
                 turn, room = _fitting(answerer, turn, max_new_tokens)
                 text = say_answer(answerer.stream(turn, max_new_tokens=room), colours)
             except (DLPLoRAError, ValueError, RuntimeError) as error:  # of this answer; the next may go well
-                stderr.print(f"[bold red]error:[/] {escape(' '.join(str(error).split()))}", soft_wrap=True)
+                say_error(str(error))
                 continue
             if text:
                 messages = [*turn.messages, {"role": "assistant", "content": text}]
@@ -119,7 +118,7 @@ def say_answer(stream: "Stream | AnswerStream", colours: Mapping[str, str]) -> s
             for piece in stream:
                 text += piece
                 colour = colours.get(next(iter(piece.mixture), ""), "default")
-                console.print(escape(piece), style=colour, end="", highlight=False, soft_wrap=True)
+                console.print(piece, style=colour, end="", markup=False, highlight=False, soft_wrap=True)
         except KeyboardInterrupt:
             stream.close()
             console.print(" [dim](stopped)[/]", end="")

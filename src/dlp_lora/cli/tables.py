@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from dlp_lora.cli.common import console
 from dlp_lora.lab.records.table import Table, shown
@@ -40,5 +41,5 @@ def tables(table: Table, width: int) -> Iterator[RichTable]:
         for i in part:
             found.add_column(escape(names[i]), justify="right", width=widths[i], overflow="fold")
         for row in zip(*(cells[i] for i in (*labels, *part)), strict=True):
-            found.add_row(*map(escape, row))
+            found.add_row(*map(Text, row))  # not `escape`, which changes backslashes
         yield found

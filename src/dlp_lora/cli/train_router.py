@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from dlp_lora.cli.common import (
     DataOption,
@@ -171,5 +170,5 @@ def _show_made(names: tuple[str, ...], kind: str, temperature: float, out: Path,
     if as_json:
         print_json({"type": kind, "names": names, "temperature": temperature})
     else:
-        console.print(f"{len(names)} adapters: {escape(', '.join(names))}; temperature {temperature:.2g}")
+        console.print(f"{len(names)} adapters: {', '.join(names)}; temperature {temperature:.2g}", markup=False)
         say(f"wrote {out}; see what it does: {to_try('route', 'a prompt', '--router', out)}")
