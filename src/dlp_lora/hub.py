@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from dlp_lora.errors import DLPLoRAError
 
@@ -41,7 +41,7 @@ class Hub:
         Raises:
             DLPLoRAError: of the given kind, if there is neither such a folder nor such a repository.
         """
-        inside = "" if subfolder is None else f"{subfolder.strip('/')}/"
+        inside = folder_inside(source, subfolder, error)
         if Path(source).is_dir():
             if revision is not None:
                 raise error(f"{source} is a folder, which has no revision {revision!r}; leave the revision out")
@@ -69,6 +69,18 @@ class Hub:
         if not (folder / inside).is_dir():
             raise error(f"{source} has no folder {inside.rstrip('/')!r}; check the subfolder")
         return folder / inside
+
+
+def folder_inside(source: str | Path, subfolder: str | None, error: type[DLPLoRAError]) -> str:
+    """Gives a subfolder as the beginning of its files' names: "" for none, else with a slash at its end.
+
+    Raises:
+        DLPLoRAError: of the given kind, if it leads out of its repository or path.
+    """
+    path = PurePosixPath(subfolder or "")
+    if path.is_absolute() or ".." in path.parts:
+        raise error(f"{source} has no folder {subfolder!r} inside it; give a subfolder without '..' or a leading '/'")
+    return f"{path}/" if path.parts else ""
 
 
 def is_repo_id(source: str | Path) -> bool:

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 import dlp_lora
 from conftest import CHAT_TEMPLATE, byte_tokenizer, lively_model, make_adapter
-from dlp_lora import AdapterError, Engine, MiniMLP, ModelError, RouterError
+from dlp_lora import AdapterError, BundleError, Engine, MiniMLP, ModelError, RouterError
+from dlp_lora.bank.check import model_layout
 from dlp_lora.router import MiniMLPConfig
 from hub import local_hub
 
@@ -160,6 +161,30 @@ def test_a_bundle_and_its_base_have_a_revision_each(cache: Cache, lively_adapter
         assert torch.equal(logits(again.model), logits(lively_model(seed=5)))
     with pytest.raises(ValueError, match="are for bundles, but the first argument is not a bundle"):
         cache.load("owner/base", adapters=lively_adapters, base_revision="v1")
+
+
+def test_an_empty_subfolder_is_none_and_one_outside_is_refused(
+    cache: Cache, lively_adapters: Path, tmp_path: Path
+) -> None:
+    cache.add("owner/base", main=base())
+    base()(tmp_path / "local")
+    router("math", "poems", "units")(tmp_path / "router")
+    parts: dict[str, Any] = {"adapters": lively_adapters, "adapter_subfolder": "", "router_subfolder": ""}
+    for source in ("owner/base", tmp_path / "local"):
+        engine = cache.load(source, subfolder="", router=tmp_path / "router", **parts)
+        assert engine.bank.names == ("math", "poems", "units")
+        engine.save_pretrained(tmp_path / "bundle")
+    assert model_layout(tmp_path / "local", subfolder="") == engine.bank.base
+    assert cache.load(tmp_path / "bundle", subfolder="", base_subfolder="").router is not None
+    for outside in ("..", "../local", "sub/../..", str(tmp_path / "local")):
+        with pytest.raises(ModelError, match=f"local has no folder '{outside}' inside it; give a subfolder without"):
+            cache.load(tmp_path / "local", adapters=lively_adapters, subfolder=outside)
+        with pytest.raises(BundleError, match="inside it; give a subfolder without"):
+            cache.load(tmp_path / "bundle", base_subfolder=outside)
+        with pytest.raises(AdapterError, match="inside it; give a subfolder without"):
+            cache.load("owner/base", adapters=lively_adapters, adapter_subfolder=outside)
+        with pytest.raises(BundleError, match="inside it; give a subfolder without"):
+            cache.load(tmp_path / "bundle", subfolder=outside)
 
 
 def test_what_is_not_in_the_cache_is_refused_with_its_revision(cache: Cache, lively_adapters: Path) -> None:

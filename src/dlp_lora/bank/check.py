@@ -65,7 +65,7 @@ def model_layout(
         ModelError: if there is no such model.
     """
     source, place = str(model), str(model)  # only transformers knows ids without an owner
-    if is_repo_id(source) or revision is not None or subfolder is not None:
+    if is_repo_id(source) or revision is not None or subfolder:
         folder = hub.folder(source, files=FILES, error=ModelError, revision=revision, subfolder=subfolder)
         place = str(folder)
         source = place if Path(source).is_dir() else source

@@ -28,7 +28,7 @@ from dlp_lora.engine.kinds import check_config, check_kind, check_weights
 from dlp_lora.engine.routing_log import RoutingLog
 from dlp_lora.errors import AdapterError, BundleError, ModelError, RouterError
 from dlp_lora.files import name_of
-from dlp_lora.hub import Hub, is_repo_id
+from dlp_lora.hub import Hub, folder_inside, is_repo_id
 from dlp_lora.policy import RoutingSettings
 from dlp_lora.router import Router, load_text_router, router_type
 from dlp_lora.router.folder import FILES as ROUTER_FILES
@@ -131,7 +131,7 @@ def load(
         place = {} if base_model else bundle.base.place
         model = base_model or bundle.base_model
         revision, subfolder = base_revision or place.get("revision"), base_subfolder or place.get("subfolder")
-    elif base_model is not None or base_revision is not None or base_subfolder is not None:
+    elif base_model is not None or base_revision is not None or base_subfolder:
         raise ValueError(
             "base_model, base_revision and base_subfolder are for bundles, but the first argument is not a bundle"
         )
@@ -164,7 +164,7 @@ def load(
     )
     if isinstance(router, str | Path):
         router = load_router(router, base=model, revision=router_revision, subfolder=router_subfolder, hub=hub)
-    elif router_revision is not None or router_subfolder is not None:
+    elif router_revision is not None or router_subfolder:
         raise ValueError("router_revision and router_subfolder are for a router's path or hub id")
     return Engine(
         model,
@@ -200,6 +200,7 @@ def load_model(
         if kwargs.get("device_map") is not None and device != "auto":
             raise ValueError("device= and device_map= both choose the device; pass one of them")
         place = choose_device(device)
+        folder_inside(model, kwargs.get("subfolder"), ModelError)
         model, tokenizer = _pretrained(str(model), tokenizer, dtype, {**_arguments(hub), **kwargs})
         # from_pretrained has already placed dispatched or quantised weights.
         is_placed = kwargs.get("device_map") is not None or (device == "auto" and hasattr(model, "hf_quantizer"))
@@ -286,7 +287,7 @@ def load_router(
     Raises:
         RouterError: if a file is missing or damaged, the router is of a later version or was made for another base.
     """
-    if is_repo_id(path) or subfolder is not None or revision is not None:
+    if is_repo_id(path) or subfolder or revision is not None:
         path = hub.folder(path, files=ROUTER_FILES, error=RouterError, revision=revision, subfolder=subfolder)
     if router_type(path) == "arrow":
         return ArrowRouter.from_pretrained(path, base)
@@ -376,7 +377,7 @@ def adapter_folders(
         if isinstance(revision, Mapping) or isinstance(subfolder, Mapping):
             raise ValueError("adapter_revision and adapter_subfolder by name need adapters by name, {name: path}")
         folder = Path(adapters)
-        if (is_repo_id(adapters) and not folder.is_dir()) or subfolder is not None or revision is not None:
+        if (is_repo_id(adapters) and not folder.is_dir()) or subfolder or revision is not None:
             files = [*ADAPTER_FILES, *(f"*/{file}" for file in ADAPTER_FILES)]
             folder = hub.folder(adapters, files=files, error=AdapterError, revision=revision, subfolder=subfolder)
             if (folder / ADAPTER_CONFIG).is_file():
