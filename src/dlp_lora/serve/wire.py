@@ -8,8 +8,8 @@ from dlp_lora.serve.backend import Done, SentenceStart
 from dlp_lora.serve.errors import APIError
 from dlp_lora.serve.schema import DLPTrace, FinishReason, SentenceTrace, Usage
 from dlp_lora.serve.service import Asked
-from dlp_lora.serve.sse import event
 from dlp_lora.serve.trace import sentences_of, start_of
+from dlp_lora.sse import event
 
 Chunk = dict[str, Any]
 

@@ -138,7 +138,7 @@ async def send(client: Any, target: Target, body: Body, answer: Answer, *, leave
     """
     import httpx
 
-    from dlp_lora.serve.sse import data_of
+    from dlp_lora.sse import data_of
 
     asked = {"model": target.model, **body, "stream": True, "stream_options": {"include_usage": True}}
     route = "chat/completions" if "messages" in body else "completions"

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 
 from dlp_lora.serve.backend import BackendError, UnavailableError
-from dlp_lora.serve.sse import data_of
+from dlp_lora.sse import data_of
 
 CONNECT_S = 5.0
 Body = Mapping[str, Any]

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 
-from dlp_lora.serve.sse import data_of, event
+from dlp_lora.sse import data_of, event
 
 TEXTS = ["a\u2028b", "\u2029", "\x85\x0b\x0c\x1c\x1d\x1e", "\r\n\n", "data: x", "ü\U0001f600", " "]
 
