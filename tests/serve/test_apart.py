@@ -14,7 +14,7 @@ from dlp_lora.engine.outline import Outline
 from dlp_lora.serve import service as serving_module
 from dlp_lora.serve.adapters import AdapterManager
 from dlp_lora.serve.answers import Answers
-from dlp_lora.serve.apart import open_all
+from dlp_lora.serve.apart import in_order
 from dlp_lora.serve.backend import Done, QueueFullError, SentenceStart, Token
 from dlp_lora.serve.cutter import SentenceCutter
 from dlp_lora.serve.keys import Access, Keys
@@ -136,7 +136,7 @@ def test_each_part_ends_at_its_stop_string_and_the_next_goes_on(local: Service, 
 
 def test_the_joined_stream_tells_one_story_and_holds_back_who_is_not_in_turn(local: Service, engine: Engine) -> None:
     requests = [ask(engine, question, max_tokens=n) for question, n in zip(QUESTIONS, (30, 3, 8), strict=True)]
-    told_events = list(open_all(local.backend, requests))
+    told_events = list(in_order(local.backend.open_all(requests)))
     done = read(told_events)
     assert [len(part.tokens) for part in done.generation.parts] == [30, 3, 8]
     for part, request in zip(done.generation.parts, requests, strict=True):
@@ -148,7 +148,8 @@ def test_the_joined_stream_tells_one_story_and_holds_back_who_is_not_in_turn(loc
 
 
 def test_a_joined_stream_that_is_cancelled_ends_once(local: Service, engine: Engine) -> None:
-    stream = open_all(local.backend, [ask(engine, each, max_tokens=400, ignore_eos=True) for each in QUESTIONS])
+    requests = [ask(engine, each, max_tokens=400, ignore_eos=True) for each in QUESTIONS]
+    stream = in_order(local.backend.open_all(requests))
     while not isinstance(next(stream), Token):
         pass
     stream.cancel()
@@ -223,6 +224,8 @@ def test_more_questions_than_the_server_ever_has_room_for_are_answered_in_one_co
     service = local_service(engine, ServerSettings(max_batch=1, max_queue=1), Keys({}), name="tiny")
     try:
         assert "parts" not in post(service, engine, prompt=PROMPT, max_tokens=4)["choices"][0]["dlp"]
+        refused = over_http(service, AdapterManager(service), "/v1/completions", {"prompt": "x", "n": 3})
+        assert refused.status_code == 400  # it can never be answered, so it is not told to come back
     finally:
         service.backend.close()
 
@@ -261,12 +264,11 @@ def test_a_sentence_behind_a_stop_string_takes_no_text_of_the_next_part() -> Non
 
 def test_a_queue_without_room_for_all_parts_takes_none(engine: Engine) -> None:
     backend = LocalBackend(engine, max_batch=1, max_queue=1)
-    with pytest.raises(QueueFullError, match="2 requests run or wait already"):
-        open_all(backend, [ask(engine, question, max_tokens=400, ignore_eos=True) for question in QUESTIONS])
+    with pytest.raises(QueueFullError, match="0 requests run or wait already, and 3 more do not fit"):
+        backend.open_all([ask(engine, question, max_tokens=400, ignore_eos=True) for question in QUESTIONS])
+    assert backend.stats().waiting == 0
     backend.close(drain_s=20)
-    stats = backend.stats()
-    assert stats.num_step_tokens < 2 * 399  # they were cancelled, not answered
-    assert stats.waiting == stats.reading == stats.decoding == 0
+    assert backend.stats().num_read_tokens == 0
 
 
 def test_a_client_that_leaves_ends_all_parts(engine: Engine) -> None:

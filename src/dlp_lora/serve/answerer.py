@@ -11,7 +11,7 @@ from dlp_lora.engine.prompts import as_batch, encode_prompt
 from dlp_lora.engine.streaming import Piece
 from dlp_lora.engine.trace import Generation
 from dlp_lora.policy import Mixture
-from dlp_lora.serve.apart import open_all
+from dlp_lora.serve.apart import in_order
 from dlp_lora.serve.backend import Backend, Done, Request, Sampling, SentenceStart, Token
 from dlp_lora.serve.backend import Stream as Events
 from dlp_lora.serve.cutter import SentenceCutter
@@ -73,7 +73,7 @@ class BackendAnswerer:
         sampling = Sampling(**self._sampling(do_sample), seed=seed, max_tokens=max_new_tokens)
         prompts = self._backend.prompt_router.apart(encode_prompt(self.tokenizer, chat), call=call)
         requests = [Request(tokens=p.tokens, call=call, prompt=p.prompt, sampling=sampling) for p in prompts]
-        return AnswerStream(open_all(self._backend, requests))
+        return AnswerStream(in_order(self._backend.open_all(requests)))
 
     def _sampling(self, do_sample: bool | None) -> dict[str, Any]:
         is_sampled = self._defaults.get("temperature") != 0 if do_sample is None else do_sample

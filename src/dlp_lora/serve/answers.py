@@ -4,9 +4,10 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from itertools import islice
 
 from dlp_lora.errors import AdapterChangedError, AdapterError
-from dlp_lora.serve.apart import open_all
+from dlp_lora.serve.apart import in_order
 from dlp_lora.serve.backend import BackendError, Done, PromptScores, SentenceStart, Stream, Token
 from dlp_lora.serve.cutter import SentenceCutter
 from dlp_lora.serve.errors import APIError, unavailable
@@ -52,8 +53,9 @@ class Answers:
     async def __aenter__(self) -> "Answers":
         self._service.num_running += 1
         try:
-            for requests in self._asked.answers:
-                self._streams.append(open_all(self._service.backend, requests))
+            requests = [request for each in self._asked.answers for request in each]
+            opened = iter(self._service.backend.open_all(requests))
+            self._streams = [in_order(list(islice(opened, len(each)))) for each in self._asked.answers]
         except AdapterError as error:
             await self.__aexit__()
             raise self._told(error) from error

@@ -7,23 +7,11 @@ from dataclasses import replace
 from dlp_lora.engine.apart import joined, line_break_after
 from dlp_lora.engine.trace import Generation, Sentence
 from dlp_lora.policy import Mixture
-from dlp_lora.serve.backend import Backend, Done, Event, Request, SentenceStart, Stream, Token, Usage
+from dlp_lora.serve.backend import Done, Event, SentenceStart, Stream, Token, Usage
 
 
-def open_all(backend: Backend, requests: Sequence[Request]) -> Stream:
-    """Opens the requests that one answer takes: one, or one a question, which are answered side by side.
-
-    Raises:
-        DLPLoRAError, ValueError: as `backend.open`; then none of them is open.
-    """
-    streams: list[Stream] = []
-    try:
-        for request in requests:
-            streams.append(backend.open(request))
-    except BaseException:
-        for stream in streams:
-            stream.cancel()
-        raise
+def in_order(streams: Sequence[Stream]) -> Stream:
+    """The stream of one answer, of the one or more that it takes."""
     return streams[0] if len(streams) == 1 else InOrder(streams)
 
 

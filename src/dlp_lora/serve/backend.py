@@ -5,7 +5,7 @@ token of each sentence, a `Token` for each token, and `Done` at the end. If the 
 error.
 """
 
-from collections.abc import AsyncIterator, Collection, Iterator, Mapping
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -296,11 +296,15 @@ class Backend(Protocol):
         ...
 
     def open(self, request: Request) -> Stream:
-        """Takes a request.
+        """Takes a request, as `open_all` does."""
+        ...
+
+    def open_all(self, requests: Sequence[Request]) -> Sequence[Stream]:
+        """Takes requests, all of them or none.
 
         Raises:
-            PromptError: if the prompt is empty or does not fit into the model's context with `max_tokens`.
-            QueueFullError, ClosedError: if it takes none now.
+            PromptError: if a prompt is empty or does not fit into the model's context with `max_tokens`.
+            QueueFullError, ClosedError: if it has no room for all of them now.
         """
         ...
 

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -13,9 +13,9 @@ from dlp_lora.bank.check import check_fits
 from dlp_lora.engine.engine import Engine
 from dlp_lora.engine.prompts import context_of
 from dlp_lora.serve.answer_builder import AnswerBuilder, resolved
-from dlp_lora.serve.backend import ClosedError, Health, QueueFullError, Request, Stats
+from dlp_lora.serve.backend import ClosedError, Health, Request, Stats
 from dlp_lora.serve.cache import check_layers
-from dlp_lora.serve.room import room_for
+from dlp_lora.serve.room import check_places, room_for
 from dlp_lora.serve.row import Row
 from dlp_lora.serve.scheduler import Scheduler
 from dlp_lora.serve.stream import EventStream
@@ -85,22 +85,28 @@ class LocalBackend:
         return self._scheduler.stats()
 
     def open(self, request: Request) -> EventStream:
-        """Takes a request.
+        """Takes a request, as `open_all` does."""
+        return self.open_all([request])[0]
+
+    def open_all(self, requests: Sequence[Request]) -> list[EventStream]:
+        """Takes requests, all of them or none.
 
         Raises:
-            PromptError: if the prompt is empty or does not fit into the model's context with `max_tokens`.
+            PromptError: if a prompt is empty or does not fit into the model's context with `max_tokens`.
             ValueError: if the logit bias names an unknown token.
-            QueueFullError, ClosedError: if it takes none now.
+            QueueFullError, ClosedError: if it has no room for all of them now.
         """
-        max_tokens = room_for(request, max_context=self.max_context, vocab_size=self._vocab_size)
+        rooms = [room_for(each, max_context=self.max_context, vocab_size=self._vocab_size) for each in requests]
         with self._lock:
             if not (health := self.health).is_alive:
                 raise ClosedError(health.reason)
-            if self._scheduler.num_open >= self.max_open:
-                raise QueueFullError(f"{self.max_open} requests run or wait already; try again later")
-            stream = EventStream(lambda: self._scheduler.cancel(row))
-            row = Row(AnswerBuilder(resolved(request), stream, max_tokens))
-            self._scheduler.add(row)
+            check_places(len(requests), self._scheduler.num_open, self.max_open)
+            return [self._add(request, max_tokens) for request, max_tokens in zip(requests, rooms, strict=True)]
+
+    def _add(self, request: Request, max_tokens: int) -> EventStream:
+        stream = EventStream(lambda: self._scheduler.cancel(row))
+        row = Row(AnswerBuilder(resolved(request), stream, max_tokens))
+        self._scheduler.add(row)
         return stream
 
     def check_adapter(self, path: str | Path, name: str) -> None:

@@ -1,9 +1,9 @@
-"""Room: a request in, the largest number of its answer's tokens out, or an error."""
+"""Room: whether a request fits into the model's context, and whether several have places."""
 
 from collections.abc import Iterable
 
 from dlp_lora.errors import PromptError
-from dlp_lora.serve.backend import Request
+from dlp_lora.serve.backend import QueueFullError, Request
 
 
 def room_for(request: Request, *, max_context: int, vocab_size: int) -> int:
@@ -25,6 +25,17 @@ def room_for(request: Request, *, max_context: int, vocab_size: int) -> int:
             f"length is {max_context}; shorten the prompt or lower max_tokens"
         )
     return room if max_tokens is None else max_tokens
+
+
+def check_places(num_new: int, num_open: int, max_open: int) -> None:
+    """Checks that there is a place for each of some requests.
+
+    Raises:
+        QueueFullError: if there is not.
+    """
+    if num_open + num_new > max_open:
+        more = f", and {num_new} more do not fit" if num_new > 1 else ""
+        raise QueueFullError(f"{num_open} requests run or wait already{more}; try again later")
 
 
 def _check_ids(what: str, ids: Iterable[int], vocab_size: int, error: type[Exception]) -> None:

@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -24,13 +24,13 @@ from dlp_lora.bank.mixture_folder import Source
 from dlp_lora.engine.outline import Outline
 from dlp_lora.errors import AdapterError, DLPLoRAError, ModelError
 from dlp_lora.serve.answer_builder import AnswerBuilder, resolved
-from dlp_lora.serve.backend import BackendError, ClosedError, Health, QueueFullError, Request, Stats
+from dlp_lora.serve.backend import BackendError, ClosedError, Health, Request, Stats
 from dlp_lora.serve.llama_cpp.adapter_file import check_model_type
 from dlp_lora.serve.llama_cpp.library import LlamaContext, check_runs
 from dlp_lora.serve.llama_cpp.mixtures import Mixtures
 from dlp_lora.serve.llama_cpp.slot import Slot
 from dlp_lora.serve.prompt_router import OutlinePromptRouter
-from dlp_lora.serve.room import room_for
+from dlp_lora.serve.room import check_places, room_for
 from dlp_lora.serve.sampler import Sampler
 from dlp_lora.serve.stream import EventStream
 
@@ -145,26 +145,33 @@ class LlamaCppBackend:
         )
 
     def open(self, request: Request) -> EventStream:
-        """Takes a request.
+        """Takes a request, as `open_all` does."""
+        return self.open_all([request])[0]
+
+    def open_all(self, requests: Sequence[Request]) -> list[EventStream]:
+        """Takes requests, all of them or none.
 
         Raises:
-            PromptError: if the prompt is empty or does not fit into the model's context with `max_tokens`.
+            PromptError: if a prompt is empty or does not fit into the model's context with `max_tokens`.
             ValueError: if the logit bias names an unknown token.
-            AdapterError: if its mixture names an unknown adapter.
-            QueueFullError, ClosedError: if it takes none now.
+            AdapterError: if a mixture names an unknown adapter.
+            QueueFullError, ClosedError: if it has no room for all of them now.
         """
-        max_tokens = room_for(request, max_context=self.max_context, vocab_size=self._context.vocab_size)
+        rooms = [room_for(each, max_context=self.max_context, vocab_size=self._context.vocab_size) for each in requests]
         with self._lock:
             if not (health := self.health).is_alive:
                 raise ClosedError(health.reason)
-            if len(self._open) >= self.max_open:
-                raise QueueFullError(f"{self.max_open} requests run or wait already; try again later")
-            if unknown := sorted({n for m in request.call.mixtures or () for n in m} - self._sources.keys()):
+            check_places(len(requests), len(self._open), self.max_open)
+            fixed = {name for each in requests for mixture in each.call.mixtures or () for name in mixture}
+            if unknown := sorted(fixed - self._sources.keys()):
                 raise self._unknown(unknown[0])
-            stream = EventStream(lambda: self._post(partial(self._abort, slot)))
-            slot = Slot(AnswerBuilder(resolved(request), stream, max_tokens), dict(self._sources))
-            self._open.add(slot)
-            self._post(partial(self._queued.append, slot))
+            return [self._add(request, max_tokens) for request, max_tokens in zip(requests, rooms, strict=True)]
+
+    def _add(self, request: Request, max_tokens: int) -> EventStream:
+        stream = EventStream(lambda: self._post(partial(self._abort, slot)))
+        slot = Slot(AnswerBuilder(resolved(request), stream, max_tokens), dict(self._sources))
+        self._open.add(slot)
+        self._post(partial(self._queued.append, slot))
         return stream
 
     def check_adapter(self, path: str | Path, name: str) -> None:

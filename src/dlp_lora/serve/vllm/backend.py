@@ -23,9 +23,9 @@ from dlp_lora.engine.outline import Outline
 from dlp_lora.errors import AdapterError, DLPLoRAError
 from dlp_lora.policy import Mixture, RoutingSettings
 from dlp_lora.serve.answer_builder import AnswerBuilder, OneSentence, resolved
-from dlp_lora.serve.backend import BackendError, ClosedError, Health, QueueFullError, Request, Stats
+from dlp_lora.serve.backend import BackendError, ClosedError, Health, Request, Stats
 from dlp_lora.serve.prompt_router import OutlinePromptRouter
-from dlp_lora.serve.room import room_for
+from dlp_lora.serve.room import check_places, room_for
 from dlp_lora.serve.stream import EventStream
 from dlp_lora.serve.vllm.adapters import AnswerAdapters, ContentAdapters, KeptAdapter, SharedAdapters
 from dlp_lora.serve.vllm.answering import Answering, Counts
@@ -180,14 +180,32 @@ class VLLMBackend:
         )
 
     def open(self, request: Request) -> EventStream:
-        """Takes a request.
+        """Takes a request, as `open_all` does."""
+        return self.open_all([request])[0]
+
+    def open_all(self, requests: Sequence[Request]) -> list[EventStream]:
+        """Takes requests, all of them or none.
 
         Raises:
-            PromptError: if the prompt is empty or does not fit into the model's context with `max_tokens`.
-            ValueError: if these servers do not support it.
-            QueueFullError, ClosedError: if it takes none now.
+            PromptError: if a prompt is empty or does not fit into the model's context with `max_tokens`.
+            ValueError: if these servers do not support one.
+            QueueFullError, ClosedError: if it has no room for all of them now.
         """
-        max_tokens = room_for(request, max_context=self.max_context, vocab_size=self.outline.vocab_size)
+        rooms = [room_for(each, max_context=self.max_context, vocab_size=self.outline.vocab_size) for each in requests]
+        followed = [self._followed(request) for request in requests]
+        with self._lock:
+            if self._is_closing:
+                raise ClosedError("the server is closing")
+            check_places(len(requests), self._num_open, self.max_open)
+            self._num_open += len(requests)
+        return [self._add(request, max_tokens) for request, max_tokens in zip(followed, rooms, strict=True)]
+
+    def _followed(self, request: Request) -> Request:
+        """Returns a request as the servers can follow it.
+
+        Raises:
+            ValueError: if they cannot.
+        """
         self._check_followed(request.call.settings)
         request = resolved(request)
         changes: dict[str, Any] = {}
@@ -196,12 +214,9 @@ class VLLMBackend:
         request = replace(request, call=self._limited(request.call).changed(changes))
         if (grammar := request.sampling.grammar) is not None:
             request = replace(request, sampling=replace(request.sampling, grammar=_Followed(grammar.schema)))
-        with self._lock:
-            if self._is_closing:
-                raise ClosedError("the server is closing")
-            if self._num_open >= self.max_open:
-                raise QueueFullError(f"{self.max_open} requests run or wait already; try again later")
-            self._num_open += 1
+        return request
+
+    def _add(self, request: Request, max_tokens: int) -> EventStream:
         stream = EventStream(lambda: self._call(self._cancel, answer))
         answer = AnswerBuilder(request, stream, max_tokens)
         self._call(self._begin, answer)
