@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dlp_lora.files import name_of, recover_folder, replace_file, replace_folder, write_lines, write_text
+from dlp_lora.files import link_or_copy, name_of, recover_folder, replace_file, replace_folder, write_lines, write_text
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -347,3 +347,16 @@ def test_lines_are_written_whole_or_not_at_all_and_compressed_by_name(tmp_path: 
         write_lines(file, [{"text": "new"}, {"text": object()}])
     assert read()[0] == {"text": "é\u2028"}
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_file_that_another_folder_has_too_keeps_its_permissions(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    old = tmp_path / "old" / "weights"
+    old.write_text("w")
+    old.chmod(0o660)
+    with replace_folder(tmp_path / "new") as folder:
+        link_or_copy(str(old), str(folder / "weights"))
+        (folder / "own").write_text("o")
+        (folder / "own").chmod(0o600)
+    assert old.stat().st_mode & 0o777 == 0o660
+    assert (tmp_path / "new" / "own").stat().st_mode & 0o044 == 0o044

@@ -169,12 +169,14 @@ def _carry_over(entries: Sequence[Path], folder: Path) -> None:
 def _finish_files(folder: Path) -> None:
     """Gives all files of a folder ordinary permissions, and flushes them to the disk.
 
-    safetensors and `mkdtemp` write files that only their owner may read.
+    safetensors and `mkdtemp` write files that only their owner may read. Files that are also in another folder keep
+    their permissions.
     """
     mask = _umask()
     for parent, _, files in os.walk(folder, topdown=False):
         for file in files:
-            Path(parent, file).chmod(0o666 & ~mask)
+            if Path(parent, file).stat().st_nlink == 1:
+                Path(parent, file).chmod(0o666 & ~mask)
             _flush(Path(parent, file))
         Path(parent).chmod(0o777 & ~mask)
         _flush(Path(parent))

@@ -11,6 +11,7 @@ from transformers import DynamicCache, TextStreamer
 
 from conftest import WordRouter
 from dlp_lora import Context, Engine, Generation, Mixture, RoutingSettings, TopK
+from dlp_lora.engine.prompts import encode_prompt
 
 MakeEngine = Callable[..., Engine]
 QUESTIONS = ("Add the sum?", "A rhyme in verse?", "How long is an inch?")
@@ -186,6 +187,15 @@ def test_the_router_reads_each_text_of_a_prompt_once(make_engine: MakeEngine, pr
     else:
         engine.generate(prompt, **SHORT)
     assert router.asked.count(Context(prompt)) == 1
+
+
+def test_what_was_read_of_a_prompt_is_kept_only_until_its_row_starts(engine: Engine) -> None:
+    call = engine.call.changed({"known": {}})
+    prompt = encode_prompt(engine.tokenizer, "Hello there. What is the sum?")
+    assert engine.apart(prompt, call=call) == [prompt]
+    assert call.known
+    engine.start_row(prompt.tokens, call=call)
+    assert not call.known
 
 
 def test_it_is_the_default(make_engine: MakeEngine) -> None:

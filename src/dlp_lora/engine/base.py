@@ -77,7 +77,7 @@ class Base:
         """
         if not source:
             return cls(name="", origin="memory")
-        subfolder = subfolder or None
+        subfolder, revision = subfolder or None, None if revision == "main" else revision  # the default branch
         folder = folder or stored_folder(source, commit=commit or revision, subfolder=subfolder)
         fingerprint = Fingerprint.of(folder) if folder is not None else None
         if not _is_path(source):

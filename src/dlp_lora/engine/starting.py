@@ -60,4 +60,7 @@ class RowStarter:
             RouterError: if there is no router.
         """
         fixed = call.mixtures_of(len(prompts))
-        return start_rows(prompts, self.routing(call, among), lambda: Detokenizer(self._tokenizer), fixed=fixed)
+        rows = start_rows(prompts, self.routing(call, among), lambda: Detokenizer(self._tokenizer), fixed=fixed)
+        if call.known is not None:
+            call.known.clear()  # it has the texts of long prompts many times, and later sentences need none of them
+        return rows
