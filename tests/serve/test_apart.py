@@ -224,8 +224,6 @@ def test_more_questions_than_the_server_ever_has_room_for_are_answered_in_one_co
     service = local_service(engine, ServerSettings(max_batch=1, max_queue=1), Keys({}), name="tiny")
     try:
         assert "parts" not in post(service, engine, prompt=PROMPT, max_tokens=4)["choices"][0]["dlp"]
-        refused = over_http(service, AdapterManager(service), "/v1/completions", {"prompt": "x", "n": 3})
-        assert refused.status_code == 400  # it can never be answered, so it is not told to come back
     finally:
         service.backend.close()
 

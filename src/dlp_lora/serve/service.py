@@ -174,9 +174,8 @@ class Service:
         choice = self.names.choose(body.model, visible)
         call, among = self._routed(choice, body.options, access)
         n = body.n or 1
-        limit = min(MAX_CHOICES, self.backend.max_open)
-        if n * len(prompts) > limit:
-            raise invalid(f"n: {n} answers to {len(prompts)} prompts are more than {limit}", "n")
+        if n * len(prompts) > MAX_CHOICES:
+            raise invalid(f"n: {n} answers to {len(prompts)} prompts are more than {MAX_CHOICES}", "n")
         if unknown := next((t for t in body.stop_token_ids or () if t >= self.encoder.vocab_size), None):
             raise invalid(
                 f"stop_token_ids: the model knows token ids up to {self.encoder.vocab_size - 1}, got {unknown}",
