@@ -96,8 +96,6 @@ class Estimate:
 
     requests_s: float
     batch: float
-    batch_of_slots: float
-    batch_of_memory: float
     step_ms: float
     prompt_ms: float
     switch_ms: float  # of an answer
@@ -195,8 +193,6 @@ def estimate(policy: Policy, load: Load, gpu: GPU, model: Model) -> Estimate:
     return Estimate(
         requests_s=1 / total,
         batch=batch,
-        batch_of_slots=by_slots,
-        batch_of_memory=by_memory,
         step_ms=step_s * 1e3,
         prompt_ms=prompt_s * 1e3,
         switch_ms=switch_s * 1e3,

@@ -13,6 +13,7 @@ from typing import Any
 
 from dlp_lora.lab.evals.methods import MAIN, about, label
 from dlp_lora.lab.records.table import markdown_grid
+from dlp_lora.lab.report.router.tables import MADE_FROM
 
 ROOT = Path(__file__).parents[1]
 PAGES = (
@@ -83,18 +84,18 @@ STEP: dict[str, Cell] = {"ms/token": _number("ms_per_token", 1), **RATIO}
 MEMORY: dict[str, Cell] = {"peak MB": _number("peak_mb", 0), "peak over base": _number("memory_ratio", 2)}
 
 
-def _decoding(name: str, *, names: Sequence[str] = ()) -> Callable[[], str]:
-    """Time a token of each variant, or of the named ones in a narrower table."""
+def _decoding(name: str) -> Callable[[], str]:
+    """Time a token of each variant."""
     columns = {
         **VARIANT,
         **STEP,
         "over a base alike": _number("ratio_over_alike", 3),
-        **({} if names else {"of bandwidth": _percent("bandwidth_share", 0)}),
+        "of bandwidth": _percent("bandwidth_share", 0),
         "peak over base": MEMORY["peak over base"],
     }
 
     def rows() -> list[dict[str, Any]]:
-        return [{**row, **_alike(row, name)} for row in _record(name)["rows"] if not names or row["name"] in names]
+        return [{**row, **_alike(row, name)} for row in _record(name)["rows"]]
 
     return lambda: _table(columns, rows(), words=2)
 
@@ -167,7 +168,6 @@ def _rows(name: str, columns: Mapping[str, Cell], *, words: int = 1) -> Callable
 def _untrained() -> str:
     """Routers without training, by data and by what they are made from."""
     data = {"the paper's 26": "untrained_tasks26", "41 others": "untrained_tasks_extra"}
-    made = {"description": "a description", "1": "1 example", "8": "8 examples", "32": "32 examples"}
     columns: dict[str, Cell] = {
         "tasks": lambda row: row["data"],
         "made from": lambda row: row["made"],
@@ -177,7 +177,7 @@ def _untrained() -> str:
         "everyday prompts sent to the base": _percent("everyday_to_base", 1),
     }
     rows = [
-        {"data": name, "made": made[kind], **found["mean"]}
+        {"data": name, "made": MADE_FROM[kind], **found["mean"]}
         for name, record in data.items()
         for kind, found in _record(record)["scenarios"]["untrained"]["made_from"].items()
     ]
@@ -620,7 +620,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "router-peers": _router_peers,
     "untrained": _untrained,
     "decode": _decoding("decode"),
-    "decode-short": _decoding("decode", names=("base", "base again", "dlp-lora, 3 of 26", "peft one adapter")),
     "decode-batch8": _decoding("decode_batch8"),
     "decode-amx": _decoding("decode_amx"),
     "decode-amx-batch8": _decoding("decode_amx_batch8"),
@@ -683,7 +682,7 @@ TABLES: dict[str, Callable[[], str]] = {
             "start-up, s": _number("load_s", 2),
             "kept, MB": _number("kept_mb", 0),
             "resident, MB": _number("resident_mb", 0),
-            "fusing 3, ms": _number("hit_ms", 2),
+            "fusing 3, ms": lambda row: "–" if row["num_adapters"] < 3 else _number("hit_ms", 2)(row),
             "3 from disk, ms": _number("miss_ms", 1),
         },
     ),

@@ -27,6 +27,7 @@ from dlp_lora.default_model import default_gguf
 from dlp_lora.engine.outline import read_outline
 from dlp_lora.files import write_json
 from dlp_lora.lab.bench.load import Answer, ask, latency, ms_per_token, tokens_per_s
+from dlp_lora.lab.bench.serve import ONE_CONTEXT
 from dlp_lora.lab.bench.server import Server, serving
 from dlp_lora.lab.bench.timing import Run, interleave
 from dlp_lora.lab.records.environment import environment
@@ -163,7 +164,7 @@ class Turn:
         drawn = [procedural_task(name, num_train=1, num_test=num, seed=seed).test for name in PROCEDURAL]
         questions = [examples[k].prompt for k in range(num) for examples in drawn]
         chats = [[{"role": "user", "content": f"{a}\n{b}"}] for a, b in islice(pairwise(questions), num)]
-        same = {"max_tokens": self.args.tokens, "temperature": 0, "dlp": {"kv_policy": self.kv_policy}}
+        same = {"max_tokens": self.args.tokens, "temperature": 0, "dlp": {"kv_policy": self.kv_policy, **ONE_CONTEXT}}
         return [{"messages": chat, **same} for chat in chats]
 
 

@@ -43,7 +43,7 @@ class Run:
             self.parameters.values(), lr=args.learning_rate, weight_decay=args.weight_decay
         )
         per_epoch = math.ceil(len(examples) / args.batch_size)
-        self.num_steps = max(1, round(per_epoch * args.epochs))
+        self.num_steps = num_steps(len(examples), args)
         stable = args.schedule == "warmup_stable_decay"  # a run of more epochs begins with the same steps
         self.num_warm = max(1, round(args.warmup * (per_epoch if stable else self.num_steps)))
         self.num_stable = self.num_steps - round(args.decay * self.num_steps) if stable else self.num_steps
@@ -125,10 +125,18 @@ class Run:
 
     def batch(self) -> list[tuple[list[int], list[int]]]:
         """The examples of the next step: a function of seed and step alone, so a resumed run sees the same ones."""
-        per_epoch = math.ceil(len(self.examples) / self.args.batch_size)
-        epoch, index = divmod(self.step, per_epoch)
-        batches = bucketed(self.examples, self.args.batch_size, random.Random(f"{self.args.seed} {epoch}"))
-        return [self.examples[i] for i in batches[index]]
+        return [self.examples[i] for i in batch_at(self.step, self.examples, self.args)]
+
+
+def batch_at(step: int, examples: Sequence[tuple[list[int], list[int]]], args: AdapterTrainingArgs) -> list[int]:
+    """The places of the examples that a step learns from."""
+    epoch, index = divmod(step, math.ceil(len(examples) / args.batch_size))
+    return bucketed(examples, args.batch_size, random.Random(f"{args.seed} {epoch}"))[index]
+
+
+def num_steps(num_examples: int, args: AdapterTrainingArgs) -> int:
+    """How many steps a run takes."""
+    return max(1, round(math.ceil(num_examples / args.batch_size) * args.epochs))
 
 
 def fit(

@@ -580,6 +580,14 @@ def echo(num: int = 6) -> Task:
     return Task(name="echo", train=(Example(prompt="long" * 400, answer="left out"), *examples), test=())
 
 
+@pytest.mark.parametrize("epochs", [0.5, 3.0])
+def test_both_ways_to_train_end_at_the_same_loss_on_the_same_batches(model: Path, epochs: float) -> None:
+    several = replace(TRAINING, epochs=epochs, learning_rate=1e-2)
+    theirs, ours = bench_train(model, [echo(10)], TrainArgs(num_samples=10, rounds=1, training=several))["rows"]
+    assert ours["loss"] < ours["loss_before"] - 0.01
+    assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-3)
+
+
 def test_both_ways_to_train_see_the_same_samples_and_end_at_the_same_loss(model: Path) -> None:
     record = bench_train(model, [echo()], TrainArgs(num_samples=10, rounds=1, training=TRAINING))
     theirs, ours = record["rows"]
@@ -599,9 +607,9 @@ def test_both_ways_to_train_see_the_same_samples_and_end_at_the_same_loss(model:
 def test_no_figures_are_given_when_the_two_ways_to_train_end_at_other_losses(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def train_less(*args: Any) -> None:
+    def train_less(*args: Any, **options: Any) -> None:
         *others, settings, out = args
-        trainer(*others, replace(settings, learning_rate=1e-9), out)
+        trainer(*others, replace(settings, learning_rate=1e-9), out, **options)
 
     trainer = train._train_with_trainer
     monkeypatch.setattr(train, "_train_with_trainer", train_less)

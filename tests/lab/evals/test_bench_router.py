@@ -19,7 +19,16 @@ from conftest import byte_tokenizer, lively_model, make_adapter
 from dlp_lora import Context, MiniMLP, Switching, TopK
 from dlp_lora.cli.app import app
 from dlp_lora.errors import AdapterError, RecordError, TaskError
-from dlp_lora.lab.evals.router import SCENARIOS, RouterBenchArgs, Setting, Trained, bench_router, samples
+from dlp_lora.lab.evals.router import (
+    SCENARIOS,
+    RouterBenchArgs,
+    Setting,
+    Trained,
+    bench_router,
+    run,
+    samples,
+    trainings,
+)
 from dlp_lora.lab.evals.router import measures as m
 from dlp_lora.lab.evals.router.ceiling import ceiling, shared
 from dlp_lora.lab.evals.router.disguises import DISGUISES, disguised
@@ -36,7 +45,7 @@ from dlp_lora.router.encoder import albert_config
 from dlp_lora.sentences import split
 from dlp_lora.tasks import CATALOG, Example, Task, write_task
 from dlp_lora.training.calibration import NUM_BINS, calibration_error, reliability
-from dlp_lora.training.router import RouterTrainingArgs
+from dlp_lora.training.router import REPORT_FILE, RouterTrainingArgs
 
 TOKENIZER = byte_tokenizer().backend_tokenizer
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
@@ -322,6 +331,18 @@ def test_a_summary_counts_what_is_right_in_all_and_by_task() -> None:
     assert m.summary(m.pooled([FOUR, FOUR]))["num"] == 8
 
 
+def test_old_prompts_that_are_asked_after_each_try_are_no_new_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    guesses = MiniMLP(Marks.names, TOKENIZER)
+    monkeypatch.setattr(trainings, "add_tasks", lambda router, tasks, seed: guesses)
+    asked = setting(splits=0, added=(1,), examples=(4,))
+    (row,) = bench_router(asked, only=["extension"])["scenarios"]["extension"]["add"]
+    once = m.accuracy(asked.read(samples.whole(asked.asked), guesses).right, np.arange(24))
+    assert (len(row["tasks"]), row["old"]["num"]) == (2, 48)
+    assert row["old"]["interval"] == once["interval"]
+    assert once["interval"][0] < once["interval"][1]
+
+
 def test_an_interval_over_groups_draws_whole_groups() -> None:
     right = np.array([True] * 50 + [False] * 50)
     apart, together = m.accuracy(right), m.accuracy(right, np.arange(100) // 50)
@@ -523,6 +544,43 @@ def test_wrong_requests_are_refused_by_name() -> None:
         RouterBenchArgs(serial=(1,))
     with pytest.raises(ValueError, match="per_task must be at least 1"):
         RouterBenchArgs(per_task=0)
+
+
+def test_a_scenario_that_ran_elsewhere_names_its_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "router.json"
+    first = bench_router(setting(Marks()), only=["answers"], file=file)
+    monkeypatch.setattr(run, "environment", lambda: {**first["environment"], "cpu": "Abacus 7"})
+    found = bench_router(setting(Marks()), only=["answers", "timing"], file=file)
+    assert found["environment"] == first["environment"]
+    assert {name: own["cpu"] for name, own in found["elsewhere"].items()} == {"timing": "Abacus 7"}
+    assert "| Those of timing | cpu Abacus 7, " in write_report(file).markdown.read_text()
+
+
+def test_a_record_goes_on_only_with_the_router_that_it_trained(tmp_path: Path) -> None:
+    file = tmp_path / "router.json"
+    work = tmp_path / "work"
+
+    def bench(scenario: str) -> None:
+        bench_router(Setting(TASKS, TOKENIZER, ARGS, folder=work), only=[scenario], file=file)
+
+    bench("answers")
+    bench("timing")
+    names = Setting(TASKS, TOKENIZER, ARGS, folder=work).main.router.names
+    report = (work / "main" / REPORT_FILE).read_bytes()
+    MiniMLP(names, TOKENIZER, calibration=Calibration(fit_threshold=1.0)).save_pretrained(work / "main")
+    (work / "main" / REPORT_FILE).write_bytes(report)
+    with pytest.raises(RecordError, match="trained again it came out differently"):
+        bench("prompts")
+    assert list(json.loads(file.read_text())["scenarios"]) == ["answers", "timing"]
+
+
+def test_routers_without_training_are_measured_without_training_one(tmp_path: Path) -> None:
+    write_encoder(tmp_path / "encoder")
+    found = bench_router(setting(encoder=str(tmp_path / "encoder")), only=["untrained"], file=tmp_path / "router.json")
+    assert found["router"]["type"] is None
+    markdown = write_report(tmp_path / "router.json").markdown.read_text()
+    kept = found["scenarios"]["untrained"]["made_from"]["8"]["mean"]["kept"]
+    assert f"| 8 examples | {100 * kept:.1f} |" in markdown
 
 
 def test_a_trained_router_is_kept_and_read_again(tmp_path: Path) -> None:

@@ -278,10 +278,38 @@ def test_table_5_compares_both_models_over_the_tasks_of_the_larger_one() -> None
     changes = [cell.change for cell in (small["", "Accuracy"], small["", "BLEU"]) if isinstance(cell, Cell)]
     assert changes == ["+100.0 %", "−50.0 %"]
     assert small["", "Inference time (s)"] is None  # it is over all tasks
-    data["larger"] = {"model": "huge", "seconds": 75000.0, "scores": {task: {} for task in TASKS}}
+    larger = {"model": "huge", "seconds": 75000.0, "scores": {task: {} for task in TASKS}, "left_out": {"chat": 3}}
+    data["larger"] = larger
     time = cells(tables.larger_table(record(data)), "tiny + DLP-LoRA")["", "Inference time (s)"]
     assert isinstance(time, Cell)
     assert time.change == "−90.0 %"
+    data["larger"] = {**larger, "left_out": {"chat": 4, "sums": 0}}
+    table = tables.larger_table(record(data))
+    assert {cells(table, name)["", "Inference time (s)"] for name in ("huge", "tiny + DLP-LoRA")} == {None}
+    assert any("left out other questions" in note for note in table.notes)
+
+
+def test_a_task_without_test_questions_empties_neither_table_5_nor_a_composites_size() -> None:
+    data = full()
+    data["data"]["tasks"]["unasked"] = {"kind": "mcq", "num_train": 9, "num_test": 0}
+    small = cells(tables.larger_table(record(data)), "tiny + DLP-LoRA")
+    assert value(small["", "Accuracy"]) == pytest.approx(80.0)
+    rows = tables.composite_table(record(data)).rows
+    assert [row[2] for row in rows if row[:2] == ("tiny", "one LoRA, r 64")] == ["5"]
+    data["larger"] = {"model": "huge", "seconds": 9.0, "scores": {task: {} for task in TASKS}, "left_out": {"chat": 3}}
+    assert value(cells(tables.larger_table(record(data)), "huge")["", "Inference time (s)"]) == 9.0
+
+
+def test_a_record_of_an_evaluation_is_named_by_its_bundle_and_counts_what_it_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = {"sums": {"kind": "mcq", "num_test": 7}, "chat": {"kind": "qa", "num_test": 3}}
+    data = {**full(), "name": None, "bundle": "mine", "data": {"tasks": tasks}}
+    assert record(data).name == "mine"
+    assert "; examples: 10 to be scored on" in to_markdown(provenance.making_table(record(data)))
+    (tmp_path / "scores.json").write_text(json.dumps({**data, "bundle": None}))
+    monkeypatch.chdir(tmp_path)
+    assert read_record("scores.json").name == tmp_path.name
 
 
 @pytest.mark.parametrize(
@@ -474,7 +502,7 @@ def test_how_it_was_made_is_told() -> None:
     text = to_markdown(provenance.making_table(record(full())))
     for fact in ("tiny", "sha256:0123", "Abacus 7", "2 cores", "torch 2.13.0", "2,346 MB", "DLP-LoRA 2 h 05 min"):
         assert fact in text
-    assert "45 examples to learn from, 50 to be scored on" in text
+    assert "5; examples: 45 to learn from, 50 to be scored on" in text
     assert "1 examples to learn from, 3 to be scored on (chat 3)" in text
     assert '| adapter | {"r": 8} |' in to_markdown(provenance.settings_table(record(full())))
     assert "| sums | 9 | 1 | 61.5 | 0.125 |" in to_markdown(provenance.training_table(record(full())))

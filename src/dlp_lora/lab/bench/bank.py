@@ -83,7 +83,7 @@ def _open(case: Case, size: int, selected: int, budget_mb: float | None) -> tupl
         "load_s": round(load_s, 2),
         "num_misses": num_misses,
         "miss_ms": round(median(first), 3) if num_misses else None,
-        "hit_ms": round(median(hits), 3),
+        "hit_ms": round(median(hits), 3) if size > 1 else None,  # the one mixture stays in the buffers
     }
 
 

@@ -306,10 +306,11 @@ class _Case:
         ]
 
     def draws(self, name: str, streams: int) -> Draws:
-        """The requests of each round over so many streams; none comes twice, so no server has read one before."""
+        """The requests of each round of a load; none comes twice, so no server has read one before."""
 
         def draw(i: int) -> list[dict[str, Any]]:
-            return self.bodies(name, seed=i * (max(self.args.streams) + 1) + streams)
+            place = i * len(LOADS) + LOADS.index(name)
+            return self.bodies(name, seed=place * (max(self.args.streams) + 1) + streams)
 
         return draw
 

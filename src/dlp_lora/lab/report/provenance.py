@@ -87,8 +87,12 @@ def _count(number: float) -> str:
 
 def _count_tasks(record: Record) -> str:
     described = record.run.data.tasks.values()
-    train, test = sum(task.num_train or 0 for task in described), sum(task.num_test or 0 for task in described)
-    return f"{len(record.tasks)}: {train:,} examples to learn from, {test:,} to be scored on"
+    counts = {
+        "to learn from": [row.num_train for row in described if row.num_train is not None],
+        "to be scored on": [row.num_test for row in described if row.num_test is not None],
+    }
+    examples = ", ".join(f"{sum(own):,} {what}" for what, own in counts.items() if own)
+    return f"{len(record.tasks)}" + (f"; examples: {examples}" if examples else "")
 
 
 def _left_out(record: Record) -> str | None:

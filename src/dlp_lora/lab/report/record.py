@@ -50,7 +50,7 @@ class Record:
     @property
     def name(self) -> str:
         """The run's name."""
-        return self.run.name or self.path.parent.name
+        return self.run.name or self.run.bundle or self.path.resolve().parent.name
 
     @property
     def model(self) -> str:

@@ -139,8 +139,10 @@ def composite_table(record: Record) -> Table:
 def larger_table(record: Record) -> Table:
     """Table 5: the base with DLP-LoRA against a larger plain model, both over the same tasks."""
     larger = record.run.larger
-    tasks = [task for task in record.tasks if larger is None or task.name in larger.scores]
-    is_whole = len(tasks) == len(record.tasks)
+    scored = record.scored(record.tasks)
+    tasks = [task for task in scored if larger is None or task.name in larger.scores]
+    is_whole = len(tasks) == len(scored)
+    asks_others = larger is not None and _counted(larger.left_out) != _counted(record.run.left_out)
     large: dict[str, Measure | None] = {}
     small: dict[str, Measure | None] = {}
     for metric in POOLED_METRICS:
@@ -149,9 +151,9 @@ def larger_table(record: Record) -> Table:
             value = _mean_of([at(larger.scores, name, metric) for name in names])
             large[metric] = measure_of(value, larger.pooled_intervals.get(metric) if is_whole else None, metric)
         small[metric] = record.mean("dlp", names, metric)
-    if larger is not None and is_whole:  # a time over other tasks says nothing
+    if larger is not None and is_whole and not asks_others:  # a time over other questions says nothing
         large["seconds"] = _exact(larger.seconds)
-    if is_whole:
+    if is_whole and not asks_others:
         small["seconds"] = _exact(record.run.timings.get("dlp"))
     theirs, ours = ({name: _exact(getattr(row, name)) for name in _TABLE_5} for row in paper.TABLE_5)
     return table_of(
@@ -165,6 +167,7 @@ def larger_table(record: Record) -> Table:
         ),
         notes=(
             *(() if larger else (f"In this run {NO_LARGER}: its row is empty.",)),
+            *((_OTHERS,) if asks_others else ()),
             not_the_paper(record),
             *_stand_ins(record),
             _RELATIVE.format("the larger model"),
@@ -206,6 +209,7 @@ def relative(value: float, reference: float) -> str:
     return f"{number(100 * (value - reference) / reference, signed=True)} %" if reference else ""
 
 
+_OTHERS = "The larger model left out other questions, which were too long for it; so no times are shown."
 _RELATIVE = "The per cent beside a number of DLP-LoRA is its relative change over {}."
 _TABLE_5 = {"seconds": "Inference time (s)", **{metric: METRICS[metric] for metric in POOLED_METRICS}}
 
@@ -243,7 +247,7 @@ def _composite_row(record: Record, method: str, composites: Sequence[str]) -> Ro
         composite, measure = next(((c, m) for c, m in found if m), ("", None))
         cells.append(_over(measure, record.composite(composite, "base", metric) if method == "dlp" else None))
     (first, *others) = composites
-    num_tasks = str(len(record.tasks)) if others else first.removeprefix("composite-")
+    num_tasks = str(len(record.scored(record.tasks))) if others else first.removeprefix("composite-")
     return (record.model, label(method), num_tasks, *cells)
 
 
@@ -271,6 +275,10 @@ def _exact(value: float | None) -> Measure | None:
 def _mean_of(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return fmean(known) if known and len(known) == len(values) else None
+
+
+def _counted(left_out: Mapping[str, float] | None) -> dict[str, float]:
+    return {task: count for task, count in (left_out or {}).items() if count}
 
 
 def _stand_ins(record: Record) -> tuple[str, ...]:

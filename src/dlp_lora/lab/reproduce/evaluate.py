@@ -73,7 +73,12 @@ def evaluate_bundle(
         router_hash=identity.get("routing", {}).get("router"),
         environment=environment(),
         metrics={"bleu": bleu_signature()} if "qa" in kinds.values() else {},
-        data=Data(hash=data_hash(list(tasks)), tasks={task.name: TaskRecord(kind=kinds[task.name]) for task in tasks}),
+        data=Data(
+            hash=data_hash(list(tasks)),
+            tasks={
+                task.name: TaskRecord(kind=kinds[task.name], num_test=len(task.test[: args.limit])) for task in tasks
+            },
+        ),
         settings={**asdict(args), **engine.settings.to_dict()},
         left_out=left_out,
     )

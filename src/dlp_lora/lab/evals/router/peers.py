@@ -20,6 +20,7 @@ from peft import ArrowConfig, create_arrow_model
 from peft.tuners.lora.arrow import ArrowLoraLinearLayer
 from torch import Tensor
 
+from dlp_lora.chat import chat_tokens
 from dlp_lora.default_model import default_model
 from dlp_lora.errors import AdapterError, DLPLoRAError
 from dlp_lora.lab.evals.router.measures import accuracy, auroc, false_route_rate, rounded
@@ -30,11 +31,13 @@ from dlp_lora.router import Context
 from dlp_lora.router.encoder import TextEncoder, default_encoder
 from dlp_lora.router.everyday import everyday_prompts
 from dlp_lora.router.prototypes import PrototypeRouter, embed
+from dlp_lora.tasks.formats import as_prompt
 from dlp_lora.training.base import load_base
 
 EXAMPLES = 100  # of each task, for peers with a sentence encoder
 NEIGHBOURS = 10  # that vote
 NUM_TIMED = 100  # prompts
+MAX_TOKENS = 512  # of a prompt, for peers that need a pass of the base model
 NUM_FOREIGN = 500  # prompts for those that need a pass of the base model
 
 Texts = Mapping[str, Sequence[str]]
@@ -57,9 +60,10 @@ Choose = Callable[[Sequence[str]], Choice]
 
 @dataclass(frozen=True, kw_only=True)
 class Peer:
-    """One way to choose, and its needs."""
+    """One way to choose, and its needs; `timed` is the choice by itself, where `choose` does more."""
 
     choose: Choose
+    timed: Callable[[Sequence[str]], object] | None = None
     names: Sequence[str]
     needs: str
     num_foreign: int | None = None  # prompts that belong to no task; None for all
@@ -96,7 +100,7 @@ def _measured(peer: Peer, setting: Setting, name: str) -> dict[str, Any]:
         found["num_foreign"] = len(foreign)
         found["auroc"] = rounded(auroc(inside.scores, outside.scores))
         found["false_routes"] = rounded(false_route_rate(inside.scores, outside.scores))
-    return {**found, "prompt_ms": _prompt_ms(peer.choose, unread(asked, name))}
+    return {**found, "prompt_ms": _prompt_ms(peer.timed or peer.choose, unread(asked, name))}
 
 
 def unread(asked: Sequence[Question], name: str) -> list[str]:
@@ -109,7 +113,7 @@ def unread(asked: Sequence[Question], name: str) -> list[str]:
     return [" ".join(rng.sample(own, len(own))) for own in words]
 
 
-def _prompt_ms(choose: Choose, texts: Sequence[str]) -> float:
+def _prompt_ms(choose: Callable[[Sequence[str]], object], texts: Sequence[str]) -> float:
     """The median time of single prompts, on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -152,6 +156,7 @@ def _ours(setting: Setting, _: "Encoder | None", *, among: Sequence[str] = ()) -
     parameters = f"{setting.main.num_parameters or 0:,} parameters"
     return Peer(
         choose=choose,
+        timed=lambda texts: router.probabilities([Context(text) for text in texts]),
         names=names,
         needs=f"{parameters}, trained on the tasks' prompts",
         num_foreign=NUM_FOREIGN if among else None,
@@ -236,7 +241,10 @@ def _semantic_router(setting: Setting, encoder: "Encoder | None") -> Peer:
 
 
 def _arrow(setting: Setting, _: "Encoder | None") -> Peer:
-    """PEFT chooses for each token and layer; a text goes to the adapter with the highest mean weight over them."""
+    """PEFT chooses for each token and layer; a text goes to the adapter with the highest mean weight over them.
+
+    It reads a text in the chat template, if the base has one, as its adapters have learned it.
+    """
     if setting.args.adapters is None:
         raise MissingError("needs adapters of the tasks; give --adapters")
     folder = Path(setting.args.adapters)
@@ -265,8 +273,9 @@ def _arrow(setting: Setting, _: "Encoder | None") -> Peer:
     @torch.no_grad()
     def mean_weights(text: str) -> Tensor:
         weights.clear()
-        ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=512).input_ids
-        model(ids.to(model.device))
+        prompt = as_prompt(tokenizer, text, "auto")
+        read = tokenizer(prompt).input_ids if isinstance(prompt, str) else chat_tokens(tokenizer, prompt)
+        model(torch.tensor([read[:MAX_TOKENS]], device=model.device))
         return torch.stack(weights).float().mean(dim=0).cpu()
 
     def choose(asked: Sequence[str]) -> Choice:

@@ -12,11 +12,12 @@ from dlp_lora.files import write_json
 from dlp_lora.lab.evals.router import scenarios, trainings
 from dlp_lora.lab.evals.router.peers import peers
 from dlp_lora.lab.evals.router.scenarios import Scenario
-from dlp_lora.lab.evals.router.setting import Setting
+from dlp_lora.lab.evals.router.setting import Setting, Trained
 from dlp_lora.lab.evals.router.targets import judged
 from dlp_lora.lab.evals.router.untrained import untrained
 from dlp_lora.lab.records.environment import environment
 from dlp_lora.progress import Progress
+from dlp_lora.router import router_hash
 
 FORMAT = 1
 SCENARIOS: Mapping[str, Scenario] = {
@@ -60,6 +61,7 @@ def bench_router(
     key = setting.key()
     record = _kept(file, key) if file and not overwrite else None
     record = record or {"format": FORMAT, "benchmark": "router", "key": key, "scenarios": {}}
+    _check_router(record, setting)
     for name in only or SCENARIOS:
         if name in record["scenarios"]:
             continue
@@ -67,7 +69,7 @@ def bench_router(
         start = time.perf_counter()
         found = SCENARIOS[name](setting)
         record["scenarios"][name] = {**found, "seconds": round(time.perf_counter() - start, 2)}
-        record |= _described(setting)
+        _describe(record, name, setting)
         record["targets"] = judged(record)
         if file:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -76,22 +78,39 @@ def bench_router(
     return record
 
 
-def _described(setting: Setting) -> dict[str, Any]:
-    main = setting.main
+def _check_router(record: Mapping[str, Any], setting: Setting) -> None:
+    """Refuses to go on with another router than the one that a record's scenarios have trained."""
+    kept = (record.get("router") or {}).get("hash")
+    if kept is not None and router_hash(setting.main.router) != kept:
+        raise RecordError(
+            "the router that this run trained is not kept, and trained again it came out differently; give the folder "
+            "with it (--router or --work), or begin again (--overwrite)"
+        )
+
+
+def _describe(record: dict[str, Any], scenario: str, setting: Setting) -> None:
+    """Adds to a record what it is of; `elsewhere` are the environments of scenarios that ran in another one."""
+    now = environment()
+    if record.setdefault("environment", now) != now:
+        record.setdefault("elsewhere", {})[scenario] = now
+    record["settings"] = asdict(setting.args)
+    record["data"] = {
+        "tasks": [task.name for task in setting.tasks],
+        "extra": [task.name for task in setting.extra],
+        "labels": setting.labels,
+    }
+    record["router"] = _router(setting.known) | {"given": setting.given is not None}
+
+
+def _router(known: Trained | None) -> dict[str, Any]:
+    """What a record says of its router; one that no scenario asked for has no type."""
+    if known is None:
+        return dict.fromkeys(("type", "num_parameters", "seconds", "hash"))
     return {
-        "settings": asdict(setting.args),
-        "environment": environment(),
-        "data": {
-            "tasks": [task.name for task in setting.tasks],
-            "extra": [task.name for task in setting.extra],
-            "labels": setting.labels,
-        },
-        "router": {
-            "type": type(main.router).__name__,
-            "given": setting.given is not None,
-            "num_parameters": main.num_parameters,
-            "seconds": main.seconds,
-        },
+        "type": type(known.router).__name__,
+        "num_parameters": known.num_parameters,
+        "seconds": known.seconds,
+        "hash": router_hash(known.router),
     }
 
 

@@ -154,12 +154,10 @@ def outside(setting: Setting) -> dict[str, Any]:
     """The extra tasks, for which no adapter was trained: does the router recognise them as foreign."""
     if not setting.asked_outside:
         return skipped("no extra tasks were given (--extra)")
-    return outside_of(
-        setting.main.router, setting.whole, setting.read(samples.whole(setting.asked_outside)), setting.asked_outside
-    )
+    return outside_of(setting.whole, setting.read(samples.whole(setting.asked_outside)), setting.asked_outside)
 
 
-def outside_of(router: Router, inside: Reading, found: Reading, asked: Sequence[Question]) -> dict[str, Any]:
+def outside_of(inside: Reading, found: Reading, asked: Sequence[Question]) -> dict[str, Any]:
     """How well scores separate the tasks' texts from foreign ones: for all foreign tasks, and for each."""
     names = np.array([q.task for q in asked])
     return {
@@ -275,7 +273,7 @@ def _serial(setting: Setting, walks: Sequence[Walk]) -> dict[str, Any]:
     return {
         **summary(reading),
         **accuracy(reading.right, groups),
-        "first_after_change": accuracy(reading.right[changed]),
+        "first_after_change": accuracy(reading.right[changed], np.unique(groups[changed], return_inverse=True)[1]),
         "delay_sentences": rounded(np.mean(late)),
         "changes": rounded(changed.sum() / len(walks)),
         "hysteresis": hysteresis,

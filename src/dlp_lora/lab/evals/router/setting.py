@@ -27,6 +27,7 @@ from dlp_lora.tasks.task import Task
 from dlp_lora.training.router import REPORT_FILE, RouterTrainingArgs, train_router
 
 BATCH = 128
+MAIN = "main"  # the name of the router that is measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +126,12 @@ class Setting:
     @cached_property
     def main(self) -> Trained:
         """The router that is measured."""
-        return self.given or self.train("main", self.tasks)
+        return self.given or self.train(MAIN, self.tasks)
+
+    @property
+    def known(self) -> Trained | None:
+        """The router that is measured, if it was given or is trained already."""
+        return self.given or self._trained.get(MAIN)
 
     @cached_property
     def whole(self) -> Reading:

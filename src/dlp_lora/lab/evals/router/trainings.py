@@ -37,7 +37,7 @@ def left_out(setting: Setting) -> dict[str, Any]:
         inside, outside = samples.questions(kept, limit=limit), samples.questions(left, limit=limit)
         if inside and outside:
             known, unknown = (setting.read(samples.whole(asked), router) for asked in (inside, outside))
-            found[name] = {"accuracy": summary(known)["accuracy"], **outside_of(router, known, unknown, outside)}
+            found[name] = {"accuracy": summary(known)["accuracy"], **outside_of(known, unknown, outside)}
     if not found:
         return skipped("the tasks to leave out have no test examples")
     return {
@@ -217,7 +217,7 @@ def _extended(
         "tasks": [task.name for tasks in tries for task in tasks],
         "new": accuracy(np.concatenate(new)),
         "new_fit": rounded(np.concatenate(fits).mean()),
-        "old": accuracy(np.concatenate(old)),
+        "old": accuracy(np.concatenate(old), np.tile(np.arange(len(base.asked)), len(old))),
         "lost": rounded(before.mean() - np.mean([own.mean() for own in old])),
         "add_seconds": rounded(np.mean(seconds)),
         # Of extra tasks that the router knows neither before nor after.

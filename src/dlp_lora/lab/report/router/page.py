@@ -35,6 +35,7 @@ def router_sections(record: Found, pictures: Sequence[Picture]) -> tuple[Section
         of("Out of domain: tasks left out", "left_out", *tables.outside(record, "left_out")),
         of("Robustness", "robustness", tables.robustness(record)),
         of("Among instructions", "instructions", tables.instructions(record)),
+        of("Without training", "untrained", tables.untrained(record)),
         of("Other ways to choose", "peers", tables.peers(record)),
         of("Scale", "scale", tables.scale(record, "scale"), tables.scale(record, "synthetic")),
         of("New tasks", "extension", tables.added(record), tables.removed(record)),

@@ -9,6 +9,9 @@ from dlp_lora.lab.report.provenance import duration
 from dlp_lora.lab.report.record import at
 from dlp_lora.lab.report.router.record import Found, measure_of, parts_of, scenario_of
 
+MADE_FROM = {"description": "a description", "1": "1 example", "8": "8 examples", "32": "32 examples"}
+"""What a router without training is made from, by its name in the record."""
+
 _SCALES = {"%": 100.0, "points": 100.0, "M": 1e-6}
 
 
@@ -230,6 +233,22 @@ def peers(record: Found) -> Table:
     return table_of("Whole prompts to their tasks", columns, rows, num_labels=2)
 
 
+def untrained(record: Found) -> Table:
+    """What routers without training keep of their tasks' prompts, and send away of others."""
+    shares = {
+        "kept": "Routed, %",
+        "kept_and_right": "Routed and right, %",
+        "left_out_to_base": "Left-out tasks sent to the base, %",
+        "everyday_to_base": "Everyday prompts sent to the base, %",
+    }
+    rows = [
+        (MADE_FROM.get(name, name), *(_cell(own["mean"][key]) for key in shares))
+        for name, own in (scenario_of(record, "untrained").get("made_from") or {}).items()
+    ]
+    columns = ("Made from", *shares.values())
+    return table_of("Routers without training, with some tasks left out", columns, rows)
+
+
 def scale(record: Found, scenario: str) -> Table:
     """Accuracy and cost with more and more tasks."""
     rows = [
@@ -344,16 +363,21 @@ def making(record: Found) -> Table:
     router, data = record["router"], record["data"]
     trained = router["seconds"] and duration(router["seconds"])
     facts = {
-        "Router": f"{router['type']}, {'given' if router['given'] else 'trained for this record'}",
+        "Router": router["type"] and f"{router['type']}, {'given' if router['given'] else 'trained for this record'}",
         "Parameters": router["num_parameters"] and f"{router['num_parameters']:,}",
         "Training": trained,
         "Tasks": ", ".join(data["tasks"]),
         "Extra tasks": ", ".join(data["extra"]),
         "Settings": json.dumps(record["settings"], ensure_ascii=False),
-        "Hardware and versions": ", ".join(f"{k} {v}" for k, v in record["environment"].items() if v is not None),
+        "Hardware and versions": _listed(record["environment"]),
+        **{f"Those of {name}": _listed(own) for name, own in record.get("elsewhere", {}).items()},
         "Time": ", ".join(f"{name} {duration(own['seconds'])}" for name, own in record["scenarios"].items()),
     }
     return table_of("The run", ("", ""), [(k, str(v) if v else None) for k, v in facts.items()], num_labels=2)
+
+
+def _listed(environment: Found) -> str:
+    return ", ".join(f"{key} {value}" for key, value in environment.items() if value is not None)
 
 
 def _accuracy(own: Found) -> Cell:
