@@ -81,6 +81,13 @@ class TestChatTokens:
             == "Rome"
         )
 
+    @pytest.mark.parametrize("arguments", ["{", "[" * 100_000])
+    def test_arguments_that_are_not_json_stay_as_they_are(self, arguments: str) -> None:
+        template = "{{ messages[0]['tool_calls'][0]['function']['arguments'] }}"
+        call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+        asked = [{"role": "assistant", "content": None, "tool_calls": [call]}]
+        assert text(template, messages=asked, continue_final_message=False) == arguments
+
 
 @pytest.mark.parametrize(
     "content",

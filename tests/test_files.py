@@ -293,6 +293,16 @@ def test_all_that_is_written_may_be_read_by_those_whom_the_umask_lets(tmp_path: 
     assert modes == {"weights": 0o644, "parts": 0o755, "run.sh": 0o700}  # what others put there stays as it is
 
 
+def test_the_umask_of_the_process_is_never_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("another thread could make files without it meanwhile"))
+    with replace_folder(tmp_path / "router") as folder:
+        (folder / "weights").touch(mode=0o600)
+    (tmp_path / "ordinary").touch()
+    modes = [(tmp_path / name).stat().st_mode for name in ("ordinary", "router/weights")]
+    assert modes[0] == modes[1]
+    assert [file.name for file in (tmp_path / "router").iterdir()] == ["weights"]
+
+
 def test_files_are_on_the_disk_before_they_get_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     fsync, rename, replace = os.fsync, Path.rename, os.replace

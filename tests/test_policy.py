@@ -1,6 +1,7 @@
 import math
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -17,6 +18,7 @@ from dlp_lora.policy import (
     TopP,
     Uniform,
     choose,
+    mixture_of,
     policy_from_dict,
     policy_to_dict,
     with_p,
@@ -329,7 +331,21 @@ def test_whatever_turns_probabilities_into_a_mixture_is_a_policy(policy: object)
     assert isinstance(policy, FusionPolicy)
 
 
-@pytest.mark.parametrize("policy", [TopP(0.6), TopK(1), Threshold(0.3), Uniform()], ids=repr)
+@pytest.mark.parametrize("unsure", ["base", "keep", "likeliest"])
+@pytest.mark.parametrize("row", [{"a": 0.5, "b": 0.5}, {"a": 0.1, "b": 0.2}, {"a": 0.0, "b": 0.0}])
+def test_a_policy_that_ignores_the_router_chooses_where_none_fits_too(row: dict[str, float], unsure: Any) -> None:
+    assert choose(Only("a"), row, unsure)[1] == Mixture({"a": 1.0})
+    assert choose(Uniform(), row, unsure)[1] == Mixture({"a": 0.5, "b": 0.5})
+
+
+@pytest.mark.parametrize("text", ["math=", "=0.5", "math=x", "math,units=", " = "])
+def test_a_mixture_without_a_name_or_a_weight_after_its_sign_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is not NAME=WEIGHT"):
+        mixture_of(text)
+    assert mixture_of(" math , units = 0.5 ") == Mixture({"math": 1.0, "units": 0.5})
+
+
+@pytest.mark.parametrize("policy", [TopP(0.6), TopK(1), Threshold(0.3)], ids=repr)
 def test_where_none_of_them_is_the_likeliest_no_policy_chooses(policy: FusionPolicy) -> None:
     among = {"a": 0.625, "b": 0.375}
     assert choose(policy, {"a": 0.3125, "b": 0.1875}) == (among, Mixture())

@@ -248,6 +248,13 @@ def test_split_takes_any_segmenter():
     assert split("a bc d", EveryWord()) == ["a ", "bc ", "d"]
 
 
+@pytest.mark.parametrize("words", [1, 20, 200])
+def test_a_line_that_begins_with_code_opens_no_block(words):
+    line = f"```{'inline code ' * words}``` and more.\n"
+    assert split(f"{line}Next one. And this.") == [line, "Next one. ", "And this."]
+    assert len(split(f"```{'python ' * words}\nx = 1. Y = 2.\n```\nNext one. And this.")) == 3
+
+
 @pytest.mark.parametrize("unit", ["a", ".", "\n", "。」", "👍", "`", "a ", ' "', "a."])
 def test_the_state_stays_small_however_long_the_text(unit):
     segmenter = SentenceSegmenter()

@@ -201,7 +201,7 @@ def _with_arguments(call: Any) -> Any:
         return call
     try:  # clients of OpenAI's API send them as a string
         arguments = json.loads(function["arguments"])
-    except ValueError:
+    except (ValueError, RecursionError):
         return call
     return {**call, "function": {**function, "arguments": arguments}}
 

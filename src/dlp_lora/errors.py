@@ -55,3 +55,9 @@ class TrainingError(DLPLoRAError):
 
 class RecordError(DLPLoRAError):
     """A record of results that is missing, damaged, or of another version or run."""
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of a library's error, and the next ones if it ends in a colon; its type if it has no text."""
+    first, *others = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join([first, *others]) if first.rstrip().endswith(":") else first

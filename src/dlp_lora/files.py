@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -172,13 +173,13 @@ def _finish_files(folder: Path) -> None:
     safetensors and `mkdtemp` write files that only their owner may read. Files that are also in another folder keep
     their permissions.
     """
-    mask = _umask()
+    mode = _mode_of_new(folder)
     for parent, _, files in os.walk(folder, topdown=False):
         for file in files:
             if Path(parent, file).stat().st_nlink == 1:
-                Path(parent, file).chmod(0o666 & ~mask)
+                Path(parent, file).chmod(mode & 0o666)
             _flush(Path(parent, file))
-        Path(parent).chmod(0o777 & ~mask)
+        Path(parent).chmod(mode)
         _flush(Path(parent))
 
 
@@ -199,7 +200,11 @@ def _previous(path: Path) -> Path:
     return path.with_name(f".{path.name}.previous")
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _mode_of_new(folder: Path) -> int:
+    """The permissions of a new folder in a folder; `os.umask` would change them for all threads to read them."""
+    made = folder / ".new"
+    made.mkdir()
+    try:
+        return stat.S_IMODE(made.stat().st_mode) & 0o777
+    finally:
+        made.rmdir()

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, get_args, runtime_checkable
 
 from dlp_lora.errors import RouterError
 
@@ -145,6 +145,7 @@ class TopK(_Weighted):
 class Only:
     """Fuses one adapter at weight 1 and ignores the router: the task's adapter, as an oracle."""
 
+    ignores_router: ClassVar[bool] = True
     name: str
 
     def __call__(self, probabilities: Mapping[str, float]) -> Mixture:
@@ -156,6 +157,8 @@ class Only:
 @dataclass(frozen=True)
 class Uniform:
     """Fuses every adapter with the same weight and ignores the router: an ablation."""
+
+    ignores_router: ClassVar[bool] = True
 
     def __call__(self, probabilities: Mapping[str, float]) -> Mixture:
         return Mixture(dict.fromkeys(probabilities, 1 / len(probabilities))) if probabilities else Mixture()
@@ -241,6 +244,7 @@ def choose(policy: FusionPolicy, row: Mapping[str, float], unsure: Unsure = "bas
 
     The row may sum to less than 1: the rest is the probability that no adapter fits. If the rest is half or more, the
     mixture is empty, unless `unsure` is "likeliest". A row of zeros, for an empty text, always gives an empty mixture.
+    A policy that ignores the router (`ignores_router`) chooses whatever the row is.
 
     Raises:
         RouterError: if a number of the row is not a probability.
@@ -251,20 +255,24 @@ def choose(policy: FusionPolicy, row: Mapping[str, float], unsure: Unsure = "bas
     fits = math.fsum(row.values())
     sums_to_1 = fits <= 0 or abs(fits - 1) < TOLERANCE
     probabilities = dict(row) if sums_to_1 else {name: p / fits for name, p in row.items()}
-    return probabilities, policy(probabilities) if fits > (0 if unsure == "likeliest" else 0.5) else Mixture()
+    is_asked = fits > (0 if unsure == "likeliest" else 0.5) or getattr(policy, "ignores_router", False)
+    return probabilities, policy(probabilities) if is_asked else Mixture()
 
 
 def mixture_of(text: str) -> Mixture:
     """Reads "math=0.6,units=0.4"; a name alone has weight 1, and an empty text is the base model."""
     mixture: dict[str, float] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
-        name, _, weight = part.partition("=")
-        if name.strip() in mixture:
-            raise ValueError(f"{name.strip()!r} is in the mixture twice; give each adapter one weight")
+        name, sign, weight = part.partition("=")
+        name = name.strip()
+        if name in mixture:
+            raise ValueError(f"{name!r} is in the mixture twice; give each adapter one weight")
         try:
-            mixture[name.strip()] = float(weight or 1)
-        except ValueError as error:
-            raise ValueError(f'{part!r} is not NAME=WEIGHT; write for example "math=0.6,units=0.4"') from error
+            mixture[name] = float(weight if sign else 1)
+        except ValueError:
+            name = ""
+        if not name:
+            raise ValueError(f'{part!r} is not NAME=WEIGHT; write for example "math=0.6,units=0.4"')
     return Mixture(mixture)
 
 

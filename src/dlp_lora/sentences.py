@@ -95,7 +95,7 @@ class SentenceSegmenter:
             if self._word or char.isalnum():
                 self._word = (self._word + self._end * (not self._spaces) + char)[-_KEPT:]
             self._end = ""
-        if len(self._line) < _KEPT:
+        if len(self._line) < _KEPT + (char == "`"):  # one at which long inline code ends: it opens no block
             self._line += char
         self._spaces = self._newlines = self._indent = 0
         self._is_begun = True

@@ -15,6 +15,7 @@ from dlp_lora import Context
 from dlp_lora.chat import Chat
 from dlp_lora.engine.text import Detokenizer, PromptReader, decode
 from dlp_lora.engine.turns import read_chat
+from dlp_lora.router.context import MAX_HISTORY
 from dlp_lora.sentences import SentenceSegmenter
 
 SPECIALS = ["<unk>", "<s>", "</s>"]
@@ -291,6 +292,26 @@ class TestPromptReader:
         assert read.context(after) == Context("Why?")
         assert read.context(before) == Context("Why?")  # a conversation that goes on
         assert [p.text.strip() for p in read.sentences(after, SentenceSegmenter)] == ["Why?"]
+
+    def test_a_template_that_is_set_later_is_read_at_once(self) -> None:
+        tokenizer = byte_tokenizer()
+        read = PromptReader(tokenizer)
+        chat = [{"role": "user", "content": "Why?"}]
+        for template in (CHAT_TEMPLATE, LLAMA_3):
+            tokenizer.chat_template = template
+            tokens: Any = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
+            assert read.context(tokens["input_ids"]) == Context("Why?")
+
+    def test_a_sentence_of_a_long_prompt_has_the_last_text_before_it(self) -> None:
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template = None
+        text = " ".join(f"This is the sentence of number {i}." for i in range(600))
+        found = PromptReader(tokenizer).sentences(tokenizer(text)["input_ids"], SentenceSegmenter)
+        assert "".join(passage.text for passage in found) == text
+        before = "".join(passage.text for passage in found[:-1])
+        assert found[-1].history == before[-MAX_HISTORY:]
+        assert found[9].history == "".join(passage.text for passage in found[:9])
+        assert sum(len(passage.history) for passage in found) <= len(found) * MAX_HISTORY
 
     @pytest.mark.parametrize("template", [VICUNA, ALPACA], ids=["vicuna", "alpaca"])
     @pytest.mark.parametrize("kind", TOKENIZERS)

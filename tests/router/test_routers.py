@@ -1,6 +1,7 @@
 import json
 import shutil
 import string
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,7 +32,9 @@ from dlp_lora import (
 )
 from dlp_lora.bank.peft_format import LoraWeights, read_adapter
 from dlp_lora.engine.arrow import excitation, top_direction
+from dlp_lora.policy import Mixture, TopK, choose
 from dlp_lora.router import CONFIG_FILE, WEIGHTS_FILE, Calibration, MiniMLPConfig, TextEncoder, encoder
+from dlp_lora.router import mini_mlp as mini_mlp_module
 from dlp_lora.router.encoder import albert_config, default_encoder
 from dlp_lora.router.everyday import Threshold, everyday_prompts
 from dlp_lora.router.prototypes import _cluster, embed
@@ -588,6 +591,24 @@ class TestPrototypes:
         inside, everyday = torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0])
         assert 0 < Threshold.between(inside, everyday).at < 1
 
+    def test_an_adapter_with_a_description_is_not_judged_by_the_examples_of_others(self) -> None:
+        torch.manual_seed(0)
+        near = F.normalize(torch.eye(32)[:1] + 0.05 * torch.randn(9, 32), dim=-1)
+        everyday = F.normalize(torch.randn(20, 32), dim=-1)
+        described = torch.eye(32)[1:2]
+        router = PrototypeRouter.from_units({"poems": described, "units": near}, text_encoder(), everyday=everyday)
+        asked = F.normalize(torch.eye(32)[1:2] + 0.6 * torch.eye(32)[2:6], dim=-1)  # less like it than examples are
+        assert (router.of_units(asked)[:, 0] > 0.5).all()
+        assert (router.of_units(everyday).sum(dim=1) <= 0.5).float().mean() >= 0.8
+
+    def test_where_all_is_foreign_the_likeliest_is_still_known(self) -> None:
+        calibration = Calibration(fit_threshold=100.0, fit_slope=5.0)
+        rows = calibration.probabilities(torch.tensor([[1.0, 3.0, 2.0]]))
+        among, mixture = choose(TopK(1), dict(zip(NAMES, rows[0].tolist(), strict=True)), "likeliest")
+        assert mixture == Mixture({"poems": 1.0})
+        assert sum(among.values()) == pytest.approx(1.0)
+        assert rows.sum() < 1e-20
+
     def test_the_vectors_of_texts_make_the_same_router_as_the_texts(self) -> None:
         encoder = text_encoder()
         texts = {"a": ["Why?", "Who?", "How?"], "b": ["Add it.", "Sum it."], "c": ["A rhyme."]}
@@ -624,6 +645,32 @@ class TestPrototypes:
         both = {name: EASY[name] + HELD_OUT[name] for name in EASY}
         right = sum(found.count(name) for name, found in routed(router, both).items())
         assert right >= 12  # of 15
+
+
+class TestCaches:
+    def test_threads_that_share_a_router_get_what_one_thread_gets(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(mini_mlp_module, "CACHE_SIZE", 4)
+        contexts = [Context(f"What is {i}?", "It is. ", "S") for i in range(40)]
+        router, steps = mini_mlp(), [(i, i + 20) for i in (0, 5, 10, 15, 20)] * 8
+        wanted = [mini_mlp().probabilities(contexts[start:stop]) for start, stop in steps[:5]]
+        with ThreadPoolExecutor(4) as threads:
+            found = list(threads.map(lambda step: router.probabilities(contexts[slice(*step)]), steps))
+        for i, own in enumerate(found):
+            torch.testing.assert_close(own, wanted[i % 5])
+
+    def test_the_tokens_of_a_long_line_are_not_kept(self) -> None:
+        router = mini_mlp()
+        long, short = "ab" * 9000, "cd" * 90
+        for _ in range(2):
+            router.probabilities([Context(long), Context(short)])
+        assert router._encode_piece.cache_info().currsize == 2  # the short line, and the empty text of other parts
+        assert router.encode(Context(long)).prompt == mini_mlp().encode(Context(long)).prompt
+
+    def test_a_router_that_was_loaded_in_inference_mode_answers(self, tmp_path: Path) -> None:
+        mini_mlp().save_pretrained(tmp_path / "router")
+        with torch.inference_mode():
+            router = load_router(tmp_path / "router")
+        torch.testing.assert_close(router.probabilities(CONTEXTS), mini_mlp().probabilities(CONTEXTS))
 
 
 def routed(router: Router, texts: dict[str, list[str]]) -> dict[str, list[str]]:

@@ -13,7 +13,7 @@ from dlp_lora.bank.adapter_folder import AdapterFolder, check_numbers, read_fold
 from dlp_lora.bank.base_layers import BaseLayers, Module, Tensor
 from dlp_lora.bank.stored_layout import layout_of, stored_folder
 from dlp_lora.bank.tokens import BaseTokens, foreign_tokens
-from dlp_lora.errors import AdapterError, DLPLoRAError, ModelError
+from dlp_lora.errors import AdapterError, DLPLoRAError, ModelError, reason_of
 from dlp_lora.files import name_of
 from dlp_lora.hub import Hub, is_repo_id
 
@@ -94,7 +94,7 @@ def _built(place: str, *, source: str, trust_remote_code: bool) -> Module:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ModelError(f"the base model {source!r} cannot be read: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"the base model {source!r} cannot be read: {reason_of(error)}") from error
 
 
 def check_adapters(

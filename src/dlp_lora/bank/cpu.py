@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dlp_lora.bank.paths import Way
-from dlp_lora.errors import ModelError
+from dlp_lora.errors import ModelError, reason_of
 
 LARGE = 2**22  # bytes of a tensor in huge pages, which have 2 MB
 
@@ -71,7 +71,7 @@ def check_prepacking(weight: Tensor) -> None:
     except (AttributeError, RuntimeError) as error:  # the operator is missing, or not for this dtype or CPU
         raise ModelError(
             f"this PyTorch ({torch.__version__}) cannot prepack {str(weight.dtype).removeprefix('torch.')} weights on "
-            f"this CPU: {str(error).splitlines()[0]}; leave prepack out"
+            f"this CPU: {reason_of(error)}; leave prepack out"
         ) from error
 
 

@@ -26,7 +26,7 @@ from dlp_lora.engine.bundle import FILES, Bundle, is_bundle, read_bundle
 from dlp_lora.engine.engine import Engine
 from dlp_lora.engine.kinds import check_config, check_kind, check_weights
 from dlp_lora.engine.routing_log import RoutingLog
-from dlp_lora.errors import AdapterError, BundleError, ModelError, RouterError
+from dlp_lora.errors import AdapterError, BundleError, ModelError, RouterError, reason_of
 from dlp_lora.files import name_of
 from dlp_lora.hub import Hub, folder_inside, is_repo_id
 from dlp_lora.policy import RoutingSettings
@@ -268,6 +268,7 @@ def _pretrained(
     return model, tokenizer
 
 
+@torch.inference_mode(False)  # a tensor made in it could not tell whether it was written to
 def load_router(
     path: str | Path,
     *,
@@ -301,11 +302,9 @@ def _arguments(hub: Hub) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error, and the next ones if it ends in a colon."""
     if "trust_remote_code" in str(error):
         return "it brings code, which is not run; read the code, and pass trust_remote_code=True if you trust it"
-    first, *others = str(error).strip().splitlines() or [type(error).__name__]
-    return " ".join([first, *others]) if first.rstrip().endswith(":") else first
+    return reason_of(error)
 
 
 def _has_file(source: str, name: str, of_both: Mapping[str, Any]) -> bool:

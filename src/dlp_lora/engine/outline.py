@@ -17,7 +17,7 @@ from dlp_lora.engine.bundle import check_names, read_bundle
 from dlp_lora.engine.calls import Call, Endings
 from dlp_lora.engine.engine import Engine
 from dlp_lora.engine.loading import adapter_folders, bundle_folder, load_router
-from dlp_lora.errors import AdapterError, BundleError, ModelError, RouterError
+from dlp_lora.errors import AdapterError, BundleError, ModelError, RouterError, reason_of
 from dlp_lora.hub import Hub
 from dlp_lora.policy import RoutingSettings
 from dlp_lora.sentences import Segmenter, SentenceSegmenter
@@ -110,11 +110,11 @@ def read_outline(
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ModelError(f"the base model {source!r} cannot be read: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"the base model {source!r} cannot be read: {reason_of(error)}") from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare ones for files that it cannot read
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = reason_of(error)
         raise ModelError(f"the base model {source!r} has no tokenizer that can be loaded: {reason}") from error
     try:
         generation_config = GenerationConfig.from_pretrained(source)

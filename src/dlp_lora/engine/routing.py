@@ -63,7 +63,7 @@ class Routing:
     ) -> tuple[list[Decision], list[tuple[str, ...]]]:
         """Routes prompts and their sentences; also returns the questions of each prompt that asks several.
 
-        If a prompt is not clearly one question, this takes up to three more calls of the router.
+        If a prompt is not clearly one question, this takes a few more calls of the router.
         """
         start = time.perf_counter()
         bare = [replace(context, answer="", sentence="") for context in prompts]

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from dlp_lora.engine.template import ChatTemplate, Span
 from dlp_lora.engine.turns import ASSISTANT, USER, Turn, read_turns
 from dlp_lora.router import Context
+from dlp_lora.router.context import MAX_HISTORY
 from dlp_lora.sentences import Segmenter
 
 REPLACEMENT = "\ufffd"
@@ -74,8 +75,8 @@ class Detokenizer:
 
 @dataclass(frozen=True)
 class Passage:
-    """A sentence of a prompt, the text before it, and its tokens from `start` to `end`, with the template's tokens
-    before it.
+    """A sentence of a prompt, the text before it as far as routers read it, and its tokens from `start` to `end`, with
+    the template's tokens before it.
     """
 
     text: str
@@ -89,7 +90,7 @@ class PromptReader:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._day: date | None = None
+        self._made_of: tuple[date, str] | None = None
         self._templates: list[ChatTemplate] = []
         specials = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, specials)) or "(?!)")
@@ -126,9 +127,9 @@ class PromptReader:
         starts: list[tuple[int, int]] = []  # in what is read, in tokens
         for begin, stop in pairwise([*turns, len(read)]):
             turn = read[begin:stop]
-            opening = len(turn) - len(turn.lstrip())
+            opening, visible = len(turn) - len(turn.lstrip()), len(turn.rstrip())
             for start in [opening, *(o for o in segmenter().push(turn) if o > opening)]:
-                if not turn[start:].strip():
+                if start >= visible:
                     continue
                 # The first sentence of a turn includes the template's tokens before it.
                 first = begin + start if start > opening else max(begin - 1, 0)
@@ -142,7 +143,7 @@ class PromptReader:
         behind = [*first_tokens, len(tokens)][tile(len(read.rstrip()) - 1) + 1]
         end = min(behind, len(tokens) - 1)
         return [
-            Passage(read[start:stop], read[:start], first, last)
+            Passage(read[start:stop], read[max(0, start - MAX_HISTORY) : start], first, last)
             for (start, first), (stop, last) in pairwise([*starts, (len(read), end)])
             if first < last
         ]
@@ -160,8 +161,9 @@ class PromptReader:
         """The places of a conversation's turns, if the text is in the chat template."""
         if not getattr(self._tokenizer, "chat_template", None):
             return None
-        if date.today() != self._day:  # templates may print it, and conversations last over midnight
-            self._day = date.today()
+        # Templates may print the day, and conversations last over midnight; users may set another template.
+        if (made_of := (date.today(), str(self._tokenizer.chat_template))) != self._made_of:
+            self._made_of = made_of
             read = partial(decode, self._tokenizer, skip_special_tokens=False)
             self._templates = [ChatTemplate(self._tokenizer, read), *self._templates[:1]]
         candidates = (template.spans(text) for template in self._templates)

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from dlp_lora.errors import RouterError
 
+TINY = 1e-30  # the smallest probability that any adapter fits a text
+MAX_HISTORY = 8_000  # characters before a sentence that routers see: more would take memory, and has hardly any weight
+
 
 @dataclass(frozen=True)
 class Context:
@@ -99,7 +102,8 @@ class Calibration:
         """Gives probabilities, on the CPU; what a row lacks to 1 is the probability that none fits."""
         probabilities = (logits.float().cpu() / self.temperature).softmax(dim=-1)
         scores = self.energy(logits) if scores is None else scores
-        return probabilities * torch.sigmoid(self.log_odds(scores))[:, None]
+        fits = torch.sigmoid(self.log_odds(scores)).clamp(min=TINY)  # 0 would mean a text that is blank
+        return probabilities * fits[:, None]
 
 
 def fit_temperature(
@@ -134,8 +138,12 @@ def listed(names: Sequence[str], *, most: int = 4) -> str:
 
 def has_text(contexts: Sequence[Context]) -> Float[Tensor, " batch"]:
     """1 if a context has a visible character, else 0: then no adapter fits."""
-    texts = [f"{c.prompt}{c.answer}{c.sentence}{c.history}" for c in contexts]
-    return torch.tensor([float(any(c.isprintable() and not c.isspace() for c in text)) for text in texts])
+
+    def is_visible(text: str) -> bool:
+        return any(char.isprintable() and not char.isspace() for char in text)
+
+    parts = [(c.prompt, c.answer, c.sentence, c.history) for c in contexts]
+    return torch.tensor([float(any(map(is_visible, own))) for own in parts])
 
 
 def check_labels(names: Sequence[str]) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AlbertConfig, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
-from dlp_lora.errors import RouterError
+from dlp_lora.errors import RouterError, reason_of
 from dlp_lora.router.context import Calibration, Context, Encoded, Measured, check_labels, has_text, listed
 from dlp_lora.router.folder import SavedRouter, reading_router, write_router
 from dlp_lora.router.tokenizer import MAX_CHARS, load_tokenizer, plain_tokenizer, vocab_size
@@ -70,8 +70,7 @@ class TextEncoder(nn.Module):
                 str(source), dtype=torch.float32, use_safetensors=True, trust_remote_code=False
             )
         except (OSError, ValueError, SafetensorError) as error:
-            reason = str(error).splitlines()[0]
-            raise RouterError(f"the encoder {str(source)!r} cannot be loaded: {reason}") from error
+            raise RouterError(f"the encoder {str(source)!r} cannot be loaded: {reason_of(error)}") from error
         return cls(model, tokenizer, max_tokens=max_tokens).eval()
 
     @classmethod

@@ -5,6 +5,7 @@ them embeddings.
 import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +29,7 @@ NUM_BAGS = sum(map(len, LEANS.values()))
 PIECES = re.compile(r"\n|(?<=[.!?])[^\S\n]+(?=\S)")
 HISTORY_CHARS = 4_000  # older text has hardly any weight
 TINY = 1e-12
+MAX_CACHED_CHARS = 4_000  # of a line or sentence whose tokens are cached
 CACHE_SIZE = 1024  # texts whose bags are cached, so that a prompt is read once for all sentences of its answer
 
 
@@ -239,7 +241,7 @@ class MiniMLP(nn.Module):
         """The log-odds of the adapters that joined; None if there is none."""
         if self.neighbours is None or not self.neighbours.names:
             return None
-        return torch.stack([self._prompt_logits(context.prompt) for context in contexts])
+        return torch.stack([self._prompt_logits(self._parts(context)["prompt"]) for context in contexts])
 
     def _read_parts(
         self,
@@ -275,7 +277,12 @@ class MiniMLP(nn.Module):
 
     def _encode(self, text: str) -> Sequence[int]:
         # Piece by piece: of a growing answer, all pieces but the last are in the cache.
-        return self._join([self._encode_piece(piece) for piece in _pieces(text)])
+        return self._join(
+            [
+                (self._encode_piece if len(piece) <= MAX_CACHED_CHARS else self._tokenize)(piece)
+                for piece in _pieces(text)
+            ]
+        )
 
     def _tokenize(self, piece: str) -> Sequence[int]:
         return tuple(self.tokenizer.encode(piece, add_special_tokens=False).ids)
@@ -288,20 +295,19 @@ class MiniMLP(nn.Module):
         return ids
 
     def _cached_bags(self, parts: Sequence[tuple[str, str]]) -> Float[Tensor, "bags dim"]:
-        """The bags of parts of contexts, cached for later sentences."""
+        """The bags of parts of contexts, cached for later sentences; another thread may use the cache meanwhile."""
         if self._bags_of != (state := _state(self.embedding.weight)):
             self._bags.clear()
             self._bags_of = state
-        new = [part for part in dict.fromkeys(parts) if part not in self._bags]
-        if new:
+        known = {part: bag for part in dict.fromkeys(parts) if (bag := self._bags.pop(part, None)) is not None}
+        if new := [part for part in dict.fromkeys(parts) if part not in known]:
             bags = self._sum([(name, self._encode(text)) for name, text in new])
-            self._bags.update(zip(new, bags.split([len(LEANS[name]) for name, _ in new]), strict=True))
-        for part in parts:
-            self._bags.move_to_end(part)
-        rows = torch.cat([self._bags[part] for part in parts])
-        while len(self._bags) > CACHE_SIZE:
-            self._bags.popitem(last=False)
-        return rows
+            known.update(zip(new, bags.split([len(LEANS[name]) for name, _ in new]), strict=True))
+        self._bags.update(known)  # the newest last
+        with suppress(KeyError):  # emptied meanwhile
+            while len(self._bags) > CACHE_SIZE:
+                self._bags.popitem(last=False)
+        return torch.cat([known[part] for part in parts])
 
     def _sum(self, texts: Sequence[tuple[str, Sequence[int]]]) -> Float[Tensor, "bags dim"]:
         ids: list[int] = []

@@ -303,7 +303,7 @@ def read_descriptions(file: str | Path) -> dict[str, str | list[str]]:
     """
     try:
         texts = parse_json(Path(file).read_text(encoding="utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise RouterError(f"{file} is not JSON: {error}") from error
     except ValueError as error:
         raise RouterError(f"{file}: {error}") from error
@@ -362,14 +362,16 @@ def _fit_temperature(cosines: Float[Tensor, "texts adapters"], labels: Int[Tenso
 def _spread(
     cosines: Float[Tensor, "texts adapters"], labels: Int[Tensor, " texts"], *, has_examples: bool
 ) -> tuple[Float[Tensor, " adapters"], Float[Tensor, " adapters"]]:
-    """Mean and deviation of the cosines of each adapter's texts to it; the latter shrunk to that of all texts."""
+    """Mean and deviation of the cosines of each adapter's texts to it; the latter shrunk to that of all texts, and
+    infinite for an adapter with one text.
+    """
     num_adapters = cosines.shape[1]
+    typical, spreads = torch.zeros(num_adapters), torch.full((num_adapters,), torch.inf)
     if not has_examples:
-        return torch.zeros(num_adapters), torch.full((num_adapters,), torch.inf)
+        return typical, spreads
     likeness = cosines[torch.arange(len(labels)), labels]
-    typical, spreads = likeness.mean().repeat(num_adapters), likeness.std().repeat(num_adapters)
     for owner in labels.unique().tolist():
         texts = likeness[labels == owner]
         typical[owner] = texts.mean()
-        spreads[owner] = (texts.std() + spreads[owner]) / 2
+        spreads[owner] = (texts.std() + likeness.std()) / 2
     return typical, spreads.clamp(min=TINY)

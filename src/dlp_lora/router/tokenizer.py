@@ -5,7 +5,7 @@ from typing import Any, cast
 
 from tokenizers import Tokenizer
 
-from dlp_lora.errors import RouterError
+from dlp_lora.errors import RouterError, reason_of
 
 MAX_CHARS = 32_000  # longer texts keep their end
 
@@ -21,8 +21,7 @@ def load_tokenizer(source: str | Path, **kwargs: Any) -> Tokenizer:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(source), **{"trust_remote_code": False, **kwargs})
     except Exception as error:  # the tokenizers library raises bare ones for files that it cannot read
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise RouterError(f"no tokenizer can be loaded from {str(source)!r}: {reason}") from error
+        raise RouterError(f"no tokenizer can be loaded from {str(source)!r}: {reason_of(error)}") from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise RouterError(f"the tokenizer of {str(source)!r} has no tokenizer.json; choose another with --tokenizer")
