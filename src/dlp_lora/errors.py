@@ -61,3 +61,9 @@ def reason_of(error: BaseException) -> str:
     """The first line of a library's error, and the next ones if it ends in a colon; its type if it has no text."""
     first, *others = str(error).strip().splitlines() or [type(error).__name__]
     return " ".join([first, *others]) if first.rstrip().endswith(":") else first
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was no memory: PyTorch has a class for that on accelerators alone."""
+    said = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and said)

@@ -63,6 +63,17 @@ def check_writable(folder: str | Path) -> None:
         pass
 
 
+def check_target(file: Path) -> None:
+    """Checks that a file can be written, whose folder is made if it is missing.
+
+    Raises:
+        OSError: if it cannot.
+    """
+    if file.is_dir():
+        raise IsADirectoryError(f"{file} is a folder; name a file in it")
+    check_writable(file.parent)
+
+
 def check_replaceable(path: str | Path, marker: str) -> None:
     """Checks that a folder may be replaced.
 

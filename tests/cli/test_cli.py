@@ -22,11 +22,14 @@ from typer.main import get_command
 import dlp_lora
 from commands import json_lines, ok, run, visible
 from conftest import CHAT_TEMPLATE, byte_tokenizer, lively_model, make_adapter
+from dlp_lora.chat import Chat
+from dlp_lora.cli.answerer import AnswererOptions, open_answerer
 from dlp_lora.cli.app import app
 from dlp_lora.cli.bench import COLUMNS, LABELS, cell, table_of_record
-from dlp_lora.cli.common import console
-from dlp_lora.cli.generate import routing_table, say_answer
+from dlp_lora.cli.common import EngineOptions, HubOptions, console
+from dlp_lora.cli.generate import _fitting, routing_table, say_answer
 from dlp_lora.cli.tables import show_table, tables
+from dlp_lora.engine.prompts import encode_prompt
 from dlp_lora.engine.streaming import Piece
 from dlp_lora.lab.bench.suite import PRESETS
 from dlp_lora.tasks import Example, Task, write_task
@@ -457,6 +460,38 @@ def test_a_chat_goes_on_in_a_full_context(work: Path) -> None:
     assert "context of 512 tokens is full: the 2 oldest messages are left out" in " ".join(done.stderr.split())
 
 
+def test_answers_that_may_fill_the_context_make_a_chat_forget_nothing_before(work: Path) -> None:
+    with open_answerer(EngineOptions(bundle=str(work / "bundle")), HubOptions(), AnswererOptions()) as answerer:
+        turns = Chat(messages=[{"role": role, "content": "Hello"} for role in ("user", "assistant", "user")])
+        for max_new_tokens in (40, 511, 4096):
+            kept, room = _fitting(answerer, turns, max_new_tokens)
+            assert len(kept.messages) == 3
+            assert room == min(max_new_tokens, 512 - len(encode_prompt(answerer.tokenizer, turns).tokens))
+
+
+@pytest.mark.parametrize(
+    "error, is_shown",
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory.\nMore."), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 8 bytes"), True),
+        (RuntimeError("a fault of ours"), False),
+    ],
+    ids=["Python", "GPU", "CPU", "other"],
+)
+def test_a_machine_that_is_too_small_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, is_shown: bool
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("dlp_lora.cli.answerer.open_engine", fails)
+    done = run("generate", "Hi")
+    assert done.exit_code == 1
+    assert (done.exception is error) is not is_shown
+    assert done.stderr.startswith("error: out of memory: ") is is_shown
+
+
 def test_a_question_that_cannot_be_answered_ends_neither_the_chat_nor_what_was_said(work: Path) -> None:
     done = run("chat", "--bundle", work / "bundle", *QUICK, stdin=f"Hello\n{'long ' * 200}\nAgain\n")
     assert done.exit_code == 0
@@ -502,6 +537,18 @@ def test_training_again_finds_the_adapters_there(work: Path) -> None:
     )
     assert [(row["name"], row["was_there"]) for row in rows] == [("sums", True)]
     assert (work / "adapters" / "sums" / "adapter_model.safetensors").stat().st_mtime_ns == before
+
+
+def test_names_and_lengths_of_all_tasks_are_checked_before_one_is_trained(work: Path, tmp_path: Path) -> None:
+    for name, prompt in (("a=b", "Why?"), ("zeta", "long " * 400)):
+        shutil.copytree(work / "data" / "sums", tmp_path / name / "sums")
+        (tmp_path / name / name).mkdir()
+        (tmp_path / name / name / "train.jsonl").write_text(json.dumps({"prompt": prompt, "answer": "Yes."}) + "\n")
+        out = tmp_path / f"{name} out"
+        done = run("train-adapters", "--data", tmp_path / name, "--out", out, "--model", work / "model")
+        assert done.exit_code == 1
+        assert name in done.stderr
+        assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_a_task_folder_can_be_the_one_one_is_in(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -720,6 +767,31 @@ ERRORS: dict[str, tuple[tuple[str, ...], str, str]] = {
         ("bench", "suite", "--model", "{work}/model", "--out", "{work}/suite", "--only", "speed"),
         "",
         "no benchmark 'speed'; there are decode, decode_batch8",
+    ),
+    "a mixture without a weight": (
+        ("generate", "Hi", "--bundle", "{work}/bundle", "--fixed", "sums="),
+        "",
+        "'sums=' is not NAME=WEIGHT",
+    ),
+    "a record in the place of a folder": (
+        ("bench", "decode", "--model", "{work}/model", "--json", "{work}/data"),
+        "",
+        "data is a folder; name a file in it",
+    ),
+    "a record of a router in the place of a folder": (
+        ("bench", "router", "--data", "{work}/data", "--json", "{work}/data"),
+        "",
+        "data is a folder; name a file in it",
+    ),
+    "a revision of a bundle's base beside a router": (
+        ("route", "Hi", "--router", "{work}/router", "--base-revision", "v1"),
+        "",
+        "--base-revision is for a bundle; use --revision",
+    ),
+    "nothing to look at": (
+        ("serve", "--adapters", "{work}/adapters", "--model", "{work}/model", "--port", "0", "--watch-s", "1"),
+        "",
+        "--watch-s looks at a bundle's folder; give one with --bundle",
     ),
     "unknown picture": (
         ("bench", "decode", "--model", "{work}/model", "--plot", "it.txt"),

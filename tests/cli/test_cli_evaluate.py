@@ -208,7 +208,24 @@ def test_a_wrong_option_is_named(work: Path, tmp_path: Path, options: tuple[str,
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("given, rank", [((), 0), (("--single",), 64), (("--no-single",), 0)], ids=str)
+def test_one_lora_for_all_is_asked_for_over_a_recipe_without(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: tuple[str, ...], rank: int
+) -> None:
+    found: list[ReproduceArgs] = []
+
+    def stopped(model: Any, tasks: Any, out: Any, args: ReproduceArgs, **_: Any) -> None:
+        found.append(args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dlp_lora.lab.reproduce.reproduce", stopped)
+    run(*call(work, tmp_path / "run", *given))
+    assert [args.single_r for args in found] == [rank]
+
+
 def test_the_file_of_the_scores_is_checked_first(work: Path, tmp_path: Path) -> None:
+    result = run("eval", "--bundle", tmp_path, "--data", work / "data", "--json", tmp_path)
+    assert "is a folder; name a file in it" in " ".join(result.output.split())
     result = run("eval", "--bundle", tmp_path, "--data", work / "data", "--json", tmp_path / "nodir" / "x.json")
     assert result.exit_code == 1
     assert "make it first, or write somewhere else" in " ".join(result.output.split())

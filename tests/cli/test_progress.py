@@ -59,3 +59,11 @@ def test_a_terminal_gets_bars() -> None:
     assert "8/16" in shown.getvalue()
     assert "loss 0.50" in shown.getvalue()
     assert "sums" in shown.getvalue()
+
+
+def test_what_is_printed_beside_bars_goes_to_a_redirected_output(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = io.StringIO()
+    with progress(["days"], output=Console(file=shown, force_terminal=True, width=100)):
+        print('{"name": "days"}')
+    assert capsys.readouterr().out == '{"name": "days"}\n'
+    assert "name" not in shown.getvalue()

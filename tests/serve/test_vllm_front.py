@@ -393,6 +393,24 @@ def test_options_of_the_model_in_this_process_are_refused(model: Path, lively_ad
     assert f"{option.partition('=')[0]} is for --backend local; leave it out" in result.stderr
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("--backend vllm --cache-mb 0", "--cache-mb is for --backend local"),
+        ("--backend llama.cpp --cache-mb 9", "--cache-mb is for --backend local"),
+        ("--backend vllm --chunk-tokens 9", "--chunk-tokens is for --backend local or llama.cpp"),
+        ("--backend vllm --backend-url http://a --max-context 9", "--max-context is for a vLLM server"),
+        ("--backend vllm --backend-url http://a --vllm-max-loras 3", "--vllm-max-loras is for a vLLM server"),
+    ],
+)
+def test_options_that_a_backend_does_not_read_are_refused(
+    model: Path, lively_adapters: Path, options: str, message: str
+) -> None:
+    result = run("serve", "--model", model, "--adapters", lively_adapters, "--port", "0", *options.split())
+    assert result.exit_code == 1
+    assert message in " ".join(result.stderr.split())
+
+
 def test_decisions_are_logged_where_the_command_says(model: Path, lively_adapters: Path, tmp_path: Path) -> None:
     options = EngineOptions(model=str(model), adapters=str(lively_adapters), log_routing=tmp_path / "log.jsonl", p=0.4)
     outline = open_outline(options, HubOptions())

@@ -28,12 +28,13 @@ from dlp_lora.cli.serve import serve
 from dlp_lora.cli.tasks import tasks
 from dlp_lora.cli.train_adapter import train_adapter, train_adapters
 from dlp_lora.cli.train_router import router_from_adapters, router_from_descriptions, train_router
-from dlp_lora.errors import DLPLoRAError
+from dlp_lora.errors import DLPLoRAError, is_out_of_memory, reason_of
 
-# These keep their work as they go; the others begin again.
+# These keep their work as they go; the others begin again, or keep it in a file or folder that was named.
 RESUMABLE = ("demo", "learning-curve", "reproduce", "train-adapter", "train-adapters")
 # Options of train-router that are commands now.
 MOVED = {"--from-descriptions": "router-from-descriptions", "--from-adapters": "router-from-adapters"}
+LESS_MEMORY = "see docs/gpus.md#how-much-memory, or use shorter texts, smaller batches or a smaller model"
 CLOSED_PIPE = 141  # 128 + SIGPIPE, which a shell reports of other programs
 
 
@@ -45,10 +46,11 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except BrokenPipeError:
             _end_quietly()
-        except (DLPLoRAError, ValueError, OSError) as error:
-            if os.environ.get("DLP_LORA_TRACEBACK"):
+        except (DLPLoRAError, ValueError, OSError, MemoryError, RuntimeError) as error:
+            is_known = isinstance(error, DLPLoRAError | ValueError | OSError)
+            if os.environ.get("DLP_LORA_TRACEBACK") or not (is_known or is_out_of_memory(error)):
                 raise
-            say_error(str(error))
+            say_error(str(error) if is_known else f"out of memory: {reason_of(error)}; {LESS_MEMORY}")
             raise typer.Exit(1) from error
         except KeyboardInterrupt:
             goes_on = "; run it again to continue" if ctx.invoked_subcommand in RESUMABLE else ""

@@ -14,7 +14,7 @@ from dlp_lora.cli.common import DataOption, ModelOption, base_model, check_serve
 from dlp_lora.cli.options import with_options, words
 from dlp_lora.cli.progress import progress
 from dlp_lora.cli.tables import show_table
-from dlp_lora.files import write_json
+from dlp_lora.files import check_target, write_json
 from dlp_lora.lab.bench.bank import BankArgs, bench_bank
 from dlp_lora.lab.bench.contexts import bench_contexts
 from dlp_lora.lab.bench.decode import DecodeArgs, bench_decode
@@ -325,6 +325,8 @@ def _run(measure: Callable[..., dict[str, Any]], device: str, output: Output) ->
     choose_device(device)
     if output.plot is not None:
         check_plot(output.plot)
+    if output.json_file is not None:
+        check_target(output.json_file)
     with progress() as show:
         record = measure(on_progress=show)
     _show(record)

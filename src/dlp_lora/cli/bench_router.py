@@ -10,6 +10,7 @@ from dlp_lora.cli.common import DataOption, ModelOption, RouterOption, base_mode
 from dlp_lora.cli.options import words
 from dlp_lora.cli.progress import progress
 from dlp_lora.cli.tables import show_table
+from dlp_lora.files import check_target
 from dlp_lora.lab.records.table import table_of
 
 
@@ -59,6 +60,8 @@ def router(
 
     if report is not None and json_file is None:
         raise ValueError("--report is written from the record; give --json, too")
+    if json_file is not None:
+        check_target(json_file)
     if threads is not None:
         torch.set_num_threads(threads)
     options: dict[str, Any] = {"seed": seed, "per_task": per_task, "encoder": encoder, "adapters": adapters}

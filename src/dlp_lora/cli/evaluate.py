@@ -25,6 +25,7 @@ from dlp_lora.cli.json_lines import print_json
 from dlp_lora.cli.options import json_object, whole_numbers, with_options, words
 from dlp_lora.cli.progress import SILENCE_S, bars, progress
 from dlp_lora.cli.tables import show_table
+from dlp_lora.files import check_target
 from dlp_lora.lab.records.table import table_of
 from dlp_lora.progress import Progress
 
@@ -52,7 +53,9 @@ def reproduce(
     methods: Annotated[str | None, typer.Option(help="Methods, comma-separated, or all.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Training seeds, comma-separated. [default: 0]")] = None,
     larger: Annotated[str | None, typer.Option(help="A larger model that answers without adapters (Table 5).")] = None,
-    single: Annotated[bool, typer.Option(help="Also train one LoRA of rank 64 on all tasks together.")] = True,
+    single: Annotated[
+        bool | None, typer.Option(help="Also train one LoRA of rank 64 on all tasks together. [default: --single]")
+    ] = None,
     serial: Annotated[str | None, typer.Option(help="Questions in one prompt, comma-separated; 0: none.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -81,7 +84,7 @@ def reproduce(
         "serial": None if serial is None else tuple(n for n in whole_numbers("serial", serial) if n),
         "seeds": None if seeds is None else whole_numbers("seeds", seeds),
         "limit": limit,
-        "single_r": None if single else 0,
+        "single_r": 0 if single is False else (args.single_r or ReproduceArgs().single_r) if single else None,
     }
     args = replace(args, **{name: value for name, value in given.items() if value is not None})
     default = ReproduceArgs()
@@ -145,6 +148,8 @@ def evaluate(
 
     if json_file is not None and not json_file.parent.is_dir():
         raise ValueError(f"--json: no folder {json_file.parent}; make it first, or write somewhere else")
+    if json_file is not None:
+        check_target(json_file)
     chosen = methods_named(words(methods))
     settings: dict[str, Any] = {
         "batch_size": batch_size,

@@ -132,7 +132,7 @@ def _fitting(answerer: Answerer, chat: Chat, max_new_tokens: int) -> tuple[Chat,
     from dlp_lora.engine.prompts import encode_prompt, fitting
 
     context = answerer.max_context
-    fitted = fitting(answerer.tokenizer, chat, max_tokens=context - max_new_tokens)
+    fitted = fitting(answerer.tokenizer, chat, max_tokens=context - min(max_new_tokens, context // 2))
     if dropped := len(chat.messages) - len(fitted.messages):
         say(f"the model's context of {context} tokens is full: the {dropped} oldest messages are left out")
     # A long question gets a short answer rather than none.

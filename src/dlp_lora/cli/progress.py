@@ -1,5 +1,6 @@
 """Progress: the stages of a command in, bars on a terminal or lines in a log file out."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -36,9 +37,10 @@ def progress(stages: Sequence[str] = (), *, output: Console = stderr) -> Iterato
 
 
 def bars(output: Console = stderr) -> RichProgress:
-    """Bars with a count, the remaining time, and a note."""
+    """Bars with a count, the remaining time, and a note; what goes to a redirected standard output stays there."""
     columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return RichProgress(*columns, TextColumn("{task.fields[note]}"), console=output)
+    columns_and_note = (*columns, TextColumn("{task.fields[note]}"))
+    return RichProgress(*columns_and_note, console=output, redirect_stdout=sys.stdout.isatty())
 
 
 def working(text: str) -> AbstractContextManager[Any]:

@@ -66,6 +66,9 @@ def route(
         check_names(chooser.names, list(parts.adapters))
         settings = parts.settings
     elif router is not None and bundle is None:
+        if of_bundle := [name for name in ("base_revision", "base_subfolder") if getattr(hub_options, name)]:
+            option = of_bundle[0]
+            raise ValueError(f"--{option.replace('_', '-')} is for a bundle; use --{option.removeprefix('base_')}")
         chooser = _load(router, lambda: base_model(model), hub_options)
         settings = RoutingSettings()
     else:

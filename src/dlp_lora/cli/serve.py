@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dlp_lora.serve.service import Service
 
 BackendName = Literal["local", "vllm", "llama.cpp"]
+STARTED = ("vllm_python", "vllm_max_loras", "vllm_args")  # options of a vLLM server that the command starts
 LLAMA_BATCH = 4  # requests that llama.cpp answers at once
 
 
@@ -98,6 +99,8 @@ def serve(
     name = name_of(bundle or engine_options.adapters or "dlp-lora")
     folder = None if bundle is None else Path(bundle)
     mark = BundleMark.of(folder) if folder is not None and folder.is_dir() else None
+    if settings.watch_s is not None and mark is None:
+        raise ValueError("--watch-s looks at a bundle's folder; give one with --bundle")
     with _service(engine_options, hub_options, backend_options, llama_options, settings, keys, name) as service:
         log_as_json()
         run(
@@ -129,6 +132,7 @@ def _service(
             raise ValueError(f"--{changed[0].replace('_', '-')} is for --backend vllm")
     if options.backend != "llama.cpp":
         check_unused(llama_options)
+    _check_read(options, settings)
     if options.backend == "local":
         limit_products()
         engine = open_engine(engine_options, hub_options, need_router=False)
@@ -188,6 +192,24 @@ def _service(
         for note in backend.notes:
             say(f"warning: {note}")
         yield make_service(outline, backend, settings, keys, name=name)
+
+
+def _check_read(options: BackendOptions, settings: ServerSettings) -> None:
+    """Checks that the backend reads all options that are set.
+
+    Raises:
+        ValueError: if it does not read one.
+    """
+    backend, default = options.backend, ServerSettings()
+    for name, readers in {"cache_mb": ["local"], "chunk_tokens": ["local", "llama.cpp"]}.items():
+        if backend not in readers and getattr(settings, name) != getattr(default, name):
+            raise ValueError(f"--{name.replace('_', '-')} is for --backend {' or '.join(readers)}")
+    if options.backend_url:
+        started = [name for name in STARTED if getattr(options, name) != getattr(BackendOptions(), name)]
+        started += ["max_context"] * (settings.max_context is not None)
+        if started:
+            option = started[0].replace("_", "-")
+            raise ValueError(f"--{option} is for a vLLM server that this command starts, not for one of --backend-url")
 
 
 def keys_of(options: KeyOptions) -> "Keys":

@@ -122,12 +122,16 @@ def _train_adapters(
     overwrite: bool,
     as_json: bool,
 ) -> None:
+    from dlp_lora.bank.adapter_files import check_adapter_name
     from dlp_lora.tasks.hub import read_data
     from dlp_lora.training import adapters
     from dlp_lora.training.base import load_base
 
     tasks = read_data(data, names=names)
+    for task in tasks:
+        check_adapter_name(task.name, out / task.name)
     base, tokenizer = load_base(base_model(model), cpu_tricks=args.cpu_tricks, **hub_options.given())
+    adapters.check_lengths(base, tokenizer, tasks, args)
     with progress([task.name for task in tasks]) as show:
         for adapter in adapters.train_adapters(
             base, tokenizer, tasks, out, args, overwrite=overwrite, on_progress=show

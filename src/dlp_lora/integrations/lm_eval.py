@@ -129,7 +129,7 @@ class DLPLoRALM(EngineLM):
             logger.warning("there is no CUDA device: running on the CPU")
             device = "cpu"  # cuda:0 is the default of lm-eval's command line
         settings: dict[str, Any] = {
-            "device": device,
+            "device": device or "auto",
             "dtype": dtype,
             "prepack": prepack,
             "budget_mb": budget_mb,

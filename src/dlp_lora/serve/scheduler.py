@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dlp_lora.engine.engine import Engine
-from dlp_lora.errors import DLPLoRAError
+from dlp_lora.errors import DLPLoRAError, is_out_of_memory
 from dlp_lora.policy import Mixture
 from dlp_lora.serve.backend import BackendError, ClosedError, Stats
 from dlp_lora.serve.cache import SpareCache
@@ -169,7 +169,7 @@ class Scheduler:
             # A list, because each of them must run.
             return any([self._take_messages(), self._route(), self._run([*self._step(), *self._reads()])])
         except Exception as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             self._begin_afresh(error)
             return True
@@ -497,8 +497,3 @@ class Scheduler:
         row.cache = None
         self._rows.discard(row)
         self._active.discard(row)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether there was no memory: PyTorch has a class for that on accelerators alone."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

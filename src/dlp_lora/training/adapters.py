@@ -328,7 +328,7 @@ def _no_modules(model: PreTrainedModel, missing: Sequence[str]) -> TrainingError
 
 def _finished(name: str, out: Path, identity: dict[str, Any], dtype: str) -> TrainedAdapter:
     try:
-        record = json.loads((out / TRAINING_FILE).read_text())
+        record = json.loads((out / TRAINING_FILE).read_text(encoding="utf-8"))
         known = {key: record[key] for key in identity if key not in _NOT_RECORDED or key in record}
         known["args"] = {**AdapterTrainingArgs().identity(), **known["args"]}
         known["args"].pop("checkpoint_every", None)  # a setting of earlier versions, and none of the result

@@ -109,3 +109,9 @@ def test_the_command_shows_a_row_for_each_point(model: Path, tmp_path: Path) -> 
 def test_epochs_that_do_not_rise_are_refused(epochs: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="whole numbers that rise"):
         CurveArgs(epochs=epochs)
+
+
+@pytest.mark.parametrize("wrong", [{"learning_rates": (5e-4, 0.0)}, {"single_epochs": (-1,)}], ids=repr)
+def test_rates_and_lengths_that_train_nothing_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="must be positive"):
+        CurveArgs(**wrong)

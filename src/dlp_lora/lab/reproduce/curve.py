@@ -51,6 +51,11 @@ class CurveArgs:
     def __post_init__(self) -> None:
         if not self.epochs or list(self.epochs) != sorted(set(self.epochs)) or self.epochs[0] < 1:
             raise ValueError(f"CurveArgs.epochs are whole numbers that rise, from 1 on; got {self.epochs}")
+        if not all(rate > 0 for rate in self.learning_rates) or not all(num > 0 for num in self.single_epochs):
+            raise ValueError(
+                f"CurveArgs.learning_rates and single_epochs must be positive, got {self.learning_rates} and "
+                f"{self.single_epochs}"
+            )
         if self.training.schedule != "warmup_stable_decay":
             raise ValueError(f"CurveArgs.training.schedule is warmup_stable_decay, got {self.training.schedule!r}")
 
