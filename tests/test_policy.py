@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import reference
+from dlp_lora.bank.limits import Limits, Within
 from dlp_lora.errors import RouterError
 from dlp_lora.policy import (
     FusionPolicy,
@@ -336,6 +337,15 @@ def test_whatever_turns_probabilities_into_a_mixture_is_a_policy(policy: object)
 def test_a_policy_that_ignores_the_router_chooses_where_none_fits_too(row: dict[str, float], unsure: Any) -> None:
     assert choose(Only("a"), row, unsure)[1] == Mixture({"a": 1.0})
     assert choose(Uniform(), row, unsure)[1] == Mixture({"a": 0.5, "b": 0.5})
+    limits = Limits(max_rank=8, rank_of=lambda name: 4)  # as with vLLM
+    assert choose(Within(Only("a"), limits), row, unsure)[1] == Mixture({"a": 1.0})
+    assert choose(Within(TopK(1), limits), row, unsure)[1] == choose(TopK(1), row, unsure)[1]
+
+
+@pytest.mark.parametrize("row", [{}, {"a": 0.1, "b": 0.2}, {"a": 0.0}])
+def test_an_adapter_that_is_gone_is_not_chosen_where_none_fits(row: dict[str, float]) -> None:
+    assert choose(Only("c"), row)[1] == Mixture()
+    assert choose(Uniform(), {})[1] == Mixture()
 
 
 @pytest.mark.parametrize("text", ["math=", "=0.5", "math=x", "math,units=", " = "])

@@ -1,9 +1,9 @@
 """Fusion policies: router probabilities in, a Mixture of adapters out (section 3.2, Eqs. 4 and 5)."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, ClassVar, Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from dlp_lora.errors import RouterError
 
@@ -56,7 +56,10 @@ class Mixture(Mapping[str, float]):
 
 @runtime_checkable
 class FusionPolicy(Protocol):
-    """Turns a probability per adapter name into a mixture; an empty mixture abstains."""
+    """Turns a probability per adapter name into a mixture; an empty mixture abstains.
+
+    It is asked where some adapter fits, or where its method `ignores_router(names)`, if it has one, is true.
+    """
 
     def __call__(self, probabilities: Mapping[str, float]) -> Mixture: ...
 
@@ -145,7 +148,6 @@ class TopK(_Weighted):
 class Only:
     """Fuses one adapter at weight 1 and ignores the router: the task's adapter, as an oracle."""
 
-    ignores_router: ClassVar[bool] = True
     name: str
 
     def __call__(self, probabilities: Mapping[str, float]) -> Mixture:
@@ -153,15 +155,21 @@ class Only:
             raise ValueError(f"Only({self.name!r}): no such adapter; there are {', '.join(sorted(probabilities))}")
         return Mixture({self.name: 1.0})
 
+    def ignores_router(self, names: Collection[str]) -> bool:
+        """Whether it chooses among these adapters even if the router says that none fits."""
+        return self.name in names
+
 
 @dataclass(frozen=True)
 class Uniform:
     """Fuses every adapter with the same weight and ignores the router: an ablation."""
 
-    ignores_router: ClassVar[bool] = True
-
     def __call__(self, probabilities: Mapping[str, float]) -> Mixture:
         return Mixture(dict.fromkeys(probabilities, 1 / len(probabilities))) if probabilities else Mixture()
+
+    def ignores_router(self, names: Collection[str]) -> bool:
+        """Whether it chooses among these adapters even if the router says that none fits."""
+        return True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,8 +251,8 @@ def choose(policy: FusionPolicy, row: Mapping[str, float], unsure: Unsure = "bas
     """Applies a policy to a router's row; returns probabilities that sum to 1, and the mixture.
 
     The row may sum to less than 1: the rest is the probability that no adapter fits. If the rest is half or more, the
-    mixture is empty, unless `unsure` is "likeliest". A row of zeros, for an empty text, always gives an empty mixture.
-    A policy that ignores the router (`ignores_router`) chooses whatever the row is.
+    mixture is empty, unless `unsure` is "likeliest". A row of zeros, for an empty text, gives an empty mixture, too.
+    Policies that ignore the router (`ignores_router`) choose all the same.
 
     Raises:
         RouterError: if a number of the row is not a probability.
@@ -255,8 +263,16 @@ def choose(policy: FusionPolicy, row: Mapping[str, float], unsure: Unsure = "bas
     fits = math.fsum(row.values())
     sums_to_1 = fits <= 0 or abs(fits - 1) < TOLERANCE
     probabilities = dict(row) if sums_to_1 else {name: p / fits for name, p in row.items()}
-    is_asked = fits > (0 if unsure == "likeliest" else 0.5) or getattr(policy, "ignores_router", False)
+    is_asked = fits > (0 if unsure == "likeliest" else 0.5) or ignores_router(policy, row)
     return probabilities, policy(probabilities) if is_asked else Mixture()
+
+
+def ignores_router(policy: FusionPolicy, names: Collection[str]) -> bool:
+    """Whether a policy chooses among these adapters even if the router says that none fits, as its method of this name
+    says; without one, it does not.
+    """
+    found = getattr(policy, "ignores_router", None)
+    return found is not None and bool(found(names))
 
 
 def mixture_of(text: str) -> Mixture:

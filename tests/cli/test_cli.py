@@ -540,7 +540,7 @@ def test_training_again_finds_the_adapters_there(work: Path) -> None:
 
 
 def test_names_and_lengths_of_all_tasks_are_checked_before_one_is_trained(work: Path, tmp_path: Path) -> None:
-    for name, prompt in (("a=b", "Why?"), ("zeta", "long " * 400)):
+    for name, prompt in (("z=b", "Why?"), ("zeta", "long " * 400)):
         shutil.copytree(work / "data" / "sums", tmp_path / name / "sums")
         (tmp_path / name / name).mkdir()
         (tmp_path / name / name / "train.jsonl").write_text(json.dumps({"prompt": prompt, "answer": "Yes."}) + "\n")

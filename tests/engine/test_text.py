@@ -15,7 +15,7 @@ from dlp_lora import Context
 from dlp_lora.chat import Chat
 from dlp_lora.engine.text import Detokenizer, PromptReader, decode
 from dlp_lora.engine.turns import read_chat
-from dlp_lora.router.context import MAX_HISTORY
+from dlp_lora.router.context import CHARS_BEFORE
 from dlp_lora.sentences import SentenceSegmenter
 
 SPECIALS = ["<unk>", "<s>", "</s>"]
@@ -309,9 +309,9 @@ class TestPromptReader:
         found = PromptReader(tokenizer).sentences(tokenizer(text)["input_ids"], SentenceSegmenter)
         assert "".join(passage.text for passage in found) == text
         before = "".join(passage.text for passage in found[:-1])
-        assert found[-1].history == before[-MAX_HISTORY:]
+        assert found[-1].history == before[-CHARS_BEFORE:]
         assert found[9].history == "".join(passage.text for passage in found[:9])
-        assert sum(len(passage.history) for passage in found) <= len(found) * MAX_HISTORY
+        assert sum(len(passage.history) for passage in found) <= len(found) * CHARS_BEFORE
 
     @pytest.mark.parametrize("template", [VICUNA, ALPACA], ids=["vicuna", "alpaca"])
     @pytest.mark.parametrize("kind", TOKENIZERS)

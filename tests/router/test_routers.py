@@ -669,8 +669,9 @@ class TestCaches:
     def test_a_router_that_was_loaded_in_inference_mode_answers(self, tmp_path: Path) -> None:
         mini_mlp().save_pretrained(tmp_path / "router")
         with torch.inference_mode():
-            router = load_router(tmp_path / "router")
-        torch.testing.assert_close(router.probabilities(CONTEXTS), mini_mlp().probabilities(CONTEXTS))
+            routers = [load_router(tmp_path / "router"), MiniMLP.from_pretrained(tmp_path / "router")]
+        for router in routers:
+            torch.testing.assert_close(router.probabilities(CONTEXTS), mini_mlp().probabilities(CONTEXTS))
 
 
 def routed(router: Router, texts: dict[str, list[str]]) -> dict[str, list[str]]:

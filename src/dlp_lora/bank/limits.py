@@ -1,11 +1,11 @@
 """Limits: any mixture in, a mixture that fits into slots of fixed rank out."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
-from dlp_lora.policy import FusionPolicy, Mixture
+from dlp_lora.policy import FusionPolicy, Mixture, ignores_router
 
 PARTS = 64  # weights are whole multiples of its inverse, so that nearly equal mixtures are the same
 
@@ -54,6 +54,10 @@ class Within:
 
     def __call__(self, probabilities: Mapping[str, float]) -> Mixture:
         return self.limits.fit(self.policy(probabilities))
+
+    def ignores_router(self, names: Collection[str]) -> bool:
+        """Whether the policy chooses among these adapters even if the router says that none fits."""
+        return ignores_router(self.policy, names)
 
 
 def rounded(weights: Mapping[str, float]) -> Mixture:

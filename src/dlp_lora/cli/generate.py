@@ -128,7 +128,9 @@ def say_answer(stream: "Stream | AnswerStream", colours: Mapping[str, str]) -> s
 
 
 def _fitting(answerer: Answerer, chat: Chat, max_new_tokens: int) -> tuple[Chat, int]:
-    """Drops the oldest turns until an answer fits into the model's context, and says so; returns the room."""
+    """Drops the oldest turns until an answer has room in the model's context, half of it at most, and says so; returns
+    the room.
+    """
     from dlp_lora.engine.prompts import encode_prompt, fitting
 
     context = answerer.max_context

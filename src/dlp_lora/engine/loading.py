@@ -268,7 +268,6 @@ def _pretrained(
     return model, tokenizer
 
 
-@torch.inference_mode(False)  # a tensor made in it could not tell whether it was written to
 def load_router(
     path: str | Path,
     *,

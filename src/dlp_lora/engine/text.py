@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from dlp_lora.engine.template import ChatTemplate, Span
 from dlp_lora.engine.turns import ASSISTANT, USER, Turn, read_turns
 from dlp_lora.router import Context
-from dlp_lora.router.context import MAX_HISTORY
+from dlp_lora.router.context import CHARS_BEFORE
 from dlp_lora.sentences import Segmenter
 
 REPLACEMENT = "\ufffd"
@@ -143,7 +143,7 @@ class PromptReader:
         behind = [*first_tokens, len(tokens)][tile(len(read.rstrip()) - 1) + 1]
         end = min(behind, len(tokens) - 1)
         return [
-            Passage(read[start:stop], read[max(0, start - MAX_HISTORY) : start], first, last)
+            Passage(read[start:stop], read[max(0, start - CHARS_BEFORE) : start], first, last)
             for (start, first), (stop, last) in pairwise([*starts, (len(read), end)])
             if first < last
         ]
@@ -163,9 +163,9 @@ class PromptReader:
             return None
         # Templates may print the day, and conversations last over midnight; users may set another template.
         if (made_of := (date.today(), str(self._tokenizer.chat_template))) != self._made_of:
-            self._made_of = made_of
             read = partial(decode, self._tokenizer, skip_special_tokens=False)
             self._templates = [ChatTemplate(self._tokenizer, read), *self._templates[:1]]
+            self._made_of = made_of  # last: another thread may read meanwhile
         candidates = (template.spans(text) for template in self._templates)
         return next((spans for spans in candidates if spans is not None), None)
 

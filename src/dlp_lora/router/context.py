@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dlp_lora.errors import RouterError
 
-TINY = 1e-30  # the smallest probability that any adapter fits a text
-MAX_HISTORY = 8_000  # characters before a sentence that routers see: more would take memory, and has hardly any weight
+LEAST_FIT = 1e-30  # the smallest probability that any adapter fits a text
+CHARS_BEFORE = 8_000  # of the text before a sentence of a prompt: more would take memory, and has hardly any weight
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Context:
 
     `prompt` is the question to answer: the newest turn, or one sentence of a prompt that is routed by sentences.
     `answer` is the answer so far without the new sentence, and `sentence` is the new sentence's first token. Both are
-    empty when the prompt is routed. `history` is the text before the prompt: earlier turns, or earlier sentences.
+    empty when the prompt is routed. `history` is the text before the prompt: earlier turns, or the last of the earlier
+    sentences.
     `is_part` marks a prompt that is a part of a longer one. It may be an instruction, so a router may be stricter.
     With `whole`, the longer prompt, a part must also be more like prompts of its adapter than the longer one is.
     """
@@ -102,7 +103,7 @@ class Calibration:
         """Gives probabilities, on the CPU; what a row lacks to 1 is the probability that none fits."""
         probabilities = (logits.float().cpu() / self.temperature).softmax(dim=-1)
         scores = self.energy(logits) if scores is None else scores
-        fits = torch.sigmoid(self.log_odds(scores)).clamp(min=TINY)  # 0 would mean a text that is blank
+        fits = torch.sigmoid(self.log_odds(scores)).clamp(min=LEAST_FIT)  # 0 would mean a text that is blank
         return probabilities * fits[:, None]
 
 
@@ -142,8 +143,8 @@ def has_text(contexts: Sequence[Context]) -> Float[Tensor, " batch"]:
     def is_visible(text: str) -> bool:
         return any(char.isprintable() and not char.isspace() for char in text)
 
-    parts = [(c.prompt, c.answer, c.sentence, c.history) for c in contexts]
-    return torch.tensor([float(any(map(is_visible, own))) for own in parts])
+    texts = [(c.prompt, c.answer, c.sentence, c.history) for c in contexts]
+    return torch.tensor([float(any(map(is_visible, parts))) for parts in texts])
 
 
 def check_labels(names: Sequence[str]) -> tuple[str, ...]:

@@ -342,7 +342,7 @@ def _part(weights: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
 
 def _state(tensor: Tensor) -> tuple[int, int]:
     """A value that changes if a tensor is replaced or written to."""
-    return tensor.data_ptr(), tensor._version
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
 def _pieces(text: str) -> list[str]:

@@ -14,7 +14,7 @@ from itertools import accumulate
 from typing import Any
 
 from dlp_lora.policy import Mixture, RoutingSettings, choose
-from dlp_lora.router.context import MAX_HISTORY, Context, Router
+from dlp_lora.router.context import CHARS_BEFORE, Context, Router
 from dlp_lora.sentences import split
 
 Read = Callable[[Sequence[Context]], Sequence[Mapping[str, float]]]
@@ -233,7 +233,7 @@ def _runs(read: Read, context: Context) -> list[str]:
     before = ["", *accumulate(sentences)]
     rows = read(
         [
-            replace(context, prompt=sentence.strip(), history=f"{context.history}\n{earlier}"[-MAX_HISTORY:].strip())
+            replace(context, prompt=sentence.strip(), history=f"{context.history}\n{earlier}"[-CHARS_BEFORE:].strip())
             for sentence, earlier in zip(sentences, before, strict=False)
         ]
     )

@@ -287,6 +287,10 @@ def test_table_5_compares_both_models_over_the_tasks_of_the_larger_one() -> None
     table = tables.larger_table(record(data))
     assert {cells(table, name)["", "Inference time (s)"] for name in ("huge", "tiny + DLP-LoRA")} == {None}
     assert any("left out other questions" in note for note in table.notes)
+    some = {MCQ[0]: {"accuracy": 0.35}}
+    for left_out, scores in ((None, {task: {} for task in TASKS}), ({}, some)):  # unknown, and of another task
+        data["larger"] = {**larger, "left_out": left_out, "scores": scores}
+        assert not any("left out other" in note for note in tables.larger_table(record(data)).notes)
 
 
 def test_a_task_without_test_questions_empties_neither_table_5_nor_a_composites_size() -> None:

@@ -192,7 +192,7 @@ def _train_with_trainer(
     *,
     batches: Sequence[list[int]] | None = None,
 ) -> None:
-    """Trains in batches of the Trainer's order, or in these, each the places of its examples."""
+    """Trains in the Trainer's batches, or in `batches`: lists of places in `encoded`."""
     from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments  # slow to import
 
     class InOrder(Trainer):

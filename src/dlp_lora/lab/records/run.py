@@ -174,7 +174,7 @@ class Larger:
 
     model: str | None = None
     seconds: float | None = None
-    left_out: Mapping[str, float] = field(default_factory=dict)
+    left_out: Mapping[str, float] | None = None
     scores: ByTask = field(default_factory=dict)
     pooled_intervals: Mapping[str, Interval] = field(default_factory=dict)
 

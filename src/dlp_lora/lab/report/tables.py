@@ -4,7 +4,7 @@ Rows and columns are the paper's. Added are the columns of what needs no model (
 the single LoRA of rank 64, the rows of own tasks, and in Table 3 those of the adapters chosen by hand (LoRA).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from statistics import fmean
 
 from dlp_lora.lab.evals.methods import MAIN, SINGLE, about, label
@@ -142,7 +142,12 @@ def larger_table(record: Record) -> Table:
     scored = record.scored(record.tasks)
     tasks = [task for task in scored if larger is None or task.name in larger.scores]
     is_whole = len(tasks) == len(scored)
-    asks_others = larger is not None and _counted(larger.left_out) != _counted(record.run.left_out)
+    names_of_both = {task.name for task in tasks}
+    asks_others = (
+        larger is not None
+        and larger.left_out is not None
+        and _counted(larger.left_out, names_of_both) != _counted(record.run.left_out or {}, names_of_both)
+    )
     large: dict[str, Measure | None] = {}
     small: dict[str, Measure | None] = {}
     for metric in POOLED_METRICS:
@@ -277,8 +282,8 @@ def _mean_of(values: Sequence[float | None]) -> float | None:
     return fmean(known) if known and len(known) == len(values) else None
 
 
-def _counted(left_out: Mapping[str, float] | None) -> dict[str, float]:
-    return {task: count for task, count in (left_out or {}).items() if count}
+def _counted(left_out: Mapping[str, float], names: Collection[str]) -> dict[str, float]:
+    return {task: count for task, count in left_out.items() if count and task in names}
 
 
 def _stand_ins(record: Record) -> tuple[str, ...]:

@@ -61,13 +61,13 @@ def bench_router(
     key = setting.key()
     record = _kept(file, key) if file and not overwrite else None
     record = record or {"format": FORMAT, "benchmark": "router", "key": key, "scenarios": {}}
-    _check_router(record, setting)
     for name in only or SCENARIOS:
         if name in record["scenarios"]:
             continue
         setting.on_progress(Progress(name, 0, 1))
         start = time.perf_counter()
         found = SCENARIOS[name](setting)
+        _check_router(record, setting)
         record["scenarios"][name] = {**found, "seconds": round(time.perf_counter() - start, 2)}
         _describe(record, name, setting)
         record["targets"] = judged(record)
@@ -79,12 +79,18 @@ def bench_router(
 
 
 def _check_router(record: Mapping[str, Any], setting: Setting) -> None:
-    """Refuses to go on with another router than the one that a record's scenarios have trained."""
-    kept = (record.get("router") or {}).get("hash")
-    if kept is not None and router_hash(setting.main.router) != kept:
+    """Checks that a scenario was measured with the router of those before.
+
+    Raises:
+        RecordError: if it was not, or if the record does not say which one that was.
+    """
+    before = record.get("router") or {}
+    if before.get("given") or before.get("type") is None or setting.known is None:  # a given router is in the key
+        return
+    if before.get("hash") != router_hash(setting.known.router):
         raise RecordError(
-            "the router that this run trained is not kept, and trained again it came out differently; give the folder "
-            "with it (--router or --work), or begin again (--overwrite)"
+            "the router that this run trained first is not kept, and trained again it came out differently; give the "
+            "folder with it (--work), or begin again (--overwrite)"
         )
 
 
@@ -99,7 +105,8 @@ def _describe(record: dict[str, Any], scenario: str, setting: Setting) -> None:
         "extra": [task.name for task in setting.extra],
         "labels": setting.labels,
     }
-    record["router"] = _router(setting.known) | {"given": setting.given is not None}
+    if setting.known is not None or "router" not in record:
+        record["router"] = _router(setting.known) | {"given": setting.given is not None}
 
 
 def _router(known: Trained | None) -> dict[str, Any]:
