@@ -9,6 +9,7 @@ from tokenizers import normalizers
 import dlp_lora
 from conftest import HashRouter, byte_tokenizer, lively_model
 from dlp_lora import Context, Engine, Generation, Mixture, TaskError, TopK
+from dlp_lora.errors import RecordError
 from dlp_lora.lab.evals.answers import AnswerArgs
 from dlp_lora.lab.evals.serial import (
     LineBreaks,
@@ -19,6 +20,7 @@ from dlp_lora.lab.evals.serial import (
     serial_methods,
     serial_prompts,
 )
+from dlp_lora.progress import Progress
 from dlp_lora.sentences import LineSegmenter, split
 from dlp_lora.tasks import Example, Task
 
@@ -88,13 +90,12 @@ def test_blank_lines_are_no_answers() -> None:
     assert [row["right"] for row in _scored(prompt, answer, 0.1)] == [True, True]
 
 
-def test_the_method_that_is_told_the_tasks_gives_each_line_its_own_adapter(engine: Engine) -> None:
+def test_the_method_that_is_told_the_tasks_gives_each_line_its_own_adapter(engine: Engine, tmp_path: Path) -> None:
     prompts = serial_prompts(TASKS, 3, 4)
     methods = {m.name: m for m in serial_methods(engine.bank.names, prompts)}
     assert methods["base"].mixture == Mixture()
-    rows = answer_serial(
-        engine, methods["oracle"], prompts, AnswerArgs(max_new_tokens=40, batch_size=3, prompt_format="plain")
-    )
+    args = AnswerArgs(max_new_tokens=40, batch_size=3, prompt_format="plain")
+    rows = answer_serial(engine, methods["oracle"], prompts, args, tmp_path / "oracle.jsonl", identity={})
     assert len(rows) == 12
     assert [row["task"] for row in rows] == [task for prompt in prompts for task in prompt.tasks]
     answered = [row for row in rows if row["text"]]
@@ -122,7 +123,9 @@ def test_a_task_without_test_questions_is_not_asked_about() -> None:
         serial_prompts(tasks, 4, 1)
 
 
-def test_the_method_that_is_told_the_tasks_knows_prompts_that_a_tokenizer_normalises(lively_adapters: Path) -> None:
+def test_the_method_that_is_told_the_tasks_knows_prompts_that_a_tokenizer_normalises(
+    lively_adapters: Path, tmp_path: Path
+) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     engine = dlp_lora.load(lively_model(), tokenizer=tokenizer, adapters=lively_adapters)
@@ -130,7 +133,8 @@ def test_the_method_that_is_told_the_tasks_knows_prompts_that_a_tokenizer_normal
     assert asked.prompt != unicodedata.normalize("NFC", asked.prompt)
     prompts = [SerialPrompt(tasks=("math", "poems"), examples=(asked, TASKS[1].test[0]))]
     told = {m.name: m for m in serial_methods(engine.bank.names, prompts)}["oracle"]
-    rows = answer_serial(engine, told, prompts, AnswerArgs(max_new_tokens=30, batch_size=8, prompt_format="plain"))
+    args = AnswerArgs(max_new_tokens=30, batch_size=8, prompt_format="plain")
+    rows = answer_serial(engine, told, prompts, args, tmp_path / "oracle.jsonl", identity={})
     assert rows[0]["routed"]
 
 
@@ -142,26 +146,55 @@ class _ByName(HashRouter):
         return torch.tensor([[0.98 * value if sum(row) == 1 else 0.1 * value for value in row] for row in rows])
 
 
-def test_apart_is_scored_as_each_question_alone(lively_adapters: Path) -> None:
+def test_apart_is_scored_as_each_question_alone(lively_adapters: Path, tmp_path: Path) -> None:
     engine = dlp_lora.load(
         lively_model(), tokenizer=byte_tokenizer(), adapters=lively_adapters, router=_ByName(), policy=TopK(1)
     )
     prompts = serial_prompts(TASKS, 2, 5)
     methods = {m.name: m for m in serial_methods(engine.bank.names, prompts)}
     args = AnswerArgs(max_new_tokens=24, batch_size=2, prompt_format="plain")
-    apart, alone = (answer_serial(engine, methods[name], prompts, args) for name in ("apart", "alone"))
+    apart, alone = (
+        answer_serial(engine, methods[name], prompts, args, tmp_path / f"{name}.jsonl", identity={})
+        for name in ("apart", "alone")
+    )
     assert all(row["is_cut"] and row["routed"] for row in apart)
     assert [row["text"] for row in apart] == [row["text"] for row in alone]
     assert len({row["text"] for row in apart}) > 2
 
 
-def test_a_prompt_that_apart_does_not_cut_is_answered_in_turn(lively_adapters: Path) -> None:
+def test_a_prompt_that_apart_does_not_cut_is_answered_in_turn(lively_adapters: Path, tmp_path: Path) -> None:
     engine = dlp_lora.load(
         lively_model(), tokenizer=byte_tokenizer(), adapters=lively_adapters, router=HashRouter(), policy=TopK(1)
     )
     prompts = serial_prompts(TASKS, 2, 4)
     methods = {m.name: m for m in serial_methods(engine.bank.names, prompts)}
     args = AnswerArgs(max_new_tokens=24, batch_size=8, prompt_format="plain")
-    apart, in_turn = (answer_serial(engine, methods[name], prompts, args) for name in ("apart", "recompute"))
+    apart, in_turn = (
+        answer_serial(engine, methods[name], prompts, args, tmp_path / f"{name}.jsonl", identity={})
+        for name in ("apart", "recompute")
+    )
     assert not any(row["is_cut"] for row in apart)
     assert [row["text"] for row in apart] == [row["text"] for row in in_turn]
+
+
+def test_an_interrupted_method_goes_on_where_it_stopped(engine: Engine, tmp_path: Path) -> None:
+    prompts = serial_prompts(TASKS, 2, 5)
+    method = {m.name: m for m in serial_methods(engine.bank.names, prompts)}["oracle"]
+    args = AnswerArgs(max_new_tokens=24, batch_size=2, prompt_format="plain")
+    told, file = list[int](), tmp_path / "oracle.jsonl"
+
+    def stop(now: Progress) -> None:
+        if now.done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        answer_serial(engine, method, prompts, args, file, identity={"of": 1}, on_progress=stop)
+    before = file.read_text()
+    rows = answer_serial(
+        engine, method, prompts, args, file, identity={"of": 1}, on_progress=lambda now: told.append(now.done)
+    )
+    assert file.read_text().startswith(before)
+    assert told == [4, 5]
+    assert [row["task"] for row in rows] == [task for prompt in prompts for task in prompt.tasks]
+    with pytest.raises(RecordError, match="of was 1 and is 2"):
+        answer_serial(engine, method, prompts, args, file, identity={"of": 2})

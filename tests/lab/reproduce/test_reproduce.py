@@ -232,10 +232,13 @@ def test_answers_of_another_router_are_not_taken_for_those_of_this_one(
     routed = [name for name in METHODS if METHODS_BY_NAME[name].mixture is None]
     for name in routed:
         (seed / "answers" / f"{name}.jsonl").unlink()
+    with pytest.raises(RecordError, match=r"serial-2/base.jsonl holds answers .*: routing.router was"):
+        reproduce(model, tasks(), tmp_path / "run", SMALL, infos=INFOS)
+    shutil.rmtree(seed / "serial-2")
     reproduce(model, tasks(), tmp_path / "run", SMALL, infos=INFOS)
     kept = [json.loads((seed / f"answers/{name}.jsonl").read_text().split("\n")[0]) for name in routed]
     kept.append(json.loads((seed / "teacher_forced/dlp.jsonl").read_text().split("\n")[0]))
-    kept.append(json.loads((seed / "serial-2.json").read_text()))
+    kept.append(json.loads((seed / "serial-2/dlp.jsonl").read_text().split("\n")[0]))
     assert {own["identity"]["routing"]["router"] for own in kept} == {router_hash(other)}
 
 

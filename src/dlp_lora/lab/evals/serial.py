@@ -9,7 +9,7 @@ import math
 import random
 import time
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
@@ -26,10 +26,11 @@ from dlp_lora.engine.engine import Engine
 from dlp_lora.engine.prompts import context_of
 from dlp_lora.engine.trace import Generation
 from dlp_lora.errors import TaskError
+from dlp_lora.kept import keep_rows
 from dlp_lora.lab.evals.answers import AnswerArgs, encoded
 from dlp_lora.lab.evals.metrics import exact_match
 from dlp_lora.policy import Mixture, Switching
-from dlp_lora.progress import OnProgress, Progress, unseen
+from dlp_lora.progress import OnProgress, unseen
 from dlp_lora.router import Context
 from dlp_lora.sentences import LineSegmenter
 from dlp_lora.tasks.formats import as_prompt
@@ -115,23 +116,35 @@ def answer_serial(
     method: SerialMethod,
     prompts: Sequence[SerialPrompt],
     args: AnswerArgs,
+    file: Path,
     *,
+    identity: Mapping[str, Any],
     on_progress: OnProgress = unseen,
 ) -> list[dict[str, Any]]:
-    """Answers serial prompts; for each question: the line that was given, whether it is right, which adapter led.
+    """Answers serial prompts into `file`, or goes on with it.
 
-    `seconds` is each question's share of its batch, and `is_cut` says whether its prompt was answered apart.
+    For each question: the line that was given, whether it is right, which adapter led. `seconds` is each question's
+    share of its batch, and `is_cut` says whether its prompt was answered apart.
+
+    Raises:
+        RecordError: if the file was begun under another `identity`.
     """
-    rows: list[dict[str, Any]] = []
-    for first in range(0, len(prompts), args.batch_size):
-        on_progress(Progress(method.name, first, len(prompts)))
-        batch = prompts[first : first + args.batch_size]
+
+    def answered(batch: Sequence[SerialPrompt]) -> list[dict[str, Any]]:
         start = time.perf_counter()
         answers = generate_serial(engine, method, batch, args)
         seconds = (time.perf_counter() - start) / sum(len(prompt.tasks) for prompt in batch)
-        for prompt, answer in zip(batch, answers, strict=True):
-            rows += _scored(prompt, answer, seconds)
-    return rows
+        return [{"answers": _scored(*pair, seconds)} for pair in zip(batch, answers, strict=True)]
+
+    size = args.batch_size
+    kept = keep_rows(
+        file,
+        {"method": method.name, **identity, "args": args.identity()},
+        [prompts[first : first + size] for first in range(0, len(prompts), size)],
+        answered,
+        on_progress=on_progress,
+    )
+    return [row for prompt in kept for row in prompt["answers"]]
 
 
 def generate_serial(

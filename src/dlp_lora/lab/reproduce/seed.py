@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dlp_lora.engine.engine import Engine
 from dlp_lora.engine.loading import load, load_router
 from dlp_lora.files import as_json
-from dlp_lora.kept import Kept, read_kept
+from dlp_lora.kept import read_kept
 from dlp_lora.lab.evals.answers import AnswerArgs, Question, data_hash, identity_of
 from dlp_lora.lab.evals.chance import described
 from dlp_lora.lab.evals.evaluation import Evaluation
@@ -166,34 +166,32 @@ class Seed:
 
     def _answer_serial(self, engine: Engine, n: int) -> None:
         """Answers prompts of `n` questions by all methods, those that fit the context."""
-        step, file = f"serial-{n}", self.folder / f"serial-{n}.json"
+        step = f"serial-{n}"
         self._serial[step] = {}
         tasks = [task for task in self.tasks if self.kinds[task.name] == "mcq" and task.test]
         if len(tasks) < n:
             self._serial_skipped[step] = len(tasks)
             self._tell(Progress(step, 1, 1, f"skipped: of {n} tasks of choice there are {len(tasks)}"))
-        else:
-            num_prompts = self.args.serial_prompts
-            drawn = serial_prompts(tasks, n, num_prompts, seed=self.seed)
-            args = self._serial_args(n)
-            prompts = fitting(engine, drawn, args)
-            if len(prompts) < len(drawn):
-                self._serial_left_out[step] = len(drawn) - len(prompts)
-            asked = {"num_prompts": num_prompts, "tasks": [task.name for task in tasks]}
-            identity = {**identity_of(engine, self.tasks, METHODS["dlp"]), **asked}
-            kept = Kept(file, identity)
-            found = kept.values.get("methods", {})
-            methods = serial_methods(engine.bank.names, prompts) if prompts else []
-            for i, method in enumerate(methods):
-                if method.name in found:
-                    continue
+            return
+        num_prompts = self.args.serial_prompts
+        drawn = serial_prompts(tasks, n, num_prompts, seed=self.seed)
+        args = self._serial_args(n)
+        prompts = fitting(engine, drawn, args)
+        if len(prompts) < len(drawn):
+            self._serial_left_out[step] = len(drawn) - len(prompts)
+        asked = {"num_prompts": num_prompts, "tasks": [task.name for task in tasks]}
+        identity = {**identity_of(engine, self.tasks, METHODS["dlp"]), **asked}
+        methods = serial_methods(engine.bank.names, prompts) if prompts else []
+        for i, method in enumerate(methods):
 
-                def tell(now: Progress, i: int = i) -> None:
+            def tell(now: Progress, i: int = i) -> None:
+                if now.done < now.total or i == len(methods) - 1:  # one step: it is done with its last method
                     self._tell(Progress(step, i * now.total + now.done, len(methods) * now.total))
 
-                found[method.name] = {"rows": answer_serial(engine, method, prompts, args, on_progress=tell)}
-                kept.put(methods=found)
-            self._serial[step] = {method.name: found[method.name]["rows"] for method in methods}
+            file = self.folder / step / f"{method.name}.jsonl"
+            rows = answer_serial(engine, method, prompts, args, file, identity=identity, on_progress=tell)
+            self._serial[step][method.name] = rows
+        if not methods:
             self._tell(Progress(step, 1, 1))
 
     def _serial_args(self, n: int) -> AnswerArgs:
