@@ -239,16 +239,7 @@ def _means(name: str) -> str:
         kind: sum(task["kind"] == kind for task in record["data"]["tasks"].values()) for kind in set(groups.values())
     }
 
-    def cell(metric: str) -> Cell:
-        def text(row: Mapping[str, Any]) -> str:
-            pools, scale = record["composites"], 1 if metric == "bleu" else 100
-            (pool,) = (name for name in pools if metric in pools[name][row["method"]])
-            value = pools[pool][row["method"]][metric]
-            low, high = record["composite_intervals"][pool][row["method"]][metric]
-            return f"{scale * value:.1f} ({scale * low:.1f}-{scale * high:.1f})"
-
-        return text
-
+    cell = partial(_mean_and_interval, record)
     choices = {
         name: [own["accuracy_loglik"] for own in scores.values() if "accuracy_loglik" in own]
         for name, scores in record["scores"].items()
@@ -263,6 +254,39 @@ def _means(name: str) -> str:
         "ROUGE-1": cell("rouge1"),
         "ROUGE-L": cell("rougeL"),
     }
+    return _table(columns, [{"method": name} for name in METHODS if name in record["scores"]])
+
+
+def _mean_and_interval(record: Mapping[str, Any], metric: str) -> Cell:
+    def text(row: Mapping[str, Any]) -> str:
+        pools, scale = record["composites"], 1 if metric == "bleu" else 100
+        (pool,) = (name for name in pools if metric in pools[name][row["method"]])
+        value = pools[pool][row["method"]][metric]
+        low, high = record["composite_intervals"][pool][row["method"]][metric]
+        return f"{scale * value:.1f} ({scale * low:.1f}-{scale * high:.1f})"
+
+    return text
+
+
+def _by_seed(name: str) -> str:
+    """Means over tasks with each seed of the training, and of all with their interval."""
+    record = _record(name)
+    kinds = {task: own["kind"] for task, own in record["data"]["tasks"].items()}
+
+    def of_seed(seed: str, metric: str, scale: int) -> Cell:
+        def text(row: Mapping[str, Any]) -> str:
+            scores = record["by_seed"][seed][row["method"]]
+            values = [scores[task][metric] for task, kind in kinds.items() if (kind == "mcq") == (metric == "accuracy")]
+            return f"{scale * sum(values) / len(values):.1f}"
+
+        return text
+
+    columns: dict[str, Cell] = {"method": lambda row: label(row["method"])}
+    for title, metric, kind in (("accuracy", "accuracy", "mcq"), ("ROUGE-L", "rougeL", "qa")):
+        num_tasks = sum(own == kind for own in kinds.values())
+        for seed in record["by_seed"]:
+            columns[f"{title} of {num_tasks} tasks, seed {seed}"] = of_seed(seed, metric, 100)
+        columns[f"mean {title}"] = _mean_and_interval(record, metric)
     return _table(columns, [{"method": name} for name in METHODS if name in record["scores"]])
 
 
@@ -411,9 +435,9 @@ def _dependent() -> str:
     return _table(columns, [{"kind": kind} for kind in scores["apart"]])
 
 
-def _mixtures() -> str:
-    """Questions of one task in the format of another: the best single adapter beside each group's best mixture."""
-    found = _record("mixtures")["made"]
+def _mixtures(part: str, kind: str) -> str:
+    """Questions that need two adapters: the best single adapter beside each group's best mixture."""
+    found = _record("mixtures")[part]
     groups = {
         "base": "base model",
         "single": "best single adapter",
@@ -424,6 +448,7 @@ def _mixtures() -> str:
     rows = [
         {"task": name, **{group: own["best"][group]["right"] for group in groups}, "weights": own["best"]["pair"]}
         for name, own in found["tasks"].items()
+        if own["kind"] == kind
     ]
     mean = {group: sum(row[group] for row in rows) / len(rows) for group in groups}
     columns: dict[str, Cell] = {"questions of": lambda row: row["task"].replace("_", " ")}
@@ -604,6 +629,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "families-supported": partial(_families, "supported"),
     "families-refused": partial(_families, "refused", "not built"),
     "tasks26": partial(_means, "tasks26/record"),
+    "tasks13-seeds": partial(_by_seed, "tasks13/record"),
     "tasks26-short": partial(_short_means, "tasks26/record"),
     "peers-short": _short_peers,
     "tasks26-teacher-forced": partial(_teacher_forced, "tasks26/record"),
@@ -612,7 +638,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tasks26-serial": _serial,
     "tasks26-serial-details": _serial_details,
     "dependent": _dependent,
-    "mixtures": _mixtures,
+    "mixtures": partial(_mixtures, "made", "made"),
     "learning-curve": _learning_curve,
     "ablations": _ablations,
     "demo": _demo,
