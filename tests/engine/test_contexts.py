@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, TextIteratorStreamer, pipeline
+from transformers import LlamaForCausalLM, StoppingCriteria, TextIteratorStreamer, pipeline
 
 import dlp_lora
 from conftest import EveryK, HashRouter, byte_tokenizer, lively_model
@@ -295,8 +295,42 @@ class TestStream:
         assert threading.active_count() == threads
         stream = engine.stream(PROMPT, max_new_tokens=400, do_sample=False)
         next(stream)
+        running = stream._thread
         del stream
+        running.join(timeout=60)
         assert threading.active_count() == threads
+
+    def test_the_collector_may_delete_it_in_a_thread_that_the_model_waits_for(self, make_engine: MakeEngine) -> None:
+        engine = make_engine()
+        stream = engine.stream(PROMPT, max_new_tokens=400, do_sample=False)
+        next(stream)
+        running = stream._thread
+        with engine.bank.lock:
+            del stream  # it must not wait for the model, which waits for this lock
+        running.join(timeout=60)
+        assert not running.is_alive()
+
+    def test_it_ends_with_an_error_if_its_engine_is_detached(self, make_engine: MakeEngine) -> None:
+        with make_engine() as engine:
+            unread = engine.stream(PROMPT, **GREEDY)
+            begun = engine.stream(PROMPT, max_new_tokens=400, do_sample=False)
+            next(begun)
+        for stream in (unread, begun):
+            with pytest.raises(ValueError, match="the engine was detached from its model"):
+                "".join(stream)
+
+    def test_one_that_failed_keeps_no_adapter(self, make_engine: MakeEngine, lively_adapters: Path) -> None:
+        class Failing(StoppingCriteria):  # type: ignore[misc]
+            def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+                if input_ids.shape[1] > len(PROMPT) + 5:
+                    raise RuntimeError("out of memory")
+                return torch.zeros(len(input_ids), dtype=torch.bool)
+
+        engine = make_engine()
+        with pytest.raises(RuntimeError, match="out of memory"):
+            "".join(engine.stream(PROMPT, mixture={"math": 1.0}, stopping_criteria=[Failing()], **GREEDY))
+        engine.remove_adapter("math")
+        engine.add_adapter(lively_adapters / "math")
 
 
 class TestLastTrace:

@@ -583,6 +583,17 @@ class TestPrompts:
         with pytest.raises(PromptError, match=r"prompt 1 has 500 tokens, and 13 new ones .* context is 512"):
             engine.generate(["short", "x" * 500], max_new_tokens=13)
         assert engine.generate("x" * 500, max_new_tokens=12).tokens
+        for way in (
+            {"generation_config": GenerationConfig(max_new_tokens=13)},
+            {"max_length": 513},
+            {"generation_config": GenerationConfig(max_length=513)},
+        ):
+            with pytest.raises(PromptError, match=r"prompt 1 has 500 tokens, and 13 new ones .* context is 512"):
+                engine.generate(["short", "x" * 500], **way)
+        engine.model.generation_config.max_new_tokens = 13
+        with pytest.raises(PromptError, match=r"500 tokens, and 13 new ones"):
+            engine.generate("x" * 500)
+        assert engine.generate("x" * 500, max_length=512, max_new_tokens=None).tokens
 
     def test_messages_without_a_chat_template_are_refused(self, make_engine: MakeEngine) -> None:
         engine = make_engine(tokenizer=byte_tokenizer(chat_template=None))

@@ -4,6 +4,7 @@ It lists the adapters, keeps the most recently used ones in memory, and reads ot
 has a lease on its adapters: a leased adapter that is removed stays until the lease ends.
 """
 
+import gc
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -119,7 +120,10 @@ class AdapterStore:
             raise AdapterError(f"two adapters are named {name!r} (the second: {adapter.path}); rename one")
         self._layout.check(adapter)
         self._drop_removed()
-        if not all(lease.follows for lease in self._leases if name in lease.names):
+        if not self._may_change(name):
+            gc.collect()  # rows of a call that failed may only wait for this
+            self._drop_removed()
+        if not self._may_change(name):
             raise AdapterError(
                 f"rows still run with the {'' if name in self.adapters else 'removed '}adapter {name!r}; let them end "
                 f"and drop their KV caches, or add {adapter.path} under another name"
@@ -309,6 +313,10 @@ class AdapterStore:
             entry = self._loaded.pop(name)
             excess -= entry.nbytes
             entry.stacked = None
+
+    def _may_change(self, name: str) -> bool:
+        """Whether every lease of an adapter follows to another of its name."""
+        return all(lease.follows for lease in self._leases if name in lease.names)
 
     def _drop_removed(self) -> None:
         """Forgets removed adapters without a lease."""

@@ -135,6 +135,16 @@ def call_setting(name: str, kwargs: Mapping[str, Any], generation_config: Any) -
     return next((value for value in values if value is not None), None)
 
 
+def num_new_tokens(num_read: int, kwargs: Mapping[str, Any], generation_config: Any) -> int:
+    """How many tokens a call may write after `num_read` others, as far as it or the model's config says; at least 1.
+
+    A `max_length` of the model's config is no wish of the caller's.
+    """
+    new = call_setting("max_new_tokens", kwargs, generation_config)
+    length = call_setting("max_length", kwargs, None) if new is None else None
+    return max(1, new or (length or 0) - num_read)
+
+
 def is_one_row(kwargs: Mapping[str, Any], generation_config: Any) -> bool:
     """Whether a call of `generate` needs as many rows as prompts, or has one form for the whole answer."""
     objects = ("streamer", "past_key_values", "prefix_allowed_tokens_fn")

@@ -91,6 +91,7 @@ class Controller:
         self._fused: tuple[Sequence[Mixture], Tensor | None, Reads | None] = [], None, None  # by the running pass
         self._compiled: Callable[..., Any] | None = None  # runs decoding steps over a static cache
         self.starter = RowStarter(tokenizer, bank.adapters.keys())
+        self.is_installed = False
 
     @property
     def call(self) -> Call:
@@ -124,13 +125,24 @@ class Controller:
         self._names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
         vars(model)[CONTROLLER] = self
         model.__class__ = routed(kind)
+        self.is_installed = True
 
     def uninstall(self, model: nn.Module) -> None:
         """Restores the model's class and `forward`."""
+        self.is_installed = False
         model.__class__ = type(model).__mro__[1]
         del vars(model)[CONTROLLER]
         if self._instance_forward is not None:
             vars(model)["forward"] = self._instance_forward
+
+    def check_installed(self) -> None:
+        """Checks that the model still routes.
+
+        Raises:
+            ValueError: if the engine was detached.
+        """
+        if not self.is_installed:
+            raise ValueError("the engine was detached from its model; make another one with dlp_lora.load")
 
     @property
     def is_compiled(self) -> bool:

@@ -25,7 +25,7 @@ from dlp_lora.chat import Chat, Message
 from dlp_lora.engine.apart import MAX_PARTS, joined
 from dlp_lora.engine.base import PROBE_TEXT, PROBE_TOKENS, Base, Probe
 from dlp_lora.engine.bundle import check_names, upload_bundle, write_bundle
-from dlp_lora.engine.calls import Call, Endings, call_setting, check_call, is_one_row, seeded
+from dlp_lora.engine.calls import Call, Endings, call_setting, check_call, is_one_row, num_new_tokens, seeded
 from dlp_lora.engine.controller import Controller
 from dlp_lora.engine.overrides import Override, overriding
 from dlp_lora.engine.passes import check_keeps_cache
@@ -84,7 +84,6 @@ class Engine:
         self._controller = Controller(bank, tokenizer, defaults)
         self.paths = attach(model, bank, paths="prepacked" if prepack else paths)
         self._controller.install(model)
-        self._is_attached = True
 
     @classmethod
     def from_pretrained(cls, model: str | Path | PreTrainedModel, **kwargs: Any) -> "Engine":
@@ -355,6 +354,7 @@ class Engine:
             inputs = self._inputs(encoded, call, kwargs, is_stream=True)
 
             def run(**more: Any) -> None:
+                self._controller.check_installed()
                 with seeded(seed, self.device), torch.no_grad():
                     cast(Any, self.model).generate(**inputs, **{**kwargs, "return_dict_in_generate": False, **more})
 
@@ -435,13 +435,14 @@ class Engine:
         self, prompts: Sequence[EncodedPrompt], call: Call, kwargs: Mapping[str, Any], *, is_stream: bool = False
     ) -> dict[str, torch.Tensor]:
         """Checks a call of `generate`; returns its prompts as the model reads them."""
-        if not self._is_attached:
-            raise ValueError("the engine was detached from its model; make another one with dlp_lora.load")
+        self._controller.check_installed()
         check_call(kwargs, self.model.generation_config, is_stream=is_stream)
         fixed = call.mixtures or ()
         if len(fixed) > 1 and len(fixed) != len(prompts):
             raise ValueError(f"{len(fixed)} mixtures were fixed for {len(prompts)} prompts; give one, or one a prompt")
-        return padded(prompts, self.model, num_new=kwargs.get("max_new_tokens") or 1)
+        longest = max(len(prompt.tokens) for prompt in prompts)
+        num_new = num_new_tokens(longest, kwargs, self.model.generation_config)
+        return padded(prompts, self.model, num_new=num_new)
 
     def route(self, prompt: str | Context) -> tuple[dict[str, float], Mixture]:
         """Routes a prompt without running the model: returns each adapter's probability, and the mixture.
@@ -498,8 +499,7 @@ class Engine:
         Raises:
             ValueError: if a mixture is merged into the base weights, or the engine was detached.
         """
-        if not self._is_attached:
-            raise ValueError("the engine was detached from its model; make another one with dlp_lora.load")
+        self._controller.check_installed()
         with self._controller.under(mixtures, tokens, reuse=reuse) as forward:
             yield forward
 
@@ -681,7 +681,7 @@ class Engine:
     @torch.no_grad()
     def probe(self) -> Probe | None:
         """The base model's log-probabilities of the probe's text; None if it cannot run it."""
-        if not self._is_attached or self.bank.is_merged:
+        if not self._controller.is_installed or self.bank.is_merged:
             return None
         tokens = self.tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"][:PROBE_TOKENS]
         ids = torch.tensor([tokens], device=self.device)
@@ -693,10 +693,9 @@ class Engine:
     def detach(self) -> PreTrainedModel:
         """Removes the adapters and returns the base model, bit for bit as it was."""
         with self.bank.lock:
-            if self._is_attached:
+            if self._controller.is_installed:
                 self._controller.uninstall(self.model)
             detach(self.model)
-            self._is_attached = False
         return self.model
 
     def __repr__(self) -> str:

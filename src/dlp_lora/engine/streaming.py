@@ -39,7 +39,7 @@ class Stream(Iterator[Piece]):
     """The pieces of one answer; the model runs in a thread, which starts with the first piece.
 
     `generation` is the answer with its trace, even if the stream was not read to its end. The model stops if the stream
-    is closed, left as a context manager, or deleted.
+    is closed or left as a context manager, and soon if it is deleted.
     """
 
     def __init__(
@@ -77,9 +77,12 @@ class Stream(Iterator[Piece]):
         if isinstance(event, Piece):
             return event
         self.close()
-        if event is not None:
+        if event is None:
+            raise StopIteration
+        try:
             raise event
-        raise StopIteration
+        finally:
+            del event  # its traceback holds this frame: together they would keep the KV cache
 
     @property
     def generation(self) -> Generation:
@@ -110,10 +113,9 @@ class Stream(Iterator[Piece]):
         self.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_thread") and not self._has_ended:
+        # Without waiting: the garbage collector may call it in a thread that holds the lock which the model waits for.
+        if hasattr(self, "_streamer"):
             self._streamer.stopped = True
-            if self._is_started and threading.current_thread() is not self._thread:
-                self._thread.join()
 
 
 class PieceStreamer(BaseStreamer):
@@ -144,6 +146,7 @@ class PieceStreamer(BaseStreamer):
         if not self._has_prompt:
             self._has_prompt = True  # the first call brings the prompt
             return
+        self._controller.check_installed()
         self.rows = self._controller.latest or ()
         if self.rows:
             self._send(self.rows)
