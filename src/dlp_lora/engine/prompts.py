@@ -160,7 +160,7 @@ def padded(prompts: Sequence[EncodedPrompt], model: PreTrainedModel, *, num_new:
         if len(row) + num_new > limit:
             raise PromptError(
                 f"{which} has {len(row)} tokens, and {num_new} new ones do not fit: the model's context is {limit}; "
-                f"shorten the prompt or lower max_new_tokens"
+                f"shorten the prompt or ask for fewer new tokens"
             )
     width = max(map(len, rows))
     ids = [row[:1] * (width - len(row)) + row for row in rows]
